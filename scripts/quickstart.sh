@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a pretrained NoR-MAE: handwritten digits, no download of data, no GPU.
+#
+#   bash scripts/quickstart.sh                    the run goes to runs/quickstart
+#   bash scripts/quickstart.sh --epochs 20        further words go to main_pretrain.py
+#   OUTPUT=/tmp/first bash scripts/quickstart.sh
+#
+# Run again it takes up a run that was cut off; a finished run is only judged and drawn again.
+set -euo pipefail
+
+OUTPUT="${OUTPUT:-$(dirname "${BASH_SOURCE[0]}")/../runs/quickstart}"
+mkdir -p "$OUTPUT"
+OUTPUT="$(cd "$OUTPUT" && pwd)"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/env.sh
+prepare requirements.txt
+
+"$PYTHON" main_pretrain.py -c configs/pretrain/quickstart.yaml --device cpu --output_dir "$OUTPUT" "$@"
+
+"$PYTHON" tools/knn.py "$OUTPUT" --device cpu
+"$PYTHON" tools/report.py "$OUTPUT"
+"$PYTHON" tools/visualize.py reconstruction "$OUTPUT" --device cpu
