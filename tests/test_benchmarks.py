@@ -1,0 +1,79 @@
+"""The yardsticks compute what they claim to restate, and the paired benchmark writes what it measured. No timing is judged."""
+
+import json
+
+import pytest
+import torch
+
+import methods
+from benchmarks import step
+from benchmarks.restated_mae import RestatedMAE, RestatedStep
+from benchmarks.restated_nor_mae import RestatedNoRMAE, wrapped_neighbors
+
+SIZES = dict(
+    embed_dim=24, depth=2, num_heads=2, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True
+)
+
+
+def pair(method, restated, side=5, patch=4, **more):
+    """Our model and the restated one with the same weights, and a batch."""
+    torch.manual_seed(0)
+    ours = methods.build(method, model=f"mae_vit_tiny_patch{patch}", input_size=side * patch, **SIZES, **more)
+    theirs = restated(img_size=side * patch, patch_size=patch, **SIZES)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs, torch.randn(3, 3, side * patch, side * patch), torch.rand(3, side * side)
+
+
+@pytest.mark.parametrize(("method", "restated"), [("mae", RestatedMAE), ("nor_mae_released", RestatedNoRMAE)])
+def test_the_restated_loss_and_gradients_are_our_models(method, restated):
+    ours, theirs, images, noise = pair(method, restated)
+    mine, other = ours(images, noise=noise)["loss"], theirs(images, noise)
+    torch.testing.assert_close(mine, other, rtol=1e-6, atol=0)
+    mine.backward()
+    other.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_restated_neighbour_term_is_there_and_weighs_what_it_says():
+    ours, theirs, images, noise = pair("nor_mae_released", RestatedNoRMAE)
+    with_term = theirs(images, noise)
+    theirs.weight = 0.0
+    difference = with_term - theirs(images, noise)
+    losses = ours(images, noise=noise)
+    assert abs(difference.item()) > 1e-6
+    torch.testing.assert_close(difference, 5e-5 * losses["neighbor"], rtol=1e-2, atol=1e-7)
+
+
+def test_the_wrapped_neighbours_of_a_corner_lie_on_all_four_sides():
+    assert wrapped_neighbors(14)[0].tolist() == [1, 13, 14, 15, 27, 182, 183, 195]
+
+
+def test_a_restated_step_learns_and_moves_no_position_table():
+    _, theirs, images, noise = pair("mae", RestatedMAE)
+    before = theirs.pos_embed.clone()
+    take = RestatedStep(theirs, torch.device("cpu"), amp=None, lr=1e-3)
+    losses = [take(images, noise) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert torch.equal(theirs.pos_embed, before)
+
+
+def test_ratios_are_taken_within_a_round():
+    ratios = step.paired_ratios({"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]})
+    assert ratios["a/b"] == {"median": 2.0, "q1": 2.0, "q3": 2.0}  # pairing removes a drift that hits both
+    assert ratios["b/a"]["median"] == 0.5
+
+
+def test_the_benchmark_writes_its_table_and_its_raw_times(tmp_path, capsys):
+    output = tmp_path / "step.json"
+    words = "--patch_size 16 --input_size 48 --decoder_depth 1 --batch_size 2 --rounds 2 --warmup 1".split()
+    threads = torch.get_num_threads()
+    step.main([*words, "--variants", "mae", "nor", "restated_mae", "restated_nor", "--output", str(output)])
+    torch.set_num_threads(threads)
+    result = json.loads(output.read_text())
+    assert {name: len(times) for name, times in result["seconds"].items()} == dict.fromkeys(step.VARIANTS.keys() & set(result["seconds"]), 2)
+    assert result["ratios"].keys() >= {"mae/restated_mae", "nor/restated_nor", "nor/mae"}
+    assert result["machine"]["torch"] == torch.__version__
+    assert output.with_suffix(".md").read_text() == capsys.readouterr().out
