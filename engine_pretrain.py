@@ -1,0 +1,43 @@
+"""One epoch of any pretraining objective: named losses in, means out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from util.data import Batch
+from util.meters import Means
+from util.stepper import Stepper
+
+
+def train_one_epoch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    stepper: Stepper,
+    means: Means,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    note: Callable[[list[tuple[str, str]]], None],
+    after_step: Callable[[], None],
+) -> None:
+    """Train on every batch once; `means` takes in each named loss.
+
+    `model(images, labels, noise=noise)` returns a dict of scalars with `loss`. `note` hears of unreadable images,
+    `after_step` is called when an optimizer step has ended. Nothing here waits for the device.
+    """
+    model.train()
+    for batch in batches:
+        batch = batch.to(device)
+        with stepper.micro_step():
+            with autocast():
+                losses = model(batch.images, batch.labels, noise=batch.noise)
+            ended = stepper(losses, batch.index)
+        means.add(losses, weight=len(batch))
+        if batch.problems:
+            note(batch.problems)
+        if ended:
+            after_step()

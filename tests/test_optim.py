@@ -1,0 +1,64 @@
+"""Learning rates and parameter groups against MAE's formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from util import optim
+
+
+def mae_rate(step, *, rate, min_rate, epochs, warmup, steps_per_epoch):
+    """MAE's schedule: a line over the warm-up, then half a cosine, at the fractional epoch of the step."""
+    epoch = step / steps_per_epoch
+    if epoch < warmup:
+        return rate * epoch / warmup
+    return min_rate + (rate - min_rate) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+@pytest.mark.parametrize("min_lr", [0.0, 1e-6])
+def test_every_step_has_the_rate_of_maes_formula(min_lr):
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr_scale": 1.0}], lr=1.2e-3)
+    schedule = optim.warmup_cosine(optimizer, epochs=20, warmup_epochs=4, steps_per_epoch=7, min_lr=min_lr)
+    for step in range(20 * 7):
+        schedule.step_update(step)
+        expected = mae_rate(step, rate=1.2e-3, min_rate=min_lr, epochs=20, warmup=4, steps_per_epoch=7)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+def test_layer_scales_multiply_the_rate_and_its_minimum():
+    optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.25}], lr=1.0)
+    schedule = optim.warmup_cosine(optimizer, epochs=4, warmup_epochs=0, steps_per_epoch=1, min_lr=0.4)
+    schedule.step_update(0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25)
+    schedule.step_update(4)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_a_run_shorter_than_its_warm_up_only_warms_up():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=40, steps_per_epoch=10, min_lr=0.0)
+    schedule.step_update(19)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(19 / 400)
+
+
+def test_the_base_rate_is_for_256_images():
+    assert optim.absolute_lr(0.0, 1.5e-4, 4096) == pytest.approx(2.4e-3)
+    assert optim.absolute_lr(7e-4, 1.5e-4, 4096) == 7e-4
+
+
+def test_vectors_and_biases_are_not_decayed_tokens_and_matrices_are():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+            self.pos_embed = nn.Parameter(torch.zeros(1, 5, 4), requires_grad=False)
+            self.norm = nn.LayerNorm(4)
+            self.linear = nn.Linear(4, 4)
+
+    model = Model()
+    groups = {group["weight_decay"]: set(map(id, group["params"])) for group in optim.pretrain_groups(model, 0.05)}
+    assert groups[0.05] == {id(model.cls_token), id(model.linear.weight)}
+    assert groups[0.0] == {id(model.norm.weight), id(model.norm.bias), id(model.linear.bias)}

@@ -1,0 +1,142 @@
+"""The stepper against a plain loop of torch's own calls, and its refusal of updates that are not finite."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from util import optim
+from util.stepper import Stepper, names_of_bad_losses
+
+INDEX = torch.arange(4)
+
+
+def make(accum=1, clip_grad=0.0, epochs=10, fused=True):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 1))
+    groups = optim.pretrain_groups(model, 0.05)
+    optimizer = optim.adamw(groups, 1e-2) if fused else torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    schedule = optim.warmup_cosine(optimizer, epochs=epochs, warmup_epochs=2, steps_per_epoch=3, min_lr=0.0)
+    return model, Stepper(model, optimizer, schedule, accum=accum, clip_grad=clip_grad)
+
+
+def batches(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 3, generator=generator) for _ in range(count)]
+
+
+def run(model, stepper, data):
+    for images in data:
+        with stepper.micro_step():
+            stepper({"loss": model(images).square().mean()}, INDEX)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 0.01])
+@pytest.mark.parametrize("accum", [1, 3])
+def test_updates_equal_a_plain_loop(accum, clip_grad):
+    model, stepper = make(accum, clip_grad)
+    run(model, stepper, batches(6 * accum))
+
+    plain, _ = make()
+    optimizer = torch.optim.AdamW(optim.pretrain_groups(plain, 0.05), lr=1e-2, betas=(0.9, 0.95))
+    schedule = optim.warmup_cosine(optimizer, epochs=10, warmup_epochs=2, steps_per_epoch=3, min_lr=0.0)
+    data = batches(6 * accum)
+    for step in range(6):
+        schedule.step_update(step)
+        optimizer.zero_grad()
+        for images in data[step * accum : (step + 1) * accum]:
+            (plain(images).square().mean() / accum).backward()
+        if clip_grad:
+            norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip_grad)
+            assert norm > clip_grad, "the limit must bite for this to test it"
+        optimizer.step()
+    assert stepper.step == 6
+    torch.testing.assert_close(weights(model), weights(plain), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_changes_nothing_but_the_count(poison, fused):
+    model, stepper = make(fused=fused)
+    run(model, stepper, batches(4))
+    before, moments = weights(model), [s["exp_avg"].clone() for s in stepper.optimizer.state.values()]
+    adam_steps = [float(s["step"]) for s in stepper.optimizer.state.values()]
+    # An additive constant has no gradient: only the loss itself shows that the step is bad.
+    stepper({"loss": model(batches(1)[0]).square().mean() + poison}, INDEX)
+    assert torch.equal(weights(model), before)
+    for state, moment, step in zip(stepper.optimizer.state.values(), moments, adam_steps, strict=True):
+        assert torch.equal(state["exp_avg"], moment)
+        assert float(state["step"]) == step
+    assert stepper.bad_steps() == (1, 1)
+    assert stepper.step == 5
+    run(model, stepper, batches(1))
+    assert not torch.equal(weights(model), before)
+    assert stepper.bad_steps() == (1, 0)
+
+
+def test_one_bad_micro_batch_spoils_its_accumulation_only():
+    model, stepper = make(accum=2)
+    run(model, stepper, batches(2))
+    before = weights(model)
+    good, bad = batches(2)
+    stepper({"loss": model(good).square().mean()}, INDEX)
+    stepper({"loss": model(bad).square().mean() * math.nan}, INDEX)
+    assert torch.equal(weights(model), before)
+    assert stepper.bad_steps() == (1, 1)
+    run(model, stepper, batches(2))
+    assert stepper.bad_steps() == (1, 0)
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_refused():
+    model, stepper = make()
+    run(model, stepper, batches(2))
+    before = weights(model)
+    zero = model(batches(1)[0]) * 0
+    loss = zero.abs().sqrt().sum()  # 0, whose derivative is 0/0
+    assert torch.isfinite(loss)
+    stepper({"loss": loss}, INDEX)
+    assert torch.equal(weights(model), before)
+    assert stepper.bad_steps() == (1, 1)
+
+
+def test_a_restored_stepper_goes_on_bit_for_bit():
+    data = batches(8)
+    model, stepper = make()
+    run(model, stepper, data[:5])
+    saved = copy.deepcopy({"model": model.state_dict(), "stepper": stepper.state_dict()})
+    run(model, stepper, data[5:])
+    again, other = make()
+    again.load_state_dict(saved["model"])
+    other.load_state_dict(saved["stepper"])
+    run(again, other, data[5:])
+    assert torch.equal(weights(again), weights(model))
+    assert (other.step, other.lr) == (stepper.step, stepper.lr)
+
+
+def test_device_randomness_depends_on_seed_step_and_process_only():
+    def draw(seed, step, rank):
+        model, stepper = make()
+        stepper._seed, stepper._rank, stepper.step = seed, rank, step
+        torch.randn(7)
+        with stepper.micro_step():
+            return torch.rand(3)
+
+    assert torch.equal(draw(1, 5, 0), draw(1, 5, 0))
+    others = [draw(1, 6, 0), draw(1, 5, 1), draw(2, 5, 0)]
+    assert not any(torch.equal(draw(1, 5, 0), other) for other in others)
+
+
+def test_recent_batches_name_what_was_not_finite():
+    model, stepper = make()
+    loss = model(batches(1)[0]).square().mean()
+    stepper({"loss": loss * math.nan, "reconstruction": loss, "neighbor": loss * math.nan}, torch.tensor([3, 1, 2]))
+    recent = stepper.recent()
+    assert recent[-1]["index"] == [3, 1, 2]
+    assert recent[-1]["losses"]["reconstruction"] == pytest.approx(loss.item())
+    assert names_of_bad_losses(recent) == ["neighbor", "loss"]

@@ -1,0 +1,230 @@
+"""Checkpoints that are whole or absent: written beside, flushed to disk, renamed; verified before they are believed.
+
+A file is a plain `torch.save` archive of tensors, numbers, strings, lists and dicts, which `weights_only` loading reads
+without running anything. The archive's own checksums are tested before loading, because `torch.load` accepts a flipped
+bit and they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+FORMAT = 1  # raised when a newer file can no longer be read by older code
+LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
+TEMPORARY = ".tmp"
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, foreign, or does not fit."""
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` so that readers of `path` find the old file or the new, never a part; OSError on failure."""
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def keep_previous(folder: Path) -> None:
+    """Give the present `last.pth` a second name, so that a damaged successor can be stepped back from."""
+    last, previous, temporary = folder / LAST, folder / PREVIOUS, folder / f".{PREVIOUS}{TEMPORARY}"
+    if not last.exists():
+        return
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(last, temporary)
+    except OSError:  # a file system without hard links: there is the newest epoch file to step back to
+        return
+    os.replace(temporary, previous)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Delete what an interrupted save left behind; returns the names."""
+    leftovers = sorted(folder.glob(f".*{TEMPORARY}"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return [path.name for path in leftovers]
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints a run may continue from, the newest first."""
+    epochs = sorted(folder.glob("epoch-*.pth"), reverse=True)
+    return [path for path in [folder / LAST, folder / PREVIOUS, *epochs] if path.exists()]
+
+
+def verify(path: Path) -> None:
+    """CheckpointError unless every byte of the archive agrees with its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint ({error or type(error).__name__})") from error
+    except Exception as error:  # zlib and struct raise their own kinds on damaged headers
+        raise CheckpointError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
+    if damaged:
+        raise CheckpointError(f"{path} is damaged: the checksum of its part {damaged} does not match")
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """A checkpoint written by this project, on the CPU, verified. Nothing in the file is executed."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    verify(path)
+    state = _read(path)
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(
+            f"{path} is no checkpoint of this project; to start from its weights use --init_from {path}"
+        )
+    if state["format"] > FORMAT:
+        raise CheckpointError(f"{path} has format {state['format']}, this code reads up to {FORMAT}: update the code")
+    return state
+
+
+def _read(path: Path) -> Any:
+    """Tensors and plain values only, and the harmless `argparse.Namespace` that MAE and the released NoR-MAE store."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "global" in line.lower()), str(error))[:300]
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, nothing was loaded: {reason}"
+        ) from error
+    except Exception as error:
+        raise CheckpointError(f"{path} could not be read as a checkpoint ({type(error).__name__}: {error})") from error
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """The model's weights of any checkpoint file: ours, MAE's, the released NoR-MAE's, timm's, or safetensors."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a safetensors file ({error})") from error
+    if zipfile.is_zipfile(path):
+        verify(path)
+    state = _read(path)
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    weights = {
+        name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): value
+        for name, value in (state.items() if isinstance(state, dict) else ())
+        if isinstance(value, Tensor)
+    }
+    if not weights:
+        raise CheckpointError(
+            f"{path} holds no weights: found {_describe(state)}, expected tensors by name, or such under 'model'"
+        )
+    return weights
+
+
+def _describe(state: object) -> str:
+    if isinstance(state, dict):
+        return f"a dict with {sorted(map(str, state))[:8]}"
+    return f"a {type(state).__name__}"
+
+
+@dataclass
+class Report:
+    """What became of the weights of another checkpoint."""
+
+    loaded: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # the model has them, the file does not: freshly initialised
+    unused: list[str] = field(default_factory=list)  # the file has them, the model does not
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        if self.resampled:
+            parts.append(f"resampled to this model's grid: {', '.join(self.resampled)}")
+        if self.missing:
+            parts.append(f"not in the file, left as initialised: {_grouped(self.missing)}")
+        if self.unused:
+            parts.append(f"not in the model, ignored: {_grouped(self.unused)}")
+        return "; ".join(parts)
+
+
+def _grouped(names: list[str]) -> str:
+    """`decoder_blocks.* (88), mask_token` instead of ninety names."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split(".")[0], []).append(name)
+    return ", ".join(f"{top}.* ({len(full)})" if len(full) > 1 else full[0] for top, full in groups.items())
+
+
+def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> Report:
+    """Copy weights by name. Position tables of another grid are resampled; any other shape that differs is refused.
+
+    CheckpointError when a tensor does not fit, or when the file lacks a part of the encoder.
+    """
+    own = model.state_dict()
+    report = Report(unused=[name for name in weights if name not in own])
+    fitting: dict[str, Tensor] = {}
+    wrong = []
+    for name, mine in own.items():
+        if name not in weights:
+            report.missing.append(name)
+            continue
+        theirs = weights[name]
+        if theirs.shape != mine.shape and name.endswith("pos_embed") and theirs.shape[-1] == mine.shape[-1]:
+            theirs = resample_abs_pos_embed(theirs.float(), list(model.grid), num_prefix_tokens=1, antialias=False)  # type: ignore[arg-type]
+            report.resampled.append(name)
+        if theirs.shape != mine.shape:
+            wrong.append(f"{name} is {tuple(theirs.shape)} in the file and {tuple(mine.shape)} in the model")
+            continue
+        fitting[name] = theirs
+        report.loaded.append(name)
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise CheckpointError(f"the checkpoint is of another shape: {'; '.join(wrong[:3])}{more}")
+    encoder_gaps = [name for name in report.missing if name.startswith(("blocks.", "patch_embed."))]
+    if encoder_gaps:
+        raise CheckpointError(
+            f"the checkpoint holds no encoder of this model: {_grouped(encoder_gaps)} missing; "
+            f"it has {_grouped(list(weights)[:200])}"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return report

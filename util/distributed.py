@@ -1,0 +1,160 @@
+"""Where this process stands among the others, and how all of them agree on what to do next.
+
+Under torchrun there are several processes (ranks), one per device; without it there is one. Everything that must be
+decided together (stop, save) travels over a CPU channel as one small integer per step. A step's answer is read a step
+later, when it has long arrived, so that no device is ever waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+CONTINUE, SAVE, STOP = 0, 1, 2  # what a rank asks for at a step's end; the highest request wins
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+EXIT_AT_ONCE = 130  # a second Ctrl-C
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `world_size` ones, and the device that is its own."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that writes files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, on every rank (a new tensor where there are several)."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank (any object; travels pickled between the processes of one run)."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        boxes: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(boxes, value)
+        return boxes  # type: ignore[return-value]
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `mps`; ValueError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or local_rank >= count:
+            raise ValueError(
+                f"--device cuda: process {local_rank} of this machine has no GPU (found {count}); use --device cpu"
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this machine has no Metal device; use --device cpu")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def start(device: str, timeout_minutes: float = 10.0) -> Iterator[Processes]:
+    """Join the other processes if started by torchrun (NCCL between GPUs, else gloo), and leave them at the end."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    own = pick_device(device, local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        yield Processes(0, 1, 0, own)
+        return
+    if own.type == "mps" and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ValueError("several processes cannot share one Metal device; start one, or use --device cpu")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        device_id=own if own.type == "cuda" else None,
+    )
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, own)
+    finally:
+        # After an error the others may never come; leaving without a word lets the launcher end them.
+        if sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+class Agreement:
+    """One integer per step from every rank; the highest of all, a step later (at once with a single process)."""
+
+    def __init__(self, processes: Processes):
+        self._alone = processes.world_size == 1
+        self._pending: tuple[Tensor, dist.Work] | None = None
+
+    def __call__(self, request: int) -> int:
+        if self._alone:
+            return request
+        agreed = self.settle()
+        mine = torch.tensor([request])
+        work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, async_op=True)
+        self._pending = (mine, work)
+        return agreed
+
+    def settle(self) -> int:
+        """The answer still under way, if any. All ranks must call this at the same step."""
+        if self._pending is None:
+            return CONTINUE
+        mine, work = self._pending
+        work.wait()
+        self._pending = None
+        return int(mine.item())
+
+
+class StopRequest:
+    """Remembers SIGTERM, SIGUSR1 or Ctrl-C until the step's end; a second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def listen(self) -> StopRequest:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is signal.SIGINT and number == signal.SIGINT:
+            os._exit(EXIT_AT_ONCE)  # the newest checkpoint is whole: it was renamed into place
+        self.signal = signal.Signals(number)
+
+
+def world_size() -> int:
+    """How many processes torchrun started (1 without it), known before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1

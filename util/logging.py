@@ -1,0 +1,212 @@
+"""What a run says: lines for people, JSON lines for programs, TensorBoard for curves. None of them can stop a run."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class _AboveTheBar(logging.StreamHandler):
+    """Writes lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+def talk(main: bool) -> None:
+    """Lines to the terminal: everything from the main process, warnings from the others."""
+    handler = _AboveTheBar()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.INFO if main else logging.WARNING)
+    logging.captureWarnings(True)
+
+
+class _Careful(logging.FileHandler):
+    """A log file that may become unwritable without taking the run along."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's own name)
+        pass
+
+
+@contextlib.contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Also write every line, with its time, to `path`."""
+    handler = _Careful(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+class JsonLines:
+    """One JSON object a line, appended; numbers that are not finite become null. Fails once, with a warning."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._failed = False
+        _drop_partial_line(path)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        line = json.dumps({name: _plain(value) for name, value in values.items()}) + "\n"
+        try:
+            with open(self.path, "a") as file:
+                file.write(line)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                log.warning("cannot write %s (%s); training goes on", self.path, error)
+            self._failed = True
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _drop_partial_line(path: Path) -> None:
+    """A process killed while writing leaves half a line; what follows must start on a fresh one."""
+    with contextlib.suppress(OSError), open(path, "rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every record of a JSON-lines file; [] when there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+class RunLog:
+    """The records of one run's folder. Only the main process holds one."""
+
+    def __init__(self, folder: Path, run_id: str, *, step: int, total_steps: int):
+        self.run_id, self.total_steps = run_id, total_steps
+        self._metrics = JsonLines(folder / "metrics.jsonl")
+        self._epochs = JsonLines(folder / "log.txt")
+        self._board = _board(folder, step)
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+        self._first_step = step
+        self._began = datetime.datetime.now()
+
+    def step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """One logged step: a JSON line, curves, and the bar or a plain line."""
+        self._metrics.write({"run_id": self.run_id, "step": step, "epoch": epoch, **values})
+        self.scalars("train", values, step)
+        shown = ", ".join(f"{name} {_short(name, value)}" for name, value in values.items() if name != "data_wait")
+        if not self._bar.disable:
+            self._bar.set_postfix_str(shown)
+            self._bar.update(step - self._bar.n)
+        else:
+            log.info("epoch %d step %d/%d: %s, eta %s", epoch, step, self.total_steps, shown, self._eta(step))
+
+    def _eta(self, step: int) -> str:
+        done = max(1, step - self._first_step)
+        left = (datetime.datetime.now() - self._began) / done * (self.total_steps - step)
+        return str(left).split(".")[0]
+
+    def epoch(self, values: Mapping[str, Any]) -> None:
+        """One finished epoch: a line of log.txt, and its figures as curves over epochs."""
+        self._epochs.write({"run_id": self.run_id, **values})
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        self.scalars("epoch", numbers, values["epoch"])
+        shown = ", ".join(f"{name} {_short(name, value)}" for name, value in numbers.items())
+        log.info("epoch %d done: %s", values["epoch"], shown)
+
+    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._quietly(lambda name=name, value=value: self._board.add_scalar(f"{group}/{name}", value, step))
+
+    def picture(self, name: str, image_HWC: Tensor, step: int) -> None:
+        """A uint8 picture `[H, W, 3]` for TensorBoard."""
+        self._quietly(lambda: self._board.add_image(name, image_HWC, step, dataformats="HWC"))
+
+    def text(self, name: str, text: str) -> None:
+        self._quietly(lambda: self._board.add_text(name, text))
+
+    def _quietly(self, write: Any) -> None:
+        if self._board is None:
+            return
+        try:
+            write()
+        except Exception as error:  # a full disk, a writer thread that died: curves are not worth a run
+            log.warning("TensorBoard cannot be written (%s); its curves stop here, metrics.jsonl goes on", error)
+            self._board = None
+
+    def close(self) -> None:
+        self._bar.close()
+        self._quietly(lambda: self._board.close())
+
+
+def _short(name: str, value: float) -> str:
+    if "lr" in name.split("_"):
+        return f"{value:.3e}"
+    return f"{value:.4g}"
+
+
+def _board(folder: Path, step: int) -> Any:
+    """A TensorBoard writer that hides what a previous start wrote beyond `step`; None where there is no TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # may be absent
+
+        return SummaryWriter(str(folder), purge_step=step or None)
+    except Exception as error:
+        log.warning("no TensorBoard curves (%s); metrics.jsonl has the same numbers", error)
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what this process runs: for the run's records."""
+    import platform
+    import subprocess
+
+    import numpy
+    import timm
+    import torchvision
+
+    root = Path(__file__).resolve().parent.parent
+    try:
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "commit": commit,
+        "versions": versions(torch=torch, torchvision=torchvision, timm=timm, numpy=numpy),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def versions(**modules: Any) -> dict[str, str]:
+    return {name: str(module.__version__) for name, module in modules.items()}

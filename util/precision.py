@@ -1,0 +1,26 @@
+"""Which arithmetic a run uses: derived once from the device and `--amp`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """`auto` is bf16 on a GPU that has it, fp16 on an older one, full precision elsewhere. ValueError if impossible."""
+    if amp == "auto":
+        if device.type != "cuda":
+            return "none"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if amp == "fp16" and device.type != "cuda":
+        raise ValueError(f"--amp fp16 needs a CUDA device, this run is on {device.type}; use --amp bf16 or --amp none")
+    return amp
+
+
+def autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """A maker of autocast contexts for the resolved precision `none`, `bf16` or `fp16`."""
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
