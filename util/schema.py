@@ -1,0 +1,566 @@
+"""From a dataclass to a command line: every field is a flag and a recipe's key, read by its type, refused when wrong.
+
+The dataclasses themselves stand in `util/options.py`. What decides a value, weakest first: the field's default, the
+method's preset, the recipes (YAML files) given with `-c` from left to right, the flags from left to right. No recipe
+refers to another. The string under a field is its documentation: `--help` and the README's table are made of it.
+
+Each field is of a kind. *result* options decide what is computed; *shape* options also decide which parameters the
+model has; *machine* options only say where and how the same is computed, and may differ when a run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+COMMAND_LINE = "command line"
+
+Schema = TypeVar("Schema")
+Given = list[tuple[str, Any]]  # names and values, in the order in which they were given
+
+
+class OptionError(ValueError):
+    """An option that its user can mend; `keys` are the options concerned."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+def require(holds: bool, message: str, *keys: str) -> None:
+    """Refuse the first of `keys`, because of the others perhaps, unless the condition holds."""
+    if not holds:
+        raise OptionError(f"{keys[0]}: {message}", *keys)
+
+
+# ---- declaring ------------------------------------------------------------------------------------------------------
+
+
+def result(default: Any, section: str = "") -> Any:
+    """A field that decides what is computed. `section` opens a group of `--help` for it and the fields that follow."""
+    return _field("result", default, section)
+
+
+def shape(default: Any, section: str = "") -> Any:
+    """A *result* field that also decides which parameters the model has, so that `allow_change` cannot excuse it."""
+    return _field("shape", default, section)
+
+
+def machine(default: Any, section: str = "") -> Any:
+    """A field that says where or how the same thing is computed: it may differ when a run goes on."""
+    return _field("machine", default, section)
+
+
+def _field(kind: str, default: Any, section: str) -> Any:
+    metadata = {"kind": kind, "section": section}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def field_types(schema: Any) -> dict[str, Any]:
+    """The declared type of each field, by name."""
+    return _field_types(schema)
+
+
+@functools.cache
+def _field_types(schema: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(schema)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
+
+
+@functools.cache
+def documentation(schema: Any) -> dict[str, str]:
+    """The string that stands under each field, its own or the one it inherits; "" where there is none."""
+    found = dict.fromkeys(field_types(schema), "")
+    for owner in reversed(schema.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError):  # typed into a shell: there is no file to read
+            continue
+        body = typing.cast(ast.ClassDef, tree.body[0]).body
+        for declaration, below in zip(body, body[1:], strict=False):
+            match declaration, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+def _sections(schema: Any) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The fields in their groups: the schema's own groups first, then those it inherits, each in order of declaration.
+
+    A field that is declared again, for another default, stays in the group it was in.
+    """
+    opened: dict[str, str] = {}
+    for owner in reversed(schema.__mro__):
+        for field in owner.__dict__.get("__dataclass_fields__", {}).values():
+            if field.metadata.get("section"):
+                opened[field.name] = field.metadata["section"]
+    groups: dict[str, list[dataclasses.Field[Any]]] = {}
+    title = "Options"
+    for field in dataclasses.fields(schema):
+        title = opened.get(field.name, title)
+        groups.setdefault(title, []).append(field)
+    inherited = {field for base in schema.__bases__ for field in getattr(base, "__dataclass_fields__", {})}
+    return dict(sorted(groups.items(), key=lambda group: group[1][0].name in inherited))
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default; `dataclasses.MISSING` when it must be given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+# ---- reading one value ----------------------------------------------------------------------------------------------
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`"did you mean 'epochs'?"`, or "" when nothing among `words` is near."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(key: str, words: Iterable[str], otherwise: str = "") -> OptionError:
+    """The error for a key that is none of `words`, with the nearest of them, else with `otherwise`."""
+    hint = nearest(key, words) or otherwise
+    return OptionError(f"unknown key {key!r}" + (f"; {hint}" if hint else ""), key)
+
+
+def read(value: Any, expected: Any, key: str) -> Any:
+    """`value` as the declared type. Text is read by that type (YAML takes `5e-5` for text); nothing else is bent."""
+    try:
+        return _convert(value, expected)
+    except ValueError:
+        raise OptionError(f"{key}: expected {_describe(expected)}, found {show(value)}", key) from None
+
+
+def _convert(value: Any, expected: Any) -> Any:
+    origin, inside = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return value
+    if origin is Literal and value in inside and not isinstance(value, bool):
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return _convert(value, next(choice for choice in inside if choice is not types.NoneType))
+    if origin is tuple:
+        return _convert_tuple(value, inside)
+    if origin is dict and isinstance(value, Mapping):
+        return {_convert(name, inside[0]): _convert(item, inside[1]) for name, item in value.items()}
+    if expected is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if expected is int and not isinstance(value, bool) and isinstance(value, int | str):
+        return int(value)
+    if expected is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        if math.isfinite(float(value)):
+            return float(value)
+    if expected is str and isinstance(value, str):
+        return value
+    raise ValueError
+
+
+def _convert_tuple(value: Any, inside: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A list, or its text with commas or blanks (numbers also with an `x`, as in `160x96`). One item fills a pair."""
+    if isinstance(value, str):
+        value = [item for item in re.split(r"[\s,]+|(?<=\d)x(?=\d)", value.strip(" []()")) if item]
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if inside[-1] is Ellipsis:
+        return tuple(_convert(item, inside[0]) for item in items)
+    if len(items) == 1:
+        items *= len(inside)
+    return tuple(_convert(item, kind) for item, kind in zip(items, inside, strict=True))
+
+
+def _describe(expected: Any) -> str:
+    """A declared type in words."""
+    origin, inside = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inside))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("none" if choice is types.NoneType else _describe(choice) for choice in inside)
+    if origin is tuple:
+        return ("a list, each " if inside[-1] is Ellipsis else f"{len(inside)} items, each ") + _describe(inside[0])
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(expected, "a mapping of names to values")
+
+
+def show(value: Any) -> str:
+    """A value as it would stand in a recipe."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(show, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {show(item)}" for name, item in value.items()) + "}"
+    return repr(value)
+
+
+# ---- recipes and flags ----------------------------------------------------------------------------------------------
+
+
+def parse(
+    schema: type[Schema],
+    argv: Sequence[str],
+    *,
+    preset: Callable[[str], Mapping[str, Any]] | None = None,
+    term_options: Mapping[str, type] | None = None,
+) -> Schema:
+    """An instance of `schema` from the words of a command line.
+
+    `preset` maps the value of the option `method` to the values that the method brings; recipes and flags change them.
+    `term_options` maps the name of each loss term there is to the dataclass of its options; it gives the field `terms`
+    its meaning, and every option of every term that the run has is spelled out in it.
+    Raises OptionError, which names the option, what was found, what would be right, and where it stands.
+    """
+    term_options = (term_options or {}) if "terms" in field_types(schema) else {}
+    files, flags = _read_flags(schema, argv, term_options)
+    layers = [*((file, _read_recipe(file)) for file in files), (COMMAND_LINE, flags)]
+    layers = [(source, _canonical(schema, given, source)) for source, given in layers]
+    if preset is not None and "method" in field_types(schema):
+        layers.insert(0, _preset_layer(schema, layers, preset))
+
+    merge = _Merge(schema, term_options)
+    for source, given in layers:
+        for key, value in given:
+            try:
+                merge.set(key, value, source)
+            except OptionError as error:
+                raise OptionError(f"{source}: {error}", *error.keys) from None
+    return merge.finish()
+
+
+def _canonical(schema: Any, given: Given, source: str) -> Given:
+    """The same with one spelling for each option: aliases resolved, `-` as `_`. Twice in one recipe is refused."""
+    spelled: Given = []
+    for key, value in given:
+        if not isinstance(key, str):
+            raise OptionError(f"{source}: an option's name is a word, found {show(key)}")
+        name = key.replace("-", "_")
+        _refuse_foreign(schema, name, source)
+        name = _aliases(schema).get(name, name)
+        if source != COMMAND_LINE and any(name == other for other, _ in spelled):
+            raise OptionError(f"{source}: {name} is given twice", name)
+        spelled.append((name, value))
+    return spelled
+
+
+def _aliases(schema: Any) -> Mapping[str, str]:
+    return getattr(schema, "ALIASES", {})
+
+
+def _refuse_foreign(schema: Any, name: str, source: str) -> None:
+    """Say what to do instead of an option that only other projects have."""
+    foreign = getattr(schema, "FOREIGN", {})
+    if name in foreign:
+        raise OptionError(f"{source}: there is no option {name!r} here; {foreign[name]}", name)
+
+
+def _preset_layer(
+    schema: Any, layers: list[tuple[str, Given]], preset: Callable[[str], Mapping[str, Any]]
+) -> tuple[str, Given]:
+    """The values that the chosen method brings, as the first layer."""
+    chosen = [(value, source) for source, given in layers for key, value in given if key == "method"]
+    default = next(default_of(field) for field in dataclasses.fields(schema) if field.name == "method")
+    method, source = chosen[-1] if chosen else (default, "default")
+    try:
+        return f"method {method}", list(preset(read(method, str, "method")).items())
+    except ValueError as error:
+        raise OptionError(f"{source}: {error}", "method") from None
+
+
+class _Merge:
+    """Values so far, later ones over earlier ones, with the place each comes from."""
+
+    def __init__(self, schema: Any, term_options: Mapping[str, type]) -> None:
+        self.schema, self.term_options = schema, term_options
+        self.types = field_types(schema)
+        self.values: dict[str, Any] = {}
+        self.terms: dict[str, dict[str, Any]] = {}
+        self.sources: dict[str, str] = {}
+
+    def set(self, key: str, value: Any, source: str) -> None:
+        """Read one value; the error names the option, and the caller adds the place."""
+        if key.startswith("terms.") and key.count(".") == 2:
+            _, term, option = key.split(".")
+            if term not in self.terms:
+                raise unknown(key, [], f"the terms of this run are: {', '.join(self.terms) or 'none'}")
+            self._set_term_option(term, option, value, source)
+        elif key not in self.types:
+            raise unknown(key, [*self.types, *_aliases(self.schema)])
+        elif key == "terms":
+            self._set_terms(value, source)
+        else:
+            self.values[key] = read(value, self.types[key], key)
+            self.sources[key] = source
+
+    def _set_terms(self, value: Any, source: str) -> None:
+        if isinstance(value, str):  # a flag: --terms '{label: {}}'
+            value = _load_yaml(value, "terms")
+        for term, options in read(value, dict[str, Any], "terms").items():
+            if term not in self.term_options:
+                known = [f"terms.{name}" for name in self.term_options]
+                raise unknown(f"terms.{term}", known, f"there are: {', '.join(known)}")
+            if options is not None:
+                self.terms.setdefault(term, {})
+                self.sources[f"terms.{term}"] = source
+                for option, item in read(options, dict[str, Any], f"terms.{term}").items():
+                    self._set_term_option(term, option.replace("-", "_"), item, source)
+            elif self.terms.pop(term, None) is None:
+                raise OptionError(f"terms.{term}: nothing removes a term, and it is not there; {{}} adds it", "terms")
+
+    def _set_term_option(self, term: str, option: str, value: Any, source: str) -> None:
+        known, key = field_types(self.term_options[term]), f"terms.{term}.{option}"
+        if option not in known:
+            raise unknown(key, [f"terms.{term}.{name}" for name in known])
+        self.terms[term][option] = read(value, known[option], key)
+        self.sources[f"terms.{term}"] = source
+
+    def finish(self) -> Any:
+        """The schema's instance. What does not go together is told with the places that the values come from."""
+        for term, values in self.terms.items():
+            options = self._make(self.term_options[term], values, f"terms.{term}")
+            self.values.setdefault("terms", {})[term] = to_dict(options)
+        return self._make(self.schema, self.values, "")
+
+    def _make(self, schema: Any, values: dict[str, Any], name: str) -> Any:
+        prefix = f"{name}." if name else ""
+        for field in dataclasses.fields(schema):
+            if field.name not in values and default_of(field) is dataclasses.MISSING:
+                raise OptionError(
+                    f"{prefix}{field.name} must be given: {documentation(schema)[field.name]}", field.name
+                )
+        try:
+            return schema(**values)
+        except ValueError as error:
+            keys = [name] if name else getattr(error, "keys", ())
+            places = dict.fromkeys(self.sources[key] for key in keys if key in self.sources)
+            parts = [", ".join(places), name, str(error)]
+            raise OptionError(": ".join(part for part in parts if part), *keys) from None
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML in which a key may stand once only; PyYAML itself silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise OptionError(f"line {key.start_mark.line + 1}: {key.value} is given twice", key.value)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _load_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _RecipeLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise OptionError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OptionError as error:
+        raise OptionError(f"{source}: {error}", *error.keys) from None
+
+
+def _read_recipe(file: str) -> Given:
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        hint = nearest(path.name, (other.name for other in path.parent.glob("*.yaml")))
+        raise OptionError(f"cannot read recipe {file}: {reason}" + (f"; {hint}" if hint else ""), "config") from None
+    content = _load_yaml(text, file)
+    if not isinstance(content, dict | None):
+        raise OptionError(f"{file}: a recipe is lines of `option: value`, found {show(content)}", "config")
+    return list((content or {}).items())
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+class _Collect(argparse.Action):
+    """Keep the flags in the order in which they were given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        text = self.const if self.nargs == 0 else " ".join(values) if isinstance(values, list) else values
+        namespace.flags.append((self.dest, text.replace(_GUARD, "")))
+
+
+_GUARD = "\0"  # before a negative number, which argparse would take for a flag when it is written as -5e-5
+
+
+def _read_flags(schema: Any, argv: Sequence[str], term_options: Mapping[str, type]) -> tuple[list[str], Given]:
+    """The recipes' paths and the flags, each in the order given; `--help` ends the program here."""
+    parser = _make_parser(schema, term_options)
+    words = []
+    for word in argv:
+        if re.match(r"-\.?\d", word):
+            word = _GUARD + word
+        elif word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            word = "--" + name.replace("-", "_") + equals + value
+        words.append(word)
+    found, extra = parser.parse_known_args(words, argparse.Namespace(flags=[], config=[]))
+    if extra:
+        name = extra[0].partition("=")[0].lstrip("-")
+        if not extra[0].startswith("-"):
+            raise OptionError(f"{COMMAND_LINE}: {extra[0]!r} follows no option; an option is given as --name value")
+        _refuse_foreign(schema, name, COMMAND_LINE)
+        if name in parser.flags():
+            raise OptionError(f"{COMMAND_LINE}: {extra[0]} needs two dashes: --{name}", name)
+        raise OptionError(f"{COMMAND_LINE}: {unknown(name, parser.flags())}", name)
+    return [file for files in found.config for file in files], found.flags
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise OptionError(f"{COMMAND_LINE}: {message}")
+
+    def flags(self) -> list[str]:
+        """The long names of all flags."""
+        return [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def _make_parser(schema: Any, term_options: Mapping[str, type]) -> _Parser:
+    parser = _Parser(
+        usage="%(prog)s [-c RECIPE.yaml ...] [--option value ...]",
+        description=inspect.getdoc(schema),
+        epilog="Later words win: defaults, the method, recipes from left to right, flags. In names - and _ are alike. "
+        "A run goes on with other options of the kind machine, but not of the kinds result and shape.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=110),
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-c", "--config", nargs="+", action="append", metavar="RECIPE.yaml", help="files of options; later ones win"
+    )
+    for title, fields in _sections(schema).items():
+        group = parser.add_argument_group(title)
+        for field in fields:
+            _add_flag(group, schema, field, field.name, _aliases(schema))
+    for term, options in term_options.items():
+        group = parser.add_argument_group(f"Term {term}, where the method or a recipe has it")
+        for field in dataclasses.fields(options):
+            _add_flag(group, options, field, f"terms.{term}.{field.name}", _aliases(schema))
+    return parser
+
+
+def _add_flag(group: Any, schema: Any, field: dataclasses.Field[Any], name: str, aliases: Mapping[str, str]) -> None:
+    expected = field_types(schema)[field.name]
+    others = [alias for alias, meant in aliases.items() if meant == name]
+    flags = [f"-{alias}" for alias in others if len(alias) == 1]
+    flags += [f"--{name}", *(f"--{alias}" for alias in others if len(alias) > 1)]
+    text = f"{documentation(schema)[field.name]} (default: {_default_text(field)}; {_kind(field)})"
+    base, inside = typing.get_origin(expected) or expected, typing.get_args(expected)
+    words = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
+    metavar = "|".join(map(str, inside)) if base is Literal else words.get(inside[0] if base is tuple else base, "YAML")
+    group.add_argument(
+        *flags,
+        dest=name,
+        action=_Collect,
+        nargs={bool: "?", tuple: "+"}.get(base),
+        const="true",
+        metavar=metavar,
+        help=text.replace("%", "%%").replace("`", "'").strip(),
+    )
+    if expected is bool:
+        group.add_argument(f"--no_{name}", dest=name, action=_Collect, nargs=0, const="false", help=argparse.SUPPRESS)
+
+
+def _kind(field: dataclasses.Field[Any]) -> str:
+    return field.metadata.get("kind", "result")  # a term's options are plain fields, and results
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    value = default_of(field)
+    if value is dataclasses.MISSING:
+        return "none, it must be given"
+    return "empty" if value in ("", (), {}) else show(value).strip("'")
+
+
+def option_table(schema: type, term_options: Mapping[str, type] | None = None) -> str:
+    """All options as a Markdown table: name, default, kind, documentation."""
+    listed = [("", schema, field) for fields in _sections(schema).values() for field in fields]
+    for term, options in (term_options or {}).items():
+        listed += [(f"terms.{term}.", options, field) for field in dataclasses.fields(options)]
+    rows = ["| option | default | kind | meaning |", "|---|---|---|---|"]
+    for prefix, owner, field in listed:
+        cells = [f"`{prefix}{field.name}`", _default_text(field), _kind(field), documentation(owner)[field.name]]
+        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+# ---- options as plain data ------------------------------------------------------------------------------------------
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """The options as what YAML, JSON and a checkpoint hold: numbers, text, lists and dictionaries."""
+    return {field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_dict(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
+    """The inverse of `to_dict`. An unknown name is refused; one that is missing takes its default."""
+    known = field_types(schema)
+    for key in values:
+        if key not in known:
+            raise unknown(key, known)
+    return schema(**{key: read(value, known[key], key) for key, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An option that changes what a run computes, by dotted name, with its two values."""
+
+    name: str
+    old: Any
+    new: Any
+    kind: str
+
+
+def differences(schema: type, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """What two `to_dict`s differ in, options of the kind machine apart. A name that is missing stands for its default.
+
+    Each option of a term is a result. A term that only one of the two has is a single difference of the kind shape,
+    with None for the other.
+    """
+    found = []
+    for field in dataclasses.fields(schema):
+        before, after = (_plain(values.get(field.name, default_of(field))) for values in (old, new))
+        if field.name == "terms":
+            for term in dict.fromkeys([*before, *after]):
+                found += _term_differences(f"terms.{term}", before.get(term), after.get(term))
+        elif _kind(field) != "machine" and before != after:
+            found.append(Difference(field.name, before, after, _kind(field)))
+    return found
+
+
+def _term_differences(name: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -> list[Difference]:
+    if old is None or new is None:
+        return [Difference(name, old, new, "shape")]
+    changed = [option for option in dict.fromkeys([*old, *new]) if old.get(option) != new.get(option)]
+    return [Difference(f"{name}.{option}", old.get(option), new.get(option), "result") for option in changed]
