@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from util.schema import (
     Difference,
@@ -42,10 +42,13 @@ __all__ = [
     "nearest",
     "option_table",
     "parse",
+    "resolve_batch",
     "result",
     "shape",
     "to_dict",
 ]
+
+Run = TypeVar("Run", bound="RunOptions")
 
 TORCHRUN = "use torchrun, which starts the processes and tells each its rank"
 
@@ -200,7 +203,7 @@ class RunOptions:
         for term, options in getattr(self, "terms", {}).items():
             kinds.update({f"terms.{term}.{option}": "result" for option in options})
         for name in self.allow_change:
-            require(name in kinds, f"no option {name!r} here. {nearest(name, kinds)}".rstrip(), "allow_change")
+            require(name in kinds, f"no option {name!r} here; {nearest(name, kinds)}".rstrip("; "), "allow_change")
             require(kinds[name] != "shape", f"{name} shapes the model: it cannot change within a run", "allow_change")
 
 
@@ -255,3 +258,28 @@ class PretrainOptions(RunOptions):
         require(self.min_scale > 0, "must be more than 0, or a crop is empty", "min_scale")
         require(self.mask_ratio > 0, "0 hides nothing, and nothing is left to learn", "mask_ratio")
         require(self.mask_ratio < 1, "1 keeps nothing for the encoder", "mask_ratio")
+
+
+def resolve_batch(options: Run, processes: int) -> Run:
+    """The same options with total_batch_size, batch_size and accum_iter worked out for so many processes.
+
+    total = batch_size x accum_iter x processes, whichever of them are given; OptionError when it cannot be.
+    """
+    total, batch, accum = options.total_batch_size, options.batch_size, options.accum_iter
+    if not total:
+        batch, accum = batch or 64, accum or 1
+        total = batch * accum * processes
+    share = total // processes
+    if not batch and accum:
+        batch = share // accum
+    elif not batch:
+        batch = max(size for size in range(1, 257) if share % size == 0)
+    accum = accum or share // batch
+    asked = [f"{name} {getattr(options, name)}" for name in ("batch_size", "accum_iter") if getattr(options, name)]
+    advice = f"; each process takes {share}, which batch_size must divide" if share * processes == total else ""
+    require(
+        0 < total == batch * accum * processes,
+        f"{total} does not divide into {' x '.join([*asked, f'{processes} processes'])}{advice}",
+        *("total_batch_size", "batch_size", "accum_iter"),
+    )
+    return dataclasses.replace(options, total_batch_size=total, batch_size=batch, accum_iter=accum)

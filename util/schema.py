@@ -89,7 +89,7 @@ def documentation(schema: Any) -> dict[str, str]:
     """The string that stands under each field, its own or the one it inherits; "" where there is none."""
     found = dict.fromkeys(field_types(schema), "")
     for owner in reversed(schema.__mro__):
-        if not dataclasses.is_dataclass(owner):
+        if "__dataclass_fields__" not in owner.__dict__:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
