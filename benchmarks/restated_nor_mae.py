@@ -60,7 +60,9 @@ class RestatedNoRMAE(RestatedMAE):
         self.weight, self.amp = weight, amp
         grid = self.patch_embed.grid_size
         if grid[0] != grid[1] or grid[0] < 3:
-            raise ValueError(f"the restated step knows square grids of 3 x 3 patches and more, not {grid[0]} x {grid[1]}")
+            raise ValueError(
+                f"the restated step needs a square grid of 3 x 3 patches or more, not {grid[0]} x {grid[1]}"
+            )
         self.neighbors_L8 = wrapped_neighbors(grid[0])  # on the CPU, as released
 
     def companions(self, tokens_NLD: Tensor) -> Tensor:

@@ -117,17 +117,17 @@ def restated(setting: Setting, model_class: type[RestatedMAE], **more: object) -
 
 
 VARIANTS: dict[str, Callable[[Setting], Step]] = {
+    "restated_mae": lambda setting: restated(setting, RestatedMAE),
     "mae": lambda setting: OurStep(setting, "mae", compiled=False),
+    "restated_nor": lambda setting: restated(setting, RestatedNoRMAE, amp=AMP[setting.amp]),
     "nor": lambda setting: OurStep(setting, "nor_mae", compiled=False),
     "mae+compile": lambda setting: OurStep(setting, "mae", compiled=True),
     "nor+compile": lambda setting: OurStep(setting, "nor_mae", compiled=True),
-    "restated_mae": lambda setting: restated(setting, RestatedMAE),
-    "restated_nor": lambda setting: restated(setting, RestatedNoRMAE, amp=AMP[setting.amp]),
 }
 
 
 def clock_of(setting: Setting) -> tuple[str, Callable[[], float]]:
-    """One CPU thread is timed by its CPU time, which other programs on the machine disturb least; all else by the wall."""
+    """One CPU thread is timed by its CPU time, which other programs disturb least; all else by the wall."""
     if setting.device == "cpu" and setting.threads == 1:
         return "CPU time", time.process_time
     return "wall time", time.perf_counter
@@ -173,7 +173,8 @@ def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None] =
                 steps[name](images, noise)
             wait(device)
             seconds[name].append((clock() - begin) / setting.steps)
-        say(f"round {number + 1} of {setting.rounds}: " + ", ".join(f"{name} {seconds[name][-1]:.3f} s" for name in names))
+        newest = ", ".join(f"{name} {seconds[name][-1]:.3f} s" for name in names)
+        say(f"round {number + 1} of {setting.rounds}: {newest}")
     return {"clock": clock_name, "seconds": seconds, "peak_bytes": memory}
 
 
@@ -218,21 +219,23 @@ def markdown(result: Mapping) -> str:
     """The figures as a table: one row a variant, one column a baseline."""
     setting, where, seconds = result["setting"], result["machine"], result["seconds"]
     names = list(seconds)
+    memory = ["peak MiB over rest"] if result["peak_bytes"] else []
+    columns = ["variant", "s / step", *memory, *names]
     lines = [
         f"# Step time: ViT-{setting['size'].capitalize()}/{setting['patch_size']} at {setting['input_size']} px, "
         f"decoder depth {setting['decoder_depth']}",
         "",
         f"{where['device']}, {where['date']}, torch {where['torch']}, timm {where['timm']}, commit {where['commit']}. "
-        f"Batch {setting['batch_size']}, amp {setting['amp']}, {setting['threads']} CPU threads, {setting['rounds']} rounds "
-        f"of {setting['steps']} steps, {result['clock']}.",
+        f"Batch {setting['batch_size']}, amp {setting['amp']}, CPU threads: {setting['threads']}, "
+        f"rounds: {setting['rounds']} of {setting['steps']} step(s), {result['clock']}.",
         "Medians over rounds; ratios are taken within a round, with their quartiles. A row's time / the column's time.",
         "",
-        "| variant | s / step | " + ("peak MiB over rest | " if result["peak_bytes"] else "") + " | ".join(names) + " |",
-        "|---" * (len(names) + 2 + bool(result["peak_bytes"])) + "|",
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
     ]
     for name in names:
         cells = [name, f"{quartiles(seconds[name])['median']:.4f}"]
-        if result["peak_bytes"]:
+        if memory:
             cells.append(f"{result['peak_bytes'][name] / 2**20:.0f}")
         for other in names:
             if other == name:
@@ -249,7 +252,9 @@ def parse(argv: Sequence[str] | None) -> tuple[Setting, list[str], Path]:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", default=["restated_mae", "mae", "nor"], choices=VARIANTS, metavar="NAME")
+    parser.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS)[:4], choices=VARIANTS, help="what is timed", metavar="NAME"
+    )
     parser.add_argument("--size", default=default.size, choices=["tiny", "small", "base", "large", "huge"])
     for name, text in {
         "patch_size": "side of a patch in pixels",
@@ -265,15 +270,16 @@ def parse(argv: Sequence[str] | None) -> tuple[Setting, list[str], Path]:
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=text)
     parser.add_argument("--device", default=default.device, help="cpu or cuda")
     parser.add_argument("--amp", default=default.amp, choices=AMP)
-    parser.add_argument("--raw_pixels", action="store_true", help="raw pixels as targets, not pixels normalised by patch")
-    parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it (default: benchmarks/results/)")
+    parser.add_argument("--raw_pixels", action="store_true", help="targets that are not normalised by patch")
+    parser.add_argument("--output", type=Path, help="JSON file, the table goes beside it; None: in benchmarks/results/")
     given = vars(parser.parse_args(argv))
     names = list(dict.fromkeys(given.pop("variants")))
     output = given.pop("output")
     setting = Setting(norm_pix_loss=not given.pop("raw_pixels"), **given)
     if output is None:
-        name = f"step_{setting.device.split(':')[0]}_{setting.size}{setting.patch_size}_b{setting.batch_size}_{setting.amp}"
-        output = PROJECT / "benchmarks" / "results" / f"{name}.json"
+        device, size = setting.device.split(":")[0], f"{setting.size}{setting.patch_size}"
+        name = f"step_{device}_{size}_b{setting.batch_size}_{setting.amp}.json"
+        output = PROJECT / "benchmarks" / "results" / name
     return setting, names, output
 
 

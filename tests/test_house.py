@@ -1,0 +1,127 @@
+"""The plan of the house: who imports whom, and a few rules that no linter knows."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import methods
+from tools import option_table
+
+PROJECT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(
+    path for room in ("*", "util/**/*", "tools/**/*", "benchmarks/**/*") for path in PROJECT.glob(f"{room}.py")
+)
+
+
+def module_name(path):
+    return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+# What a module of each room may import from this project. The first pattern that fits a module's name is its room.
+ROOMS = [
+    (r"main_\w+", r"engine_\w+|methods|util(\.\w+)?"),
+    (r"tools(\.\w+)?", r"tools(\.\w+)?|engine_\w+|methods|util(\.\w+)?"),
+    (r"benchmarks(\.\w+)?", r".*"),
+    (r"engine_\w+", r"util(\.\w+)?"),
+    (r"methods", r"models_\w+|util(\.\w+)?"),
+    (r"models_vit", r"nothing"),
+    (r"models_mae", r"models_vit"),
+    (r"models_\w+", r"models_mae|models_vit"),  # one paper a file: terms do not import each other
+    (r"util(\.\w+)?", r"util(\.\w+)?"),
+]
+
+
+def trees():
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def imported(tree):
+    """Names of all modules that a file imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: say the module's whole name"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports():
+    return {name: sorted(set(imported(tree)) & MODULES.keys() - {name}) for name, tree in trees().items()}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_the_rooms_below(name):
+    room = next((allowed for pattern, allowed in ROOMS if re.fullmatch(pattern, name)), None)
+    assert room is not None, f"{name}.py belongs to no room of the plan"
+    wrong = [other for other in own_imports()[name] if not re.fullmatch(room, other)]
+    assert not wrong, f"{name} imports {', '.join(wrong)}"
+
+
+def test_nothing_imports_in_a_circle():
+    imports = own_imports()
+    finished: set[str] = set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in finished:
+            for other in imports[name]:
+                visit(other, [*path, name])
+            finished.add(name)
+
+    for name in imports:
+        visit(name, [])
+
+
+def test_the_plan_would_notice_a_wrong_import():
+    tree = ast.parse("def f():\n    from models_mae import Term\n")
+    assert "models_mae" in set(imported(tree))
+    engine = next(allowed for pattern, allowed in ROOMS if re.fullmatch(pattern, "engine_pretrain"))
+    assert not re.fullmatch(engine, "models_mae")
+
+
+def test_every_module_opens_with_what_it_is_for():
+    everywhere = {**MODULES, **{f"tests/{path.name}": path for path in sorted((PROJECT / "tests").glob("*.py"))}}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in everywhere.items()}
+    assert not [name for name, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))]
+
+
+def test_nothing_prints():
+    calls = {
+        f"{name}:{node.lineno}"
+        for name, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert not calls
+
+
+def test_everything_imported_is_in_the_requirements():
+    names = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+    pinned = re.findall(r"^([\w-]+)==\S+$", (PROJECT / "requirements.txt").read_text(), re.MULTILINE)
+    used = {name.split(".")[0] for tree in trees().values() for name in imported(tree)}
+    own = {name.split(".")[0] for name in MODULES}
+    foreign = {names.get(name, name) for name in used - own - set(sys.stdlib_module_names)}
+    assert foreign <= set(pinned), f"not pinned in requirements.txt: {sorted(foreign - set(pinned))}"
+
+
+def test_the_readme_shows_every_option_as_it_is():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert option_table.filled(readme) == readme, f"run: {option_table.COMMAND}"
+
+
+def test_the_readme_names_only_files_tests_and_methods_that_exist():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    rooms = r"(?:configs|scripts|tools|benchmarks|tests|util|requirements)"
+    for file in set(re.findall(rf"\b({rooms}/[\w./-]+\.\w+)|`(\w+\.(?:py|sh))`", readme)):
+        assert (PROJECT / "".join(file)).exists(), f"README names {''.join(file)}"
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in PROJECT.glob("tests/*.py"))
+    for test in set(re.findall(r"`(test_\w+)`", readme)):
+        assert f"def {test}(" in tests, f"README names {test}"
+    for method in set(re.findall(r"--method (\w+)", readme)):
+        assert method in methods.METHODS, f"README names the method {method}"

@@ -1,0 +1,1 @@
+"""Things done to finished or future runs; each file is a command."""
