@@ -1,0 +1,448 @@
+"""From a source of images to the batches of a run, in an order that no machine detail can change.
+
+What a batch holds is a function of (seed, epoch, position) alone. The epoch's order is one permutation; a global batch
+is a stretch of it, however many processes, accumulation steps or workers share it. Each sample's augmentation and mask
+noise are drawn from (seed, epoch, index). So workers carry no state, any optimizer step of any epoch can be started at
+directly, and a run stopped anywhere goes on with exactly the images that it would have seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import multiprocessing
+import random
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from util.images import BadImage, Transform, eval_transform, pretrain_transform
+from util.sources import Source, open_source
+
+__all__ = [
+    "Batch", "Batches", "EvalSamples", "NothingReadableError", "Source", "TrainSamples", "allowed_bad", "eval_batches",
+    "eval_transform", "mix", "open_source", "pixel_statistics", "pretrain_transform",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+TRIES = 100  # unreadable images in a row before a sample gives up
+IGNORED_BY_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the main process handles them
+ORDER, AUGMENTATION, NOISE = range(3)  # independent streams of random numbers
+
+
+class NothingReadableError(ValueError):
+    """A sample could not be replaced: the images after it cannot be read either."""
+
+
+def mix(*words: int) -> int:
+    """A well-spread 63-bit number from whole numbers, cheap enough for every sample (SplitMix64, one round a word)."""
+    mask, state = 0xFFFFFFFFFFFFFFFF, 0
+    for word in words:
+        state = ((state ^ (word & mask)) + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+def _generator(*words: int) -> torch.Generator:
+    return torch.Generator().manual_seed(mix(*words))
+
+
+def pixel_statistics(in_chans: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> tuple[tuple, tuple]:
+    """(mean, std) per channel, of pixels in 0..1: as given, or ImageNet's for 3 channels and 0.5 for other numbers."""
+    rgb = in_chans == 3
+    default_mean, default_std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if rgb else ((0.5,) * in_chans,) * 2
+    return tuple(mean) or default_mean, tuple(std) or default_std
+
+
+@functools.lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`[C, 1, 1]` on the device, made once: making it for every batch would wait for the device each time."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One row of a batch, as its fields say there."""
+
+    image: Tensor
+    label: int | None
+    noise: Tensor | None
+    index: int
+    problems: list[tuple[str, str]]
+
+
+@dataclass
+class Batch:
+    """Samples side by side.
+
+    images    uint8 `[n, C, H, W]` from the loader; float32, normalised, after `to`
+    labels    int64 `[n]`, or None where the source has none
+    noise     float32 `[n, R, L]` in 0..1, or None
+    index     int64 `[n]`: which image was asked for (one that was unreadable is replaced, label and all)
+    problems  (path, reason) of the images that were unreadable
+    mean, std of each channel
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    noise: Tensor | None
+    index: Tensor
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on the device, its images normalised there: bytes travel, a quarter of the floats."""
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        if moved.images.dtype == torch.uint8:
+            images = moved.images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+            mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
+            moved.images = images.sub_(mean).div_(std)
+        return moved
+
+    def pin_memory(self) -> Batch:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        labels = None if self.labels is None else change(self.labels)
+        noise = None if self.noise is None else change(self.noise)
+        return replace(self, images=change(self.images), labels=labels, noise=noise, index=change(self.index))
+
+
+def collate(samples: list[Sample], mean: tuple[float, ...], std: tuple[float, ...]) -> Batch:
+    """Samples as one batch. Images leave the resize with channels last and stay so: stacking is then a plain copy."""
+    images_NHWC = torch.stack([sample.image.permute(1, 2, 0) for sample in samples])
+    labels = [sample.label for sample in samples if sample.label is not None]
+    noise = [sample.noise for sample in samples if sample.noise is not None]
+    return Batch(
+        images=images_NHWC.permute(0, 3, 1, 2),
+        labels=torch.tensor(labels) if labels else None,
+        noise=torch.stack(noise) if noise else None,
+        index=torch.tensor([sample.index for sample in samples]),
+        problems=[problem for sample in samples for problem in sample.problems],
+        mean=mean,
+        std=std,
+    )
+
+
+class Samples(Protocol):
+    """What a loader needs: a whole batch by its keys. An exception that the user should read is handed back as a value,
+    because one raised in a worker arrives wrapped in a traceback."""
+
+    def __getitems__(self, keys: Sequence[Any]) -> Batch | NothingReadableError: ...
+
+
+class TrainSamples(Dataset):
+    """Augmented images with mask noise, by (epoch, index): the same key is always the same sample.
+
+    noise_shape  (R, L): rows of noise for each image and its number of patches; None for no noise
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        seed: int,
+        noise_shape: tuple[int, int] | None,
+        *,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ):
+        self.source, self.transform, self.seed, self.noise_shape = source, transform, seed, noise_shape
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of (epoch, index). An unreadable image is replaced by the source's next readable one, label and
+        all, and reported; the randomness stays that of the key."""
+        epoch, index = key
+        image, shown, problems = self._read(index)
+        seed = mix(self.seed, epoch, index, AUGMENTATION)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every accelerator, for each sample
+        np.random.seed(seed & 0xFFFFFFFF)
+        random.seed(seed)
+        pixels = self.transform(image)
+        noise = None
+        if self.noise_shape is not None:  # from a stream of its own: however much the augmentation has drawn
+            noise = torch.rand(self.noise_shape, generator=_generator(self.seed, epoch, index, NOISE))
+        label = None if self.source.labels is None else int(self.source.labels[shown])
+        return Sample(pixels, label, noise, index, problems)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | NothingReadableError:
+        try:
+            return collate([self[key] for key in keys], self.mean, self.std)
+        except NothingReadableError as error:
+            return error
+
+    def _read(self, index: int) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
+        """(image, its index, problems): the image at `index` or the next readable one."""
+        problems: list[tuple[str, str]] = []
+        for shown in (number % len(self.source) for number in range(index, index + min(TRIES, len(self.source)))):
+            try:
+                return self.source.read(shown), shown, problems
+            except BadImage as error:
+                problems.append((error.path, error.reason))
+        raise NothingReadableError(f"{len(problems)} images in a row cannot be read, from {': '.join(problems[0])}")
+
+
+class EvalSamples(Dataset):
+    """Images without randomness, by index. Unreadable ones are left out of the batch and reported, never replaced."""
+
+    def __init__(self, source: Source, transform: Transform, *, mean: Sequence[float], std: Sequence[float]):
+        self.source, self.transform = source, transform
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        label = None if self.source.labels is None else int(self.source.labels[index])
+        return Sample(self.transform(self.source.read(index)), label, None, index, [])
+
+    def __getitems__(self, keys: Sequence[int]) -> Batch | NothingReadableError:
+        samples, problems = [], []
+        for key in keys:
+            try:
+                samples.append(self[key])
+            except BadImage as error:
+                problems.append((error.path, error.reason))
+        if not samples:
+            return NothingReadableError(f"not one of {len(problems)} images can be read, from {': '.join(problems[0])}")
+        batch = collate(samples, self.mean, self.std)
+        batch.problems = problems
+        return batch
+
+
+class Loader:
+    """Batches by their keys, from worker processes or (num_workers 0) in this one, in the order of the keys.
+
+    Workers live until `stop`, ignore the signals that the main process handles, and hold no state: one that dies is
+    replaced, together with the others, and loading goes on where it was.
+    """
+
+    def __init__(self, samples: Samples, num_workers: int, pin_memory: bool):
+        self.samples, self.num_workers = samples, num_workers
+        self.pin_memory = pin_memory and torch.cuda.is_available()
+        self._processes: list[Any] = []
+        self._loader: DataLoader | None = None
+        self._keys: Iterator[list] = iter(())
+        # A worker ignores the polite signal that ends forgotten children at exit, so this process must not forget them.
+        self._finalizer = weakref.finalize(self, _kill, self._processes)
+
+    def batches(self, count: int, keys: Callable[[int], list]) -> Iterator[Batch]:
+        """Batches 0 to `count`; `keys(n)` are the samples of batch n."""
+        if self.num_workers == 0:
+            for n in range(count):
+                with _own_randomness():
+                    batch = _unless_error(self.samples.__getitems__(keys(n)))
+                yield batch.pin_memory() if self.pin_memory else batch
+            return
+        done, retried = 0, False
+        while done < count:
+            try:
+                for batch in self._from_workers(count, keys, start=done):
+                    done += 1
+                    yield _unless_error(batch)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                self.stop()
+                if retried:
+                    raise RuntimeError(
+                        f"data loading workers died twice in one epoch ({error}). Most often memory ran out: "
+                        f"try fewer than num_workers {self.num_workers}, or a larger /dev/shm; with num_workers 0 the main process "
+                        "loads, and shows the error itself"
+                    ) from error
+                retried = True
+                log.warning("%s; starting all %d workers again where they were", error, self.num_workers)
+
+    def stop(self) -> None:
+        """End the workers. They hold nothing that would be lost."""
+        self._loader = None
+        _kill(self._processes)
+
+    def _from_workers(self, count: int, keys: Callable[[int], list], start: int) -> Iterator[Batch]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                self.samples,  # type: ignore[arg-type]  # it has __getitems__, which is all that is called
+                batch_sampler=_Feed(self),
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,
+                pin_memory=self.pin_memory,
+                worker_init_fn=_ignore_signals,
+                persistent_workers=True,
+                generator=torch.Generator(),  # or each epoch's start would draw from the main process's random numbers
+            )
+        self._keys = (keys(n) for n in range(start, count))
+        with _safe_to_start_workers():
+            before = set(multiprocessing.active_children())
+            iterator = iter(self._loader)
+            self._processes += set(multiprocessing.active_children()) - before
+        yield from iterator
+
+
+class _Feed:
+    """The batch sampler of a loader that outlives its epochs: whatever keys the loader has now."""
+
+    def __init__(self, loader: Loader):
+        self.loader = weakref.proxy(loader)
+
+    def __iter__(self) -> Iterator[list]:
+        return self.loader._keys
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+    processes.clear()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _unless_error(batch: Batch | NothingReadableError) -> Batch:
+    if isinstance(batch, NothingReadableError):
+        raise batch
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in IGNORED_BY_WORKERS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_BY_WORKERS)
+
+
+@contextlib.contextmanager
+def _safe_to_start_workers() -> Iterator[None]:
+    """Start worker processes without a moment in which a signal could end one, or a death could strike this process.
+
+    Signals stay blocked until the newborn ignores them. And torch's handler for the death of a child is taken out
+    again: it raises wherever the main process happens to be, in the middle of an update too. The loader itself notices
+    a death within seconds, when it waits for the next batch.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    on_child = signal.getsignal(signal.SIGCHLD)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_BY_WORKERS)
+    try:
+        yield
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextlib.contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Samples are seeded one by one; loaded in the main process, they must not disturb its random numbers."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+class Batches:
+    """A rank's share of every epoch.
+
+    Global batch b of T = batch_size x accum x world_size images is positions b T to (b + 1) T of the epoch's
+    permutation. Its micro step a on rank r takes `batch_size` positions from b T + (a world_size + r) batch_size on.
+    The images that fill no global batch are left out of the epoch (another permutation leaves out others).
+    """
+
+    def __init__(
+        self,
+        samples: TrainSamples,
+        *,
+        batch_size: int,
+        accum: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.total = batch_size * accum * world_size
+        self.steps_per_epoch = len(samples) // self.total
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{len(samples)} images are too few for one optimizer step of {self.total} "
+                f"(batch_size {batch_size} x accum_iter {accum} x {world_size} processes)"
+            )
+        self.images, self.batch_size, self.accum = len(samples), batch_size, accum
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.wait_seconds = 0.0  # spent waiting for data
+        self._loader = Loader(samples, num_workers, pin_memory)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The epoch's micro-batches from optimizer step `start_step` on, `accum` a step; skipped ones are not read."""
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"step {start_step} of an epoch of {self.steps_per_epoch} steps")
+        rows = self._rows(epoch)[start_step * self.accum :]
+        stream = self._loader.batches(len(rows), lambda n: [(epoch, index) for index in rows[n].tolist()])
+        while True:
+            began = time.perf_counter()
+            batch = next(stream, None)
+            self.wait_seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def reset_wait(self) -> None:
+        self.wait_seconds = 0.0
+
+    def close(self) -> None:
+        """End the workers; they start again when an epoch is asked for."""
+        self._loader.stop()
+
+    def _rows(self, epoch: int) -> Tensor:
+        """`[micro steps, batch_size]`: the images of each of this rank's micro-batches."""
+        order = torch.randperm(self.images, generator=_generator(self.seed, epoch, ORDER))
+        used = order[: self.steps_per_epoch * self.total]
+        return used.view(-1, self.world_size, self.batch_size)[:, self.rank]
+
+
+def eval_batches(
+    samples: EvalSamples,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    indices: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """All samples once, or those of `indices` (a rank's share, say), in order."""
+    chosen = np.arange(len(samples)) if indices is None else np.asarray(indices)
+    loader = Loader(samples, num_workers, pin_memory)
+    try:
+        count = math.ceil(len(chosen) / batch_size)
+        yield from loader.batches(count, lambda n: chosen[n * batch_size : (n + 1) * batch_size].tolist())
+    finally:
+        loader.stop()
+
+
+def allowed_bad(max_bad_fraction: float, n: int) -> int:
+    """How many of n images may be unreadable: the fraction of them, rounded up."""
+    return math.ceil(max_bad_fraction * n - 1e-9)  # 0.07 x 100 is 7.000000000000001

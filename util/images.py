@@ -1,0 +1,188 @@
+"""One image: from a file's bytes to uint8 pixels, and from pixels to the crop a model sees.
+
+Everything that can be wrong with a file ends as one exception, `BadImage`, with the reason in words. EXIF orientation
+is ignored, as torchvision and MAE ignore it: pixels are taken as they lie in the file. Crops are cut and resized as
+uint8 tensors, which is Pillow's antialiased bicubic to a level or so, several times faster, and works for any number of
+channels; they become floats on the device (`util.data.Batch.to`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as pixels
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .npy".split()
+)
+PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> the Pillow mode that has them
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of MAE's random crops, columns to rows
+
+Transform = Callable[[np.ndarray | Image.Image], Tensor]
+
+
+class BadImage(Exception):  # noqa: N818 - it says what the file is
+    """A file that cannot be read as an image: `path` and `reason`."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image (contents are only looked at when it is read)."""
+    dot = name.rfind(".")
+    return dot > 0 and not name.startswith(".") and name[dot:].lower() in SUFFIXES
+
+
+def read_image(path: str, in_chans: int = 3) -> np.ndarray:
+    """The image file at `path` as uint8 `[H, W, in_chans]`; raises `BadImage`."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise BadImage(path, error.strerror or str(error)) from error
+    return decode(data, in_chans, path)
+
+
+def decode(data: bytes, in_chans: int, name: str) -> np.ndarray:
+    """The bytes of an image file as uint8 `[H, W, in_chans]`; raises `BadImage(name, ...)`.
+
+    This is the place for a faster decoder: try it here for the formats that it reads as Pillow does, and fall through
+    to Pillow for the rest.
+    """
+    with blamed_on(name):
+        if not data:
+            raise ValueError("the file is empty")
+        if data.startswith(b"\x93NUMPY"):
+            return array_pixels(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture_pixels(picture, in_chans)
+
+
+@contextlib.contextmanager
+def blamed_on(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into `BadImage(name, reason)`: on broken bytes a decoder may fail in any way."""
+    try:
+        yield
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(name, "not an image of a known format") from error
+    except Exception as error:
+        raise BadImage(name, str(error) or type(error).__name__) from error
+
+
+def picture_pixels(picture: Image.Image, in_chans: int) -> np.ndarray:
+    """A Pillow image of any mode as uint8 `[H, W, in_chans]`, for 1 (grey), 3 (RGB) or 4 (RGBA) channels.
+
+    Only the first frame of an animation is read. Without a fourth channel transparency is dropped, not blended, as
+    Pillow's and torchvision's conversion to RGB does.
+    """
+    mode = PICTURE_MODES.get(in_chans)
+    if mode is None:
+        raise ValueError(f"a picture ({picture.mode}), where {in_chans} channels need .npy arrays [H, W, {in_chans}]")
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = Image.fromarray(to_uint8(np.asarray(picture)))
+    elif picture.mode in ("P", "PA"):
+        picture = picture.convert("RGBA")  # straight to RGB, Pillow warns about each transparent palette
+    elif picture.mode in ("CMYK", "YCbCr"):
+        picture = picture.convert("RGB")  # Pillow knows no direct way to L or RGBA
+    array_HWC = np.asarray(picture if picture.mode == mode else picture.convert(mode))
+    return array_HWC.reshape(*array_HWC.shape[:2], in_chans)
+
+
+def array_pixels(array: np.ndarray, in_chans: int) -> np.ndarray:
+    """A stored array `[H, W, in_chans]` (or `[H, W]` for one channel) as uint8."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[-1] != in_chans or 0 in array.shape:
+        raise ValueError(f"an array of shape {list(array.shape)} where [H, W, {in_chans}] is needed")
+    if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16, np.bool_):
+        raise ValueError(f"an array of {array.dtype}; bool, uint8, uint16 or floats have a known white")
+    return to_uint8(array)
+
+
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """Scale (never clip) pixel values to 0..255, rounding to nearest.
+
+    bool: 255 is True. Wider integers: 16 bit, 65535 is white. Floats: white is 1, 255 or 65535, the first of these that
+    the image does not exceed.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 65535):  # also true of NaN
+        raise ValueError(
+            f"pixel values from {low} to {high}; a known scale is 0..65535, and for floats 0..1 and 0..255"
+        )
+    if values.dtype.kind != "f":
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    scale = 255.0 if high <= 1 else 1.0 if high <= 255 else 1 / 257
+    return np.floor(values.astype(np.float64) * scale + 0.5).astype(np.uint8)
+
+
+def pretrain_transform(input_size: int | tuple[int, int], min_scale: float = 0.2, hflip: float = 0.5) -> Transform:
+    """MAE's augmentation: a random crop of `min_scale` to all of the image's area, resized to `input_size` (rows,
+    columns), and mirrored with probability `hflip`. uint8 `[H, W, C]` in, uint8 `[C, rows, columns]` out."""
+    return functools.partial(_random_crop, size=_rows_columns(input_size), min_scale=min_scale, hflip=hflip)
+
+
+def eval_transform(input_size: int | tuple[int, int], crop_share: float = 224 / 256) -> Transform:
+    """The middle of the image: resized so that `input_size` is `crop_share` of its short side, then cut.
+
+    An image that already has the input's size is left as it is.
+    """
+    return functools.partial(_centre_crop, size=_rows_columns(input_size), crop_share=crop_share)
+
+
+def _rows_columns(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _random_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], min_scale: float, hflip: float) -> Tensor:
+    array_HWC = _array(image)
+    extent = torch.empty(1).expand(1, *array_HWC.shape[:2])  # get_params reads its shape and nothing else
+    top, left, rows, columns = RandomResizedCrop.get_params(extent, [min_scale, 1.0], list(ASPECT_RATIOS))
+    crop_CHW = _resize(_tensor(array_HWC[top : top + rows, left : left + columns]), size)
+    return crop_CHW.flip(-1) if torch.rand(()) < hflip else crop_CHW
+
+
+def _centre_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], crop_share: float) -> Tensor:
+    image_CHW = _tensor(_array(image))
+    rows, columns = image_CHW.shape[1:]
+    if (rows, columns) == size:
+        return image_CHW
+    inner_rows, inner_columns = (int(side / crop_share) for side in size)
+    if inner_rows * columns >= inner_columns * rows:  # the rows are what is short
+        inner_columns = int(inner_rows * columns / rows)
+    else:
+        inner_rows = int(inner_columns * rows / columns)
+    return pixels.center_crop(_resize(image_CHW, (inner_rows, inner_columns)), list(size))
+
+
+def _array(image: np.ndarray | Image.Image) -> np.ndarray:
+    """`[H, W, C]`, of a Pillow image too (1 or 4 channels where it has them, else 3)."""
+    if isinstance(image, np.ndarray):
+        return image
+    return picture_pixels(image, {"L": 1, "RGBA": 4}.get(image.mode, 3))
+
+
+def _tensor(array_HWC: np.ndarray) -> Tensor:
+    """`[C, H, W]`, channels last in memory; copied where it must be, since torch shares no read-only memory."""
+    return torch.from_numpy(np.require(array_HWC, requirements=["C", "W"])).permute(2, 0, 1)
+
+
+def _resize(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
+    return pixels.resize(image_CHW, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)

@@ -1,0 +1,569 @@
+"""Where images come from: folders, list files, tar shards, torchvision's and Hugging Face's data sets, embedded digits.
+
+Every store becomes the same thing, a `Source`: names, labels where there are any, and a function that reads one image
+by its number. All are random access, so a run resumes exactly on any of them; streaming readers cannot do that and are
+refused. What could be ambiguous (is this folder labelled?) is decided by a stated rule and said in the log.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import glob
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
+
+from util.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_image
+
+log = logging.getLogger(__name__)
+
+IMAGENET100 = Path(__file__).resolve().parent.parent / "configs" / "imagenet100.txt"
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}  # in folders and shards
+LARGEST_LABEL = 1_000_000  # of a list file's numbers: beyond it they are ids, not class numbers
+
+
+class Names(Sequence[str]):
+    """Many strings in one block of bytes.
+
+    Loader workers are forked and share the main process's memory until somebody writes to it. Reading a `str` writes
+    its reference count, so workers that walk through a list of a million paths copy all of it, each for itself. Two
+    large objects without pointers inside stay shared, and are small.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self.text = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.text[start : self.ends[index]])
+
+
+@dataclass
+class Source:
+    """Images in a fixed order.
+
+    names     path (relative to the data folder) or id of each image
+    read      number of an image -> uint8 `[H, W, C]`; raises `util.images.BadImage`
+    labels    int64 `[n]`, or None
+    classes   the labels' names, or None
+    selection sha256 of the class list that chose them, or ""
+    """
+
+    names: Sequence[str]
+    read: Callable[[int], np.ndarray]
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
+    selection: str = ""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of names, labels and class list: the same wherever the folder lies, another if an image is added."""
+        digest = hashlib.sha256(self.selection.encode())
+        for name in self.names:
+            digest.update(os.fsencode(name) + b"\0")
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def open_source(
+    dataset: str, data_path: str, split: str = "train", *, in_chans: int = 3, class_list: str | Sequence[str] = ""
+) -> Source:
+    """Open the images that `dataset` and `data_path` name; `split` is "train" or "val". Errors are ValueErrors.
+
+    dataset           data_path      what is read
+    auto              anything       digits, a list (.txt), a tar shard (.tar) or a folder, by the look of data_path
+    folder            DATA           DATA/train/<class>/*, DATA/<class>/*, or images in any other order, unlabelled
+    digits            -              scikit-learn's 1797 handwritten digits, 8 x 8 pixels
+    LIST.txt          "" or DATA     a path a line, perhaps with a label; relative to DATA, or else to the list
+    torch/cifar10 ... DATA           one of torchvision's data sets, already unpacked there
+    hfds/NAME         "" or a cache  a Hugging Face data set (package `datasets`), which downloads what it lacks
+    wds, wds/SHARDS   DATA           tar shards of WebDataset or of class folders; SHARDS may hold * and {00..99}
+
+    `class_list` keeps these classes of a folder, labelled in that order: a file of folder names, one a line, the word
+    `imagenet100`, or a sequence (such as the training split's `classes`).
+    """
+    if dataset == "auto":
+        dataset, data_path = _guess(data_path)
+    if class_list and dataset != "folder":
+        raise ValueError(f"class_list chooses among class folders and does not apply to dataset {dataset!r}")
+    kind, _, name = dataset.partition("/")
+    if dataset == "folder":
+        source = _open_folder(data_path, split, in_chans, class_list)
+    elif dataset == "digits":
+        source = _open_digits(split, in_chans)
+    elif dataset.endswith(".txt"):
+        source = _open_list(dataset, data_path, split, in_chans)
+    elif kind == "torch" and name:
+        source = _open_torchvision(name.lower(), data_path, split, in_chans)
+    elif kind == "hfds" and name:
+        source = _open_hugging_face(name, data_path, split, in_chans)
+    elif kind == "wds":
+        source = _open_shards(name, data_path, split, in_chans)
+    elif kind in ("hfids", "tfds"):
+        raise ValueError(
+            f"dataset {dataset!r} is a stream, which cannot be resumed at an exact image. Use hfds/NAME (Hugging Face, "
+            "random access), wds (tar shards, indexed at the start) or a folder"
+        )
+    else:
+        known = ["auto", "folder", "digits", "wds", *(f"torch/{name}" for name in TORCHVISION)]
+        close = get_close_matches(dataset, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown dataset {dataset!r}{hint} (auto, folder, digits, LIST.txt, torch/, hfds/, wds/)")
+    if in_chans not in PICTURE_MODES and not any(name.lower().endswith(".npy") for name in source.names[:1000]):
+        raise ValueError(f"in_chans {in_chans} needs .npy arrays [H, W, {in_chans}]; pictures give 1, 3 or 4 channels")
+    return source
+
+
+def _guess(data_path: str) -> tuple[str, str]:
+    """The dataset and data path that dataset "auto" stands for."""
+    if not data_path:
+        raise ValueError("no data: give --data_path FOLDER (or the word `digits`)")
+    if data_path == "digits":
+        return "digits", ""
+    if data_path.endswith(".txt"):
+        return data_path, ""
+    if data_path.endswith(".tar"):
+        return f"wds/{os.path.basename(data_path)}", os.path.dirname(data_path) or "."
+    return "folder", data_path
+
+
+def _said(source: Source, what: str, why: str) -> Source:
+    """The source, after a line in the log about what was found and how it was read."""
+    labels = "no labels" if source.labels is None else f"{len(source.classes or [])} classes"
+    log.info("data: %s: %d images, %s (%s)", what, len(source), labels, why)
+    return source
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _open_folder(data_path: str, split: str, in_chans: int, class_list: str | Sequence[str]) -> Source:
+    root = _split_folder(data_path, split)
+    if class_list:
+        classes, selection = read_class_list(class_list)
+        names, labels = _selected_classes(root, classes)
+        found: list[str] | None = classes
+        why = f"class list {class_list if isinstance(class_list, str) else 'as given'}, sha256 {selection}"
+    else:
+        selection = ""
+        names = sorted(_images_below(root))
+        if not names:
+            raise ValueError(f"no images in {root}: it holds {_contents(root)} (images are .jpg .png .tif .npy ...)")
+        labels, found, why = label_by_folder(names)
+    compact = Names(names)
+    read = functools.partial(_read_file, root, compact, in_chans)
+    return _said(Source(compact, read, labels, found, selection), root, why)
+
+
+def _split_folder(data_path: str, split: str) -> str:
+    """The folder that holds `split`; for "train" that is `data_path` itself when it has no folder of that name."""
+    if not data_path:
+        raise ValueError("no data: give --data_path FOLDER")
+    if not os.path.isdir(data_path):
+        file = "is a file and not a folder (a list of images ends in .txt)"
+        raise ValueError(f"data_path {data_path} {file if os.path.exists(data_path) else 'does not exist'}")
+    names = SPLIT_NAMES.get(split, (split,))
+    for name in names:
+        if os.path.isdir(os.path.join(data_path, name)):
+            return os.path.join(data_path, name)
+    if split == "train":
+        return data_path
+    held = _contents(data_path)
+    raise ValueError(f"no {split} images: {data_path} has no folder {' or '.join(names)}; it holds {held}")
+
+
+def _images_below(root: str) -> list[str]:
+    """Names of all image files below `root`, relative to it, with / between folders. Hidden names are skipped, links
+    followed (a link that leads nowhere counts as an image: it is reported when it is read)."""
+    found, above = [], {root: {os.path.realpath(root)}}  # the real folders on the way to each: loops of links end there
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
+        way = above.pop(folder)
+        inside = {os.path.join(folder, name): name for name in folders if not name.startswith(".")}
+        real = {path: os.path.realpath(path) for path in inside}
+        folders[:] = [name for path, name in inside.items() if real[path] not in way]
+        above.update({path: way | {real[path]} for path, name in inside.items() if name in folders})
+        prefix = os.path.relpath(folder, root).replace(os.sep, "/")
+        prefix = "" if prefix == "." else prefix + "/"
+        found += [prefix + name for name in files if is_image_name(name)]
+    return found
+
+
+def label_by_folder(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None, str]:
+    """(labels, classes, the reading in words) of relative names: labelled exactly if every image is CLASS/IMAGE."""
+    depths = {name.count("/") for name in names}
+    if depths == {1}:
+        folders = [name.split("/")[0] for name in names]
+        classes = sorted(set(folders))
+        number = {name: label for label, name in enumerate(classes)}
+        return np.array([number[folder] for folder in folders], np.int64), classes, "a folder for each class"
+    if depths == {0}:
+        return None, None, "a flat folder"
+    return None, None, f"images lie {min(depths)} to {max(depths)} folders deep, so folders are not taken for classes"
+
+
+def _selected_classes(root: str, classes: list[str]) -> tuple[list[str], np.ndarray | None]:
+    missing = [name for name in classes if not os.path.isdir(os.path.join(root, name))]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(classes)} listed classes have no folder in {root}: {_some(missing)}"
+        )
+    images = [[f"{name}/{image}" for image in sorted(_images_below(os.path.join(root, name)))] for name in classes]
+    empty = [name for name, inside in zip(classes, images, strict=True) if not inside]
+    if empty:
+        raise ValueError(f"{len(empty)} of the {len(classes)} listed classes have no images in {root}: {_some(empty)}")
+    labels = np.repeat(np.arange(len(classes)), [len(inside) for inside in images])
+    return [name for inside in images for name in inside], labels
+
+
+def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
+    """(classes, sha256 of them one a line) of a file, of the word `imagenet100`, or of a sequence of names."""
+    if isinstance(class_list, str):
+        path = IMAGENET100 if class_list == "imagenet100" else Path(class_list)
+        if not path.is_file():
+            raise ValueError(f"class_list {class_list!r} is neither the word imagenet100 nor a file of folder names")
+        classes = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    else:
+        classes = list(class_list)
+    twice = [name for name, count in collections.Counter(classes).items() if count > 1]
+    if twice or not classes:
+        what = f"names {_some(twice)} more than once" if twice else "is empty"
+        raise ValueError(f"class_list {class_list!r} {what}")
+    return classes, hashlib.sha256("".join(f"{name}\n" for name in classes).encode()).hexdigest()
+
+
+def _read_file(root: str, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
+    return read_image(os.path.join(root, names[index]), in_chans)
+
+
+def _contents(folder: str) -> str:
+    """What lies in a folder, for an error message."""
+    with os.scandir(folder) as entries:
+        kinds = collections.Counter(
+            "folders" if entry.is_dir() else Path(entry.name).suffix or "files" for entry in entries
+        )
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# --- list files -------------------------------------------------------------------------------------------------------
+
+
+def _open_list(list_path: str, data_path: str, split: str, in_chans: int) -> Source:
+    """A text file with an image's path a line, perhaps followed by a tab or spaces and a label (a number or a word).
+
+    The val split of `lists/train.txt` is `lists/val.txt`.
+    """
+    path = Path(list_path)
+    if split != "train":
+        path = path.with_name(path.name.replace("train", split))
+        if path == Path(list_path):
+            raise ValueError(f"no {split} images: {list_path} has no `train` in its name to be replaced by `{split}`")
+    if not path.is_file():
+        raise ValueError(f"the list of images {path} does not exist")
+    root = data_path or str(path.parent)
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    rows = [_path_and_label(line) for line in text.splitlines() if line.strip()]
+    if not rows:
+        raise ValueError(f"the list of images {path} is empty")
+    names = Names(name for name, _ in rows)
+    if not any(os.path.exists(os.path.join(root, name)) for name in names[:16]):
+        raise ValueError(f"{path}: none of the first images exists, such as {os.path.join(root, names[0])}")
+    labels, classes = _list_labels(path, [label for _, label in rows])
+    source = Source(names, functools.partial(_read_file, root, names, in_chans), labels, classes)
+    return _said(source, str(path), f"paths relative to {root}")
+
+
+def _path_and_label(line: str) -> tuple[str, str | None]:
+    """Split a list's line. Spaces may also be part of a path: a line that ends like an image's name has no label."""
+    if "\t" in line:
+        path, label = line.rsplit("\t", 1)
+        return path.strip(), label.strip()
+    line = line.strip()
+    parts = line.rsplit(None, 1)
+    if len(parts) == 1 or is_image_name(os.path.basename(line)):
+        return line, None
+    return parts[0], parts[1]
+
+
+def _list_labels(path: Path, words: list[str | None]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Numbers stand for themselves, other words are numbered in alphabetical order."""
+    given = [word for word in words if word is not None]
+    if not given:
+        return None, None
+    if len(given) < len(words):
+        raise ValueError(
+            f"{path}: {len(given)} of {len(words)} images have a label, number {words.index(None) + 1} has none"
+        )
+    if all(word.isdecimal() for word in given):
+        labels = np.array([int(word) for word in given], np.int64)
+        if labels.max() > LARGEST_LABEL:
+            raise ValueError(f"{path}: label {labels.max()} is too large for the number of a class")
+        return labels, [str(label) for label in range(labels.max() + 1)]
+    classes = sorted(set(given))
+    number = {name: label for label, name in enumerate(classes)}
+    return np.array([number[word] for word in given], np.int64), classes
+
+
+# --- embedded and public data sets ------------------------------------------------------------------------------------
+
+
+def _open_digits(split: str, in_chans: int) -> Source:
+    """scikit-learn's handwritten digits; "val" is a quarter of each digit's images, drawn with seed 0."""
+    from sklearn.datasets import load_digits
+
+    if split not in SPLIT_NAMES:
+        raise ValueError(f"the digits have the splits train and val, not {split!r}")
+    digits = load_digits()
+    drawn = np.random.RandomState(0)  # a legacy generator, because its stream is promised never to change
+    groups = [drawn.permutation(np.flatnonzero(digits.target == digit)) for digit in range(10)]
+    held_out = np.concatenate([group[: len(group) // 4] for group in groups])
+    chosen = np.sort(held_out) if split == "val" else np.setdiff1d(np.arange(len(digits.target)), held_out)
+    images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    names = [f"digits/{number:04d}" for number in chosen]
+    labels = digits.target[chosen].astype(np.int64)
+    classes = [str(digit) for digit in range(10)]
+    source = Source(Names(names), functools.partial(_read_digit, images, in_chans), labels, classes)
+    return _said(source, "digits", f"{split} split of scikit-learn's handwritten digits")
+
+
+def _read_digit(images: np.ndarray, in_chans: int, index: int) -> np.ndarray:
+    return picture_pixels(Image.fromarray(images[index]), in_chans)
+
+
+_TRAIN_FLAG: dict[str, list[dict[str, Any]]] = {"train": [{"train": True}], "val": [{"train": False}]}
+_TRAIN_TEST: dict[str, list[dict[str, Any]]] = {"train": [{"split": "train"}], "val": [{"split": "test"}]}
+_BOTH_TEST: dict[str, list[dict[str, Any]]] = {
+    "train": [{"split": "train"}, {"split": "val"}],
+    "val": [{"split": "test"}],
+}
+_TRAINVAL_TEST: dict[str, list[dict[str, Any]]] = {"train": [{"split": "trainval"}], "val": [{"split": "test"}]}
+TORCHVISION = {  # name: (torchvision class, what each of our splits asks of it: the splits that the literature uses)
+    "cifar10": ("CIFAR10", _TRAIN_FLAG),
+    "cifar100": ("CIFAR100", _TRAIN_FLAG),
+    "mnist": ("MNIST", _TRAIN_FLAG),
+    "fashion_mnist": ("FashionMNIST", _TRAIN_FLAG),
+    "kmnist": ("KMNIST", _TRAIN_FLAG),
+    "qmnist": ("QMNIST", {"train": [{"what": "train"}], "val": [{"what": "test"}]}),
+    "svhn": ("SVHN", _TRAIN_TEST),
+    "stl10": ("STL10", _TRAIN_TEST),
+    "flowers102": ("Flowers102", _BOTH_TEST),
+    "oxford_iiit_pet": ("OxfordIIITPet", _TRAINVAL_TEST),
+    "dtd": ("DTD", _BOTH_TEST),
+    "food101": ("Food101", _TRAIN_TEST),
+    "fgvc_aircraft": ("FGVCAircraft", _TRAINVAL_TEST),
+}
+
+
+def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> Source:
+    import torchvision.datasets
+    from torch.utils.data import ConcatDataset
+
+    if name not in TORCHVISION:
+        close = get_close_matches(name, TORCHVISION, n=1)
+        hint = f"; did you mean torch/{close[0]}?" if close else ""
+        raise ValueError(f"unknown torchvision data set {name!r}{hint} (known: {', '.join(TORCHVISION)})")
+    class_name, splits = TORCHVISION[name]
+    if split not in splits:
+        raise ValueError(f"torch/{name} has the splits {' and '.join(splits)}, not {split!r}")
+    if not data_path:
+        raise ValueError(f"torch/{name} needs --data_path: the folder that torchvision unpacked it in")
+    maker = getattr(torchvision.datasets, class_name)
+    try:
+        parts = [maker(root=data_path, download=False, **ask) for ask in splits[split]]
+    except (RuntimeError, OSError, ImportError) as error:
+        raise ValueError(
+            f"torch/{name} cannot be opened in {data_path}: {error}. To fetch it: "
+            f'python -c "from torchvision.datasets import {class_name} as D; D({data_path!r}, download=True)"'
+        ) from error
+    labels = np.concatenate([_torchvision_labels(part) for part in parts])
+    classes = list(getattr(parts[0], "classes", None) or map(str, range(labels.max() + 1)))
+    names = Names(f"{name}/{split}/{index:06d}" for index in range(len(labels)))
+    read = functools.partial(_read_torchvision, ConcatDataset(parts), names, in_chans)
+    return _said(Source(names, read, labels, classes), f"torch/{name} in {data_path}", f"{split}: {splits[split]}")
+
+
+def _torchvision_labels(dataset: Any) -> np.ndarray:
+    """A torchvision data set's labels without decoding an image; their attribute has three names."""
+    found = next(getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name))
+    labels = np.asarray(found).astype(np.int64)
+    return labels[:, 0] if labels.ndim == 2 else labels  # QMNIST's rows start with the digit
+
+
+def _read_torchvision(dataset: Any, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
+    with blamed_on(names[index]):
+        return picture_pixels(dataset[index][0], in_chans)
+
+
+def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Source:
+    """`datasets.load_dataset(name)`: its first image column, and its first class column where there is one."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"hfds/{name} needs the package `datasets`: pip install -r requirements/data.txt")
+    import datasets  # type: ignore[import-not-found,unused-ignore]
+
+    available = datasets.get_dataset_split_names(name, cache_dir=cache or None)
+    theirs = next((word for word in SPLIT_NAMES.get(split, (split,)) if word in available), None)
+    if theirs is None:
+        raise ValueError(f"hfds/{name} has the splits {', '.join(available)}: none of them is for {split}")
+    table = datasets.load_dataset(name, split=theirs, cache_dir=cache or None)
+    image_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
+    label_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    if image_key is None:
+        raise ValueError(f"hfds/{name} has no column of images, only {', '.join(table.features)}")
+    labels = np.array(table[label_key][:], np.int64) if label_key else None
+    classes = list(table.features[label_key].names) if label_key else None
+    names = Names(f"{name}/{theirs}/{index:06d}" for index in range(len(table)))
+    table = table.cast_column(image_key, datasets.Image(decode=False)).select_columns(image_key)
+    read = functools.partial(_read_hugging_face, table, image_key, names, in_chans)
+    return _said(Source(names, read, labels, classes), f"hfds/{name}", f"split {theirs}")
+
+
+def _read_hugging_face(table: Any, image_key: str, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
+    with blamed_on(names[index]):
+        image = table[index][image_key]
+        if image["bytes"] is None:
+            return read_image(image["path"], in_chans)
+        return decode(image["bytes"], in_chans, names[index])
+
+
+# --- tar shards -------------------------------------------------------------------------------------------------------
+
+
+def _open_shards(pattern: str, data_path: str, split: str, in_chans: int) -> Source:
+    """Tar files as random-access stores: their headers are read once, images by their offset afterwards.
+
+    Labels are WebDataset's (`KEY.cls` beside `KEY.jpg`), or class folders inside the archives.
+    """
+    shards = _find_shards(pattern, data_path, split)
+    log.info("data: indexing %d tar shards in %s", len(shards), data_path)
+    names: list[str] = []
+    keys: list[str] = []
+    places: list[tuple[int, int, int]] = []  # shard, offset, bytes
+    labels_of: dict[str, int] = {}
+    for number, shard in enumerate(shards):
+        with _open_tar(shard) as archive:
+            for member in archive:
+                if not member.isreg():
+                    continue
+                folder, _, base = member.name.removeprefix("./").rpartition("/")
+                key = f"{number}/{folder}/{base.split('.')[0]}"
+                if base.endswith(".cls"):
+                    labels_of[key] = _class_number(archive, member, shard)
+                elif is_image_name(base):
+                    names.append(f"{folder}/{base}" if folder else base)
+                    keys.append(key)
+                    places.append((number, member.offset_data, member.size))
+    if not names:
+        raise ValueError(f"no images in the {len(shards)} tar shards of {data_path} ({_some(shards)})")
+    if labels_of:
+        without = [name for name, key in zip(names, keys, strict=True) if key not in labels_of]
+        if without:
+            raise ValueError(
+                f"{len(without)} of {len(names)} images of {data_path} have no .cls file: {_some(without)}"
+            )
+        labels: np.ndarray | None = np.array([labels_of[key] for key in keys], np.int64)
+        classes: list[str] | None = [str(label) for label in range(max(labels_of.values()) + 1)]
+        why = "labels from .cls"
+    else:
+        labels, classes, why = label_by_folder(names)
+    compact = Names(f"{os.path.basename(shards[at[0]])}/{name}" for name, at in zip(names, places, strict=True))
+    read = functools.partial(_read_member, shards, np.array(places, np.int64), compact, in_chans)
+    return _said(Source(compact, read, labels, classes), f"{len(shards)} tar shards in {data_path}", why)
+
+
+def _find_shards(pattern: str, data_path: str, split: str) -> list[str]:
+    """The split's tar files below `data_path`, among those that match `pattern` (with * and {000..123}) if given.
+
+    A shard is of the split that it, or its folder, is named after; shards that name none are the training set.
+    """
+    if not os.path.isdir(data_path):
+        raise ValueError(f"wds needs --data_path: the folder of the tar shards ({data_path!r} is none)")
+    if pattern:
+        found = [path for each in _braces(pattern) for path in glob.glob(os.path.join(data_path, each))]
+    else:
+        found = glob.glob(os.path.join(data_path, "*.tar"))
+        for name in SPLIT_NAMES.get(split, (split,)):
+            found += glob.glob(os.path.join(data_path, name, "*.tar"))
+    others = [name for key, names in SPLIT_NAMES.items() if key != split for name in names]
+    ours = [path for path in found if _mentions(path, data_path, SPLIT_NAMES.get(split, (split,)))]
+    if not ours and split == "train":
+        ours = [path for path in found if not _mentions(path, data_path, others)]
+    if not ours:
+        raise ValueError(
+            f"no {split} shards in {data_path} among {len(found)} named {pattern or '*.tar'}: {_some(found)}"
+        )
+    return sorted(ours)
+
+
+def _mentions(path: str, data_path: str, words: Iterable[str]) -> bool:
+    return any(word in re.split(r"[^a-z]+", os.path.relpath(path, data_path).lower()) for word in words)
+
+
+def _braces(pattern: str) -> list[str]:
+    """`a-{008..010}.tar` -> a-008.tar, a-009.tar, a-010.tar."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    first, last = found.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [each for number in numbers for each in _braces(pattern[: found.start()] + number + pattern[found.end() :])]
+
+
+def _open_tar(shard: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(shard, "r:")  # no decompression: only then can an image be read by its offset
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{shard} is not an uncompressed tar file: {error}") from error
+
+
+def _class_number(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:
+    file = archive.extractfile(member)
+    text = file.read().decode(errors="replace").strip() if file else ""
+    if not text.isdecimal():
+        raise ValueError(f"{shard}: {member.name} holds {text[:40]!r} where the number of a class belongs")
+    return int(text)
+
+
+def _read_member(shards: list[str], places: np.ndarray, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
+    shard, offset, size = places[index]
+    try:
+        with open(shards[shard], "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise BadImage(names[index], error.strerror or str(error)) from error
+    return decode(data, in_chans, names[index])
