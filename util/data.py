@@ -31,7 +31,7 @@ from util.images import BadImage, Transform, eval_transform, pretrain_transform
 from util.sources import Source, open_source
 
 __all__ = [
-    "Batch", "Batches", "EvalSamples", "NothingReadableError", "Source", "TrainSamples", "allowed_bad", "eval_batches",
+    "Batch", "Batches", "EvalSamples", "NothingReadable", "Source", "TrainSamples", "allowed_bad", "eval_batches",
     "eval_transform", "mix", "open_source", "pixel_statistics", "pretrain_transform",
 ]  # fmt: skip
 
@@ -42,7 +42,7 @@ IGNORED_BY_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the main
 ORDER, AUGMENTATION, NOISE = range(3)  # independent streams of random numbers
 
 
-class NothingReadableError(ValueError):
+class NothingReadable(ValueError):  # noqa: N818 - it says what happened
     """A sample could not be replaced: the images after it cannot be read either."""
 
 
@@ -146,7 +146,7 @@ class Samples(Protocol):
     """What a loader needs: a whole batch by its keys. An exception that the user should read is handed back as a value,
     because one raised in a worker arrives wrapped in a traceback."""
 
-    def __getitems__(self, keys: Sequence[Any]) -> Batch | NothingReadableError: ...
+    def __getitems__(self, keys: Sequence[Any]) -> Batch | NothingReadable: ...
 
 
 class TrainSamples(Dataset):
@@ -187,10 +187,10 @@ class TrainSamples(Dataset):
         label = None if self.source.labels is None else int(self.source.labels[shown])
         return Sample(pixels, label, noise, index, problems)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | NothingReadableError:
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | NothingReadable:
         try:
             return collate([self[key] for key in keys], self.mean, self.std)
-        except NothingReadableError as error:
+        except NothingReadable as error:
             return error
 
     def _read(self, index: int) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
@@ -201,7 +201,7 @@ class TrainSamples(Dataset):
                 return self.source.read(shown), shown, problems
             except BadImage as error:
                 problems.append((error.path, error.reason))
-        raise NothingReadableError(f"{len(problems)} images in a row cannot be read, from {': '.join(problems[0])}")
+        raise NothingReadable(f"{len(problems)} images in a row cannot be read, from {': '.join(problems[0])}")
 
 
 class EvalSamples(Dataset):
@@ -218,7 +218,7 @@ class EvalSamples(Dataset):
         label = None if self.source.labels is None else int(self.source.labels[index])
         return Sample(self.transform(self.source.read(index)), label, None, index, [])
 
-    def __getitems__(self, keys: Sequence[int]) -> Batch | NothingReadableError:
+    def __getitems__(self, keys: Sequence[int]) -> Batch | NothingReadable:
         samples, problems = [], []
         for key in keys:
             try:
@@ -226,7 +226,7 @@ class EvalSamples(Dataset):
             except BadImage as error:
                 problems.append((error.path, error.reason))
         if not samples:
-            return NothingReadableError(f"not one of {len(problems)} images can be read, from {': '.join(problems[0])}")
+            return NothingReadable(f"not one of {len(problems)} images can be read, from {': '.join(problems[0])}")
         batch = collate(samples, self.mean, self.std)
         batch.problems = problems
         return batch
@@ -268,9 +268,9 @@ class Loader:
                 self.stop()
                 if retried:
                     raise RuntimeError(
-                        f"data loading workers died twice in one epoch ({error}). Most often memory ran out: "
-                        f"try fewer than num_workers {self.num_workers}, or a larger /dev/shm; with num_workers 0 the main process "
-                        "loads, and shows the error itself"
+                        f"data loading workers died twice in one epoch ({error}). Most often memory ran out: try fewer "
+                        f"than num_workers {self.num_workers} or a larger /dev/shm. With num_workers 0 the main process "
+                        "loads and shows the error itself"
                     ) from error
                 retried = True
                 log.warning("%s; starting all %d workers again where they were", error, self.num_workers)
@@ -322,8 +322,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _unless_error(batch: Batch | NothingReadableError) -> Batch:
-    if isinstance(batch, NothingReadableError):
+def _unless_error(batch: Batch | NothingReadable) -> Batch:
+    if isinstance(batch, NothingReadable):
         raise batch
     return batch
 

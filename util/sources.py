@@ -11,7 +11,7 @@ import collections
 import functools
 import glob
 import hashlib
-import importlib.util
+import importlib
 import logging
 import os
 import re
@@ -431,10 +431,10 @@ def _read_torchvision(dataset: Any, names: Sequence[str], in_chans: int, index: 
 
 def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Source:
     """`datasets.load_dataset(name)`: its first image column, and its first class column where there is one."""
-    if importlib.util.find_spec("datasets") is None:
-        raise ValueError(f"hfds/{name} needs the package `datasets`: pip install -r requirements/data.txt")
-    import datasets  # type: ignore[import-not-found,unused-ignore]
-
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError(f"hfds/{name} needs an optional package: pip install -r requirements/data.txt") from error
     available = datasets.get_dataset_split_names(name, cache_dir=cache or None)
     theirs = next((word for word in SPLIT_NAMES.get(split, (split,)) if word in available), None)
     if theirs is None:
