@@ -73,6 +73,7 @@ class RunOptions:
         "dist_on_itp": TORCHRUN,
         "world_size": TORCHRUN,
         "local_rank": TORCHRUN,
+        "log_dir": "logs are written into output_dir",
         "start_epoch": "a checkpoint knows its epoch, see resume",
     }  # flags of MAE's scripts without a counterpart, and what to do instead
 
@@ -94,8 +95,6 @@ class RunOptions:
     """Optimizer steps after which `last.pth` is also written within an epoch; 0 never."""
     keep: int = machine(3)
     """How many of the newest `epoch-NNNN.pth` stay on the disk."""
-    log_dir: str = machine("")
-    """Another folder for TensorBoard's files; empty: the run's folder."""
     log_every: int = machine(20)
     """Optimizer steps between two lines of the log, the only moments that wait for the device."""
 

@@ -1,0 +1,548 @@
+"""Options: what recipes and flags mean, what is refused and in which words, and that no option is read by nothing."""
+
+import ast
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from util import options as options_module
+from util.options import (
+    Difference,
+    OptionError,
+    PretrainOptions,
+    RunOptions,
+    differences,
+    from_dict,
+    machine,
+    nearest,
+    option_table,
+    parse,
+    resolve_batch,
+    result,
+    to_dict,
+)
+from util.schema import documentation
+
+PROJECT = Path(__file__).resolve().parent.parent
+SCHEMAS = [kind for kind in vars(options_module).values() if inspect.isclass(kind) and issubclass(kind, RunOptions)]
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    weight: float = 5e-5
+    """How much it counts."""
+    relation: Literal["off_diagonal", "alignment"] = "off_diagonal"
+    """What is compared."""
+    detached: bool = True
+    """Whether one side has no gradient."""
+
+    def __post_init__(self):
+        if self.weight == 13:
+            raise ValueError("13 is unlucky")
+
+
+@dataclass(frozen=True)
+class Label:
+    weight: float = 0.01
+    """How much it counts."""
+    classes: int | None = None
+    """How many, or none."""
+
+
+TERMS = {"neighbor": Neighbor, "label": Label}
+
+
+def preset(method):
+    known = {"mae": {}, "nor_mae": {"neighbor": {}}, "weak_mae": {"neighbor": {"weight": 1e-6}}}
+    if method not in known:
+        raise ValueError(f"unknown method {method!r}; {nearest(method, known)}")
+    return {"terms": known[method]}
+
+
+def pretrain(*words):
+    return parse(PretrainOptions, words, preset=preset, term_options=TERMS)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text, name="recipe.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def refusal(*words, **keywords):
+    with pytest.raises(OptionError) as caught:
+        pretrain(*words, **keywords)
+    return str(caught.value)
+
+
+# ---- precedence and spelling
+
+
+def test_later_words_win(recipe):
+    first = recipe("epochs: 1\nblr: 1.0e-3\nseed: 1\nwarmup_epochs: 0\n", "first.yaml")
+    second = recipe("seed: 2\nblr: 2.0e-3\n", "second.yaml")
+    for config in (["-c", first, second], ["-c", first, "-c", second], ["--config", first, "--config", second]):
+        options = pretrain("--blr", "3e-3", *config, "--blr", "4e-3")
+        assert (options.epochs, options.seed, options.blr, options.weight_decay) == (1, 2, 4e-3, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--data-path", "x-y"], "data_path", "x-y"),
+        (["--data-dir=x_y"], "data_path", "x_y"),
+        (["--img-size", "64"], "input_size", (64, 64)),
+        (["--input_size", "160x96"], "input_size", (160, 96)),
+        (["--input_size", "160", "96"], "input_size", (160, 96)),
+        (["-b", "32"], "batch_size", 32),
+        (["-j", "3"], "num_workers", 3),
+        (["--workers", "3"], "num_workers", 3),
+        (["--grad-accum-steps", "2"], "accum_iter", 2),
+        (["--output", "here"], "output_dir", "here"),
+        (["--norm_pix_loss"], "norm_pix_loss", True),
+        (["--norm-pix-loss", "true"], "norm_pix_loss", True),
+        (["--norm_pix_loss", "False"], "norm_pix_loss", False),
+        (["--norm_pix_loss", "--no_norm_pix_loss"], "norm_pix_loss", False),
+        (["--no-pin-mem"], "pin_mem", False),
+        (["--blr", "5e-5"], "blr", 5e-5),
+        (["--mean", ".1", "-2e-1", "0.3"], "mean", (0.1, -0.2, 0.3)),
+        (["--mean=-0.1,0.2,0.3"], "mean", (-0.1, 0.2, 0.3)),
+        (["--mean", ""], "mean", ()),
+        (["--allow_change", "lr", "seed"], "allow_change", ("lr", "seed")),
+    ],
+)
+def test_flags(words, name, value):
+    assert getattr(pretrain(*words), name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("blr: 5e-5", "blr", 5e-5),  # text to PyYAML
+        ("blr: 5.0e-5", "blr", 5e-5),
+        ("lr: 1", "lr", 1.0),
+        ("input_size: 64", "input_size", (64, 64)),
+        ("input_size: 160x96", "input_size", (160, 96)),
+        ("input_size: [160, 96]", "input_size", (160, 96)),
+        ("in_chans: 1\nmean: 3e-1", "mean", (0.3,)),
+        ("mean: [0.1, 2e-1, 1]", "mean", (0.1, 0.2, 1.0)),
+        ("amp: none", "amp", "none"),
+        ("data-path: somewhere", "data_path", "somewhere"),
+        ("norm_pix_loss: yes", "norm_pix_loss", True),
+        ("lamda: 1e-4", "terms", {"neighbor": {"weight": 1e-4, "relation": "off_diagonal", "detached": True}}),
+        ("", "epochs", 400),
+        ("# only a comment", "epochs", 400),
+    ],
+)
+def test_recipes(recipe, text, name, value):
+    found = getattr(pretrain("-c", recipe(text)), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_defaults_are_the_papers():
+    options = pretrain()
+    assert (options.method, options.model) == ("nor_mae", "mae_vit_tiny_patch16")
+    assert (options.blr, options.weight_decay, options.warmup_epochs, options.mask_ratio) == (1.5e-4, 0.05, 40, 0.75)
+    assert (options.input_size, options.in_chans, options.min_scale, options.hflip) == ((224, 224), 3, 0.2, 0.5)
+
+
+# ---- terms
+
+
+def test_a_method_brings_its_terms_spelled_out():
+    default = {"weight": 5e-5, "relation": "off_diagonal", "detached": True}
+    assert pretrain().terms == {"neighbor": default}
+    assert pretrain("--method", "mae").terms == {}
+    assert pretrain("--method", "weak_mae").terms == {"neighbor": default | {"weight": 1e-6}}
+
+
+@pytest.mark.parametrize("flag", ["--terms.neighbor.weight", "--nor_weight", "--nor-weight", "--lamda"])
+@pytest.mark.parametrize("value", ["-5e-5", "1e-4", "-.5"])
+def test_the_weight_of_the_neighbour_term(flag, value):
+    for words in ([flag, value], [f"{flag}={value}"]):
+        assert pretrain(*words).terms["neighbor"]["weight"] == float(value)
+
+
+def test_recipes_change_add_and_remove_terms(recipe):
+    change = recipe("terms: {neighbor: {weight: 1e-4}}", "change.yaml")
+    add = recipe("terms: {label: {classes: 10}}", "add.yaml")
+    remove = recipe("terms: {neighbor: null}", "remove.yaml")
+    assert pretrain("-c", change).terms["neighbor"]["weight"] == 1e-4
+    assert pretrain("-c", change, add).terms["label"] == {"weight": 0.01, "classes": 10}
+    assert list(pretrain("-c", change, add, remove).terms) == ["label"]
+    assert pretrain("-c", remove, "--terms", "{neighbor: {}}").terms["neighbor"]["weight"] == 5e-5
+    assert pretrain("-c", add, "--terms.label.classes", "none").terms["label"]["classes"] is None
+    assert pretrain("-c", change, "--terms.neighbor.detached", "false").terms["neighbor"]["detached"] is False
+
+
+def test_an_option_of_a_term_that_is_not_there_is_an_unknown_key(recipe):
+    for words in (["--method", "mae", "--lamda", "1"], ["-c", recipe("terms: {neighbor: null}"), "--nor_weight", "1"]):
+        assert "unknown key 'terms.neighbor.weight'; the terms of this run are: none" in refusal(*words)
+    assert "unknown key 'terms.label.weight'; the terms of this run are: neighbor" in refusal("--terms.label.weight=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{neighbour: {}}", "unknown key 'terms.neighbour'; did you mean 'terms.neighbor'?"),
+        ("{neighbor: {wait: 1}}", "unknown key 'terms.neighbor.wait'; did you mean 'terms.neighbor.weight'?"),
+        ("{neighbor: {weight: heavy}}", "terms.neighbor.weight: expected a number, found 'heavy'"),
+        ("{neighbor: {relation: diagonal}}", "expected one of off_diagonal, alignment, found 'diagonal'"),
+        ("{neighbor: 5}", "terms.neighbor: expected a mapping of names to values, found 5"),
+        ("{neighbor: {weight: 13}}", "terms.neighbor: 13 is unlucky"),
+        ("{label: }", "terms.label: nothing removes a term, and it is not there; {} adds it"),
+        ("neighbor", "terms: expected a mapping of names to values, found 'neighbor'"),
+        ("[neighbor]", "terms: expected a mapping of names to values, found ['neighbor']"),
+    ],
+)
+def test_wrong_terms(recipe, text, message):
+    file = recipe(f"terms: {text}")
+    assert message in refusal("-c", file) and refusal("-c", file).startswith(file)
+    assert message in refusal("--terms", text) and refusal("--terms", text).startswith("command line")
+
+
+def test_the_real_menu():
+    methods = pytest.importorskip("methods")
+    term_options = {name: term.Options for name, term in methods.TERMS.items()}
+
+    def real(*words):
+        return parse(PretrainOptions, words, preset=methods.preset, term_options=term_options)
+
+    neighbor = real().terms["neighbor"]
+    assert neighbor["weight"] == 5e-5 and neighbor["cnp"] == "closest" and neighbor["relation"] == "off_diagonal"
+    assert set(neighbor) == {field.name for field in fields(term_options["neighbor"])}
+    assert real("--method", "nor_mae_released").terms["neighbor"]["cnp"] == "released"
+    assert real("--method", "mae").terms == {}
+    for words in (["--terms.neighbor.relation", "diagnal"], ["--method", "nor_mea"]):
+        with pytest.raises(OptionError):
+            real(*words)
+    for name, kind in term_options.items():
+        assert all(documentation(kind).values()), f"an option of {name} has no documentation"
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("qwerty: 3", "unknown key 'qwerty'"),
+        ("epochs: true", "epochs: expected a whole number, found true"),
+        ("epochs: 2.0", "epochs: expected a whole number, found 2"),
+        ("epochs: many", "epochs: expected a whole number, found 'many'"),
+        ("epochs:", "epochs: expected a whole number, found nothing"),
+        ("blr: true", "blr: expected a number, found true"),
+        ("blr: .nan", "blr: expected a number, found nan"),
+        ("blr: inf", "blr: expected a number, found 'inf'"),
+        ("norm_pix_loss: 1", "norm_pix_loss: expected true or false, found 1"),
+        ("data_path: 2024", "data_path: expected text, found 2024"),
+        ("input_size: [1, 2, 3]", "input_size: expected 2 items, each a whole number, found [1, 2, 3]"),
+        ("input_size: [224.5, 2]", "input_size: expected 2 items, each a whole number, found [224.5, 2]"),
+        ("mean: {red: 1}", "mean: expected a list, each a number, found {red: 1}"),
+        ("amp: half", "amp: expected one of auto, bf16, fp16, none, found 'half'"),
+        ("device: off", "device: expected one of auto, cpu, cuda, mps, found false"),
+        ("method: nor_mea", "unknown method 'nor_mea'; did you mean 'nor_mae'?"),
+        ("method: 3", "method: expected text, found 3"),
+        ("epochs: 3\nseed: 1\nepochs: 4", "line 3: epochs is given twice"),
+        ("terms: {neighbor: {weight: 1, weight: 2}}", "line 1: weight is given twice"),
+        ("data_dir: here\ndata_path: there", "data_path is given twice"),
+        ("world_size: 8", "there is no option 'world_size' here; use torchrun"),
+        ("config: base.yaml", "unknown key 'config'"),
+        ("1: 2", "an option's name is a word, found 1"),
+        ("[epochs, 3]", "a recipe is lines of `option: value`, found ['epochs', 3]"),
+        ("epochs: [", "not valid YAML"),
+        ("epochs: !!python/name:os.system", "not valid YAML"),
+        ("? [1, 2]\n: 3", "not valid YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_name(recipe, text, message):
+    file = recipe(text)
+    found = refusal("-c", file)
+    assert found.startswith(file + ": ") and message in found
+
+
+def test_a_wrong_value_is_refused_even_where_a_later_one_replaces_it(recipe):
+    assert "found 'many'" in refusal("-c", recipe("epochs: many"), "--epochs", "3")
+
+
+def test_a_recipe_that_cannot_be_read(recipe, tmp_path):
+    recipe("epochs: 3", "nor_mae_vit_tiny_in1k.yaml")
+    missing = refusal("-c", str(tmp_path / "nor_mae_vit_tny_in1k.yaml"))
+    assert "No such file" in missing and "did you mean 'nor_mae_vit_tiny_in1k.yaml'?" in missing
+    assert "Is a directory" in refusal("-c", str(tmp_path))
+    (tmp_path / "model.pth").write_bytes(b"\x80\x02\xff")
+    assert "it is not text" in refusal("-c", str(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--epoch 3", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("--batch-sise=3", "unknown key 'batch_sise'; did you mean 'batch_size'?"),
+        ("-epochs 3", "-epochs needs two dashes: --epochs"),
+        ("--terms.neighbor.wait 1", "unknown key 'terms.neighbor.wait'; did you mean 'terms.neighbor.weight'?"),
+        ("epochs=3", "'epochs=3' follows no option"),
+        ("--epochs", "--epochs: expected one argument"),
+        ("--epochs x", "epochs: expected a whole number, found 'x'"),
+        ("--norm_pix_loss maybe", "norm_pix_loss: expected true or false, found 'maybe'"),
+        ("--method maee", "unknown method 'maee'; did you mean 'mae'?"),
+        *((f"--{flag} 1", "use torchrun") for flag in ("dist_url", "world_size", "local_rank", "local-rank")),
+        ("--dist_on_itp", "use torchrun"),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_name(words, message):
+    found = refusal(*words.split())
+    assert found.startswith("command line: ") and message in found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--mask_ratio 0", "mask_ratio: 0 hides nothing"),
+        ("--mask_ratio 1", "mask_ratio: 1 keeps nothing"),
+        ("--mask_ratio 1.5", "mask_ratio: must be from 0 to 1, found 1.5"),
+        ("--epochs 0", "epochs: must be at least 1, found 0"),
+        ("--lr -1", "lr: must be at least 0, found -1"),
+        ("--blr 0", "lr: is 0, and so is blr"),
+        ("--lr 1e-4 --min_lr 1e-3", "min_lr: 0.001 is more than lr 0.0001"),
+        ("--input_size 0", "input_size: must be at least 1 pixel"),
+        ("--mean .5 .5", "mean: 2 values for in_chans 3"),
+        ("--in_chans 4 --std .5 .5 .5", "std: 3 values for in_chans 4"),
+        ("--std 1 0 1", "std: must be positive"),
+        ("--total_batch_size 100 --batch_size 30", "total_batch_size: 100 is not a multiple of batch_size 30"),
+        ("--total_batch_size 60 --batch_size 30 --accum_iter 4", "not a multiple of batch_size 30 x accum_iter 4"),
+        ("--batch_size -3", "batch_size: must be at least 0, found -3"),
+        ("--min_scale 0", "min_scale: must be more than 0"),
+        ("--device cpu --amp fp16", "amp: fp16 is for GPUs"),
+        ("--dataset digits --data_path /images", "data_path: dataset digits reads no folder"),
+        ("--overwrite --resume last.pth", "overwrite: starts anew, resume goes on"),
+        ("--allow_change epoch", "allow_change: no option 'epoch' here; did you mean 'epochs'?"),
+        ("--allow_change depth", "allow_change: depth shapes the model"),
+        ("--allow_change terms.label.weight", "allow_change: no option 'terms.label.weight' here"),
+        ("--seed -1", "seed: must be from 0 to 4294967295"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, message):
+    assert message in refusal(*words.split())
+
+
+def test_a_conflict_is_told_with_the_places_it_comes_from(recipe):
+    one, two = recipe("total_batch_size: 100", "one.yaml"), recipe("batch_size: 8", "two.yaml")
+    assert refusal("-c", one, two).startswith(f"{one}, {two}: total_batch_size: 100 ")
+    assert refusal("-c", one, "--batch_size", "8").startswith(f"{one}, command line: ")
+
+
+def test_terms_may_be_excused_by_their_options():
+    assert pretrain("--allow_change", "terms.neighbor.weight", "blr").allow_change == ("terms.neighbor.weight", "blr")
+
+
+# ---- a schema of another command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(RunOptions):
+    """Train a linear classifier."""
+
+    epochs: int = result(90)
+    checkpoint: str = result("", section="Encoder")
+    """Where the encoder comes from."""
+    pool: Literal["avg", "token"] = result("avg")
+    """What is classified."""
+    ema: float | None = machine(None)
+    """Decay of averaged weights."""
+
+
+def test_other_commands_share_the_options_and_have_their_own_defaults():
+    options = parse(ProbeOptions, ["--pool", "token", "-b", "8", "--ema", "0.99"])
+    assert (options.epochs, options.pool, options.batch_size, options.ema) == (90, "token", 8, 0.99)
+    assert documentation(ProbeOptions)["epochs"] == documentation(RunOptions)["epochs"] != ""
+    assert resolve_batch(options, 2).total_batch_size == 16
+    with pytest.raises(OptionError, match="unknown key 'mask_ratio'"):
+        parse(ProbeOptions, ["--mask_ratio", "0.5"])
+    with pytest.raises(OptionError, match="unknown key 'lamda'"):
+        parse(ProbeOptions, ["--lamda", "0.5"])
+    with pytest.raises(OptionError, match="ema: expected a number or none, found 'x'"):
+        parse(ProbeOptions, ["--ema", "x"])
+
+
+# ---- help and documentation
+
+
+def test_help_shows_every_option_with_its_documentation(capsys):
+    with pytest.raises(SystemExit) as end:
+        pretrain("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for schema, prefix in ((PretrainOptions, ""), (Neighbor, "terms.neighbor."), (Label, "terms.label.")):
+        for name, meaning in documentation(schema).items():
+            assert f"--{prefix}{name}" in text and meaning.replace("`", "'") in text
+    assert text.index("Model and objective:") < text.index("Run folder:") < text.index("Batch and optimizer:")
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_field_is_documented_and_of_a_kind(schema):
+    for field in fields(schema):
+        assert field.metadata["kind"] in ("result", "shape", "machine")
+        assert documentation(schema)[field.name].endswith((".", "?")), f"{field.name} has no documentation"
+
+
+def test_the_table_for_the_readme():
+    lines = option_table(PretrainOptions, TERMS).splitlines()
+    assert lines[0] == "| option | default | kind | meaning |"
+    assert len(lines) == 2 + len(fields(PretrainOptions)) + len(fields(Neighbor)) + len(fields(Label))
+    meaning = documentation(PretrainOptions)["blr"]
+    assert f"| `blr` | 0.00015 | result | {meaning} |" in lines
+    assert "| `terms.neighbor.weight` | 5e-05 | result | How much it counts. |" in lines
+
+
+def test_nearest():
+    assert nearest("epoch", ["epochs", "seed"]) == "did you mean 'epochs'?"
+    assert nearest("zzz", ["epochs", "seed"]) == ""
+
+
+# ---- plain data
+
+
+def test_options_survive_yaml_and_json(recipe):
+    options = pretrain("--input_size", "160x96", "--lamda", "1e-4", "--allow_change", "lr")
+    plain = to_dict(options)
+    assert from_dict(PretrainOptions, plain) == options
+    assert from_dict(PretrainOptions, json.loads(json.dumps(plain))) == options
+    assert from_dict(PretrainOptions, yaml.safe_load(yaml.safe_dump(plain))) == options
+    assert pretrain("-c", recipe(yaml.safe_dump(plain))) == options  # a run's options.yaml is a recipe
+    with pytest.raises(OptionError, match="unknown key 'epoch'; did you mean 'epochs'"):
+        from_dict(PretrainOptions, {"epoch": 3})
+    with pytest.raises(OptionError, match="epochs: expected a whole number"):
+        from_dict(PretrainOptions, {"epochs": "three"})
+
+
+def test_options_made_in_python_are_checked_too():
+    assert PretrainOptions(input_size=64, mean=[0, 0, 0]).input_size == (64, 64)
+    with pytest.raises(OptionError, match="amp: expected one of"):
+        PretrainOptions(amp="int8")
+    with pytest.raises(OptionError, match="mask_ratio"):
+        replace(PretrainOptions(), mask_ratio=1.0)
+
+
+def test_differences_are_of_results_only():
+    old = to_dict(pretrain("--num_workers", "1", "--lr", "1e-3"))
+    new = to_dict(pretrain("--num_workers", "2", "--lr", "2e-3", "--depth", "3", "--lamda", "1e-4"))
+    assert differences(PretrainOptions, old, new) == [
+        Difference("lr", 1e-3, 2e-3, "result"),
+        Difference("depth", 0, 3, "shape"),
+        Difference("terms.neighbor.weight", 5e-5, 1e-4, "result"),
+    ]
+    assert differences(PretrainOptions, old, json.loads(json.dumps(old))) == []
+    assert differences(PretrainOptions, {name: value for name, value in old.items() if name != "seed"}, old) == []
+
+
+def test_a_term_more_is_another_model():
+    mae, nor = to_dict(pretrain("--method", "mae")), to_dict(pretrain())
+    found = {difference.name: difference for difference in differences(PretrainOptions, mae, nor)}
+    assert found["terms.neighbor"] == Difference("terms.neighbor", None, nor["terms"]["neighbor"], "shape")
+    assert found["method"].kind == "shape" and len(found) == 2
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "resolved"),
+    [
+        ({}, 2, (128, 64, 1)),
+        ({"batch_size": 32, "accum_iter": 2}, 2, (128, 32, 2)),
+        ({"total_batch_size": 4096}, 1, (4096, 256, 16)),
+        ({"total_batch_size": 4096}, 8, (4096, 256, 2)),
+        ({"total_batch_size": 128}, 1, (128, 128, 1)),
+        ({"total_batch_size": 600}, 2, (600, 150, 2)),
+        ({"total_batch_size": 4096, "batch_size": 512}, 4, (4096, 512, 2)),
+        ({"total_batch_size": 4096, "accum_iter": 4}, 4, (4096, 256, 4)),
+        ({"total_batch_size": 4096, "batch_size": 1024, "accum_iter": 2}, 2, (4096, 1024, 2)),
+    ],
+)
+def test_the_batch_is_worked_out_for_any_number_of_processes(given, processes, resolved):
+    options = resolve_batch(PretrainOptions(**given), processes)
+    assert (options.total_batch_size, options.batch_size, options.accum_iter) == resolved
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "message"),
+    [
+        ({"total_batch_size": 100}, 8, "100 does not divide into 8 processes"),
+        ({"total_batch_size": 4}, 8, "4 does not divide into 8 processes"),
+        ({"total_batch_size": 4096, "batch_size": 1024}, 8, "each process takes 512, which batch_size must divide"),
+        ({"total_batch_size": 96, "accum_iter": 32}, 8, "accum_iter 32 x 8 processes"),
+        ({"total_batch_size": 96, "batch_size": 16, "accum_iter": 2}, 2, "batch_size 16 x accum_iter 2 x 2 processes"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused(given, processes, message):
+    with pytest.raises(OptionError, match=message):
+        resolve_batch(PretrainOptions(**given), processes)
+
+
+# ---- no option is read by nothing
+
+
+def unread_options(schema: type) -> set[str]:
+    """The options of `schema` that its front doors and what they import never read.
+
+    A front door is a top-level module that names the schema. Reading is `options.NAME`, also behind another name as in
+    `self.options.NAME`, or `getattr(options, "NAME")`. Writing all options into a file, or comparing them, is not.
+    """
+    modules = {".".join(p.relative_to(PROJECT).with_suffix("").parts): p for p in PROJECT.glob("*.py")}
+    modules |= {f"util.{p.stem}": p for p in PROJECT.glob("util/*.py") if p.stem not in ("options", "schema")}
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
+    doors = [name for name, tree in trees.items() if "." not in name and schema.__name__ in imported_names(tree)]
+    assert doors, f"no command takes {schema.__name__}"
+    reached: set[str] = set()
+    while doors:
+        name = doors.pop()
+        if name in trees and name not in reached:
+            reached.add(name)
+            doors += imported_names(trees[name])
+    read = {option for name in reached for option in options_read(trees[name])}
+    return {field.name for field in fields(schema)} - read
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    """Every module or name that a file imports, names also with their module: `util`, `data` and `util.data`."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(alias.name for alias in node.names)}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def options_read(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name, value=ast.Name(id="options") | ast.Attribute(attr="options"), ctx=ast.Load()):
+                yield name
+            case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id="options"), ast.Constant(value=name), *_]):
+                yield name
+
+
+@pytest.mark.parametrize("schema", [schema for schema in SCHEMAS if schema is not RunOptions])
+def test_every_option_is_read_by_something(schema):
+    assert unread_options(schema) == set()
+
+
+def test_the_search_for_readers_tells_reading_from_naming():
+    tree = ast.parse(
+        "a = options.lr + run.options.seed\noptions.epochs = 3\nkeep, b = other.blr, getattr(options, 'amp')"
+    )
+    assert set(options_read(tree)) == {"lr", "seed", "amp"}
