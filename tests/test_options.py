@@ -179,7 +179,11 @@ def test_recipes_change_add_and_remove_terms(recipe):
     remove = recipe("terms: {neighbor: null}", "remove.yaml")
     assert pretrain("-c", change).terms["neighbor"]["weight"] == 1e-4
     assert pretrain("-c", change, add).terms["label"] == {"weight": 0.01, "classes": 10}
-    assert list(pretrain("-c", change, add, remove).terms) == ["label"]
+    removed = pretrain("-c", change, add, remove)
+    assert removed.terms == {"neighbor": None, "label": {"weight": 0.01, "classes": 10}}
+    again = recipe(yaml.safe_dump(to_dict(removed)), "options.yaml")
+    assert pretrain("-c", again) == removed
+    assert pretrain("-c", add, recipe("terms: {label: null}", "without.yaml")).terms == pretrain().terms
     assert pretrain("-c", remove, "--terms", "{neighbor: {}}").terms["neighbor"]["weight"] == 5e-5
     assert pretrain("-c", add, "--terms.label.classes", "none").terms["label"]["classes"] is None
     assert pretrain("-c", change, "--terms.neighbor.detached", "false").terms["neighbor"]["detached"] is False
@@ -189,6 +193,22 @@ def test_an_option_of_a_term_that_is_not_there_is_an_unknown_key(recipe):
     for words in (["--method", "mae", "--lamda", "1"], ["-c", recipe("terms: {neighbor: null}"), "--nor_weight", "1"]):
         assert "unknown key 'terms.neighbor.weight'; the terms of this run are: none" in refusal(*words)
     assert "unknown key 'terms.label.weight'; the terms of this run are: neighbor" in refusal("--terms.label.weight=1")
+
+
+def test_a_term_may_demand_an_option():
+    @dataclass(frozen=True)
+    class Teacher:
+        checkpoint: str
+        """Where the teacher comes from."""
+
+    def taught(*words):
+        return parse(
+            PretrainOptions, words, preset=lambda _: {"terms": {"teacher": {}}}, term_options={"teacher": Teacher}
+        )
+
+    assert taught("--terms.teacher.checkpoint", "best.pth").terms == {"teacher": {"checkpoint": "best.pth"}}
+    with pytest.raises(OptionError, match="terms.teacher.checkpoint must be given: Where the teacher comes from."):
+        taught()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +266,9 @@ def test_the_real_menu():
         ("blr: .nan", "blr: expected a number, found nan"),
         ("blr: inf", "blr: expected a number, found 'inf'"),
         ("norm_pix_loss: 1", "norm_pix_loss: expected true or false, found 1"),
-        ("data_path: 2024", "data_path: expected text, found 2024"),
+        ("data_path: 2024", "data_path: expected text, found 2024; put it in quotes"),
+        ("data_path: 2024-01-02", "data_path: expected text, found 2024-01-02; put it in quotes"),
+        ("data_path: 2024-31-02", "not valid YAML"),
         ("input_size: [1, 2, 3]", "input_size: expected 2 items, each a whole number, found [1, 2, 3]"),
         ("input_size: [224.5, 2]", "input_size: expected 2 items, each a whole number, found [224.5, 2]"),
         ("mean: {red: 1}", "mean: expected a list, each a number, found {red: 1}"),
@@ -452,6 +474,7 @@ def test_a_term_more_is_another_model():
     found = {difference.name: difference for difference in differences(PretrainOptions, mae, nor)}
     assert found["terms.neighbor"] == Difference("terms.neighbor", None, nor["terms"]["neighbor"], "shape")
     assert found["method"].kind == "shape" and len(found) == 2
+    assert not differences(PretrainOptions, mae, {**mae, "terms": {"label": None}})
 
 
 # ---- batches

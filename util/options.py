@@ -200,7 +200,7 @@ class RunOptions:
     def _check_allow_change(self) -> None:
         kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(self) if field.name != "terms"}
         for term, options in getattr(self, "terms", {}).items():
-            kinds.update({f"terms.{term}.{option}": "result" for option in options})
+            kinds.update({f"terms.{term}.{option}": "result" for option in options or ()})
         for name in self.allow_change:
             require(name in kinds, f"no option {name!r} here; {nearest(name, kinds)}".rstrip("; "), "allow_change")
             require(kinds[name] != "shape", f"{name} shapes the model: it cannot change within a run", "allow_change")
@@ -234,7 +234,7 @@ class PretrainOptions(RunOptions):
     """Share of the patches that is hidden from the encoder."""
     norm_pix_loss: bool = result(False)
     """Reconstruct pixels standardised within each patch, not the pixels themselves."""
-    terms: dict[str, dict[str, Any]] = result({})
+    terms: dict[str, dict[str, Any] | None] = result({})
     """Changes to the method's loss terms: `{neighbor: {weight: 1e-4}}`; `{label: {}}` adds one, `null` removes it."""
     grad_checkpointing: bool = machine(False)
     """Compute the blocks twice to keep fewer activations: less memory, more time."""

@@ -147,7 +147,8 @@ def read(value: Any, expected: Any, key: str) -> Any:
     try:
         return _convert(value, expected)
     except ValueError:
-        raise OptionError(f"{key}: expected {_describe(expected)}, found {show(value)}", key) from None
+        advice = "; put it in quotes" if expected is str and value is not None else ""
+        raise OptionError(f"{key}: expected {_describe(expected)}, found {show(value)}{advice}", key) from None
 
 
 def _convert(value: Any, expected: Any) -> Any:
@@ -213,7 +214,7 @@ def show(value: Any) -> str:
         return "[" + ", ".join(map(show, value)) + "]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name}: {show(item)}" for name, item in value.items()) + "}"
-    return repr(value)
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 # ---- recipes and flags ----------------------------------------------------------------------------------------------
@@ -230,17 +231,20 @@ def parse(
 
     `preset` maps the value of the option `method` to the values that the method brings; recipes and flags change them.
     `term_options` maps the name of each loss term there is to the dataclass of its options; it gives the field `terms`
-    its meaning, and every option of every term that the run has is spelled out in it.
+    its meaning: every option of every term that the run has is spelled out, and a term of the method's that a recipe
+    has removed stands there as None, so that a stored `terms` means the same wherever it is read.
     Raises OptionError, which names the option, what was found, what would be right, and where it stands.
     """
     term_options = (term_options or {}) if "terms" in field_types(schema) else {}
     files, flags = _read_flags(schema, argv, term_options)
     layers = [*((file, _read_recipe(file)) for file in files), (COMMAND_LINE, flags)]
     layers = [(source, _canonical(schema, given, source)) for source, given in layers]
+    brought: Mapping[str, Any] = {}
     if preset is not None and "method" in field_types(schema):
         layers.insert(0, _preset_layer(schema, layers, preset))
+        brought = dict(layers[0][1]).get("terms", {})
 
-    merge = _Merge(schema, term_options)
+    merge = _Merge(schema, term_options, brought)
     for source, given in layers:
         for key, value in given:
             try:
@@ -292,8 +296,8 @@ def _preset_layer(
 class _Merge:
     """Values so far, later ones over earlier ones, with the place each comes from."""
 
-    def __init__(self, schema: Any, term_options: Mapping[str, type]) -> None:
-        self.schema, self.term_options = schema, term_options
+    def __init__(self, schema: Any, term_options: Mapping[str, type], brought: Mapping[str, Any]) -> None:
+        self.schema, self.term_options, self.brought = schema, term_options, brought
         self.types = field_types(schema)
         self.values: dict[str, Any] = {}
         self.terms: dict[str, dict[str, Any]] = {}
@@ -338,18 +342,16 @@ class _Merge:
 
     def finish(self) -> Any:
         """The schema's instance. What does not go together is told with the places that the values come from."""
+        terms: dict[str, Any] = {term: None for term in self.brought if term not in self.terms}
         for term, values in self.terms.items():
-            options = self._make(self.term_options[term], values, f"terms.{term}")
-            self.values.setdefault("terms", {})[term] = to_dict(options)
-        return self._make(self.schema, self.values, "")
+            terms[term] = to_dict(self._make(self.term_options[term], values, f"terms.{term}"))
+        return self._make(self.schema, {**self.values, "terms": terms} if "terms" in self.types else self.values, "")
 
     def _make(self, schema: Any, values: dict[str, Any], name: str) -> Any:
-        prefix = f"{name}." if name else ""
         for field in dataclasses.fields(schema):
             if field.name not in values and default_of(field) is dataclasses.MISSING:
-                raise OptionError(
-                    f"{prefix}{field.name} must be given: {documentation(schema)[field.name]}", field.name
-                )
+                key = f"{name}.{field.name}".lstrip(".")
+                raise OptionError(f"{key} must be given: {documentation(schema)[field.name]}", key)
         try:
             return schema(**values)
         except ValueError as error:
@@ -375,10 +377,10 @@ class _RecipeLoader(yaml.SafeLoader):
 def _load_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _RecipeLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise OptionError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     except OptionError as error:
         raise OptionError(f"{source}: {error}", *error.keys) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise OptionError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _read_recipe(file: str) -> Given:
@@ -561,6 +563,6 @@ def differences(schema: type, old: Mapping[str, Any], new: Mapping[str, Any]) ->
 
 def _term_differences(name: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -> list[Difference]:
     if old is None or new is None:
-        return [Difference(name, old, new, "shape")]
+        return [] if old == new else [Difference(name, old, new, "shape")]
     changed = [option for option in dict.fromkeys([*old, *new]) if old.get(option) != new.get(option)]
     return [Difference(f"{name}.{option}", old.get(option), new.get(option), "result") for option in changed]
