@@ -1,0 +1,146 @@
+"""Recipes: each is what its header says, holds only what differs, divides on any usual machine, and makes a model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from main_pretrain import build_model, parse_options
+from util.options import PretrainOptions, resolve_batch, to_dict
+
+PROJECT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(PROJECT.glob("configs/pretrain/*.yaml"))
+NAMES = [path.stem for path in RECIPES]
+
+STRENGTH = 0.0384  # of the paper's patch 16: 5e-5 x (P - 1), with P = 768 values of a patch
+
+# Fine-tuning accuracy after 200 epochs of pretraining, as the paper prints it.
+PAPER = {
+    "Table 1": {"patch2": "83.56", "patch4": "83.58", "patch8": "79.24", "patch32": "74.73"},
+    "Table 2": {
+        "mae_vit_tiny_in1k": "66.60",
+        "mae_vit_small_in1k": "79.00",
+        "mae_vit_base_in1k": "83.30",
+        "nor_mae_vit_tiny_in1k": "70.24",
+        "nor_mae_vit_small_in1k": "80.13",
+        "nor_mae_vit_base_in1k": "83.42",
+    },
+    "Table 3": {
+        "mae_vit_tiny_in100": "71.04",
+        "mae_vit_small_in100": "81.82",
+        "mae_vit_base_in100": "86.80",
+        "nor_mae_vit_tiny_in100": "78.26",
+        "nor_mae_vit_small_in100": "84.28",
+        "nor_mae_vit_base_in100": "87.56",
+    },
+    "Table 8": {"random_asymmetry_mae_vit_tiny_in100": "72.15"},
+    "Table 9": {"noa_mae_vit_tiny_in100": "72.52"},
+}
+
+
+def recipe(name):
+    return parse_options(["-c", str(PROJECT / f"configs/pretrain/{name}.yaml")])
+
+
+def header(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.startswith("#")]
+
+
+def test_there_is_a_recipe_for_every_row():
+    expected = {f"{method}_vit_{size}_{data}" for method in ("mae", "nor_mae") for size in ("tiny", "small", "base")
+                for data in ("in1k", "in1k_released", "in100")}  # fmt: skip
+    expected |= {f"nor_mae_vit_tiny_patch{patch}_in100{kind}" for patch in (2, 4, 8, 32) for kind in ("", "_matched")}
+    expected |= {"noa_mae_vit_tiny_in100", "random_asymmetry_mae_vit_tiny_in100"}
+    expected |= {
+        "mae_lite_vit_tiny_in1k",
+        "mae_lite_vit_small_in1k",
+        "mae_vit_tiny_cifar10",
+        "nor_mae_vit_tiny_cifar10",
+    }
+    expected |= {"my_images", "quickstart"}
+    assert expected <= set(NAMES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_the_headers_command_runs_this_recipe(path):
+    commands = [line for line in header(path) if line.startswith("#   ")]
+    assert len(commands) == 1
+    words = shlex.split(commands[0].lstrip("# "))
+    given = words[words.index("main_pretrain.py") + 1 :]
+    assert given[:2] == ["-c", str(path.relative_to(PROJECT))]
+    assert parse_options(["-c", str(path), *given[2:]]).data_path
+    assert words[0] in ("python", "torchrun")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_recipe_holds_only_what_differs(path):
+    """Beside the method and the model, which it always names."""
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    defaults, resolved = to_dict(PretrainOptions()), to_dict(recipe(path.stem))
+    assert {"method", "model"} <= set(given)
+    assert not [name for name in given if name not in ("method", "model") and resolved[name] == defaults[name]]
+    for term, options in given.get("terms", {}).items():
+        brought = to_dict(parse_options(["--method", given["method"]]))["terms"].get(term, {})
+        assert not [name for name in options if resolved["terms"][term][name] == brought.get(name)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_batch_divides(name, processes):
+    options = recipe(name)
+    resolved = resolve_batch(options, processes)
+    assert resolved.total_batch_size == options.total_batch_size > 0
+    assert resolved.batch_size >= 16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_made_of_it(name):
+    options = recipe(name)
+    with torch.device("meta"):
+        model = build_model(options)
+    assert set(model.terms) == set(options.terms)
+    rows, columns = (side // int(options.model.rpartition("patch")[2]) for side in options.input_size)
+    assert model.num_patches == rows * columns and tuple(model.grid) == (rows, columns)
+
+
+@pytest.mark.parametrize(("table", "name"), [(table, name) for table, rows in PAPER.items() for name in rows])
+def test_the_number_to_expect_is_the_papers(table, name):
+    number = PAPER[table][name]
+    stems = {"Table 1": [f"nor_mae_vit_tiny_{name}_in100"], "Table 2": [name, f"{name}_released"]}.get(table, [name])
+    for stem in stems:
+        text = " ".join(header(PROJECT / f"configs/pretrain/{stem}.yaml"))
+        assert re.search(rf"[Tt]he paper reports {number}% .*\(its {table}\)", text), stem
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("quickstart", "my_images")])
+def test_the_settings_are_the_papers(name):
+    options = recipe(name)
+    assert options.norm_pix_loss and options.mask_ratio == 0.75
+    assert (options.blr, options.weight_decay, options.warmup_epochs) == (1.5e-4, 0.05, 40)
+    if "lite" in name or "cifar" in name:
+        assert options.epochs == 400
+        return
+    assert options.epochs == 200 and options.decoder_depth == 12 and options.input_size == (224, 224)
+    assert options.total_batch_size == (4096 if name.endswith("_in1k") else 2048)
+    assert options.class_list == ("imagenet100" if "in100" in name else "")
+    released = name.startswith("nor") and name.endswith("_released")
+    assert options.method == name.partition("_vit")[0] + ("_released" if released else "")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart" and recipe(name).terms])
+def test_the_strength_of_the_neighbour_term(name):
+    """The literal 5e-5, or what weighs the correlation as much as it does with patch 16."""
+    options = recipe(name)
+    with torch.device("meta"):
+        P = build_model(options).patch_pixels
+    weight = options.terms["neighbor"]["weight"]
+    if options.method == "noa_mae":
+        assert weight == pytest.approx(5e-5 * P / 2)
+    elif name.endswith(("_matched", "_cifar10")):
+        assert weight * (P - 1) == pytest.approx(STRENGTH, rel=1e-3)
+    else:
+        assert weight == 5e-5
