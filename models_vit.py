@@ -1,11 +1,13 @@
-"""The encoder's parts: sizes, patch grids, fixed sine-cosine positions and MAE's initial weights for timm's ViT.
+"""The encoder's parts: sizes, patch grids, fixed positions, MAE's initial weights, weights from other models.
 
 Everything the models take from timm (pinned: 1.0.31) is named here: `VisionTransformer` and its `Block`,
 `build_sincos2d_pos_embed` for the position tables and `resample_abs_pos_embed` for other image sizes. An encoder is
 timm's own class, so its state has timm's names, which are MAE's.
 """
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 __all__ = [
     "SIZES",
     "Block",
+    "LoadReport",
     "Size",
     "VisionTransformer",
     "initialize",
+    "load_matching",
     "parse_name",
     "patch_grid",
     "position_table",
@@ -89,3 +93,81 @@ def initialize(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_matching` did, by parameter name."""
+
+    loaded: list[str]
+    resampled: list[str]
+    """Of the loaded, position tables of another grid."""
+    missing: list[str]
+    """The model's that the weights lack: left as they were."""
+    unused: list[str]
+    """The weights' that the model lacks."""
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        if self.resampled:
+            parts.append(f"resampled to this model's grid: {', '.join(self.resampled)}")
+        if self.missing:
+            parts.append(f"not among the weights, left as they were: {_grouped(self.missing)}")
+        if self.unused:
+            parts.append(f"not in the model, ignored: {_grouped(self.unused)}")
+        return "; ".join(parts)
+
+
+def _grouped(names: list[str]) -> str:
+    """`decoder_blocks.* (96), mask_token` instead of ninety-seven names."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split(".")[0], []).append(name)
+    return ", ".join(f"{top}.* ({len(full)})" if len(full) > 1 else full[0] for top, full in groups.items())
+
+
+def load_matching(
+    model: VisionTransformer, weights: Mapping[str, Tensor], *, grid: tuple[int, int] | None = None
+) -> LoadReport:
+    """Copy into `model` the weights of the names it has: a whole MAE, an encoder, or a classifier of timm's.
+
+    Position tables of another image size are resampled as MAE does. `grid` is the rows and columns of patches that the
+    weights were trained with; by default the model's where the number of patches is the same, else a square. ValueError
+    where a tensor has another shape or a part of the encoder is missing.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    gaps = [name for name in missing if name.startswith(("patch_embed.", "blocks."))]
+    if gaps:
+        raise ValueError(
+            f"these weights hold no encoder of this model: without {_grouped(gaps)}; found {_grouped(list(weights))}"
+        )
+    fitting, resampled, wrong = {}, [], []
+    for name in own.keys() - missing:
+        tensor = weights[name]
+        if name.endswith("pos_embed") and tensor.shape[::2] == own[name].shape[::2]:
+            tensor = _resampled(name, tensor, grid, model.patch_embed.grid_size)
+            if tensor is not weights[name]:
+                resampled.append(name)
+        if tensor.shape != own[name].shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)} among the weights and {tuple(own[name].shape)} in the model")
+        fitting[name] = tensor
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(f"these weights are of other sizes: {'; '.join(sorted(wrong)[:3])}{more}")
+    model.load_state_dict(fitting, strict=False)
+    unused = [name for name in weights if name not in own]
+    return LoadReport([name for name in own if name in fitting], sorted(resampled), missing, unused)
+
+
+def _resampled(name: str, table: Tensor, old_grid: tuple[int, int] | None, new_grid: tuple[int, int]) -> Tensor:
+    """The position table `[1, 1 + patches, dim]` at the new grid; the table itself where nothing changes."""
+    patches = table.shape[1] - 1
+    if old_grid is None:
+        side = math.isqrt(patches)
+        old_grid = new_grid if patches == math.prod(new_grid) else (side, side)
+    if math.prod(old_grid) != patches:
+        raise ValueError(f"{name} has {patches} positions, which are no grid of {old_grid[0]} x {old_grid[1]} patches")
+    if old_grid == new_grid:
+        return table
+    return resample_abs_pos_embed(table.float(), list(new_grid), list(old_grid), antialias=False)
