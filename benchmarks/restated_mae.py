@@ -74,7 +74,8 @@ class RestatedMAE(nn.Module):
 
     def stack(self, depth: int, channels: int, heads: int) -> nn.ModuleList:
         norm = partial(nn.LayerNorm, eps=1e-6)
-        return nn.ModuleList(self.block(channels, heads, 4.0, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        layer = partial(self.block, channels, heads, 4.0, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]
+        return nn.ModuleList(layer() for _ in range(depth))
 
     def patchify(self, images_NCHW: Tensor) -> Tensor:
         """`[N, L, P]`, each patch's values ordered row, column, channel."""

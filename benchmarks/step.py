@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
@@ -83,8 +84,10 @@ class OurStep:
         model = setting.build(method).to(self.device)
         optimizer = adamw(pretrain_groups(model, 0.05), 1.5e-4, device=self.device)
         schedule = warmup_cosine(optimizer, epochs=1, warmup_epochs=0, steps_per_epoch=1_000_000, min_lr=0.0)
-        self.model = torch.compile(model) if compiled else model
-        self.stepper = Stepper(self.model, optimizer, schedule, fp16=setting.amp == "fp16")
+        if compiled:
+            model.compile()
+        self.model = model
+        self.stepper = Stepper(model, optimizer, schedule, fp16=setting.amp == "fp16")
         self.means = Means(Processes(0, 1, 0, self.device))
         self.index = torch.arange(setting.batch_size)
 
@@ -96,9 +99,9 @@ class OurStep:
         self.stepper(losses, self.index)
 
 
-def restated(setting: Setting, model_class: type[RestatedMAE], **more: object) -> RestatedStep:
+def restated(setting: Setting, model_class: type[RestatedMAE], **more: Any) -> RestatedStep:
     """A restated step with the very weights that our model starts from."""
-    ours = setting.build("mae")
+    ours: Any = setting.build("mae")
     model = model_class(
         img_size=setting.input_size,
         patch_size=setting.patch_size,
@@ -203,7 +206,7 @@ def machine(device: str) -> dict[str, str | int | None]:
     if information.exists():
         lines = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
         processor = lines[0] if lines else processor
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True)
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True)
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor,

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the dashes tell them apart in grey.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -185,6 +186,7 @@ def curves(runs: Sequence[RunRecords]) -> Figure:
             )
         axis.set_title(TITLES.get(name, name.removeprefix("train_").replace("_", " ")), fontsize=9)
         axis.set_xlabel("epoch" if records == "epochs" else "optimizer step", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

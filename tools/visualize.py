@@ -42,8 +42,6 @@ class Subject:
     trained: Trained
     images: Tensor
     names: list[str]
-    mean: Tensor
-    std: Tensor
     seed: int
 
     def noise(self) -> Tensor:
@@ -53,8 +51,8 @@ class Subject:
 
     def displayed(self, images: Tensor) -> np.ndarray:
         """Normalised images `[N, C, H, W]` as `[N, H, W, 3]` (or `[N, H, W]` in grey) between 0 and 1."""
-        scale, shift = (value.view(1, -1, 1, 1) for value in (self.std, self.mean))
-        pixels = (images.float().cpu() * scale + shift).clamp(0, 1)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in self.trained.statistics)
+        pixels = (images.float().cpu() * std + mean).clamp(0, 1)
         channels = pixels.shape[1]
         return pixels[:, 0].numpy() if channels < 3 else pixels[:, :3].movedim(1, -1).numpy()
 
@@ -66,7 +64,7 @@ class Subject:
 
 
 def reconstruction(subject: Subject) -> Figure:
-    """Per image a row: original, what the encoder sees, the prediction of every patch, its hidden ones among visible."""
+    """Per image a row: original, what the encoder sees, the prediction of every patch, and of the hidden ones only."""
     model, options = subject.trained.model, subject.trained.options
     with torch.inference_mode():
         pictures = model.reconstruct(subject.images, noise=subject.noise())
@@ -113,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = parser.parse_args(argv)
     try:
         trained = given.load(words.model, words.device)
-        images, names, mean, std = given.images(trained, words.images, count=words.count, seed=words.seed)
-        subject = Subject(trained, images, names, mean, std, words.seed)
+        images, names = given.images(trained, words.images, count=words.count, seed=words.seed)
+        subject = Subject(trained, images, names, words.seed)
         output = words.output or trained.run / f"{words.picture}.png"
         output.parent.mkdir(parents=True, exist_ok=True)
         PICTURES[words.picture](subject).savefig(output, dpi=150)

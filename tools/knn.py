@@ -1,0 +1,120 @@
+"""What the features of an encoder are worth: nearest neighbours vote on the class of each held-out image.
+
+    python tools/knn.py runs/quickstart
+
+Three rows: raw pixels; the encoder as it was before training (same options, same seed); the trained one. What training
+taught is the step from the second row to the third. Raw pixels are a bar to know of: they do well where images are
+small, centred and alike in lighting, as the digits are, and badly on photographs. Labels and a validation split are
+needed. knn.json in the run's folder keeps the figures, and tools/report.py shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import methods
+from tools import given, report
+from tools.given import Trained
+from util.features import encode_source, pixels_of_source
+from util.knn import knn_accuracy
+from util.sources import Source
+
+K, TEMPERATURE = 20, 0.07
+
+Features = tuple[Tensor, Tensor | None]
+
+
+def untrained(options: Mapping[str, Any]) -> nn.Module:
+    """The model as a run with these options began: the same seed, the same weights."""
+    torch.manual_seed(options["seed"])
+    return methods.from_options(options)
+
+
+def splits(trained: Trained, data_path: str) -> tuple[Source, Source]:
+    """Bank (train) and queries (val) with the same labels; ValueError where there are none."""
+    bank = given.source(trained, "train", data_path)
+    if bank.labels is None:
+        raise ValueError("nearest neighbours need labels, and the training images have none")
+    queries = given.source(trained, "val", data_path)
+    if queries.labels is None:
+        raise ValueError("nearest neighbours need labels, and the validation images have none")
+    if bank.classes and queries.classes and queries.classes != bank.classes:
+        # A class that has no validation images must not shift the numbers of the others.
+        foreign = [name for name in queries.classes if name not in bank.classes]
+        if foreign:
+            raise ValueError(f"validation images of classes that training has not: {', '.join(foreign[:5])}")
+        number = np.array([bank.classes.index(name) for name in queries.classes])
+        queries = replace(queries, labels=number[queries.labels], classes=bank.classes)
+    return bank, queries
+
+
+def measure(trained: Trained, data_path: str = "", batch_size: int = 256, workers: int = 0) -> dict[str, Any]:
+    """Accuracy in % of each kind of features, and how it was measured."""
+    bank, queries = splits(trained, data_path)
+    mean, std = trained.statistics
+    reading: dict[str, Any] = dict(input_size=trained.options["input_size"], mean=mean, std=std)
+    reading |= dict(batch_size=batch_size, num_workers=workers)
+
+    def accuracy(bank_features: Features, query_features: Features) -> float:
+        (bank_MD, bank_labels_M), (queries_ND, labels_N) = bank_features, query_features
+        assert bank_labels_M is not None and labels_N is not None
+        share = knn_accuracy(
+            bank_MD, bank_labels_M, queries_ND, labels_N, K, TEMPERATURE, len(bank.classes or []) or None
+        )
+        return round(100 * share, 4)
+
+    def of_encoder(model: nn.Module) -> float:
+        model = model.to(trained.device)
+        parts = [encode_source(model, split, device=trained.device, **reading) for split in (bank, queries)]
+        return accuracy(*parts)
+
+    seen = trained.updates * trained.options["total_batch_size"]
+    protocol = (
+        f"Average of the patch tokens (or all pixels), k = {K}, temperature {TEMPERATURE}. "
+        f"Bank: {len(bank):,} training images, queries: {len(queries):,} validation images. "
+        f"{trained.checkpoint.name} after {trained.updates:,} updates, {seen:,} images seen."
+    )
+    return {
+        "accuracy": {
+            "raw pixels": accuracy(pixels_of_source(bank, **reading), pixels_of_source(queries, **reading)),
+            "untrained encoder": of_encoder(untrained(trained.options)),
+            "pretrained encoder": of_encoder(trained.model),
+        },
+        "protocol": protocol,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="What the features of an encoder are worth, by nearest neighbours.")
+    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--data_path", default="", help="labelled images, train and val (default: the run's own data)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--num_workers", type=int, default=0)
+    words = parser.parse_args(argv)
+    try:
+        trained = given.load(words.model, words.device)
+        found = measure(trained, words.data_path, words.batch_size, words.num_workers)
+        (trained.run / "knn.json").write_text(json.dumps(found, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{report.knn_table(found)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
