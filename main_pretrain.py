@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,14 +19,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 import methods
 from engine_pretrain import train_one_epoch
+from models_mae import MaskedAutoencoderViT, Term
+from models_vit import load_matching
 from util import checkpoint, distributed, optim, precision
-from util.data import Batches, Source, TrainSamples, open_source, pretrain_transform
+from util.data import (
+    Batches,
+    EvalSamples,
+    Source,
+    TrainSamples,
+    eval_batches,
+    eval_transform,
+    open_source,
+    pixel_statistics,
+    pretrain_transform,
+)
 from util.distributed import Processes
 from util.logging import talk
 from util.meters import Means
 from util.options import PretrainOptions, parse, resolve_batch
 from util.run import Run, run_front_door
 from util.stepper import Stepper
+from util.watch import Watch
 
 log = logging.getLogger("pretrain")
 
@@ -40,7 +54,7 @@ def parse_options(argv: Sequence[str]) -> PretrainOptions:
     return parse(PretrainOptions, argv, preset=methods.preset, term_options=term_options)
 
 
-def build_model(options: PretrainOptions) -> nn.Module:
+def build_model(options: PretrainOptions) -> MaskedAutoencoderViT:
     return methods.build(
         options.method,
         options.model,
@@ -59,13 +73,21 @@ def build_model(options: PretrainOptions) -> nn.Module:
     )
 
 
-def open_batches(options: PretrainOptions, model: nn.Module, processes: Processes) -> Batches:
+def terms_of(model: MaskedAutoencoderViT) -> list[tuple[str, Term]]:
+    return list(model.terms.items())
+
+
+def open_images(options: PretrainOptions, model: MaskedAutoencoderViT, split: str = "train") -> Source:
     source = open_source(
-        options.dataset, options.data_path, "train", in_chans=options.in_chans, class_list=options.class_list
+        options.dataset, options.data_path, split, in_chans=options.in_chans, class_list=options.class_list
     )
-    needy = [name for name, term in model.terms.items() if term.needs_labels]
+    needy = [name for name, term in terms_of(model) if term.needs_labels]
     if needy and source.labels is None:
         raise ValueError(f"the term {needy[0]} learns from labels, and {options.data_path or options.dataset} has none")
+    return source
+
+
+def make_batches(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, processes: Processes) -> Batches:
     samples = TrainSamples(
         source,
         pretrain_transform(options.input_size, min_scale=options.min_scale, hflip=options.hflip),
@@ -86,12 +108,11 @@ def open_batches(options: PretrainOptions, model: nn.Module, processes: Processe
     )
 
 
-def announce(options: PretrainOptions, model: nn.Module, batches: Batches, amp: str, lr: float) -> None:
+def announce(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, batches: Batches, amp: str, lr: float) -> None:
     """What will be run, before it is."""
-    source: Source = batches.samples.source
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.method, options.model, weights / 1e6, *model.grid)
-    for name, term in model.terms.items():
+    for name, term in terms_of(model):
         scale = ", ".join(f"{what} {value:.4g}" for what, value in term.scale(model).items())
         log.info("term %s: %s (%s)", name, options.terms[name], scale)
     log.info("data: %d images (%s)", len(source), options.data_path or options.dataset)
@@ -106,23 +127,26 @@ def announce(options: PretrainOptions, model: nn.Module, batches: Batches, amp: 
         lr,
         {"none": "full"}.get(amp, amp),
     )
-    first = batches.samples.collate([batches.samples[(0, i)] for i in range(min(32, len(source)))])
-    constant = float(model.baseline(first.to(torch.device("cpu")).images))
-    log.info("the best constant prediction has a reconstruction loss of about %.3f", constant)
+    few = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)
+    first = next(eval_batches(few, batch_size=32)).to("cpu")
+    log.info("a constant prediction has a reconstruction loss of about %.3f", model.baseline(first.images))
 
 
 def pretrain(argv: Sequence[str]) -> None:
     options = resolve_batch(parse_options(argv), distributed.world_size())
+    mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
+    options = replace(options, mean=mean, std=std)
     torch.manual_seed(options.seed)
     model = build_model(options)
     with distributed.start(options.device) as processes:
         talk(processes.main)
         amp = precision.resolve_amp(options.amp, processes.device)
-        batches = open_batches(options, model, processes)
-        run = Run(options, processes, data=batches.samples.source.fingerprint())
+        source = open_images(options, model)
+        batches = make_batches(options, model, source, processes)
         if options.init_from:
-            report = checkpoint.load_into(model, checkpoint.load_weights(options.init_from))
+            report = load_matching(model, checkpoint.load_weights(options.init_from))
             log.info("weights from %s: %s", options.init_from, report)
+        run = Run(options, processes, source)
         model.to(processes.device)
         lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
         optimizer = optim.adamw(optim.pretrain_groups(model, options.weight_decay), lr, device=processes.device)
@@ -150,10 +174,12 @@ def pretrain(argv: Sequence[str]) -> None:
             rank=processes.rank,
         )
         means = Means(processes)
+        autocast = precision.autocast(amp, processes.device)
+        watch = Watch(options, model, source, processes, autocast)
         run.attach(model, stepper, means, batches)
         with run:
             if processes.main:
-                announce(options, model, batches, amp, lr)
+                announce(options, model, source, batches, amp, lr)
             for epoch, done in run.epochs():
                 train_one_epoch(
                     trained,
@@ -161,11 +187,14 @@ def pretrain(argv: Sequence[str]) -> None:
                     stepper,
                     means,
                     device=processes.device,
-                    autocast=precision.autocast(amp, processes.device),
+                    autocast=autocast,
                     note=run.note,
                     after_step=run.after_step,
                 )
-                run.end_epoch()
+                if run.log and watch.picture_is_due(epoch):
+                    picture = watch.picture(run.folder / "samples" / f"recon_e{epoch + 1:04d}.png")
+                    run.log.picture("reconstruction", picture, epoch + 1)
+                run.end_epoch(**watch.after(epoch))
             run.finish()
 
 

@@ -14,13 +14,11 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
 FORMAT = 1  # raised when a newer file can no longer be read by older code
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
@@ -165,66 +163,3 @@ def _describe(state: object) -> str:
     if isinstance(state, dict):
         return f"a dict with {sorted(map(str, state))[:8]}"
     return f"a {type(state).__name__}"
-
-
-@dataclass
-class Report:
-    """What became of the weights of another checkpoint."""
-
-    loaded: list[str] = field(default_factory=list)
-    resampled: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # the model has them, the file does not: freshly initialised
-    unused: list[str] = field(default_factory=list)  # the file has them, the model does not
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        if self.resampled:
-            parts.append(f"resampled to this model's grid: {', '.join(self.resampled)}")
-        if self.missing:
-            parts.append(f"not in the file, left as initialised: {_grouped(self.missing)}")
-        if self.unused:
-            parts.append(f"not in the model, ignored: {_grouped(self.unused)}")
-        return "; ".join(parts)
-
-
-def _grouped(names: list[str]) -> str:
-    """`decoder_blocks.* (88), mask_token` instead of ninety names."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.split(".")[0], []).append(name)
-    return ", ".join(f"{top}.* ({len(full)})" if len(full) > 1 else full[0] for top, full in groups.items())
-
-
-def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> Report:
-    """Copy weights by name. Position tables of another grid are resampled; any other shape that differs is refused.
-
-    CheckpointError when a tensor does not fit, or when the file lacks a part of the encoder.
-    """
-    own = model.state_dict()
-    report = Report(unused=[name for name in weights if name not in own])
-    fitting: dict[str, Tensor] = {}
-    wrong = []
-    for name, mine in own.items():
-        if name not in weights:
-            report.missing.append(name)
-            continue
-        theirs = weights[name]
-        if theirs.shape != mine.shape and name.endswith("pos_embed") and theirs.shape[-1] == mine.shape[-1]:
-            theirs = resample_abs_pos_embed(theirs.float(), list(model.grid), num_prefix_tokens=1, antialias=False)  # type: ignore[arg-type]
-            report.resampled.append(name)
-        if theirs.shape != mine.shape:
-            wrong.append(f"{name} is {tuple(theirs.shape)} in the file and {tuple(mine.shape)} in the model")
-            continue
-        fitting[name] = theirs
-        report.loaded.append(name)
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise CheckpointError(f"the checkpoint is of another shape: {'; '.join(wrong[:3])}{more}")
-    encoder_gaps = [name for name in report.missing if name.startswith(("blocks.", "patch_embed."))]
-    if encoder_gaps:
-        raise CheckpointError(
-            f"the checkpoint holds no encoder of this model: {_grouped(encoder_gaps)} missing; "
-            f"it has {_grouped(list(weights)[:200])}"
-        )
-    model.load_state_dict(fitting, strict=False)
-    return report

@@ -22,7 +22,7 @@ from torch import nn
 
 from util import checkpoint
 from util.checkpoint import CheckpointError
-from util.data import Batches, allowed_bad
+from util.data import Batches, NothingReadable, Source, allowed_bad
 from util.distributed import CONTINUE, SAVE, STOP, Agreement, Processes, StopRequest
 from util.logging import RunLog, environment, log_file, talk
 from util.meters import Means
@@ -60,12 +60,12 @@ class Run:
     `run.after_step()` after every optimizer step and `run.end_epoch()` after every epoch, then `run.finish()`.
     """
 
-    def __init__(self, options: RunOptions, processes: Processes, data: str):
-        """Look at the folder and decide how to begin. `data` identifies the training data.
+    def __init__(self, options: RunOptions, processes: Processes, source: Source):
+        """Look at the folder and decide how to begin. `source` holds the training images.
 
         AlreadyFinished when nothing is left to do; ValueError when the folder belongs to something else.
         """
-        self.options, self.processes, self.data = options, processes, data
+        self.options, self.processes, self.source = options, processes, source
         self.folder = Path(options.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.run_id = processes.broadcast(f"{int(time.time()):x}-{os.getpid():x}")
@@ -84,15 +84,15 @@ class Run:
 
     def _together(self, decide: Any) -> Any:
         """Let the main process look and write; all get its answer, or its error."""
-        outcome: tuple[Any, Exception | None] = (None, None)
+        answer, failure = None, None
         if self.processes.main:
             try:
-                outcome = (decide(), None)
+                answer = decide()
             except (ValueError, OSError, AlreadyFinished) as error:
-                outcome = (None, error)
-        answer, error = self.processes.broadcast(outcome)
-        if error is not None:
-            raise error
+                failure = error
+        answer, failure = self.processes.broadcast((answer, failure))
+        if failure is not None:
+            raise failure
         return answer
 
     def _decide(self) -> str:
@@ -100,15 +100,16 @@ class Run:
         path, options = self.folder, self.options
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output_dir {path} is a file; name a folder")
-        if options.overwrite:
-            self._clear()
-        finished = path / "result.json"
-        chosen, state = self._choose()
-        if not chosen and path.is_dir() and not (path / "options.yaml").exists() and any(path.iterdir()):
+        ours = (path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
+        if path.is_dir() and not ours and any(path.iterdir()):
             others = ", ".join(sorted(p.name for p in path.iterdir())[:5])
             raise ValueError(
                 f"--output_dir {path} holds no run but other files ({others}); name an empty or a new folder"
             )
+        if options.overwrite:
+            self._clear()
+        finished = path / "result.json"
+        chosen, state = self._choose()
         if state is not None:
             self._compare(state)
             if finished.exists() and state["epoch"] >= options.epochs:
@@ -146,7 +147,7 @@ class Run:
                 there = ", ".join(str(p) for p in found) or "none"
                 raise ValueError(f"--resume {path}: no such checkpoint; in this run's folder: {there}")
             return path, checkpoint.load(path)
-        damage = []
+        damage: list[CheckpointError] = []
         for path in found:
             try:
                 state = checkpoint.load(path)
@@ -165,8 +166,8 @@ class Run:
         changed = differences(type(self.options), state["options"], to_dict(self.options))
         refused = [d for d in changed if d.kind == "shape" or d.name not in self.options.allow_change]
         rows = [(d.name, repr(d.old), repr(d.new)) for d in refused]
-        if state["data"] != self.data:
-            rows.append(("data (files and labels)", state["data"][:12], self.data[:12]))
+        if state["data"] != self.source.fingerprint:
+            rows.append(("data (files and labels)", state["data"][:12], self.source.fingerprint[:12]))
         if rows:
             width = max(len(name) for name, _, _ in rows)
             table = "".join(f"\n  {name:<{width}}  {old} -> {new}" for name, old, new in rows)
@@ -237,7 +238,7 @@ class Run:
             "best": self.best,
             "problems": dict(self._problems),
             "options": to_dict(self.options),
-            "data": self.data,
+            "data": self.source.fingerprint,
             "versions": {"torch": str(torch.__version__)},
             **{name: part.state_dict() for name, part in self.others.items()},
         }
@@ -292,7 +293,7 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._open.close()
-        if isinstance(error, ValueError) and not isinstance(error, TooManyBadImages):
+        if isinstance(error, ValueError) and not isinstance(error, TooManyBadImages | NothingReadable):
             raise RuntimeError("a defect, not bad input: training itself met this error") from error
 
     def epochs(self) -> Iterator[tuple[int, int]]:
@@ -331,7 +332,7 @@ class Run:
             "lr": self.stepper.lr,
             "grad_norm": float(self.stepper.grad_norm),
             "images_per_s": steps * self.options.total_batch_size / seconds,
-            "data_wait": min(1.0, self.batches.reset_wait() / seconds),
+            "data_wait": min(1.0, self.batches.wait_seconds / seconds),
             "bad_steps": bad_total,
         }
         if self.processes.device.type == "cuda":
@@ -339,6 +340,7 @@ class Run:
         if self.log:
             self.log.step(self.stepper.step, self.epoch, values)
         self._logged_at, self._logged_step = now, self.stepper.step
+        self.batches.reset_wait()
         self._check(bad_in_a_row)
 
     def _check(self, bad_in_a_row: int) -> None:
@@ -375,7 +377,7 @@ class Run:
         return {"format": checkpoint.FORMAT, "model": self.model.state_dict(), "options": to_dict(self.options)}
 
     def _names(self, index: list[int]) -> list[str]:
-        return [self.batches.samples.source.names[i] for i in index]
+        return [self.source.names[i] for i in index]
 
     def note(self, problems: list[tuple[str, str]]) -> None:
         """Images of this process that could not be read and were replaced."""
@@ -397,7 +399,7 @@ class Run:
                 log.warning("cannot write %s (%s)", path, error)
             log.warning("%d unreadable images so far, replaced by others: see %s", len(self._problems), path)
         self._listed = len(self._problems)
-        images = len(self.batches.samples)
+        images = len(self.source)
         if len(self._problems) > allowed_bad(self.options.max_bad_fraction, images):
             first = "; ".join(f"{name} ({why})" for name, why in sorted(self._problems.items())[:5])
             raise TooManyBadImages(

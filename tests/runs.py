@@ -1,0 +1,108 @@
+"""Start real training processes cheaply: a server process has imported everything, each run is a fork of it.
+
+A run is then a real process, which a test can kill or signal, at a tenth of a second instead of five seconds each.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from util import checkpoint
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["main_pretrain"])
+
+TINY = (
+    "--data_path digits --input_size 8 --in_chans 1 --model mae_vit_tiny_patch2 --embed_dim 24 --depth 2 --num_heads 2 "
+    "--decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --norm_pix_loss --total_batch_size 256 --epochs 3 "
+    "--warmup_epochs 1 --num_workers 0 --device cpu --log_every 1 --save_minutes 0"
+).split()
+
+
+def _run(argv: list[str], said: str) -> None:
+    import main_pretrain
+
+    torch.set_num_threads(1)
+    sys.stderr = open(said, "w", buffering=1)
+    sys.exit(main_pretrain.main(argv))
+
+
+class Training:
+    """One process that runs `main_pretrain.py` on the digits with a tiny model, and `words` after those options."""
+
+    def __init__(self, folder: Path, *words: object):
+        self.folder = folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._said = folder.parent / f"{folder.name}.stderr"
+        argv = [*TINY, "--output_dir", str(folder), *map(str, words)]
+        self._process = context.Process(target=_run, args=(argv, str(self._said)))
+        self._process.start()
+
+    def send(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+        """Until the step's line stands in metrics.jsonl."""
+        deadline = time.monotonic() + seconds
+        while not any(line["step"] >= step for line in metrics(self.folder)):
+            assert self._process.is_alive(), f"ended before step {step}: {self.said}"
+            assert time.monotonic() < deadline, f"no step {step} after {seconds} s: {self.said}"
+            time.sleep(0.002)
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code; negative for a signal."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"still running after {seconds} s: {self.said}"
+        return self._process.exitcode
+
+    def kill_at(self, step: int) -> None:
+        self.wait_for_step(step)
+        self.send(signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL
+
+    @property
+    def said(self) -> str:
+        return self._said.read_text() if self._said.exists() else ""
+
+
+def finish(folder: Path, *words: object) -> str:
+    """Run to the end, which must be a good one; answers what was said."""
+    training = Training(folder, *words)
+    code = training.wait()
+    assert code == 0, training.said
+    return training.said
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl so far."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step, as the latest start of the run said it."""
+    return {line["step"]: line["loss"] for line in metrics(folder)}
+
+
+def final(folder: Path) -> dict:
+    return checkpoint.load(folder / "checkpoints" / "last.pth")
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, optimizer state and step of two runs are equal bit for bit."""
+    first, second = final(one), final(other)
+    assert (first["epoch"], first["step"]) == (second["epoch"], second["step"])
+    assert first["model"].keys() == second["model"].keys()
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    for index, moments in first["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, second["optimizer"]["state"][index][name]), (index, name)

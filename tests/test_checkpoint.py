@@ -1,0 +1,139 @@
+"""Checkpoints: whole or absent, verified, and harmless."""
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+
+from util import checkpoint
+from util.checkpoint import CheckpointError
+
+
+def state(value=1.0):
+    return {"format": 1, "model": {"weight": torch.full((100,), value)}, "epoch": 3}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    checkpoint.save(tmp_path / "last.pth", state())
+    loaded = checkpoint.load(tmp_path / "last.pth")
+    assert loaded["epoch"] == 3
+    assert torch.equal(loaded["model"]["weight"], torch.ones(100))
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+@pytest.mark.parametrize("after_bytes", [0, 100, 700])
+def test_a_save_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch, after_bytes):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, state(1.0))
+
+    def broken(value, file):
+        file.write(b"x" * after_bytes)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(path, state(2.0))
+    monkeypatch.undo()
+    assert checkpoint.load(path)["model"]["weight"][0] == 1.0
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_the_previous_file_stays_beside_the_last(tmp_path):
+    for value in (1.0, 2.0, 3.0):
+        checkpoint.keep_previous(tmp_path)
+        checkpoint.save(tmp_path / "last.pth", state(value))
+    assert checkpoint.load(tmp_path / "last.pth")["model"]["weight"][0] == 3.0
+    assert checkpoint.load(tmp_path / "previous.pth")["model"]["weight"][0] == 2.0
+
+
+def test_the_rest_of_an_interrupted_save_is_removed_by_name(tmp_path):
+    (tmp_path / ".last.pth.tmp").write_bytes(b"half")
+    checkpoint.save(tmp_path / "last.pth", state())
+    (tmp_path / ".last.pth.tmp").write_bytes(b"half")
+    assert checkpoint.remove_leftovers(tmp_path) == [".last.pth.tmp"]
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_every_flipped_bit_of_the_data_is_noticed(tmp_path):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, state())
+    good = path.read_bytes()
+    payload = torch.ones(100).numpy().tobytes()
+    start = good.index(payload)
+    for offset in (0, 1, 200, 399):
+        bad = bytearray(good)
+        bad[start + offset] ^= 4
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("length", [0, 1, 50, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, length):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, state())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(length * len(whole)) if isinstance(length, float) else length])
+    with pytest.raises(CheckpointError, match="whole checkpoint"):
+        checkpoint.load(path)
+
+
+def test_a_missing_foreign_or_newer_file_is_refused_with_advice(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        checkpoint.load(tmp_path / "none.pth")
+    torch.save({"model": {}}, tmp_path / "mae.pth")
+    with pytest.raises(CheckpointError, match="--init_from"):
+        checkpoint.load(tmp_path / "mae.pth")
+    torch.save({"format": 99}, tmp_path / "future.pth")
+    with pytest.raises(CheckpointError, match="format 99"):
+        checkpoint.load(tmp_path / "future.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(CheckpointError, match="text.pth"):
+        checkpoint.load(tmp_path / "text.pth")
+
+
+class Evil:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("read", [checkpoint.load, checkpoint.load_weights])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, read):
+    marker = tmp_path / "ran"
+    torch.save({"format": 1, "model": Evil(marker)}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="nothing was loaded"):
+        read(tmp_path / "evil.pth")
+    with open(tmp_path / "plain.pth", "wb") as file:
+        pickle.dump(Evil(marker), file)
+    with pytest.raises(CheckpointError):
+        read(tmp_path / "plain.pth")
+    assert not marker.exists()
+
+
+def test_weights_of_the_usual_files_are_found(tmp_path):
+    weights = {"blocks.0.w": torch.ones(2)}
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1.0), "epoch": 4}, tmp_path / "mae.pth")
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "ddp.pth")
+    torch.save(weights, tmp_path / "bare.pth")
+    torch.save({"model": weights}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    from safetensors.torch import save_file
+
+    save_file(weights, tmp_path / "timm.safetensors")
+    for name in ("mae.pth", "ddp.pth", "bare.pth", "old.pth", "timm.safetensors"):
+        loaded = checkpoint.load_weights(tmp_path / name)
+        assert list(loaded) == ["blocks.0.w"], name
+        assert torch.equal(loaded["blocks.0.w"], torch.ones(2))
+
+
+def test_a_file_without_weights_says_what_it_holds(tmp_path):
+    torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="epoch"):
+        checkpoint.load_weights(tmp_path / "x.pth")
+    (tmp_path / "bad.safetensors").write_bytes(b"12345678901234567890")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        checkpoint.load_weights(tmp_path / "bad.safetensors")

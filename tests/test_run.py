@@ -1,0 +1,211 @@
+"""A run's folder and its promises, with real processes: kills, signals, damage, other options."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.runs import Training, assert_same_end, final, finish, losses, metrics
+from util import checkpoint
+
+STEPS_PER_EPOCH = 5
+LAST_STEP = 3 * STEPS_PER_EPOCH
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(folder)
+    return folder
+
+
+def test_the_folder_of_a_finished_run_is_complete(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert {"options.yaml", "environment.json", "train.log", "log.txt", "metrics.jsonl", "result.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"last.pth", "previous.pth", "epoch-0003.pth"}
+    assert [line["step"] for line in metrics(whole)] == list(range(1, LAST_STEP + 1))
+    assert {"loss", "reconstruction", "neighbor", "lr", "grad_norm", "images_per_s", "data_wait"} <= metrics(whole)[
+        0
+    ].keys()
+    epochs = [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in epochs] == [0, 1, 2]
+    mean = sum(line["loss"] for line in metrics(whole)[:STEPS_PER_EPOCH]) / STEPS_PER_EPOCH
+    assert epochs[0]["train_loss"] == pytest.approx(mean, rel=1e-6)
+    result = json.loads((whole / "result.json").read_text())
+    assert (result["steps"], result["images_seen"]) == (LAST_STEP, LAST_STEP * 256)
+    options = yaml.safe_load((whole / "options.yaml").read_text())
+    assert options["terms"]["neighbor"]["weight"] == 5e-5
+    assert options["total_batch_size"] == 256 and options["mean"] == [0.5], "every default is spelled out"
+    assert torch.load(whole / "checkpoints" / "last.pth", weights_only=True)["epoch"] == 3
+
+
+def test_the_loss_of_a_step_is_the_reconstruction_plus_the_weighted_term(whole):
+    for line in metrics(whole):
+        assert line["loss"] == pytest.approx(line["reconstruction"] + 5e-5 * line["neighbor"], abs=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_anywhere_ends_where_a_whole_one_ends(whole, tmp_path, workers):
+    chance = random.Random(workers)
+    folder = tmp_path / "run"
+    for kill in sorted(chance.sample(range(1, LAST_STEP), 3)):
+        Training(folder, "--num_workers", workers, "--save_steps", 2).kill_at(kill)
+    finish(folder, "--num_workers", workers, "--save_steps", 2)
+    assert_same_end(whole, folder)
+    assert losses(folder) == losses(whole)
+    starts = json.loads((folder / "environment.json").read_text())
+    assert {line["run_id"] for line in metrics(folder)} <= {start["run_id"] for start in starts}
+
+
+def test_epoch_means_do_not_depend_on_an_interruption(whole, tmp_path):
+    Training(tmp_path / "run", "--save_steps", 1).kill_at(STEPS_PER_EPOCH + 3)
+    finish(tmp_path / "run", "--save_steps", 1)
+
+    def means(folder):
+        lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name != "run_id"} for line in lines]
+
+    assert means(tmp_path / "run") == means(whole)
+
+
+def test_a_kill_inside_a_save_leaves_a_checkpoint_to_go_on_from(whole, tmp_path):
+    folder = tmp_path / "run"
+    Training(folder, "--save_steps", 2).kill_at(4)
+    leftover = folder / "checkpoints" / ".last.pth.tmp"
+    leftover.write_bytes((folder / "checkpoints" / "last.pth").read_bytes()[:1000])
+    said = finish(folder, "--save_steps", 2)
+    assert "removed .last.pth.tmp" in said
+    assert not leftover.exists()
+    assert_same_end(whole, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_once_and_exits_with_75(whole, tmp_path, number):
+    training = Training(tmp_path / "run")
+    training.wait_for_step(3)
+    training.send(number)
+    assert training.wait() == 75
+    assert signal.Signals(number).name in training.said
+    saved = final(tmp_path / "run")
+    assert saved["step"] == metrics(tmp_path / "run")[-1]["step"]
+    finish(tmp_path / "run")
+    assert_same_end(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "zeroed"])
+def test_a_damaged_checkpoint_is_stepped_back_from(whole, tmp_path, damage):
+    folder = tmp_path / "run"
+    Training(folder, "--save_steps", 2).kill_at(8)
+    last = folder / "checkpoints" / "last.pth"
+    data = bytearray(last.read_bytes())
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+    else:
+        data = bytearray(len(data))
+    last.unlink()  # its second name, if it has one, must stay whole
+    last.write_bytes(data)
+    said = finish(folder, "--save_steps", 2)
+    assert "going back to" in said
+    assert_same_end(whole, folder)
+
+
+def test_a_folder_with_only_damaged_checkpoints_is_refused_and_kept(tmp_path):
+    folder = tmp_path / "run"
+    Training(folder, "--save_steps", 2).kill_at(4)
+    for path in (folder / "checkpoints").iterdir():
+        path.unlink()
+        path.write_bytes(b"nothing")
+    training = Training(folder)
+    assert training.wait() == 2
+    assert "is usable" in training.said and "--overwrite" in training.said
+    assert (folder / "checkpoints" / "last.pth").read_bytes() == b"nothing"
+
+
+def test_a_finished_run_is_finished(whole):
+    before = (whole / "checkpoints" / "last.pth").stat().st_mtime_ns
+    assert "is finished" in finish(whole)
+    assert (whole / "checkpoints" / "last.pth").stat().st_mtime_ns == before
+
+
+def test_other_options_are_refused_in_a_table_and_machine_options_are_not(whole, tmp_path):
+    before = (whole / "checkpoints" / "last.pth").read_bytes()
+    training = Training(whole, "--mask_ratio", "0.5", "--terms.neighbor.weight", "1e-4", "--depth", "1")
+    assert training.wait() == 2
+    for words in ("mask_ratio", "0.75 -> 0.5", "terms.neighbor.weight", "5e-05 -> 0.0001", "depth", "2 -> 1"):
+        assert words in training.said
+    assert "allow_change" not in training.said, "a model of another shape cannot be accepted"
+    assert (whole / "checkpoints" / "last.pth").read_bytes() == before
+    assert "is finished" in finish(whole, "--log_every", "7", "--num_workers", "1")
+
+
+def test_a_change_that_is_accepted_by_name_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    finish(folder, "--epochs", "1")
+    training = Training(folder, "--epochs", "2")
+    assert training.wait() == 2
+    assert "--allow_change epochs" in training.said
+    finish(folder, "--epochs", "2", "--allow_change", "epochs")
+    assert final(folder)["step"] == 2 * STEPS_PER_EPOCH
+    assert yaml.safe_load((folder / "options.yaml").read_text())["epochs"] == 2
+
+
+def test_overwrite_starts_anew_and_leaves_other_files(whole, tmp_path):
+    folder = tmp_path / "run"
+    finish(folder, "--epochs", "1", "--seed", "7")
+    (folder / "notes.md").write_text("mine")
+    finish(folder, "--overwrite")
+    assert (folder / "notes.md").read_text() == "mine"
+    assert_same_end(whole, folder)
+    assert len(metrics(folder)) == LAST_STEP
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"jpg")
+    training = Training(tmp_path / "photos")
+    assert training.wait() == 2
+    assert "cat.jpg" in training.said
+    assert os.listdir(tmp_path / "photos") == ["cat.jpg"]
+
+
+def test_a_wrong_resume_lists_what_there_is(whole):
+    training = Training(whole, "--resume", "nowhere.pth")
+    assert training.wait() == 2
+    assert "nowhere.pth" in training.said and "last.pth" in training.said
+
+
+def test_resuming_from_a_named_checkpoint_of_another_folder(whole, tmp_path):
+    finish(tmp_path / "first", "--save_every", "1")
+    finish(tmp_path / "second", "--resume", tmp_path / "first" / "checkpoints" / "epoch-0001.pth")
+    assert_same_end(whole, tmp_path / "second")
+    assert [line["step"] for line in metrics(tmp_path / "second")][0] == STEPS_PER_EPOCH + 1
+
+
+def test_only_the_newest_epoch_files_are_kept(tmp_path):
+    finish(tmp_path / "run", "--save_every", "1", "--keep", "2")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("epoch-*"))
+    assert names == ["epoch-0002.pth", "epoch-0003.pth"]
+
+
+def test_a_loss_that_stays_bad_stops_with_a_dump(tmp_path):
+    folder = tmp_path / "run"
+    training = Training(folder, "--terms.neighbor.weight", "1e300", "--max_bad_steps", "3")
+    code = training.wait()
+    assert code == 3, training.said
+    assert "3 steps in a row" in training.said
+    record = json.loads(next((folder / "debug").glob("bad-step-*.json")).read_text())
+    newest = record["recent_by_process"][0][-1]
+    assert len(newest["files"]) == 256 and newest["files"][0].startswith("digits")
+    assert record["not_finite"] == ["loss"]
+    saved = checkpoint.load(next((folder / "debug").glob("bad-step-*.pth")))
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+    assert not (folder / "result.json").exists()

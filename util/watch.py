@@ -1,0 +1,170 @@
+"""What a pretraining run looks at between epochs: its features by nearest neighbours, and a few reconstructions.
+
+Neither changes what is trained: no random number of the run is used, and the model is put back into its mode.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from util.data import EvalSamples, Source, eval_batches, eval_transform, open_source
+from util.distributed import Processes
+from util.features import encode_source
+from util.knn import knn_accuracy
+from util.options import PretrainOptions
+
+log = logging.getLogger(__name__)
+
+BANK_LIMIT = 50_000  # images at most, evenly spaced: a look between epochs must not cost an epoch
+PICTURES = 8
+ROWS = ("original", "masked", "reconstruction", "pasted")
+
+
+class Watch:
+    """Online nearest neighbours every `knn_every` epochs, pictures of fixed images every `picture_every`."""
+
+    def __init__(
+        self,
+        options: PretrainOptions,
+        model: nn.Module,
+        train: Source,
+        processes: Processes,
+        autocast: Callable[[], AbstractContextManager],
+    ):
+        self.options, self.model, self.processes, self.autocast = options, model, processes, autocast
+        self.bank = self.queries = train
+        self.bank_index = self.query_index = list(range(len(train)))
+        if options.knn_every:
+            if train.labels is None:
+                raise ValueError("--knn_every needs labels, and the training images have none")
+            self._split(train)
+        self.shown = self._open("val", train) or train
+
+    def _open(self, split: str, train: Source) -> Source | None:
+        """A split with the training images' classes; None where there is none."""
+        options = self.options
+        folder = train.classes is not None and options.dataset in ("auto", "folder") and options.data_path != "digits"
+        classes = train.classes if folder and train.classes else options.class_list
+        try:
+            return open_source(options.dataset, options.data_path, split, in_chans=options.in_chans, class_list=classes)
+        except ValueError:
+            return None
+
+    def _split(self, train: Source) -> None:
+        held_out = self._open("val", train)
+        if held_out is not None and held_out.labels is not None:
+            self.queries, self.query_index = held_out, list(range(len(held_out)))
+            what = f"the {len(held_out)} images of the val split"
+        else:
+            self.query_index = self.bank_index[::10]
+            self.bank_index = [index for index in self.bank_index if index % 10]
+            what = f"every tenth training image ({len(self.query_index)}), which the encoder has seen without its label"
+        step = -(-len(self.bank_index) // BANK_LIMIT)
+        self.bank_index = self.bank_index[::step]
+        log.info("online kNN (k = 20, T = 0.07): %d training images classify %s", len(self.bank_index), what)
+
+    def after(self, epoch: int) -> dict[str, float]:
+        """Look if it is time after `epoch` (from 0); answers figures for the epoch's record. All processes call it."""
+        figures = {}
+        last = epoch + 1 == self.options.epochs
+        if self.options.knn_every and ((epoch + 1) % self.options.knn_every == 0 or last):
+            figures["knn_acc1"] = self.knn()
+        return figures
+
+    def knn(self) -> float:
+        """Accuracy in percent; every process encodes its share."""
+        bank = self._encode(self.bank, self.bank_index)
+        queries = self._encode(self.queries, self.query_index)
+        accuracy = 0.0
+        if self.processes.main:
+            classes = len(self.bank.classes) if self.bank.classes else None
+            accuracy = 100 * knn_accuracy(*bank, *queries, num_classes=classes)
+        return self.processes.broadcast(accuracy)
+
+    def _encode(self, source: Source, index: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Features and labels, from every process its share."""
+        rank, world_size = self.processes.rank, self.processes.world_size
+        options = self.options
+        features, labels = encode_source(
+            self.model,
+            source,
+            input_size=options.input_size,
+            mean=options.mean,
+            std=options.std,
+            device=self.processes.device,
+            batch_size=max(1, options.batch_size),
+            num_workers=options.num_workers,
+            autocast=self.autocast,
+            indices=index[rank::world_size],
+        )
+        assert labels is not None
+        shares = self.processes.gather((features, labels))
+        return torch.cat([share[0] for share in shares]), torch.cat([share[1] for share in shares])
+
+    def picture_is_due(self, epoch: int) -> bool:
+        every = self.options.picture_every
+        return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == self.options.epochs)
+
+    @torch.no_grad()
+    def picture(self, path: Path) -> Tensor:
+        """Reconstructions of fixed images under fixed masks, written to `path` and answered as uint8 `[H, W, 3]`."""
+        options = self.options
+        samples = EvalSamples(self.shown, eval_transform(options.input_size), mean=options.mean, std=options.std)
+        count = min(PICTURES, len(self.shown))
+        spread = [number * len(self.shown) // count for number in range(count)]
+        batch = next(eval_batches(samples, batch_size=count, indices=spread)).to(self.processes.device)
+        generator = torch.Generator().manual_seed(options.seed)
+        patches: int = self.model.num_patches  # type: ignore[assignment]
+        noise = torch.rand(len(batch), patches, generator=generator)
+        was_training = self.model.training
+        self.model.eval()
+        with self.autocast():
+            made = self.model.reconstruct(batch.images, noise=noise)  # type: ignore[operator]
+        self.model.train(was_training)
+        sheet = contact_sheet([made[name].cpu() for name in ROWS], options.mean, options.std)
+        caption = f"rows: {', '.join(ROWS[:3])}, hidden patches pasted into the original"
+        if options.norm_pix_loss:
+            caption += "; predictions are of standardised patches, undone with each patch's true mean and deviation"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = with_caption(sheet, caption)
+        picture.save(path)
+        return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
+
+
+def contact_sheet(rows: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Rows of normalised images `[N, C, H, W]` as one uint8 picture `[H', W', 3]`, small images enlarged."""
+    images = torch.cat(list(rows))
+    pixels = images * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
+    channels = pixels.shape[1]
+    if channels != 3:  # grey, or the first three of many
+        pixels = pixels[:, :3] if channels > 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    enlarge = max(1, 96 // pixels.shape[-1])
+    pixels = pixels.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
+    grid = make_grid(pixels.clamp(0, 1), nrow=len(rows[0]), padding=2, pad_value=1.0)
+    return (grid * 255).round().to(torch.uint8).permute(1, 2, 0)
+
+
+def with_caption(sheet_HWC: Tensor, caption: str) -> Any:
+    """The picture with a line of text under it, broken where it does not fit."""
+    height, width, _ = sheet_HWC.shape
+    letters = max(20, width // 6)
+    lines, line = [], ""
+    for word in caption.split():
+        if len(line) + len(word) >= letters:
+            lines.append(line)
+            line = ""
+        line += f"{word} "
+    lines.append(line)
+    picture = Image.new("RGB", (width, height + 14 * len(lines) + 4), "white")
+    picture.paste(Image.fromarray(sheet_HWC.numpy()), (0, 0))
+    ImageDraw.Draw(picture).multiline_text((3, height + 2), "\n".join(lines), fill="black")
+    return picture
