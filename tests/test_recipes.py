@@ -1,5 +1,6 @@
 """Recipes: each is what its header says, holds only what differs, divides on any usual machine, and makes a model."""
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -41,8 +42,15 @@ PAPER = {
 }
 
 
+@functools.cache
 def recipe(name):
     return parse_options(["-c", str(PROJECT / f"configs/pretrain/{name}.yaml")])
+
+
+@functools.cache
+def model_of(name):
+    with torch.device("meta"):  # shapes without numbers
+        return build_model(recipe(name))
 
 
 def header(path):
@@ -51,17 +59,12 @@ def header(path):
 
 
 def test_there_is_a_recipe_for_every_row():
-    expected = {f"{method}_vit_{size}_{data}" for method in ("mae", "nor_mae") for size in ("tiny", "small", "base")
-                for data in ("in1k", "in1k_released", "in100")}  # fmt: skip
+    sizes, sets = ("tiny", "small", "base"), ("in1k", "in1k_released", "in100")
+    expected = {f"{method}_vit_{size}_{data}" for method in ("mae", "nor_mae") for size in sizes for data in sets}
     expected |= {f"nor_mae_vit_tiny_patch{patch}_in100{kind}" for patch in (2, 4, 8, 32) for kind in ("", "_matched")}
     expected |= {"noa_mae_vit_tiny_in100", "random_asymmetry_mae_vit_tiny_in100"}
-    expected |= {
-        "mae_lite_vit_tiny_in1k",
-        "mae_lite_vit_small_in1k",
-        "mae_vit_tiny_cifar10",
-        "nor_mae_vit_tiny_cifar10",
-    }
-    expected |= {"my_images", "quickstart"}
+    expected |= {"mae_lite_vit_tiny_in1k", "mae_lite_vit_small_in1k"}
+    expected |= {"mae_vit_tiny_cifar10", "nor_mae_vit_tiny_cifar10", "my_images", "quickstart"}
     assert expected <= set(NAMES)
 
 
@@ -99,9 +102,7 @@ def test_the_batch_divides(name, processes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_made_of_it(name):
-    options = recipe(name)
-    with torch.device("meta"):
-        model = build_model(options)
+    options, model = recipe(name), model_of(name)
     assert set(model.terms) == set(options.terms)
     rows, columns = (side // int(options.model.rpartition("patch")[2]) for side in options.input_size)
     assert model.num_patches == rows * columns and tuple(model.grid) == (rows, columns)
@@ -134,9 +135,7 @@ def test_the_settings_are_the_papers(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart" and recipe(name).terms])
 def test_the_strength_of_the_neighbour_term(name):
     """The literal 5e-5, or what weighs the correlation as much as it does with patch 16."""
-    options = recipe(name)
-    with torch.device("meta"):
-        P = build_model(options).patch_pixels
+    options, P = recipe(name), model_of(name).patch_pixels
     weight = options.terms["neighbor"]["weight"]
     if options.method == "noa_mae":
         assert weight == pytest.approx(5e-5 * P / 2)
