@@ -1,0 +1,153 @@
+"""Sizes, positions and initial weights against numbers worked out by hand, and weights that come from other models."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import models_vit
+from models_vit import SIZES, VisionTransformer, initialize, load_matching, parse_name, patch_grid, position_table
+
+
+def loop_positions(grid, dim):
+    """One patch and one frequency at a time."""
+    rows, columns = grid
+    table = [[0.0] * dim]
+    for y in range(rows):
+        for x in range(columns):
+            rates = [10000 ** (-i / (dim // 4)) for i in range(dim // 4)]
+            table.append(
+                [math.sin(x * rate) for rate in rates]
+                + [math.cos(x * rate) for rate in rates]
+                + [math.sin(y * rate) for rate in rates]
+                + [math.cos(y * rate) for rate in rates]
+            )
+    return torch.tensor(table)[None]
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 5), (14, 14), (7, 1)])
+@pytest.mark.parametrize("dim", [8, 192])
+def test_positions_are_those_of_the_loop(grid, dim):
+    torch.testing.assert_close(position_table(grid, dim), loop_positions(grid, dim), atol=2e-6, rtol=0)
+
+
+def test_positions_put_the_column_first():
+    table = position_table((3, 3), 8)[0]
+    assert table[0].abs().max() == 0  # the class token's
+    expected = torch.tensor([0.8415, 0.01, 0.5403, 1.0, 0.0, 0.0, 1.0, 1.0])  # row 0, column 1
+    torch.testing.assert_close(table[1 + 1], expected, atol=6e-5, rtol=0)
+    torch.testing.assert_close(table[1 + 3], expected.roll(4), atol=6e-5, rtol=0)  # row 1, column 0
+    torch.testing.assert_close(table[1:].square().sum(dim=-1), torch.full((9,), 4.0))
+
+
+def test_positions_refuse_channels_that_4_does_not_divide():
+    with pytest.raises(ValueError, match="30"):
+        position_table((3, 3), 30)
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "weights"),
+    [
+        ("tiny", 0, 5_524_416),
+        ("tiny", 100, 5_543_716),
+        ("tiny", 1000, 5_717_416),
+        ("small", 0, 21_665_664),
+        ("small", 1000, 22_050_664),
+        ("base", 0, 85_798_656),
+        ("base", 100, 85_875_556),
+    ],
+)
+def test_sizes_have_the_known_numbers_of_weights(size, classes, weights):
+    sizes = SIZES[size]
+    with torch.device("meta"):
+        model = VisionTransformer(
+            embed_dim=sizes.embed_dim,
+            depth=sizes.depth,
+            num_heads=sizes.num_heads,
+            num_classes=classes,
+            weight_init="skip",
+        )
+    assert sum(p.numel() for p in model.parameters()) == weights
+
+
+def test_names():
+    assert parse_name("mae_vit_tiny_patch16") == ("tiny", 16)
+    assert parse_name("mae_vit_huge_patch14") == ("huge", 14)
+    for wrong in (
+        "vit_tiny_patch16",
+        "mae_vit_giant_patch16",
+        "mae_vit_tiny_patch0",
+        "mae_vit_tiny",
+        "mae_vit_tiny_patch16_224",
+    ):
+        with pytest.raises(ValueError, match="tiny|small"):
+            parse_name(wrong)
+
+
+def test_grids_of_squares_and_rectangles():
+    assert patch_grid(224, 16) == (14, 14)
+    assert patch_grid((160, 96), 32) == (5, 3)
+
+
+@pytest.mark.parametrize(("size", "patch"), [(224, 15), ((224, 230), 16), (0, 16), ((-16, 16), 16), (8, 16)])
+def test_grids_refuse_what_does_not_fit_and_name_the_sizes(size, patch):
+    with pytest.raises(ValueError, match=str(patch)):
+        patch_grid(size, patch)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    linear, convolution, norm = nn.Linear(300, 200), nn.Conv2d(3, 64, 8), nn.LayerNorm(5)
+    nn.init.ones_(linear.bias)
+    nn.init.zeros_(norm.weight)
+    for module in (linear, convolution, norm):
+        initialize(module)
+    assert linear.bias.abs().max() == 0 and norm.weight.min() == 1
+    for weight, inputs, outputs in ((linear.weight, 300, 200), (convolution.weight, 3 * 8 * 8, 64)):
+        bound = math.sqrt(6 / (inputs + outputs))
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+def vit(**changes):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0} | changes
+    return VisionTransformer(**sizes)
+
+
+def test_weights_go_where_their_names_are():
+    source, model = vit(num_classes=10), vit()
+    report = load_matching(model, source.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.forward_features(images), source.forward_features(images), atol=0, rtol=0)
+    assert report.unused == ["head.weight", "head.bias"] and report.missing == report.resampled == []
+    assert "head.* (2)" in str(report)
+    report = load_matching(source, model.state_dict())
+    assert report.missing == ["head.weight", "head.bias"]
+
+
+def test_positions_of_another_size_are_resampled_without_antialiasing():
+    source = vit()
+    square, rectangle = vit(img_size=48), vit(img_size=(16, 48))
+    assert load_matching(square, source.state_dict()).resampled == ["pos_embed"]
+    table = source.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    larger = nn.functional.interpolate(table, size=(6, 6), mode="bicubic").flatten(2).mT
+    torch.testing.assert_close(square.pos_embed, torch.cat([source.pos_embed[:, :1], larger], dim=1))
+
+    load_matching(rectangle, source.state_dict())
+    with pytest.raises(ValueError, match="12"):
+        load_matching(square, rectangle.state_dict())
+    assert load_matching(square, rectangle.state_dict(), grid=(2, 6)).resampled == ["pos_embed"]
+
+
+@pytest.mark.parametrize("changes", [{"embed_dim": 32}, {"patch_size": 16}, {"in_chans": 1}, {"depth": 3}])
+def test_weights_of_another_model_are_refused_and_change_nothing(changes):
+    model = vit(**changes)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="sizes|encoder"):
+        load_matching(model, vit().state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_everything_taken_from_timm_is_named():
+    assert set(models_vit.__all__) <= set(dir(models_vit))
