@@ -43,7 +43,7 @@ ORDER, AUGMENTATION, NOISE = range(3)  # independent streams of random numbers
 
 
 class NothingReadable(ValueError):  # noqa: N818 - it says what happened
-    """A sample could not be replaced: the images after it cannot be read either."""
+    """No image can be read: not one in a row of `TRIES`, or not one of all."""
 
 
 def mix(*words: int) -> int:
@@ -61,7 +61,9 @@ def _generator(*words: int) -> torch.Generator:
     return torch.Generator().manual_seed(mix(*words))
 
 
-def pixel_statistics(in_chans: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> tuple[tuple, tuple]:
+def pixel_statistics(
+    in_chans: int, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> tuple[tuple[float, ...], ...]:
     """(mean, std) per channel, of pixels in 0..1: as given, or ImageNet's for 3 channels and 0.5 for other numbers."""
     rgb = in_chans == 3
     default_mean, default_std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if rgb else ((0.5,) * in_chans,) * 2
@@ -201,7 +203,7 @@ class TrainSamples(Dataset):
                 return self.source.read(shown), shown, problems
             except BadImage as error:
                 problems.append((error.path, error.reason))
-        raise NothingReadable(f"{len(problems)} images in a row cannot be read, from {': '.join(problems[0])}")
+        raise NothingReadable(f"{len(problems)} images in a row cannot be read: {_first(problems)}")
 
 
 class EvalSamples(Dataset):
@@ -218,7 +220,7 @@ class EvalSamples(Dataset):
         label = None if self.source.labels is None else int(self.source.labels[index])
         return Sample(self.transform(self.source.read(index)), label, None, index, [])
 
-    def __getitems__(self, keys: Sequence[int]) -> Batch | NothingReadable:
+    def __getitems__(self, keys: Sequence[int]) -> Batch:
         samples, problems = [], []
         for key in keys:
             try:
@@ -226,10 +228,9 @@ class EvalSamples(Dataset):
             except BadImage as error:
                 problems.append((error.path, error.reason))
         if not samples:
-            return NothingReadable(f"not one of {len(problems)} images can be read, from {': '.join(problems[0])}")
-        batch = collate(samples, self.mean, self.std)
-        batch.problems = problems
-        return batch
+            nothing = torch.empty(0, len(self.mean), 1, 1, dtype=torch.uint8)
+            return Batch(nothing, None, None, torch.empty(0, dtype=torch.int64), problems, self.mean, self.std)
+        return replace(collate(samples, self.mean, self.std), problems=problems)
 
 
 class Loader:
@@ -244,7 +245,7 @@ class Loader:
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self._processes: list[Any] = []
         self._loader: DataLoader | None = None
-        self._keys: Iterator[list] = iter(())
+        self._feed = _Feed()
         # A worker ignores the polite signal that ends forgotten children at exit, so this process must not forget them.
         self._finalizer = weakref.finalize(self, _kill, self._processes)
 
@@ -269,8 +270,8 @@ class Loader:
                 if retried:
                     raise RuntimeError(
                         f"data loading workers died twice in one epoch ({error}). Most often memory ran out: try fewer "
-                        f"than num_workers {self.num_workers} or a larger /dev/shm. With num_workers 0 the main process "
-                        "loads and shows the error itself"
+                        f"than num_workers {self.num_workers} or a larger /dev/shm; with num_workers 0 this process "
+                        "loads, and shows the error itself"
                     ) from error
                 retried = True
                 log.warning("%s; starting all %d workers again where they were", error, self.num_workers)
@@ -284,7 +285,7 @@ class Loader:
         if self._loader is None:
             self._loader = DataLoader(
                 self.samples,  # type: ignore[arg-type]  # it has __getitems__, which is all that is called
-                batch_sampler=_Feed(self),
+                batch_sampler=self._feed,
                 num_workers=self.num_workers,
                 collate_fn=_as_it_is,
                 pin_memory=self.pin_memory,
@@ -292,7 +293,7 @@ class Loader:
                 persistent_workers=True,
                 generator=torch.Generator(),  # or each epoch's start would draw from the main process's random numbers
             )
-        self._keys = (keys(n) for n in range(start, count))
+        self._feed.keys = (keys(n) for n in range(start, count))
         with _safe_to_start_workers():
             before = set(multiprocessing.active_children())
             iterator = iter(self._loader)
@@ -301,13 +302,12 @@ class Loader:
 
 
 class _Feed:
-    """The batch sampler of a loader that outlives its epochs: whatever keys the loader has now."""
+    """The batch sampler of a loader that outlives its epochs: whatever keys it was given last."""
 
-    def __init__(self, loader: Loader):
-        self.loader = weakref.proxy(loader)
+    keys: Iterator[list] = iter(())
 
     def __iter__(self) -> Iterator[list]:
-        return self.loader._keys
+        return self.keys
 
 
 def _kill(processes: list[Any]) -> None:
@@ -433,14 +433,28 @@ def eval_batches(
     pin_memory: bool = False,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """All samples once, or those of `indices` (a rank's share, say), in order."""
+    """All samples once, or those of `indices` (a rank's share, say), in order. Unreadable images are left out, with a
+    line in the log; a batch with no other image is not given."""
     chosen = np.arange(len(samples)) if indices is None else np.asarray(indices)
     loader = Loader(samples, num_workers, pin_memory)
+    problems: list[tuple[str, str]] = []
     try:
         count = math.ceil(len(chosen) / batch_size)
-        yield from loader.batches(count, lambda n: chosen[n * batch_size : (n + 1) * batch_size].tolist())
+        for batch in loader.batches(count, lambda n: chosen[n * batch_size : (n + 1) * batch_size].tolist()):
+            problems += batch.problems
+            if len(batch):
+                yield batch
     finally:
         loader.stop()
+    if len(problems) == len(chosen):
+        raise NothingReadable(f"not one of {len(chosen)} images can be read: {_first(problems)}")
+    if problems:
+        log.warning("%d of %d images cannot be read and are left out: %s", len(problems), len(chosen), _first(problems))
+
+
+def _first(problems: Sequence[tuple[str, str]]) -> str:
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return ": ".join(problems[0]) + more if problems else "there are none"
 
 
 def allowed_bad(max_bad_fraction: float, n: int) -> int:

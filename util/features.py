@@ -7,7 +7,6 @@ all features in this project are compared.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from util.data import EvalSamples, Source, eval_batches, eval_transform
-
-log = logging.getLogger(__name__)
 
 
 def encode_source(
@@ -82,7 +79,7 @@ def _vectors(
     indices: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor | None]:
     samples = EvalSamples(source, eval_transform(input_size), mean=mean, std=std)
-    vectors, labels, problems = [], [], []
+    vectors, labels = [], []
     for batch in eval_batches(
         samples,
         batch_size=batch_size,
@@ -90,10 +87,7 @@ def _vectors(
         pin_memory=torch.device(device).type == "cuda",
         indices=indices,
     ):
-        problems += batch.problems
         vectors.append(embed(batch.to(device).images).cpu())
         if batch.labels is not None:
             labels.append(batch.labels)
-    if problems:
-        log.warning("%d images were unreadable and left out, such as %s: %s", len(problems), *problems[0])
     return torch.cat(vectors), torch.cat(labels) if labels else None

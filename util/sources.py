@@ -192,12 +192,25 @@ def _split_folder(data_path: str, split: str) -> str:
         raise ValueError(f"data_path {data_path} {file if os.path.exists(data_path) else 'does not exist'}")
     names = SPLIT_NAMES.get(split, (split,))
     for name in names:
-        if os.path.isdir(os.path.join(data_path, name)):
+        if os.path.isdir(os.path.join(data_path, name)) and not _is_a_class(data_path, name):
             return os.path.join(data_path, name)
     if split == "train":
         return data_path
     held = _contents(data_path)
     raise ValueError(f"no {split} images: {data_path} has no folder {' or '.join(names)}; it holds {held}")
+
+
+def _is_a_class(data_path: str, name: str) -> bool:
+    """Whether a folder named like a split is a class (CIFAR-100 has a "train"): it and others beside it hold images."""
+    splits = {name for names in SPLIT_NAMES.values() for name in names}
+    with os.scandir(data_path) as entries:
+        beside = [entry.path for entry in entries if entry.name not in splits and entry.is_dir()]
+    return _holds_images(os.path.join(data_path, name)) and any(_holds_images(folder) for folder in beside)
+
+
+def _holds_images(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return any(is_image_name(entry.name) for entry in entries)
 
 
 def _images_below(root: str) -> list[str]:
@@ -273,7 +286,7 @@ def _contents(folder: str) -> str:
         kinds = collections.Counter(
             "folders" if entry.is_dir() else Path(entry.name).suffix or "files" for entry in entries
         )
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())[:8]) or "nothing"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -435,11 +448,14 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ValueError(f"hfds/{name} needs an optional package: pip install -r requirements/data.txt") from error
-    available = datasets.get_dataset_split_names(name, cache_dir=cache or None)
-    theirs = next((word for word in SPLIT_NAMES.get(split, (split,)) if word in available), None)
-    if theirs is None:
-        raise ValueError(f"hfds/{name} has the splits {', '.join(available)}: none of them is for {split}")
-    table = datasets.load_dataset(name, split=theirs, cache_dir=cache or None)
+    try:
+        available = datasets.get_dataset_split_names(name, cache_dir=cache or None)
+        theirs = next((word for word in SPLIT_NAMES.get(split, (split,)) if word in available), None)
+        if theirs is None:
+            raise ValueError(f"it has the splits {', '.join(available)} and none of them is for {split}")
+        table = datasets.load_dataset(name, split=theirs, cache_dir=cache or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"hfds/{name} cannot be opened: {error}") from error
     image_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     label_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)), None)
     if image_key is None:
