@@ -1,0 +1,254 @@
+"""What every method of the menu promises, asked of each of them, and how a model is asked for."""
+
+import pytest
+import torch
+
+import methods
+from methods import METHODS, TERMS, build, preset
+
+SMALL = {
+    "model": "mae_vit_tiny_patch4",
+    "input_size": (16, 20),
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "decoder_embed_dim": 12,
+    "decoder_depth": 1,
+    "decoder_num_heads": 3,
+    "norm_pix_loss": True,
+}
+
+
+def small(method, **changes):
+    torch.manual_seed(0)
+    return build(method, **(SMALL | changes))
+
+
+def batch(model, n=4):
+    """Images, labels and noise."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(n, model.in_chans, *model.patch_embed.img_size, generator=generator)
+    labels = torch.randint(0, 3, (n,), generator=generator)
+    return images, labels, torch.rand(n, model.noise_rows, model.num_patches, generator=generator)
+
+
+# ---- the contract ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+def test_every_method_adds_its_weighted_terms_to_the_reconstruction(method):
+    model = small(method)
+    images, labels, noise = batch(model)
+    losses = model(images, labels, noise=noise)
+    assert list(losses)[:2] == ["loss", "reconstruction"] and {*losses} >= {"loss", "reconstruction", *model.terms}
+    assert list(model.terms) == list(METHODS[method].terms)
+    total = losses["reconstruction"] + sum(t.options.weight * losses[name] for name, t in model.terms.items())
+    torch.testing.assert_close(losses["loss"], total)
+    for value in losses.values():
+        assert value.ndim == 0 and value.isfinite() and value.dtype == torch.float32
+    again = model(images, labels, noise=noise)
+    assert all(torch.equal(value, again[name]) for name, value in losses.items())
+    assert model(images, labels)["loss"].isfinite()  # noise drawn inside
+
+
+def test_every_method_reaches_the_encoder(method):
+    """Each weight gets a gradient (DistributedDataParallel waits for every one), the encoder's from each term too."""
+    model = small(method)
+    images, labels, noise = batch(model)
+    losses = model(images, labels, noise=noise)
+    for name in ("reconstruction", *model.terms):
+        (gradient,) = torch.autograd.grad(losses[name], model.patch_embed.proj.weight, retain_graph=True)
+        assert gradient.abs().max() > 0, name
+    losses["loss"].backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+
+
+def test_every_method_learns(method):
+    model = small(method)
+    images, labels, noise = batch(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    first = model(images, labels, noise=noise)["loss"].item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(images, labels, noise=noise)["loss"]
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.95 * first
+
+
+def test_every_method_predicts_and_encodes(method):
+    model = small(method).eval()
+    images, _, noise = batch(model)
+    pred, mask = model.predict(images, noise=noise)
+    assert pred.shape == (4, 20, 48) and mask.shape == (4, 20)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    features = model.encode(images)
+    assert features.shape == (4, 21, 16) and torch.equal(features, model.encode(images))
+    pictures = model.reconstruct(images, noise=noise)
+    assert {*pictures} == {"original", "masked", "reconstruction", "pasted"}
+    assert all(picture.shape == images.shape for picture in pictures.values())
+    assert model.baseline(images).item() == pytest.approx(1, abs=0.1)
+
+
+def test_every_method_tells_its_sizes_and_scales(method):
+    model = small(method)
+    assert (model.grid, model.num_patches, model.patch_pixels) == ((4, 5), 20, 48)
+    assert model.noise_rows == 1 + sum(term.noise_rows for term in model.terms.values())
+    for term in model.terms.values():
+        assert all(isinstance(value, float) for value in term.scale(model).values())
+
+
+def test_every_method_is_one_graph(method):
+    model = small(method)
+    images, labels, noise = batch(model)
+    found = torch.compile(model, fullgraph=True, backend="eager")(images, labels, noise=noise)
+    expected = model(images, labels, noise=noise)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_every_method_trains_in_half_precision_with_checkpointing(method):
+    model = small(method, grad_checkpointing=True)
+    images, labels, noise = batch(model)
+    full = small(method)(images, labels, noise=noise)["loss"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(images, labels, noise=noise)
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    torch.testing.assert_close(losses["loss"], full, rtol=0.03, atol=0)
+    losses["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_every_method_takes_another_input_size(method):
+    model = small(method)
+    model.set_input_size(32)
+    images, labels, noise = batch(model)
+    assert model(images, labels, noise=noise)["loss"].isfinite() and model.encode(images).shape == (4, 65, 16)
+
+
+def test_every_method_reads_the_state_of_plain_mae(method):
+    model, mae = small(method), small("mae")
+    own = [name for name in model.state_dict() if not name.startswith("terms.")]
+    assert own == list(mae.state_dict())
+    assert not any(own_name.startswith("head") for own_name in own)
+    model.load_state_dict(mae.state_dict() | {k: v for k, v in model.state_dict().items() if k.startswith("terms.")})
+
+
+# ---- asking for a model ---------------------------------------------------------------------------------------------
+
+
+def test_the_menu():
+    assert {"mae", "nor_mae", "nor_mae_released", "noa_mae", "random_asymmetry_mae"} <= set(METHODS)
+    assert preset("mae") == {"terms": {}} and preset("noa_mae") == {"terms": {"neighbor": {"relation": "alignment"}}}
+    assert small("noa_mae").terms["neighbor"].options.weight == 5e-5
+    assert small("nor_mae_released").terms["neighbor"].options.border == "wrap"
+    assert all(entry.note for entry in METHODS.values())
+
+
+def test_a_preset_is_a_copy():
+    preset("noa_mae")["terms"]["neighbor"]["relation"] = "diagonal"
+    assert preset("noa_mae")["terms"]["neighbor"]["relation"] == "alignment"
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ("mae_vit_tiny_patch16", 9_231_360),
+        ("mae_vit_small_patch16", 28_204_800),
+        ("mae_vit_base_patch16", 111_655_680),
+    ],
+)
+def test_sizes_have_the_known_numbers_of_weights(model, weights):
+    with torch.device("meta"):
+        built = build("nor_mae", model)
+    assert sum(p.numel() for p in built.parameters() if p.requires_grad) == weights
+    assert built.grid == (14, 14) and built.mask_ratio == 0.75 and not built.norm_pix_loss
+
+
+def test_large_and_huge():
+    with torch.device("meta"):
+        large, huge = build("mae", "mae_vit_large_patch16"), build("mae", "mae_vit_huge_patch14")
+    assert (large.embed_dim, len(large.blocks), large.blocks[0].attn.num_heads) == (1024, 24, 16)
+    assert (huge.embed_dim, len(huge.blocks), huge.grid) == (1280, 32, (16, 16))
+    assert len(huge.decoder_blocks) == 8 and huge.decoder_blocks[0].attn.num_heads == 16
+
+
+def test_overrides():
+    model = build("mae", **SMALL, mask_ratio=0.5, mlp_ratio=2, in_chans=1)
+    assert model.grid == (4, 5) and model.patch_pixels == 16 and model.num_visible == 10
+    assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (16, 2, 2)
+    assert model.blocks[0].mlp.fc1.out_features == 32
+    assert (model.decoder_pred.in_features, len(model.decoder_blocks)) == (12, 1)
+    assert model.decoder_blocks[0].attn.num_heads == 3 and model.norm_pix_loss
+    own = dict.fromkeys(("input_size", "embed_dim", "depth", "num_heads", "decoder_depth", "in_chans", "mlp_ratio"), 0)
+    with torch.device("meta"):
+        assert len(build("mae", **own, decoder_embed_dim=None, terms=None).blocks) == 12
+    assert small("mae", input_size=[16, 20]).grid == (4, 5)
+
+
+def test_terms_go_over_the_preset_option_by_option():
+    model = small("noa_mae", terms={"neighbor": {"weight": 1e-3}})
+    assert model.terms["neighbor"].options == TERMS["neighbor"].Options(weight=1e-3, relation="alignment")
+    assert "neighbor" in small("mae", terms={"neighbor": {}}).terms
+    assert not small("nor_mae", terms={"neighbor": None}).terms
+
+
+@pytest.mark.parametrize(
+    ("ask", "answer"),
+    [
+        (lambda: build("nor_maee"), "did you mean 'nor_mae'"),
+        (lambda: preset("sup"), "mae, nor_mae"),
+        (lambda: build("mae", "mae_vit_tny_patch16"), "tiny"),
+        (lambda: build("mae", patchsize=3), "option 'patchsize'"),
+        (lambda: build("mae", input_sise=3), "did you mean 'input_size'"),
+        (lambda: build("mae", terms={"neighbour": {}}), "did you mean 'neighbor'"),
+        (lambda: build("nor_mae", terms={"neighbor": {"wieght": 1}}), "option of the term 'neighbor'.*'weight'"),
+        (lambda: build("nor_mae", terms={"neighbor": {"relation": "trace"}}), "term 'neighbor': relation is 'trace'"),
+        (lambda: build("mae", "mae_vit_tiny_patch15"), "15.*224"),
+        (lambda: build("mae", "mae_vit_tiny_patch16", input_size=(224, 224, 3)), "height and width"),
+        (lambda: build("mae", mask_ratio=0.999), "0.999 keeps 0"),
+        (lambda: build("nor_mae", "mae_vit_tiny_patch1", input_size=4, in_chans=1), "more than one value"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_words(ask, answer):
+    with pytest.raises(ValueError, match=answer):
+        ask()
+
+
+# ---- from a run -----------------------------------------------------------------------------------------------------
+
+
+def resolved(method, **changes):
+    """A run's options: everything spelled out, terms as they were in the end."""
+    model = small(method, **changes)
+    terms = {name: dict(vars(term.options)) for name, term in model.terms.items()}
+    return model, {"method": method, "epochs": 3} | SMALL | changes | {"terms": terms}
+
+
+@pytest.mark.parametrize("changes", [{}, {"terms": {"neighbor": None}}, {"terms": {"neighbor": {"tokens": "visible"}}}])
+def test_a_model_comes_back_from_a_runs_options(method, changes):
+    model, options = resolved(method, **changes)
+    again = methods.from_options(options)
+    assert {name: term.options for name, term in again.terms.items()} == {
+        name: term.options for name, term in model.terms.items()
+    }
+    again.load_state_dict(model.state_dict())
+
+
+def test_a_model_comes_back_from_a_checkpoint(tmp_path):
+    from util import checkpoint
+
+    model, options = resolved("nor_mae_released")
+    checkpoint.save(
+        tmp_path / "last.pth", {"format": checkpoint.FORMAT, "model": model.state_dict(), "options": options}
+    )
+    again, found = methods.from_checkpoint(tmp_path / "last.pth")
+    assert not again.training and found["method"] == "nor_mae_released" and list(again.terms) == ["neighbor"]
+    images, _, noise = batch(model)
+    for mine, other in zip(again.predict(images, noise=noise), model.predict(images, noise=noise), strict=True):
+        assert torch.equal(mine, other)
