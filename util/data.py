@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -258,30 +259,40 @@ class Loader:
                 yield batch.pin_memory() if self.pin_memory else batch
             return
         done, retried = 0, False
+        stream = self._from_workers(keys, 0, count)
         while done < count:
             try:
-                for batch in self._from_workers(count, keys, start=done):
-                    done += 1
-                    yield _unless_error(batch)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
+                batch = next(stream)
+            except Exception as error:  # what a death looks like from here depends on the moment: ask who is dead
+                dead = self._dead_workers()
+                if not dead:
                     raise
                 self.stop()
                 if retried:
                     raise RuntimeError(
-                        f"data loading workers died twice in one epoch ({error}). Most often memory ran out: try fewer "
+                        f"data loading workers died twice in one epoch ({dead}). Most often memory ran out: try fewer "
                         f"than num_workers {self.num_workers} or a larger /dev/shm; with num_workers 0 this process "
                         "loads, and shows the error itself"
                     ) from error
                 retried = True
-                log.warning("%s; starting all %d workers again where they were", error, self.num_workers)
+                log.warning("a data loading worker died (%s); starting all of them again where they were", dead)
+                stream = self._from_workers(keys, done, count)
+                continue
+            done += 1
+            yield _unless_error(batch)
 
     def stop(self) -> None:
         """End the workers. They hold nothing that would be lost."""
         self._loader = None
         _kill(self._processes)
 
-    def _from_workers(self, count: int, keys: Callable[[int], list], start: int) -> Iterator[Batch]:
+    def _dead_workers(self) -> str:
+        """Who is dead, in words; a worker that is just dying has a second for it."""
+        wait([process.sentinel for process in self._processes], timeout=1)
+        dead = [process for process in self._processes if not process.is_alive()]
+        return ", ".join(f"process {process.pid}, exit code {process.exitcode}" for process in dead)
+
+    def _from_workers(self, keys: Callable[[int], list], start: int, count: int) -> Iterator[Any]:
         if self._loader is None:
             self._loader = DataLoader(
                 self.samples,  # type: ignore[arg-type]  # it has __getitems__, which is all that is called
