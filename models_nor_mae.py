@@ -14,7 +14,7 @@ P pixel values of a patch   K neighbour slots
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -145,13 +145,27 @@ def released_neighbors(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 # ---- relations ------------------------------------------------------------------------------------------------------
 
 
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all processes; as every process's loss depends on it, so do gradients add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of `x` over all processes; gradients flow back to each."""
+    """The mean of `x` over all processes, `x` itself where there is one."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(x) / dist.get_world_size()
+    return SumOverRanks.apply(x) / dist.get_world_size()
 
 
 def standardize_features(z: Tensor) -> Tensor:
