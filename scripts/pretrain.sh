@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretraining on every GPU of this machine: torchrun around main_pretrain.py.
 #
-#   bash scripts/pretrain.sh -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET --output_dir runs/tiny
+#   bash scripts/pretrain.sh -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET --output_dir output/tiny
 #   NPROC=2 bash scripts/pretrain.sh ...          two processes; without NPROC one per GPU, or one on a CPU
 #
 # Several machines: run the same command on each, with NNODES, NODE_RANK and MASTER=HOST:PORT set.

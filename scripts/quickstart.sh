@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a pretrained NoR-MAE: handwritten digits, no download of data, no GPU.
 #
-#   bash scripts/quickstart.sh                    the run goes to runs/quickstart
+#   bash scripts/quickstart.sh                    the run goes to output/quickstart
 #   bash scripts/quickstart.sh --epochs 20        further words go to main_pretrain.py
 #   OUTPUT=/tmp/first bash scripts/quickstart.sh
 #
 # Run again it takes up a run that was cut off; a finished run is only judged and drawn again.
 set -euo pipefail
 
-OUTPUT="${OUTPUT:-$(dirname "${BASH_SOURCE[0]}")/../runs/quickstart}"
+OUTPUT="${OUTPUT:-$(dirname "${BASH_SOURCE[0]}")/../output/quickstart}"
 mkdir -p "$OUTPUT"
 OUTPUT="$(cd "$OUTPUT" && pwd)"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

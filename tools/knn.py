@@ -1,6 +1,6 @@
 """What the features of an encoder are worth: nearest neighbours vote on the class of each held-out image.
 
-    python tools/knn.py runs/quickstart
+    python tools/knn.py output/quickstart
 
 Three rows: raw pixels; the encoder as it was before training (same options, same seed); the trained one. What training
 taught is the step from the second row to the third. Raw pixels are a bar to know of: they do well where images are

@@ -1,7 +1,7 @@
 """What runs did: a table of their figures and their training curves, from the run folders alone.
 
-    python tools/report.py runs/quickstart                     # report.md and curves.png in that folder
-    python tools/report.py runs/mae runs/nor --output report   # two runs side by side, into the folder `report`
+    python tools/report.py output/quickstart                     # report.md and curves.png in that folder
+    python tools/report.py output/mae output/nor --output report   # two runs side by side, into the folder `report`
 
 It reads options.yaml, log.txt, metrics.jsonl, result.json and, where tools/knn.py was run, knn.json. A run that is
 still going on, or was cut off, is reported as far as it came. Updates and images seen stand beside every figure,

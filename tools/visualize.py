@@ -1,7 +1,7 @@
 """Pictures of what a trained model sees.
 
-    python tools/visualize.py reconstruction runs/quickstart                      # on images of the run's own data
-    python tools/visualize.py reconstruction runs/tiny --images a.jpg b.jpg --output a_and_b.png
+    python tools/visualize.py reconstruction output/quickstart                      # on images of the run's own data
+    python tools/visualize.py reconstruction output/tiny --images a.jpg b.jpg --output a_and_b.png
     python tools/visualize.py reconstruction MODEL.pth --images FOLDER --count 12
 
 A subcommand is one function from a `Subject` (the model and some images, ready for it) to a figure, entered in
