@@ -331,12 +331,13 @@ def test_workers_stay_from_epoch_to_epoch_and_after_an_abandoned_one(two_workers
 def test_workers_ignore_the_signals_that_the_main_process_handles(two_workers):
     stream = two_workers.epoch(0)
     found = [next(stream)]
-    for process in workers_of(two_workers):
+    before = workers_of(two_workers)
+    for process in before:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(process.pid, number)
     found += stream
     assert_same(found, make_batches(make_samples(bad=[3, 4])).epoch(0))
-    assert all(process.is_alive() for process in workers_of(two_workers))
+    assert workers_of(two_workers) == before and all(process.is_alive() for process in before)
 
 
 @pytest.fixture

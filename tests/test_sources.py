@@ -122,7 +122,7 @@ def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     (tmp_path / "data" / "a").symlink_to(tmp_path / "store")
     assert list(open_source("auto", str(tmp_path / "data")).names) == ["a/1.png", "b/2.png"]
     (tmp_path / "store" / "loop").symlink_to(tmp_path / "store")
-    assert "a/1.png" in open_source("auto", str(tmp_path / "data")).names
+    assert list(open_source("auto", str(tmp_path / "data")).names) == ["a/1.png", "b/2.png"]
 
 
 def test_a_file_that_vanishes_is_a_bad_image(tmp_path):
