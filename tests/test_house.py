@@ -1,6 +1,7 @@
 """The plan of the house: who imports whom, and a few rules that no linter knows."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ ROOMS = [
 ]
 
 
+@functools.cache
 def trees():
     return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
@@ -51,6 +53,7 @@ def imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@functools.cache
 def own_imports():
     return {name: sorted(set(imported(tree)) & MODULES.keys() - {name}) for name, tree in trees().items()}
 
