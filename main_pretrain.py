@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import methods
 from engine_pretrain import train_one_epoch
 from models_mae import MaskedAutoencoderViT, Term
 from models_vit import load_matching
-from util import checkpoint, distributed, optim, precision
+from util import checkpoint, distributed, optim
 from util.data import (
     Batches,
     EvalSamples,
@@ -35,10 +33,8 @@ from util.data import (
 )
 from util.distributed import Processes
 from util.logging import talk
-from util.meters import Means
 from util.options import PretrainOptions, parse, resolve_batch
 from util.run import Run, run_front_door
-from util.stepper import Stepper
 from util.watch import Watch
 
 log = logging.getLogger("pretrain")
@@ -87,7 +83,9 @@ def open_images(options: PretrainOptions, model: MaskedAutoencoderViT, split: st
     return source
 
 
-def make_batches(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, processes: Processes) -> Batches:
+def make_batches(
+    options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, processes: Processes
+) -> Batches:
     samples = TrainSamples(
         source,
         pretrain_transform(options.input_size, min_scale=options.min_scale, hflip=options.hflip),
@@ -108,27 +106,15 @@ def make_batches(options: PretrainOptions, model: MaskedAutoencoderViT, source: 
     )
 
 
-def announce(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, batches: Batches, amp: str, lr: float) -> None:
-    """What will be run, before it is."""
+def announce(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, device: torch.device) -> None:
+    """What will be trained, before it is, and the loss that a model which learns nothing of the images has."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.method, options.model, weights / 1e6, *model.grid)
     for name, term in terms_of(model):
-        scale = ", ".join(f"{what} {value:.4g}" for what, value in term.scale(model).items())
-        log.info("term %s: %s (%s)", name, options.terms[name], scale)
-    log.info("data: %d images (%s)", len(source), options.data_path or options.dataset)
-    log.info(
-        "%d epochs x %d steps = %d updates of %d images (%d at a time, x %d), learning rate %.3e, %s precision",
-        options.epochs,
-        batches.steps_per_epoch,
-        options.epochs * batches.steps_per_epoch,
-        options.total_batch_size,
-        options.batch_size,
-        options.accum_iter,
-        lr,
-        {"none": "full"}.get(amp, amp),
-    )
+        scale = ", ".join(f"{what} = {value:.4g}" for what, value in term.scale(model).items())
+        log.info("term %s: %s%s", name, options.terms[name], f"; {scale}" if scale else "")
     few = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)
-    first = next(eval_batches(few, batch_size=32)).to("cpu")
+    first = next(eval_batches(few, batch_size=32)).to(device)
     log.info("a constant prediction has a reconstruction loss of about %.3f", model.baseline(first.images))
 
 
@@ -140,7 +126,6 @@ def pretrain(argv: Sequence[str]) -> None:
     model = build_model(options)
     with distributed.start(options.device) as processes:
         talk(processes.main)
-        amp = precision.resolve_amp(options.amp, processes.device)
         source = open_images(options, model)
         batches = make_batches(options, model, source, processes)
         if options.init_from:
@@ -149,45 +134,20 @@ def pretrain(argv: Sequence[str]) -> None:
         run = Run(options, processes, source)
         model.to(processes.device)
         lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
-        optimizer = optim.adamw(optim.pretrain_groups(model, options.weight_decay), lr, device=processes.device)
-        schedule = optim.warmup_cosine(
-            optimizer,
-            epochs=options.epochs,
-            warmup_epochs=options.warmup_epochs,
-            steps_per_epoch=batches.steps_per_epoch,
-            min_lr=options.min_lr,
-        )
-        if options.compile:
-            model.compile()
-        trained: nn.Module = model
-        if processes.world_size > 1:
-            ids = [processes.local_rank] if processes.device.type == "cuda" else None
-            trained = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
-        stepper = Stepper(
-            trained,
-            optimizer,
-            schedule,
-            accum=options.accum_iter,
-            clip_grad=options.clip_grad,
-            fp16=amp == "fp16",
-            seed=options.seed,
-            rank=processes.rank,
-        )
-        means = Means(processes)
-        autocast = precision.autocast(amp, processes.device)
-        watch = Watch(options, model, source, processes, autocast)
-        run.attach(model, stepper, means, batches)
+        groups = optim.pretrain_groups(model, options.weight_decay)
+        run.prepare(model, batches, optim.adamw(groups, lr, device=processes.device))
+        watch = Watch(options, model, source, processes, run.autocast)
         with run:
             if processes.main:
-                announce(options, model, source, batches, amp, lr)
+                announce(options, model, source, processes.device)
             for epoch, done in run.epochs():
                 train_one_epoch(
-                    trained,
+                    run.trained,
                     batches.epoch(epoch, done),
-                    stepper,
-                    means,
+                    run.stepper,
+                    run.means,
                     device=processes.device,
-                    autocast=autocast,
+                    autocast=run.autocast,
                     note=run.note,
                     after_step=run.after_step,
                 )

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -25,23 +26,28 @@ TINY = (
 ).split()
 
 
-def _run(argv: list[str], said: str) -> None:
+def _run(argv: list[str], said: str, environment: dict[str, str]) -> None:
     import main_pretrain
 
+    os.environ |= environment
     torch.set_num_threads(1)
     sys.stderr = open(said, "w", buffering=1)
     sys.exit(main_pretrain.main(argv))
 
 
 class Training:
-    """One process that runs `main_pretrain.py` on the digits with a tiny model, and `words` after those options."""
+    """One process that runs `main_pretrain.py` on the digits with a tiny model, and `words` after those options.
 
-    def __init__(self, folder: Path, *words: object):
+    `environment` is what torchrun would have set, for one rank of several.
+    """
+
+    def __init__(self, folder: Path, *words: object, environment: dict[str, str] | None = None):
         self.folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self._said = folder.parent / f"{folder.name}.stderr"
+        environment = environment or {}
+        self._said = folder.parent / f"{folder.name}.stderr{environment.get('RANK', '')}"
         argv = [*TINY, "--output_dir", str(folder), *map(str, words)]
-        self._process = context.Process(target=_run, args=(argv, str(self._said)))
+        self._process = context.Process(target=_run, args=(argv, str(self._said), environment))
         self._process.start()
 
     def send(self, number: int) -> None:
@@ -69,6 +75,16 @@ class Training:
     @property
     def said(self) -> str:
         return self._said.read_text() if self._said.exists() else ""
+
+
+def start_ranks(count: int, folder: Path, *words: object) -> list[Training]:
+    """`count` processes that train together as under torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [Training(folder, *words, environment=environment) for environment in ranks]
 
 
 def finish(folder: Path, *words: object) -> str:

@@ -11,7 +11,9 @@ import contextlib
 import datetime
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -99,17 +101,48 @@ def start(device: str, timeout_minutes: float = 10.0) -> Iterator[Processes]:
         return
     if own.type == "mps" and int(os.environ["WORLD_SIZE"]) > 1:
         raise ValueError("several processes cannot share one Metal device; start one, or use --device cpu")
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+        store=_meeting_place(rank, processes, timeout),
+        rank=rank,
+        world_size=processes,
+        timeout=timeout,
         device_id=own if own.type == "cuda" else None,
     )
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, own)
+        yield Processes(rank, processes, local_rank, own)
     finally:
         # After an error the others may never come; leaving without a word lets the launcher end them.
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def _meeting_place(rank: int, processes: int, timeout: datetime.timedelta) -> dist.Store:
+    """A store in which nothing of an earlier attempt stands.
+
+    torchrun's own store outlives the processes that it restarts, and addresses of the dead in it keep the living from
+    meeting (torch 2.14). So rank 0 opens a new store and leaves its port in the old one; a port nobody answers at is
+    of an earlier attempt.
+    """
+    old, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=processes, timeout=timeout))
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        new = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        old.set("nor-mae/port", str(new.port))
+        return new
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        port = int(old.get("nor-mae/port"))
+        try:
+            with socket.create_connection((host, port), timeout=5):
+                pass
+            return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 class Agreement:

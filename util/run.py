@@ -17,32 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from util import checkpoint
-from util.checkpoint import CheckpointError
+from util import checkpoint, optim, precision
 from util.data import Batches, NothingReadable, Source, allowed_bad
 from util.distributed import CONTINUE, SAVE, STOP, Agreement, Processes, StopRequest
-from util.logging import RunLog, environment, log_file, talk
+from util.folder import AlreadyFinished, RunFolder, write_whole
+from util.logging import RunLog, log_file, talk
 from util.meters import Means
-from util.options import RunOptions, differences, to_dict
+from util.options import RunOptions, to_dict
 from util.stepper import Stepper, Unstable, names_of_bad_losses
 
 log = logging.getLogger(__name__)
 
 SAVE_TRIES = 3
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_UNSTABLE, EXIT_CANNOT_SAVE, EXIT_INTERRUPTED = 0, 2, 3, 4, 75
-OURS = ("options.yaml", "environment.json", "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json")
-OUR_FOLDERS = ("checkpoints", "samples", "debug")
 
 
 class Interrupted(Exception):
     """A stop was asked for; everything is saved."""
-
-
-class AlreadyFinished(Exception):
-    """This folder's run is complete."""
 
 
 class CannotSave(RuntimeError):
@@ -56,7 +51,7 @@ class TooManyBadImages(ValueError):
 class Run:
     """The folder, the records and the state of one training run.
 
-    Use: `run = Run(options, processes, data)`, then `run.attach(...)`, `with run:`, loop over `run.epochs()`, call
+    Use: `run = Run(options, processes, source)`, then `run.prepare(...)`, `with run:`, loop over `run.epochs()`, call
     `run.after_step()` after every optimizer step and `run.end_epoch()` after every epoch, then `run.finish()`.
     """
 
@@ -66,137 +61,83 @@ class Run:
         AlreadyFinished when nothing is left to do; ValueError when the folder belongs to something else.
         """
         self.options, self.processes, self.source = options, processes, source
-        self.folder = Path(options.output_dir)
-        self.checkpoints = self.folder / "checkpoints"
+        self.amp = precision.resolve_amp(options.amp, processes.device)
+        self.autocast = precision.autocast(self.amp, processes.device)
+        folder = RunFolder(options)
+        self.folder, self.checkpoints = folder.path, folder.checkpoints
         self.run_id = processes.broadcast(f"{int(time.time()):x}-{os.getpid():x}")
         self.best: dict[str, Any] = {}
         self.epoch, self._epoch_step = 0, 0
         self.log: RunLog | None = None
-        self._loaded: dict[str, Any] | None = None  # by the main process, while it decided
         self._problems: dict[str, str] = {}  # unreadable images and why
         self._listed = 0
         self._save_failures = 0
         self._stop = StopRequest()
         self._agree = Agreement(processes)
-        self._restored = self._together(self._decide)
+        facts = {"run_id": self.run_id, "processes": processes.world_size, "device": str(processes.device)}
+        self._start, self._start_state = self._together(lambda: folder.begin(source.fingerprint, **facts))
 
-    # ---- beginning -------------------------------------------------------------------------------------------------
-
-    def _together(self, decide: Any) -> Any:
-        """Let the main process look and write; all get its answer, or its error."""
-        answer, failure = None, None
+    def _together(self, begin: Callable[[], tuple[str, dict[str, Any] | None]]) -> tuple[str, dict[str, Any] | None]:
+        """The main process looks and writes; all get the path it chose, or its error. The content stays where it is."""
+        path, state, failure = "", None, None
         if self.processes.main:
             try:
-                answer = decide()
+                path, state = begin()
             except (ValueError, OSError, AlreadyFinished) as error:
                 failure = error
-        answer, failure = self.processes.broadcast((answer, failure))
+        path, failure = self.processes.broadcast((path, failure))
         if failure is not None:
             raise failure
-        return answer
-
-    def _decide(self) -> str:
-        """The checkpoint to continue from, or "" to begin anew; prepares the folder."""
-        path, options = self.folder, self.options
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--output_dir {path} is a file; name a folder")
-        ours = (path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
-        if path.is_dir() and not ours and any(path.iterdir()):
-            others = ", ".join(sorted(p.name for p in path.iterdir())[:5])
-            raise ValueError(
-                f"--output_dir {path} holds no run but other files ({others}); name an empty or a new folder"
-            )
-        if options.overwrite:
-            self._clear()
-        finished = path / "result.json"
-        chosen, state = self._choose()
-        if state is not None:
-            self._compare(state)
-            if finished.exists() and state["epoch"] >= options.epochs:
-                raise AlreadyFinished(f"the run in {path} is finished ({finished}); --overwrite starts it anew")
-        finished.unlink(missing_ok=True)
-        for folder in (path, self.checkpoints):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"--output_dir {path} cannot be made ({error.strerror})") from error
-        if not os.access(self.checkpoints, os.W_OK):
-            raise ValueError(f"--output_dir {path} cannot be written")
-        for name in checkpoint.remove_leftovers(self.checkpoints):
-            log.info("removed %s, left behind by an interrupted save", name)
-        (path / "options.yaml").write_text(yaml.safe_dump(to_dict(options), sort_keys=False))
-        self._record_environment()
-        self._loaded = state
-        return str(chosen or "")
-
-    def _clear(self) -> None:
-        """Remove what earlier runs wrote here, and nothing else."""
-        for name in OURS:
-            (self.folder / name).unlink(missing_ok=True)
-        for name in OUR_FOLDERS:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        for path in self.folder.glob("events.out.tfevents.*"):
-            path.unlink()
-
-    def _choose(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """The newest whole checkpoint, or the one named by --resume, and its content; (None, None) to begin anew."""
-        found = checkpoint.candidates(self.checkpoints)
-        if self.options.resume != "auto":
-            path = Path(self.options.resume)
-            if not path.is_file():
-                there = ", ".join(str(p) for p in found) or "none"
-                raise ValueError(f"--resume {path}: no such checkpoint; in this run's folder: {there}")
-            return path, checkpoint.load(path)
-        damage: list[CheckpointError] = []
-        for path in found:
-            try:
-                state = checkpoint.load(path)
-                if damage:
-                    log.warning("%s; going back to %s", "; ".join(map(str, damage)), path)
-                return path, state
-            except CheckpointError as error:
-                damage.append(error)
-        if damage:
-            reasons = "; ".join(map(str, damage))
-            raise CheckpointError(f"no checkpoint in {self.checkpoints} is usable: {reasons}. --overwrite starts anew")
-        return None, None
-
-    def _compare(self, state: Mapping[str, Any]) -> None:
-        """ValueError with a table when the checkpoint belongs to another configuration or other data."""
-        changed = differences(type(self.options), state["options"], to_dict(self.options))
-        refused = [d for d in changed if d.kind == "shape" or d.name not in self.options.allow_change]
-        rows = [(d.name, repr(d.old), repr(d.new)) for d in refused]
-        if state["data"] != self.source.fingerprint:
-            rows.append(("data (files and labels)", state["data"][:12], self.source.fingerprint[:12]))
-        if rows:
-            width = max(len(name) for name, _, _ in rows)
-            table = "".join(f"\n  {name:<{width}}  {old} -> {new}" for name, old, new in rows)
-            excusable = all(d.kind != "shape" for d in refused) and len(rows) == len(refused)
-            advice = f", or accept it with --allow_change {' '.join(d.name for d in refused)}" if excusable else ""
-            raise ValueError(
-                f"the run in {self.folder} was made with something else (then -> now):{table}\n"
-                f"Name another --output_dir, start anew with --overwrite{advice}."
-            )
-        for difference in changed:
-            log.warning("going on with another %s: %r -> %r", difference.name, difference.old, difference.new)
-
-    def _record_environment(self) -> None:
-        path = self.folder / "environment.json"
-        starts = json.loads(path.read_text()) if path.exists() else []
-        now = {"run_id": self.run_id, "processes": self.processes.world_size, "device": str(self.processes.device)}
-        path.write_text(json.dumps([*starts, now | environment()], indent=1))
+        return path, state
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module, stepper: Stepper, means: Means, batches: Batches, **others: Any) -> None:
-        """What is saved and restored: the bare model, the stepper, the epoch's means, `others` with a state_dict."""
-        self.model, self.stepper, self.means, self.batches, self.others = model, stepper, means, batches, others
-        if self._restored:
-            self._restore(Path(self._restored))
+    def prepare(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        optimizer: torch.optim.Optimizer,
+        schedule: Scheduler | None = None,
+        **others: Any,
+    ) -> None:
+        """Make everything that a step needs, and restore it when the run goes on.
 
-    def _restore(self, path: Path) -> None:
-        state = self._loaded or checkpoint.load(path)
-        self._loaded = None
+        The model is on its device. `schedule` is MAE's warm-up and cosine unless given; `others` are further things
+        with a state_dict to save and restore. Afterwards: `trained` (to be called in the loop), `stepper`, `means`.
+        """
+        options, processes = self.options, self.processes
+        self.model, self.batches, self.others = model, batches, others
+        if options.compile:
+            model.compile()
+        self.trained: nn.Module = model
+        if processes.world_size > 1:
+            ids = [processes.local_rank] if processes.device.type == "cuda" else None
+            self.trained = DistributedDataParallel(model, device_ids=ids)
+        self.stepper = Stepper(
+            self.trained,
+            optimizer,
+            schedule or self._warmup_cosine(optimizer),
+            accum=options.accum_iter,
+            clip_grad=options.clip_grad,
+            fp16=self.amp == "fp16",
+            seed=options.seed,
+            rank=processes.rank,
+        )
+        self.means = Means(processes)
+        if self._start:
+            self._restore(self._start_state or checkpoint.load(self._start))
+            self._start_state = None
+
+    def _warmup_cosine(self, optimizer: torch.optim.Optimizer) -> Scheduler:
+        return optim.warmup_cosine(
+            optimizer,
+            epochs=self.options.epochs,
+            warmup_epochs=self.options.warmup_epochs,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            min_lr=self.options.min_lr,
+        )
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.stepper.load_state_dict(
             {"step": state["step"], "bad": state["bad"], "optimizer": state["optimizer"], "scaler": state["scaler"]}
@@ -215,7 +156,7 @@ class Run:
                 self.processes.world_size,
                 then,
             )
-        log.info("going on from %s: epoch %d, step %d", path, self.epoch, self.stepper.step)
+        log.info("going on from %s: epoch %d, step %d", self._start, self.epoch, self.stepper.step)
 
     def _state(self) -> dict[str, Any]:
         stepper = self.stepper.state_dict()
@@ -286,10 +227,34 @@ class Run:
         self._logged_step = self.stepper.step
         if self.processes.main:
             self._open.enter_context(log_file(self.folder / "train.log"))
+            self._announce()
             total = self.batches.steps_per_epoch * self.options.epochs
             self.log = RunLog(self.folder, self.run_id, step=self.stepper.step, total_steps=total)
             self._open.callback(self.log.close)
         return self
+
+    def _announce(self) -> None:
+        """The arithmetic of the run, before it begins."""
+        options, steps = self.options, self.batches.steps_per_epoch
+        log.info("run %s in %s, on %s", self.run_id, self.folder, self.processes.device)
+        log.info(
+            "%d images: %d epochs x %d steps = %d updates",
+            len(self.source),
+            options.epochs,
+            steps,
+            steps * options.epochs,
+        )
+        log.info(
+            "%d images a step: %d at a time x %d accumulated x %d processes; learning rate %.3e, precision %s",
+            options.total_batch_size,
+            options.batch_size,
+            options.accum_iter,
+            self.processes.world_size,
+            self.stepper.optimizer.defaults["lr"],
+            {"none": "full"}.get(self.amp, self.amp),
+        )
+        if options.warmup_epochs >= options.epochs:
+            log.warning("the warm-up of %g epochs does not end within this run", options.warmup_epochs)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._open.close()
@@ -447,9 +412,7 @@ class Run:
             "best": self.best,
             **values,
         }
-        temporary = self.folder / ".result.json.tmp"
-        temporary.write_text(json.dumps(_finite(result), indent=1))
-        os.replace(temporary, self.folder / "result.json")
+        write_whole(self.folder / "result.json", json.dumps(_finite(result), indent=1))
         log.info("finished: %s", self.folder / "result.json")
 
 

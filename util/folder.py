@@ -1,0 +1,145 @@
+"""A run's folder: whose it is, and from which checkpoint a run in it goes on. Decided before any work starts.
+
+Started again with the same words a run goes on from its newest whole checkpoint; with other words it is refused, and
+told what differs. Nothing that the project did not write itself is ever removed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from util import checkpoint
+from util.checkpoint import CheckpointError
+from util.logging import environment
+from util.options import RunOptions, differences, to_dict
+
+log = logging.getLogger(__name__)
+
+FILES = ("options.yaml", "environment.json", "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json")
+FOLDERS = ("checkpoints", "samples", "debug")
+
+
+class AlreadyFinished(Exception):
+    """This folder's run is complete."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that readers find the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}{checkpoint.TEMPORARY}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """The folder `options.output_dir` and the names in it. Only the main process uses the methods."""
+
+    def __init__(self, options: RunOptions):
+        self.options = options
+        self.path = Path(options.output_dir)
+        self.checkpoints = self.path / "checkpoints"
+        self.result = self.path / "result.json"
+
+    def begin(self, data: str, **facts: Any) -> tuple[str, dict[str, Any] | None]:
+        """The checkpoint to go on from and its content, or ("", None) to begin anew; the folder is ready afterwards.
+
+        `data` identifies the training images, `facts` go into environment.json. AlreadyFinished when nothing is left
+        to do; ValueError when the folder is not this run's, or cannot be used.
+        """
+        self._check()
+        if self.options.overwrite:
+            self._clear()
+        chosen, state = self._choose()
+        if state is not None:
+            self._compare(state, data)
+            if self.result.exists() and state["epoch"] >= self.options.epochs:
+                raise AlreadyFinished(f"the run in {self.path} is finished ({self.result}); --overwrite starts it anew")
+        self._prepare()
+        starts = self.path / "environment.json"
+        earlier = json.loads(starts.read_text()) if starts.exists() else []
+        write_whole(starts, json.dumps([*earlier, facts | environment()], indent=1))
+        return str(chosen or ""), state
+
+    def _check(self) -> None:
+        """ValueError unless the folder is new, empty, or holds a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--output_dir {self.path} is a file; name a folder")
+        ours = (self.path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
+        others = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() and not ours else []
+        if others:
+            raise ValueError(
+                f"--output_dir {self.path} holds no run but other files ({', '.join(others[:5])}); "
+                "name an empty or a new folder"
+            )
+
+    def _clear(self) -> None:
+        """Remove what earlier runs wrote here, and nothing else."""
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for path in self.path.glob("events.out.tfevents.*"):
+            path.unlink()
+
+    def _choose(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """The newest whole checkpoint, or the one named by --resume, and its content; (None, None) to begin anew."""
+        found = checkpoint.candidates(self.checkpoints)
+        if self.options.resume != "auto":
+            named = Path(self.options.resume)
+            if not named.is_file():
+                there = ", ".join(str(path) for path in found) or "none"
+                raise ValueError(f"--resume {named}: no such checkpoint; in this run's folder: {there}")
+            if not found or named.resolve().parent == self.checkpoints.resolve():
+                return named, checkpoint.load(named)
+            log.info("this run has checkpoints of its own and goes on from them, not from --resume %s", named)
+        damage: list[CheckpointError] = []
+        for path in found:
+            try:
+                state = checkpoint.load(path)
+                if damage:
+                    log.warning("%s; going back to %s", "; ".join(map(str, damage)), path)
+                return path, state
+            except CheckpointError as error:
+                damage.append(error)
+        if damage:
+            reasons = "; ".join(map(str, damage))
+            raise CheckpointError(f"no checkpoint in {self.checkpoints} is usable: {reasons}. --overwrite starts anew")
+        return None, None
+
+    def _compare(self, state: Mapping[str, Any], data: str) -> None:
+        """ValueError with a table when the checkpoint belongs to another configuration or other data."""
+        changed = differences(type(self.options), state["options"], to_dict(self.options))
+        refused = [d for d in changed if d.kind == "shape" or d.name not in self.options.allow_change]
+        rows = [(d.name, repr(d.old), repr(d.new)) for d in refused]
+        if state["data"] != data:
+            rows.append(("data (files and labels)", state["data"][:12], data[:12]))
+        if rows:
+            width = max(len(name) for name, _, _ in rows)
+            table = "".join(f"\n  {name:<{width}}  {old} -> {new}" for name, old, new in rows)
+            excusable = all(d.kind != "shape" for d in refused) and len(rows) == len(refused)
+            advice = f", or accept it with --allow_change {' '.join(d.name for d in refused)}" if excusable else ""
+            raise ValueError(
+                f"the run in {self.path} was made with something else (then -> now):{table}\n"
+                f"Name another --output_dir, start anew with --overwrite{advice}."
+            )
+        for difference in changed:
+            log.warning("going on with another %s: %r -> %r", difference.name, difference.old, difference.new)
+
+    def _prepare(self) -> None:
+        self.result.unlink(missing_ok=True)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output_dir {self.path} cannot be made ({error.strerror})") from error
+        if not os.access(self.checkpoints, os.W_OK):
+            raise ValueError(f"--output_dir {self.path} cannot be written")
+        for name in checkpoint.remove_leftovers(self.checkpoints):
+            log.info("removed %s, left behind by an interrupted save", name)
+        write_whole(self.path / "options.yaml", yaml.safe_dump(to_dict(self.options), sort_keys=False))
