@@ -9,13 +9,14 @@ P pixel values of a patch   R rows of noise   C H W image
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -56,9 +57,13 @@ class View:
     taps: dict[int, Tensor]
     """`[N, 1 + V, D]` the outputs, before the norm, of the encoder blocks that were asked for."""
     decoded: Tensor
-    """`[N, L, E]` the decoder's output after its norm."""
+    """`[N, L, E]` the decoder's output after its norm; of the predicted patches, where not all are."""
     pred: Tensor
-    """`[N, L, P]` the prediction in the target's space, float32 at least."""
+    """`[N, L, P]` the prediction in the target's space, float32 at least; likewise."""
+
+
+Reader = Callable[[str], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+"""From a checkpoint's path its weights by name and, where it is one of ours, its run's options."""
 
 
 class Term(nn.Module):
@@ -78,10 +83,21 @@ class Term(nn.Module):
     noise_rows: int = 0
     """Rows of noise beside the mask's own. The model sets `noise_row`: the first is `view.noise[:, noise_row]`."""
     noise_row: int = 1
+    images_together: Literal["", "device", "ranks"] = ""
+    """Which images the term looks at together: none, those of a forward pass on one device, or on all of them."""
 
     def __init__(self, options: Any) -> None:
         super().__init__()
         self.options = options
+
+    def settle(self, read: Reader) -> None:
+        """Read the checkpoints that training needs, and note in the options what they decide. Called before `attach`.
+
+        Not called where a trained model is only looked at: its options hold all that its shapes depend on.
+        """
+
+    def learn_classes(self, classes: int) -> None:
+        """Hear how many classes the training images have; ValueError where options say otherwise."""
 
     def attach(self, model: "MaskedAutoencoderViT") -> None:
         """Create layers of the model's sizes. Called once by the model that takes the term, itself initialised."""
@@ -128,6 +144,37 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
+def require_number(name: str, value: object, low: float = -math.inf) -> None:
+    """ValueError unless `value` is a finite number, and at least `low`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < low:  # type: ignore[arg-type, operator]
+        least = "" if low == -math.inf else f" of at least {low:g}"
+        raise ValueError(f"{name} is {value!r}; it must be a finite number{least}")
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all processes; as every process's loss depends on it, so do gradients add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of `x` over all processes, `x` itself where there is one."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    return SumOverRanks.apply(x) / dist.get_world_size()
+
+
 def standardize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Along the last axis: minus the mean, over the root of the unbiased variance plus `eps`.
 
@@ -153,8 +200,13 @@ class MaskedAutoencoderViT(VisionTransformer):
     itself. `terms` are taken by name. ValueError where sizes do not go together.
 
     Another decoder is a subclass that overrides `build_decoder`, `decode` and, if it looks into the encoder,
-    `decoder_taps`.
+    `decoder_taps`. One that needs options of its own takes them as further arguments and names them in `choices`.
     """
+
+    choices: ClassVar[tuple[str, ...]] = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+    """The options of a run that concern this decoder, each an argument."""
+    drops_hidden: ClassVar[bool] = True
+    """Whether the encoder gets the visible patches alone; if not, it gets all, and hidden ones are blank."""
 
     cls_token: nn.Parameter
     pos_embed: nn.Parameter
@@ -214,8 +266,8 @@ class MaskedAutoencoderViT(VisionTransformer):
         self._check_mask(grid)
         self.build_decoder(decoder_embed_dim, decoder_depth, decoder_num_heads)
         self.init_weights()
-        for name in POSITION_TABLES:
-            getattr(self, name).requires_grad_(False)
+        for table in self._position_tables():
+            table.requires_grad_(False)
 
         self.noise_rows = 1  # the mask's
         self.terms: dict[str, Term] = nn.ModuleDict()  # type: ignore[assignment]
@@ -249,6 +301,11 @@ class MaskedAutoencoderViT(VisionTransformer):
         return int(self.num_patches * (1 - self.mask_ratio))
 
     @property
+    def num_predicted(self) -> int:
+        """How many patches training predicts."""
+        return self.num_patches
+
+    @property
     def patch_pixels(self) -> int:
         """P."""
         return self.patch_size * self.patch_size * self.in_chans
@@ -276,8 +333,9 @@ class MaskedAutoencoderViT(VisionTransformer):
         old_grid, new_grid = self.grid, patch_grid(img_size, self.patch_size)
         self._check_mask(new_grid)
         super().set_input_size((img_size, img_size) if isinstance(img_size, int) else img_size)
-        table = resample_abs_pos_embed(self.decoder_pos_embed, new_size=list(new_grid), old_size=list(old_grid))
-        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
+        if hasattr(self, "decoder_pos_embed"):
+            table = resample_abs_pos_embed(self.decoder_pos_embed, new_size=list(new_grid), old_size=list(old_grid))
+            self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         for term in self.terms.values():
             term.check(self)
 
@@ -307,11 +365,13 @@ class MaskedAutoencoderViT(VisionTransformer):
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.patch_pixels)
 
+    def _position_tables(self) -> list[nn.Parameter]:
+        return [getattr(self, name) for name in POSITION_TABLES if hasattr(self, name)]
+
     @torch.no_grad()
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """MAE's initial weights and positions. The arguments are timm's and mean nothing here."""
-        for name in POSITION_TABLES:
-            table = getattr(self, name)
+        for table in self._position_tables():
             table.copy_(position_table(self.grid, table.shape[-1]))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -323,13 +383,16 @@ class MaskedAutoencoderViT(VisionTransformer):
         """`x` through the blocks; also the outputs of those in `taps`."""
         seen = {ENCODER_INPUT: x} if ENCODER_INPUT in taps else {}
         for index, block in enumerate(blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = self._through(block, x)
             if index in taps:
                 seen[index] = x
         return x, seen
+
+    def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """One block, which is computed again for its gradient under gradient checkpointing."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.in_chans, *self.patch_embed.img_size)
@@ -391,10 +454,14 @@ class MaskedAutoencoderViT(VisionTransformer):
         patches = patchify(at_least_float32(images), self.patch_size)
         return standardize(patches) if self.norm_pix_loss else patches
 
+    def patch_error(self, pred: Tensor, target: Tensor) -> Tensor:
+        """How far each patch is off, `[N, L]`: its mean squared difference."""
+        return F.mse_loss(pred, target, reduction="none").mean(dim=-1)
+
     def reconstruction_loss(self, view: View) -> Tensor:
-        """The mean squared error over the hidden patches of all images."""
+        """The mean error over the hidden patches of all images."""
         with without_autocast(view.pred):
-            error_NL = F.mse_loss(view.pred, self.target(view.images), reduction="none").mean(dim=-1)
+            error_NL = self.patch_error(view.pred, self.target(view.images))
             return (error_NL * view.mask).sum() / view.mask.sum()
 
     def forward(  # type: ignore[override]

@@ -11,13 +11,11 @@ N images   L patches, row by row   V visible patches   D encoder channels   E de
 P pixel values of a patch   K neighbour slots
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,8 +25,10 @@ from models_mae import (
     Term,
     View,
     at_least_float32,
+    mean_over_ranks,
     patchify,
     random_masking,
+    require_number,
     standardize,
     take,
     without_autocast,
@@ -145,29 +145,6 @@ def released_neighbors(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 # ---- relations ------------------------------------------------------------------------------------------------------
 
 
-class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all processes; as every process's loss depends on it, so do gradients add up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of `x` over all processes, `x` itself where there is one."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x
-    return SumOverRanks.apply(x) / dist.get_world_size()
-
-
 def standardize_features(z: Tensor) -> Tensor:
     """Each of the P dimensions of `z` `[N, L, P]` standardised over all patches of all images of all ranks."""
     centred = z - mean_over_ranks(z.mean(dim=(0, 1)))
@@ -236,8 +213,7 @@ class NeighborOptions:
     """Which patches' predictions are related."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
-            raise ValueError(f"weight is {self.weight!r}; it must be a finite number")
+        require_number("weight", self.weight)
         for option in fields(self):
             if option.name != "weight":
                 require(option.name, getattr(self, option.name), option.type)
@@ -260,8 +236,16 @@ class NeighborTerm(Term):
     def __init__(self, options: NeighborOptions) -> None:
         super().__init__(options)
         self.noise_rows = 1 if options.companion == "random" else 0
+        if options.normalize == "feature" or options.relation == "off_diagonal_squared":
+            self.images_together = "ranks"
 
     def check(self, model: MaskedAutoencoderViT) -> None:
+        if not model.drops_hidden:
+            raise ValueError("an encoder that sees every place, hidden ones blanked, leaves none for the neighbours")
+        if model.num_predicted < model.num_patches and self.options.tokens != "all":
+            raise ValueError(
+                f"tokens is {self.options.tokens!r}; this decoder predicts hidden patches only, some or all: use 'all'"
+            )
         if self.options.cnp == "released" and min(model.grid) < 3 or model.num_patches < 2:
             raise ValueError(
                 f"a grid of {model.grid[0]} x {model.grid[1]} patches is too small for companions "
@@ -280,8 +264,8 @@ class NeighborTerm(Term):
 
     def scale(self, model: MaskedAutoencoderViT) -> dict[str, float]:
         """With standardised tokens, the weight times what the relation reaches between equal predictions, at most."""
-        P, L = self.width(model), model.num_patches
-        L = {"all": L, "visible": model.num_visible, "masked": L - model.num_visible}[self.options.tokens]
+        P, L, V = self.width(model), model.num_patches, model.num_visible
+        L = {"all": model.num_predicted, "visible": V, "masked": L - V}[self.options.tokens]
         letter = "P" if self.options.space == "pixels" else "E"
         reach = {
             "off_diagonal": (f"({letter}-1)", P - 1),
@@ -316,13 +300,11 @@ class NeighborTerm(Term):
         released code. A random mask has its own places.
         """
         if self.options.companion == "random":
-            masking = random_masking(view.noise[:, self.noise_row], model.num_visible)
-            ids = masking.ids_keep
+            ids = places = random_masking(view.noise[:, self.noise_row], model.num_visible).ids_keep
         else:
-            masking = Masking(view.ids_keep, view.ids_restore, view.mask)
-            ids = self.companions(model, view)
+            ids, places = self.companions(model, view), view.ids_keep
         latent, taps = model.encode_tokens(take(view.tokens, ids))
-        return model.decode(latent, masking, taps)
+        return model.decode(latent, Masking(places, view.ids_restore, view.mask), taps)
 
     @torch.no_grad()
     def second_pass(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
