@@ -20,6 +20,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import transforms
 
 from util.data import (
+    IMAGENET,
     TRIES,
     Batch,
     Batches,
@@ -58,8 +59,12 @@ def make_source(images=48, bad=(), log=None):
     return Source([f"{i}.jpg" for i in range(images)], Pictures(bad, log), labels, list("abcde"))
 
 
+def train_samples(source, transform, seed, noise_shape):
+    return TrainSamples(source, transform, seed, noise_shape, mean=IMAGENET[0], std=IMAGENET[1])
+
+
 def make_samples(images=48, bad=(), seed=7, noise_shape=(2, 4), log=None, transform=None):
-    return TrainSamples(make_source(images, bad, log), transform or pretrain_transform(8), seed, noise_shape)
+    return train_samples(make_source(images, bad, log), transform or pretrain_transform(8), seed, noise_shape)
 
 
 def make_batches(samples=None, **options):
@@ -179,7 +184,7 @@ def test_a_batch_holds_what_it_says():
 def test_images_are_normalised_on_the_device_as_mae_does_beforehand():
     batch = next(make_batches().epoch(0))
     moved = batch.to("cpu")
-    normalize = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    normalize = transforms.Normalize(*IMAGENET)
     pictures = [transforms.ToTensor()(image.permute(1, 2, 0).numpy()) for image in batch.images]
     assert torch.equal(moved.images, torch.stack([normalize(picture) for picture in pictures]))
     assert moved.images.is_contiguous()
@@ -188,9 +193,16 @@ def test_images_are_normalised_on_the_device_as_mae_does_beforehand():
     assert same(batch, Batch(batch.images, moved.labels, moved.noise, moved.index))
 
 
+def test_statistics_of_another_number_of_channels_are_a_mistake():
+    batch = next(make_batches().epoch(0))
+    batch.images = batch.images[:, :1]
+    with pytest.raises(AssertionError):
+        batch.to("cpu")
+
+
 def test_labels_and_noise_may_be_missing():
     source = Source(["0.jpg"], Pictures())
-    batch = next(Batches(TrainSamples(source, pretrain_transform(8), 0, None), batch_size=1).epoch(0)).to("cpu")
+    batch = next(Batches(train_samples(source, pretrain_transform(8), 0, None), batch_size=1).epoch(0)).to("cpu")
     assert batch.labels is None and batch.noise is None and batch.images.shape == (1, 3, 8, 8)
 
 
@@ -283,7 +295,7 @@ def test_waiting_for_data_is_measured():
 
     source = make_source()
     source.read = Slow()
-    batches = Batches(TrainSamples(source, pretrain_transform(8), 0, None), batch_size=4)
+    batches = Batches(train_samples(source, pretrain_transform(8), 0, None), batch_size=4)
     for _ in batches.epoch(0):
         time.sleep(0.003)
     assert 48 * 0.002 <= batches.wait_seconds < 48 * 0.002 + 12 * 0.003 + 0.2
@@ -386,7 +398,8 @@ def test_a_mistake_in_the_code_is_not_taken_for_a_dead_worker():
 
 
 PROGRAM = """
-    import os, signal
+    import os, signal, tempfile
+    early = tempfile.TemporaryDirectory()  # fixes the order of the things that happen at exit
     import numpy as np
     import torch
     from util.data import Batches, Source, TrainSamples, pretrain_transform
@@ -406,7 +419,8 @@ PROGRAM = """
         raise SystemExit
 
     source = Source([str(i) for i in range(8)], read)
-    batches = Batches(TrainSamples(source, pretrain_transform(8), 0, None), batch_size=1, num_workers=2)
+    samples = TrainSamples(source, pretrain_transform(8), 0, None, mean=[0] * 3, std=[1] * 3)
+    batches = Batches(samples, batch_size=1, num_workers=2)
     stream = batches.epoch(0)
     next(stream)
     print("workers", *[process.pid for process in batches._loader._processes], flush=True)

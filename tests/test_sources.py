@@ -108,6 +108,13 @@ def test_nested_folders_are_not_taken_for_classes(tmp_path, caplog, files, depth
     assert f"images lie {depths} folders deep" in caplog.text
 
 
+def test_one_folder_is_no_class(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        source = open_source("auto", str(put(tmp_path, "photos/1.png", "photos/2.png")))
+    assert list(source.names) == ["photos/1.png", "photos/2.png"] and source.labels is None
+    assert "all in one folder, photos, which is not taken for a class" in caplog.text
+
+
 def test_hidden_files_and_folders_are_skipped_and_broken_links_are_not(tmp_path):
     put(tmp_path, "1.png", "._1.png", ".cache/2.png")
     (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
@@ -477,6 +484,13 @@ def test_shards_by_pattern(tmp_path, pattern, images):
     assert len(open_source(f"wds/{pattern}", str(tmp_path))) == images
 
 
+def test_shards_named_outright_are_trained_on_whatever_they_are_called(tmp_path):
+    webdataset(tmp_path)
+    assert open_source("wds/my-val-000.tar", str(tmp_path)).read(0)[0, 0, 0] == 99
+    with pytest.raises(ValueError, match="no val shards"):
+        open_source("wds/my-train-*.tar", str(tmp_path), "val")
+
+
 def test_a_tar_of_class_folders(tmp_path):
     shard(tmp_path / "images.tar", {"./b/1.png": png(1), "./a/2.png": png(2)})
     source = open_source("auto", str(tmp_path / "images.tar"))
@@ -502,16 +516,20 @@ def test_shards_that_cannot_be_used(tmp_path):
         open_source("wds", str(tmp_path / "nowhere"))
     with tarfile.open(tmp_path / "a.tar", "w:gz"):
         pass
-    with pytest.raises(ValueError, match="not an uncompressed tar file"):
+    with pytest.raises(ValueError, match="not a whole, uncompressed tar file"):
         open_source("wds", str(tmp_path))
     shard(tmp_path / "a.tar", {"notes.json": b""})
     with pytest.raises(ValueError, match="no images in the 1 tar shards"):
         open_source("wds", str(tmp_path))
     shard(tmp_path / "a.tar", {"1.png": png(0), "1.cls": b"0", "2.png": png(0)})
-    with pytest.raises(ValueError, match="1 of 2 images .* have no .cls file: 2.png"):
+    with pytest.raises(ValueError, match="1 of 2 images in the shards have no .cls file: 2.png"):
         open_source("wds", str(tmp_path))
     shard(tmp_path / "a.tar", {"1.png": png(0), "1.cls": b"cat"})
     with pytest.raises(ValueError, match="'cat' where the number of a class belongs"):
         open_source("wds", str(tmp_path))
     with pytest.raises(ValueError, match="no val shards"):
         open_source("wds", str(tmp_path), "val")
+    shard(tmp_path / "a.tar", {"1.png": png(0), "2.png": png(0)})
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    with pytest.raises(ValueError, match="not a whole, uncompressed tar file: unexpected end of data"):
+        open_source("wds", str(tmp_path))

@@ -17,10 +17,10 @@ import random
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,7 +40,10 @@ log = logging.getLogger(__name__)
 
 TRIES = 100  # unreadable images in a row before a sample gives up
 IGNORED_BY_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the main process handles them
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of red, green, blue
 ORDER, AUGMENTATION, NOISE = range(3)  # independent streams of random numbers
+
+Floats = tuple[float, ...]
 
 
 class NothingReadable(ValueError):  # noqa: N818 - it says what happened
@@ -62,17 +65,14 @@ def _generator(*words: int) -> torch.Generator:
     return torch.Generator().manual_seed(mix(*words))
 
 
-def pixel_statistics(
-    in_chans: int, mean: Sequence[float] = (), std: Sequence[float] = ()
-) -> tuple[tuple[float, ...], ...]:
+def pixel_statistics(in_chans: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> tuple[Floats, Floats]:
     """(mean, std) per channel, of pixels in 0..1: as given, or ImageNet's for 3 channels and 0.5 for other numbers."""
-    rgb = in_chans == 3
-    default_mean, default_std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if rgb else ((0.5,) * in_chans,) * 2
-    return tuple(mean) or default_mean, tuple(std) or default_std
+    usual = IMAGENET if in_chans == 3 else ((0.5,) * in_chans, (0.5,) * in_chans)
+    return tuple(mean) or usual[0], tuple(std) or usual[1]
 
 
 @functools.lru_cache(maxsize=32)
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _per_channel(values: Floats, device: torch.device) -> Tensor:
     """`[C, 1, 1]` on the device, made once: making it for every batch would wait for the device each time."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
@@ -105,8 +105,8 @@ class Batch:
     noise: Tensor | None
     index: Tensor
     problems: list[tuple[str, str]] = field(default_factory=list)
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    mean: Floats = ()
+    std: Floats = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -115,6 +115,7 @@ class Batch:
         """The batch on the device, its images normalised there: bytes travel, a quarter of the floats."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
         if moved.images.dtype == torch.uint8:
+            assert len(self.mean) == len(self.std) == moved.images.shape[1], "they would be broadcast to other channels"
             images = moved.images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
             mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
             moved.images = images.sub_(mean).div_(std)
@@ -129,7 +130,7 @@ class Batch:
         return replace(self, images=change(self.images), labels=labels, noise=noise, index=change(self.index))
 
 
-def collate(samples: list[Sample], mean: tuple[float, ...], std: tuple[float, ...]) -> Batch:
+def collate(samples: list[Sample], mean: Floats, std: Floats) -> Batch:
     """Samples as one batch. Images leave the resize with channels last and stay so: stacking is then a plain copy."""
     images_NHWC = torch.stack([sample.image.permute(1, 2, 0) for sample in samples])
     labels = [sample.label for sample in samples if sample.label is not None]
@@ -165,8 +166,8 @@ class TrainSamples(Dataset):
         seed: int,
         noise_shape: tuple[int, int] | None,
         *,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float],
+        std: Sequence[float],
     ):
         self.source, self.transform, self.seed, self.noise_shape = source, transform, seed, noise_shape
         self.mean, self.std = tuple(mean), tuple(std)
@@ -247,8 +248,9 @@ class Loader:
         self._processes: list[Any] = []
         self._loader: DataLoader | None = None
         self._feed = _Feed()
-        # A worker ignores the polite signal that ends forgotten children at exit, so this process must not forget them.
-        self._finalizer = weakref.finalize(self, _kill, self._processes)
+        # At exit multiprocessing ends forgotten children by a signal that these ignore, and then waits for them. This
+        # comes before that, or when the loader is no longer used.
+        Finalize(self, _kill, args=[self._processes], exitpriority=1)
 
     def batches(self, count: int, keys: Callable[[int], list]) -> Iterator[Batch]:
         """Batches 0 to `count`; `keys(n)` are the samples of batch n."""

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import torchvision.datasets
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from util.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_image
 
@@ -240,7 +242,9 @@ def label_by_folder(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] 
         folders = [name.split("/")[0] for name in names]
         classes = sorted(set(folders))
         number = {name: label for label, name in enumerate(classes)}
-        return np.array([number[folder] for folder in folders], np.int64), classes, "a folder for each class"
+        if len(classes) > 1:
+            return np.array([number[folder] for folder in folders], np.int64), classes, "a folder for each class"
+        return None, None, f"all in one folder, {classes[0]}, which is not taken for a class"
     if depths == {0}:
         return None, None, "a flat folder"
     return None, None, f"images lie {min(depths)} to {max(depths)} folders deep, so folders are not taken for classes"
@@ -310,7 +314,7 @@ def _open_list(list_path: str, data_path: str, split: str, in_chans: int) -> Sou
         raise ValueError(f"the list of images {path} does not exist")
     root = data_path or str(path.parent)
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    rows = [_path_and_label(line) for line in text.splitlines() if line.strip()]
+    rows = [_path_and_label(line) for line in text.split("\n") if line.strip()]
     if not rows:
         raise ValueError(f"the list of images {path} is empty")
     names = Names(name for name, _ in rows)
@@ -357,7 +361,7 @@ def _list_labels(path: Path, words: list[str | None]) -> tuple[np.ndarray | None
 
 def _open_digits(split: str, in_chans: int) -> Source:
     """scikit-learn's handwritten digits; "val" is a quarter of each digit's images, drawn with seed 0."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # here, because it takes longer to import than all else in this file
 
     if split not in SPLIT_NAMES:
         raise ValueError(f"the digits have the splits train and val, not {split!r}")
@@ -380,11 +384,8 @@ def _read_digit(images: np.ndarray, in_chans: int, index: int) -> np.ndarray:
 
 _TRAIN_FLAG: dict[str, list[dict[str, Any]]] = {"train": [{"train": True}], "val": [{"train": False}]}
 _TRAIN_TEST: dict[str, list[dict[str, Any]]] = {"train": [{"split": "train"}], "val": [{"split": "test"}]}
-_BOTH_TEST: dict[str, list[dict[str, Any]]] = {
-    "train": [{"split": "train"}, {"split": "val"}],
-    "val": [{"split": "test"}],
-}
 _TRAINVAL_TEST: dict[str, list[dict[str, Any]]] = {"train": [{"split": "trainval"}], "val": [{"split": "test"}]}
+_BOTH_TEST: dict[str, list[dict[str, Any]]] = _TRAIN_TEST | {"train": [{"split": "train"}, {"split": "val"}]}
 TORCHVISION = {  # name: (torchvision class, what each of our splits asks of it: the splits that the literature uses)
     "cifar10": ("CIFAR10", _TRAIN_FLAG),
     "cifar100": ("CIFAR100", _TRAIN_FLAG),
@@ -403,9 +404,6 @@ TORCHVISION = {  # name: (torchvision class, what each of our splits asks of it:
 
 
 def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> Source:
-    import torchvision.datasets
-    from torch.utils.data import ConcatDataset
-
     if name not in TORCHVISION:
         close = get_close_matches(name, TORCHVISION, n=1)
         hint = f"; did you mean torch/{close[0]}?" if close else ""
@@ -486,45 +484,68 @@ def _open_shards(pattern: str, data_path: str, split: str, in_chans: int) -> Sou
     """
     shards = _find_shards(pattern, data_path, split)
     log.info("data: indexing %d tar shards in %s", len(shards), data_path)
-    names: list[str] = []
-    keys: list[str] = []
-    places: list[tuple[int, int, int]] = []  # shard, offset, bytes
-    labels_of: dict[str, int] = {}
-    for number, shard in enumerate(shards):
-        with _open_tar(shard) as archive:
-            for member in archive:
-                if not member.isreg():
-                    continue
-                folder, _, base = member.name.removeprefix("./").rpartition("/")
-                key = f"{number}/{folder}/{base.split('.')[0]}"
-                if base.endswith(".cls"):
-                    labels_of[key] = _class_number(archive, member, shard)
-                elif is_image_name(base):
-                    names.append(f"{folder}/{base}" if folder else base)
-                    keys.append(key)
-                    places.append((number, member.offset_data, member.size))
+    members, labels_of = _index(shards)
+    names = [member.name for member in members]
     if not names:
         raise ValueError(f"no images in the {len(shards)} tar shards of {data_path} ({_some(shards)})")
-    if labels_of:
-        without = [name for name, key in zip(names, keys, strict=True) if key not in labels_of]
-        if without:
-            raise ValueError(
-                f"{len(without)} of {len(names)} images of {data_path} have no .cls file: {_some(without)}"
-            )
-        labels: np.ndarray | None = np.array([labels_of[key] for key in keys], np.int64)
-        classes: list[str] | None = [str(label) for label in range(max(labels_of.values()) + 1)]
-        why = "labels from .cls"
-    else:
-        labels, classes, why = label_by_folder(names)
-    compact = Names(f"{os.path.basename(shards[at[0]])}/{name}" for name, at in zip(names, places, strict=True))
-    read = functools.partial(_read_member, shards, np.array(places, np.int64), compact, in_chans)
+    labels, classes, why = _shard_labels(members, labels_of) if labels_of else label_by_folder(names)
+    compact = Names(f"{os.path.basename(shards[member.shard])}/{member.name}" for member in members)
+    places = np.array([(member.shard, member.offset, member.size) for member in members], np.int64)
+    read = functools.partial(_read_member, shards, places, compact, in_chans)
     return _said(Source(compact, read, labels, classes), f"{len(shards)} tar shards in {data_path}", why)
+
+
+@dataclass(slots=True)
+class _Member:
+    """An image in a shard: which shard, its name there, where its bytes are, and what it shares with its label."""
+
+    shard: int
+    name: str
+    offset: int
+    size: int
+    key: str
+
+
+def _index(shards: Sequence[str]) -> tuple[list[_Member], dict[str, int]]:
+    """All images of the shards, and the labels by key."""
+    members: list[_Member] = []
+    labels_of: dict[str, int] = {}
+    for number, shard in enumerate(shards):
+        try:
+            with tarfile.open(shard, "r:") as archive:  # no decompression: only then is an image where its offset says
+                for entry in archive:
+                    folder, slash, base = entry.name.removeprefix("./").rpartition("/")
+                    key = f"{number}/{folder}/{base.split('.')[0]}"
+                    if entry.isreg() and base.endswith(".cls"):
+                        labels_of[key] = _class_number(archive, entry, shard)
+                    elif entry.isreg() and is_image_name(base):
+                        members.append(_Member(number, folder + slash + base, entry.offset_data, entry.size, key))
+        except (tarfile.TarError, OSError) as error:
+            raise ValueError(f"{shard} is not a whole, uncompressed tar file: {error}") from error
+    return members, labels_of
+
+
+def _class_number(archive: tarfile.TarFile, entry: tarfile.TarInfo, shard: str) -> int:
+    file = archive.extractfile(entry)
+    text = file.read().decode(errors="replace").strip() if file else ""
+    if not text.isdecimal():
+        raise ValueError(f"{shard}: {entry.name} holds {text[:40]!r} where the number of a class belongs")
+    return int(text)
+
+
+def _shard_labels(members: Sequence[_Member], labels_of: dict[str, int]) -> tuple[np.ndarray, list[str], str]:
+    without = [member.name for member in members if member.key not in labels_of]
+    if without:
+        raise ValueError(f"{len(without)} of {len(members)} images in the shards have no .cls file: {_some(without)}")
+    labels = np.array([labels_of[member.key] for member in members], np.int64)
+    return labels, [str(label) for label in range(labels.max() + 1)], "labels from .cls files"
 
 
 def _find_shards(pattern: str, data_path: str, split: str) -> list[str]:
     """The split's tar files below `data_path`, among those that match `pattern` (with * and {000..123}) if given.
 
-    A shard is of the split that it, or its folder, is named after; shards that name none are the training set.
+    A shard is of the split that it, or its folder, is named after. Where none is of the training set, that is the
+    shards that name no split, or whatever a pattern asked for.
     """
     if not os.path.isdir(data_path):
         raise ValueError(f"wds needs --data_path: the folder of the tar shards ({data_path!r} is none)")
@@ -537,7 +558,7 @@ def _find_shards(pattern: str, data_path: str, split: str) -> list[str]:
     others = [name for key, names in SPLIT_NAMES.items() if key != split for name in names]
     ours = [path for path in found if _mentions(path, data_path, SPLIT_NAMES.get(split, (split,)))]
     if not ours and split == "train":
-        ours = [path for path in found if not _mentions(path, data_path, others)]
+        ours = [path for path in found if pattern or not _mentions(path, data_path, others)]
     if not ours:
         raise ValueError(
             f"no {split} shards in {data_path} among {len(found)} named {pattern or '*.tar'}: {_some(found)}"
@@ -557,21 +578,6 @@ def _braces(pattern: str) -> list[str]:
     first, last = found.groups()
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return [each for number in numbers for each in _braces(pattern[: found.start()] + number + pattern[found.end() :])]
-
-
-def _open_tar(shard: str) -> tarfile.TarFile:
-    try:
-        return tarfile.open(shard, "r:")  # no decompression: only then can an image be read by its offset
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{shard} is not an uncompressed tar file: {error}") from error
-
-
-def _class_number(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:
-    file = archive.extractfile(member)
-    text = file.read().decode(errors="replace").strip() if file else ""
-    if not text.isdecimal():
-        raise ValueError(f"{shard}: {member.name} holds {text[:40]!r} where the number of a class belongs")
-    return int(text)
 
 
 def _read_member(shards: list[str], places: np.ndarray, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
