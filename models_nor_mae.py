@@ -12,7 +12,7 @@ P pixel values of a patch   K neighbour slots
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -211,12 +211,24 @@ class NeighborOptions:
     """What is related: predicted pixels, or what the decoder's norm hands to the last layer."""
     tokens: Literal["all", "visible", "masked"] = "all"
     """Which patches' predictions are related."""
+    fraction: float = 1.0
+    """Share of the images, drawn anew in each step, that take the second pass: it costs that share, and the term has
+    the same mean and gradient on average. With k of a batch of N it varies more, by 1/k - 1/N times its variance
+    between images."""
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight)
+        require_number("fraction", self.fraction)
         for option in fields(self):
-            if option.name != "weight":
+            if option.name not in ("weight", "fraction"):
                 require(option.name, getattr(self, option.name), option.type)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction:g}; it must be more than 0 and at most 1")
+        if self.fraction < 1 and self.together:
+            raise ValueError(
+                f"fraction is {self.fraction:g}; with {self.together} the term is no mean over images, and a share of "
+                "them would aim at something else: use fraction 1"
+            )
         if self.border == "auto":
             object.__setattr__(self, "border", "wrap" if self.cnp == "released" else "natural")
         if self.cnp == "released":
@@ -224,6 +236,13 @@ class NeighborOptions:
             for name, value in settled.items():
                 if getattr(self, name) != value:
                     raise ValueError(f"{name} is {getattr(self, name)!r}; with cnp released it can only be {value!r}")
+
+    @property
+    def together(self) -> str:
+        """The option by which the term looks at all images together, in words; empty where it is a mean over them."""
+        if self.normalize == "feature":
+            return "normalize 'feature'"
+        return "relation 'off_diagonal_squared'" if self.relation == "off_diagonal_squared" else ""
 
 
 class NeighborTerm(Term):
@@ -235,8 +254,8 @@ class NeighborTerm(Term):
 
     def __init__(self, options: NeighborOptions) -> None:
         super().__init__(options)
-        self.noise_rows = 1 if options.companion == "random" else 0
-        if options.normalize == "feature" or options.relation == "off_diagonal_squared":
+        self.noise_rows = (options.companion == "random") + (options.fraction < 1)  # the fraction's row is the last
+        if options.together:
             self.images_together = "ranks"
 
     def check(self, model: MaskedAutoencoderViT) -> None:
@@ -311,7 +330,22 @@ class NeighborTerm(Term):
         """The companions' prediction: `[N, L, P]`, without gradient."""
         return at_least_float32(model.decoder_pred(self.second_decoded(model, view)))
 
+    def some_images(self, view: View) -> View:
+        """The view of k = max(1, round(fraction x N)) images: those of the smallest numbers in their own noise.
+
+        Each image is as likely as any other, so the mean over them is on average the mean over all.
+        """
+        if self.options.fraction == 1:
+            return view
+        N = view.tokens.shape[0]
+        number_N = view.noise[:, self.noise_row + self.noise_rows - 1, 0]
+        chosen = number_N.topk(max(1, round(self.options.fraction * N)), largest=False).indices
+        parts = {name: part[chosen] for name, part in vars(view).items() if isinstance(part, Tensor)}
+        taps = {block: tap[chosen] for block, tap in view.taps.items()}
+        return replace(view, **parts, taps=taps)
+
     def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
+        view = self.some_images(view)
         if self.options.space == "pixels":
             z, z_cnp = view.pred, self.second_pass(model, view)
         else:
