@@ -118,10 +118,12 @@ def test_one_folder_is_no_class(tmp_path, caplog):
 def test_hidden_files_and_folders_are_skipped_and_broken_links_are_not(tmp_path):
     put(tmp_path, "1.png", "._1.png", ".cache/2.png")
     (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "self.jpg").symlink_to(tmp_path / "self.jpg")
     source = open_source("auto", str(tmp_path))
-    assert list(source.names) == ["1.png", "link.jpg"]
-    with pytest.raises(BadImage, match="No such file"):
-        source.read(1)
+    assert list(source.names) == ["1.png", "link.jpg", "self.jpg"]
+    for index, reason in ((1, "No such file"), (2, "Too many levels")):
+        with pytest.raises(BadImage, match=reason):
+            source.read(index)
 
 
 def test_links_to_folders_are_followed_and_loops_end(tmp_path):
@@ -158,17 +160,18 @@ def test_data_paths_without_images(tmp_path, make, message):
         open_source("auto", str(tmp_path / "data"))
 
 
-def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
-    put(tmp_path, "a/1.png", "b/1.png")
+@pytest.mark.parametrize("forbidden", ["train/b", "train", ""])
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch, forbidden):
+    put(tmp_path, "train/a/1.png", "train/b/1.png")
     scandir = os.scandir
 
     def refuse(path):
-        if str(path).endswith("b"):
+        if os.path.samefile(path, tmp_path / forbidden):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match="cannot read the folder .*b: Permission denied"):
+    with pytest.raises(ValueError, match="cannot read the folder .*: Permission denied"):
         open_source("auto", str(tmp_path))
 
 

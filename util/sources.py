@@ -118,7 +118,10 @@ def open_source(
         raise ValueError(f"class_list chooses among class folders and does not apply to dataset {dataset!r}")
     kind, _, name = dataset.partition("/")
     if dataset == "folder":
-        source = _open_folder(data_path, split, in_chans, class_list)
+        try:
+            source = _open_folder(data_path, split, in_chans, class_list)
+        except OSError as error:
+            raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     elif dataset == "digits":
         source = _open_digits(split, in_chans)
     elif dataset.endswith(".txt"):
@@ -218,20 +221,21 @@ def _holds_images(folder: str) -> bool:
 def _images_below(root: str) -> list[str]:
     """Names of all image files below `root`, relative to it, with / between folders. Hidden names are skipped, links
     followed (a link that leads nowhere counts as an image: it is reported when it is read)."""
-    found, above = [], {root: {os.path.realpath(root)}}  # the real folders on the way to each: loops of links end there
+    found: list[str] = []
 
-    def fail(error: OSError) -> None:
-        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+    def visit(folder: str, prefix: str, above: frozenset[str]) -> None:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                    real = os.path.realpath(entry.path)
+                    if real not in above:  # a link back to a folder on the way here would never end
+                        visit(entry.path, f"{prefix}{entry.name}/", above | {real})
+                elif is_image_name(entry.name):
+                    found.append(prefix + entry.name)
 
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
-        way = above.pop(folder)
-        inside = {os.path.join(folder, name): name for name in folders if not name.startswith(".")}
-        real = {path: os.path.realpath(path) for path in inside}
-        folders[:] = [name for path, name in inside.items() if real[path] not in way]
-        above.update({path: way | {real[path]} for path, name in inside.items() if name in folders})
-        prefix = os.path.relpath(folder, root).replace(os.sep, "/")
-        prefix = "" if prefix == "." else prefix + "/"
-        found += [prefix + name for name in files if is_image_name(name)]
+    visit(root, "", frozenset([os.path.realpath(root)]))
     return found
 
 
