@@ -1,0 +1,77 @@
+"""Between epochs: the online kNN against the plain one, and pictures that show what they say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import methods
+from tests.runs import Training, assert_same_end, finish
+from util.features import encode_source
+from util.knn import knn_accuracy
+from util.sources import open_source
+from util.watch import contact_sheet
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watched") / "run"
+    finish(folder, "--epochs", "2", "--knn_every", "1", "--picture_every", "2")
+    return folder
+
+
+def test_the_curve_is_the_knn_of_the_checkpoints_encoder(watched):
+    model, options = methods.from_checkpoint(watched / "checkpoints" / "last.pth")
+    reading = {"input_size": (8, 8), "mean": options["mean"], "std": options["std"], "device": "cpu"}
+    bank = encode_source(model, open_source("digits", "", "train", in_chans=1), **reading)
+    queries = encode_source(model, open_source("digits", "", "val", in_chans=1), **reading)
+    lines = [json.loads(line) for line in (watched / "log.txt").read_text().splitlines()]
+    assert lines[1]["knn_acc1"] == pytest.approx(100 * knn_accuracy(*bank, *queries), abs=1e-4)
+    assert all(20 < line["knn_acc1"] < 100 for line in lines)
+
+
+def test_watching_changes_nothing(watched, tmp_path):
+    finish(tmp_path / "run", "--epochs", "2")
+    assert_same_end(watched, tmp_path / "run")
+
+
+def test_pictures_are_written_when_due_and_hold_four_rows_of_eight(watched):
+    assert [path.name for path in (watched / "samples").iterdir()] == ["recon_e0002.png"]
+    picture = np.asarray(Image.open(watched / "samples" / "recon_e0002.png"))
+    assert picture.shape[2] == 3
+    assert picture.shape[1] == 8 * (96 + 2) + 2
+    assert picture.shape[0] > 4 * (96 + 2) + 2, "and a caption"
+    assert picture[: 96 * 4].std() > 20
+
+
+def test_a_sheet_undoes_the_normalisation_and_repeats_pixels():
+    mean, std = (0.5, 0.25, 0.0), (0.5, 0.25, 1.0)
+    colour = torch.tensor([1.0, -1.0, 0.2]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    sheet = contact_sheet([colour], mean, std)
+    assert sheet.shape == (96 + 4, 2 * 98 + 2, 3)
+    assert sheet[50, 50].tolist() == [255, 0, 51]
+    assert sheet[0, 0].tolist() == [255, 255, 255], "white between the images"
+
+
+def test_online_knn_without_labels_is_refused(tmp_path):
+    for number in range(8):
+        Image.new("RGB", (16, 16), (number * 30, 0, 0)).save(tmp_path / f"{number}.png")
+    words = ["--dataset", "folder", "--data_path", tmp_path, "--in_chans", "3", "--total_batch_size", "4"]
+    training = Training(tmp_path / "runs" / "run", *words, "--knn_every", "1")
+    assert training.wait() == 2
+    assert "--knn_every needs labels" in training.said
+
+
+def test_without_a_validation_split_every_tenth_image_is_asked(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            noise = np.random.default_rng(number).integers(0, 90, (16, 16, 3), dtype=np.uint8)
+            noise[..., 0] += 150 if name == "cats" else 0
+            Image.fromarray(noise).save(tmp_path / "data" / name / f"{number}.png")
+    words = ["--dataset", "folder", "--data_path", tmp_path / "data", "--in_chans", "3", "--total_batch_size", "10"]
+    said = finish(tmp_path / "run", *words, "--knn_every", "3")
+    assert "18 training images classify every tenth training image (2)" in said
+    assert "knn_acc1 100" in said
