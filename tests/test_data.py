@@ -472,6 +472,7 @@ def test_evaluation_of_a_share():
     shares = [list(eval_batches(make_eval(), batch_size=4, indices=range(rank, 10, 3))) for rank in range(3)]
     assert sorted(index for share in shares for batch in share for index in batch.index.tolist()) == list(range(10))
     assert [batch.index.tolist() for batch in shares[1]] == [[1, 4, 7]]
+    assert list(eval_batches(make_eval(), batch_size=4, indices=[])) == []
 
 
 def test_evaluation_leaves_unreadable_images_out_and_says_so(caplog):

@@ -459,7 +459,7 @@ def eval_batches(
                 yield batch
     finally:
         loader.stop()
-    if len(problems) == len(chosen):
+    if problems and len(problems) == len(chosen):
         raise NothingReadable(f"not one of {len(chosen)} images can be read: {_first(problems)}")
     if problems:
         log.warning("%d of %d images cannot be read and are left out: %s", len(problems), len(chosen), _first(problems))
@@ -467,7 +467,7 @@ def eval_batches(
 
 def _first(problems: Sequence[tuple[str, str]]) -> str:
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return ": ".join(problems[0]) + more if problems else "there are none"
+    return ": ".join(problems[0]) + more
 
 
 def allowed_bad(max_bad_fraction: float, n: int) -> int:
