@@ -32,9 +32,13 @@ from util.schema import (
 )
 
 __all__ = [
+    "ClassifierOptions",
     "Difference",
+    "EncoderOptions",
+    "FinetuneOptions",
     "OptionError",
     "PretrainOptions",
+    "ProbeOptions",
     "RunOptions",
     "differences",
     "from_dict",
@@ -100,8 +104,9 @@ class RunOptions:
 
     data_path: str = machine("", section="Data")
     """Folder of images (`train/CLASS/*`, `CLASS/*`, or flat or nested without labels), or the word `digits`."""
-    dataset: Literal["auto", "folder", "digits"] = result("auto")
-    """How data_path is read. `auto`: the word `digits` is scikit-learn's handwritten digits, all else is a folder."""
+    dataset: str = result("auto")
+    """How data_path is read: `folder`, `digits`, `LIST.txt`, `torch/NAME` (a set of torchvision's), `hfds/NAME`, `wds`;
+    `auto` goes by the look of data_path, which may be the word `digits`."""
     class_list: str = result("")
     """Use only these classes: a file with one class folder a line, or `imagenet100`; empty uses all."""
     input_size: tuple[int, int] = shape((224, 224))
@@ -134,7 +139,7 @@ class RunOptions:
     min_lr: float = result(0.0)
     """Learning rate at the end."""
     weight_decay: float = result(0.05)
-    """AdamW's weight decay; biases and norms have none."""
+    """Weight decay; biases and norms have none."""
     clip_grad: float = result(0.0)
     """Largest norm of the gradient, scaled down beyond it; 0: no limit."""
     seed: int = result(0)
@@ -207,7 +212,34 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(RunOptions):
+class EncoderOptions(RunOptions):
+    """What every command with a vision transformer shares."""
+
+    model: str = shape("mae_vit_tiny_patch16", section="Encoder")
+    """`mae_vit_SIZE_patchP`, with SIZE one of tiny, small, base, large, huge and any patch size P in pixels."""
+    embed_dim: int = shape(0)
+    """Channels of the encoder; 0: the model's own, as for the two options that follow."""
+    depth: int = shape(0)
+    """Blocks of the encoder."""
+    num_heads: int = shape(0)
+    """Attention heads of the encoder."""
+    grad_checkpointing: bool = machine(False)
+    """Compute the blocks twice to keep fewer activations: less memory, more time."""
+
+    min_scale: float = result(0.2, section="Crops")
+    """Smallest share of an image's area that a random crop takes."""
+    hflip: float = result(0.5)
+    """Probability of mirroring an image left to right."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(0, "embed_dim", "depth", "num_heads")
+        self._between(0, 1, "hflip", "min_scale")
+        require(self.min_scale > 0, "must be more than 0, or a crop is empty", "min_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(EncoderOptions):
     """Pretrain a masked autoencoder on a folder of images."""
 
     epochs: int = result(400)
@@ -216,33 +248,22 @@ class PretrainOptions(RunOptions):
 
     method: str = shape("nor_mae", section="Model and objective")
     """What is learned: a decoder and terms with their weights, e.g. `mae`, `nor_mae`, `nor_mae_released`."""
-    model: str = shape("mae_vit_tiny_patch16")
-    """`mae_vit_SIZE_patchP`, with SIZE one of tiny, small, base, large, huge and any patch size P in pixels."""
-    embed_dim: int = shape(0)
-    """Channels of the encoder; 0: the model's own, as for the five options that follow."""
-    depth: int = shape(0)
-    """Blocks of the encoder."""
-    num_heads: int = shape(0)
-    """Attention heads of the encoder."""
     decoder_embed_dim: int = shape(0)
-    """Channels of the decoder."""
+    """Channels of the decoder; 0: the model's own, as for the two options that follow."""
     decoder_depth: int = shape(0)
     """Blocks of the decoder: 8 in MAE, 12 in the NoR-MAE paper's script."""
     decoder_num_heads: int = shape(0)
     """Attention heads of the decoder."""
     mask_ratio: float = result(0.75)
     """Share of the patches that is hidden from the encoder."""
+    predict_ratio: float = result(0.0)
+    """Share of the patches that training predicts, at most mask_ratio (cross_mae alone); 0: 0.25."""
+    mask_cell: int = result(0)
+    """Side in pixels of the cells that are hidden as a whole (simmim alone); 0: two patches."""
     norm_pix_loss: bool = result(False)
     """Reconstruct pixels standardised within each patch, not the pixels themselves."""
     terms: dict[str, dict[str, Any] | None] = result({})
     """Changes to the method's loss terms: `{neighbor: {weight: 1e-4}}`; `{label: {}}` adds one, `null` removes it."""
-    grad_checkpointing: bool = machine(False)
-    """Compute the blocks twice to keep fewer activations: less memory, more time."""
-
-    min_scale: float = result(0.2, section="Crops")
-    """Smallest share of an image's area that a random crop takes."""
-    hflip: float = result(0.5)
-    """Probability of mirroring an image left to right."""
 
     knn_every: int = machine(0, section="Watching")
     """Epochs between measurements of the encoder by k nearest neighbours, for data with labels; 0 never."""
@@ -253,10 +274,121 @@ class PretrainOptions(RunOptions):
         super().__post_init__()
         self._at_least(0, "knn_every", "picture_every", "embed_dim", "depth", "num_heads")
         self._at_least(0, "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-        self._between(0, 1, "hflip", "min_scale", "mask_ratio")
+        self._at_least(0, "mask_cell")
+        self._between(0, 1, "hflip", "min_scale", "mask_ratio", "predict_ratio")
         require(self.min_scale > 0, "must be more than 0, or a crop is empty", "min_scale")
         require(self.mask_ratio > 0, "0 hides nothing, and nothing is left to learn", "mask_ratio")
         require(self.mask_ratio < 1, "1 keeps nothing for the encoder", "mask_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(EncoderOptions):
+    """What fine-tuning and probing share: labelled images, and how the answer is measured."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        **RunOptions.ALIASES,
+        "finetune": "init_from",
+        "nb_classes": "num_classes",
+    }
+    FOREIGN: ClassVar[dict[str, str]] = {
+        **RunOptions.FOREIGN,
+        "cls_token": "say --global_pool token",
+        "dist_eval": "evaluation is always shared among the processes, each image counted once",
+    }
+
+    num_classes: int = shape(0, section="Classifier")
+    """Classes of the head; 0: as many as the training images have."""
+    global_pool: Literal["avg", "token"] = shape("avg")
+    """What the head sees of the encoder: the average of the patch tokens, or the class token."""
+
+    label_share: float = result(1.0, section="Labels")
+    """Share of each class's training images to use, at least one of each: 0.01 and 0.1 for the usual low-label runs."""
+    labels_per_class: int = result(0)
+    """Training images of each class to use; 0: as label_share says."""
+    subset_seed: int = result(0)
+    """Decides which images a low-label subset and the held-out slice take, whatever `seed` is."""
+    holdout: float = result(0.02)
+    """Share of each class's training images that is set aside to choose `best` on, where there are no validation images
+    beside the test images; 0: it is chosen on the test images themselves, as by MAE's script, and flattered by that."""
+    eval_every: int = result(1)
+    """Epochs between evaluations; the last epoch has one anyway."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(0, "num_classes", "labels_per_class")
+        self._at_least(1, "eval_every")
+        self._between(0, 1, "label_share", "holdout")
+        self._between(0, 2**32 - 1, "subset_seed")
+        require(self.num_classes != 1, "one class leaves nothing to tell apart", "num_classes")
+        require(self.label_share > 0, "must be more than 0, or no image is left", "label_share")
+        require(self.holdout < 1, "must be less than 1, or no image is left to train on", "holdout")
+        both = self.labels_per_class > 0 and self.label_share < 1
+        require(not both, "give either it or label_share", "labels_per_class", "label_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(ClassifierOptions):
+    """Train a classifier end to end, from a pretrained encoder (`--init_from`) or from scratch."""
+
+    blr: float = result(5e-4)
+    min_lr: float = result(1e-6)
+    min_scale: float = result(0.08)
+
+    eval: bool = machine(False)
+    """Train nothing: print the accuracy of the checkpoint that `resume` or `init_from` names, or of the run's last."""
+    drop_path: float = result(0.1)
+    """Stochastic depth: share of the images that skip the last block; earlier blocks are skipped less."""
+
+    optimizer: Literal["adamw", "sgd"] = result("adamw", section="Fine-tuning")
+    """`adamw` with (0.9, 0.999), or `sgd` with momentum 0.9."""
+    layer_decay: float = result(0.65)
+    """Each block learns at this times the rate of the one above it; 1: all alike."""
+    steps: int = result(0)
+    """Optimizer steps of the whole run, in place of epochs; 0: as epochs say."""
+    ema: float = result(0.0)
+    """Decay of a moving average of the weights, which is then what is evaluated; 0: none."""
+
+    aa: str = result("rand-m9-mstd0.5-inc1", section="Augmentation")
+    """timm's name of an automatic augmentation; empty: none."""
+    color_jitter: float = result(0.0)
+    """Strength of random brightness, contrast and saturation, where there is no `aa`."""
+    reprob: float = result(0.25)
+    """Probability of erasing a rectangle of the image, which is filled with noise."""
+    mixup: float = result(0.8)
+    """Alpha of mixup; 0: none. Where there is cutmix too, every batch has one of the two."""
+    cutmix: float = result(1.0)
+    """Alpha of cutmix; 0: none."""
+    smoothing: float = result(0.1)
+    """Share of the target that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(0, "steps", "color_jitter", "mixup", "cutmix")
+        self._between(0, 1, "drop_path", "layer_decay", "ema", "reprob", "smoothing")
+        for name in ("drop_path", "ema", "smoothing"):
+            require(getattr(self, name) < 1, "must be less than 1", name)
+        require(self.layer_decay > 0, "must be more than 0, or nothing but the head learns", "layer_decay")
+        require(not (self.aa and self.color_jitter), "has no effect beside aa; leave one out", "color_jitter", "aa")
+        coloured = bool(self.aa or self.color_jitter)
+        require(not coloured or self.in_chans == 3, f"is for 3 channels, in_chans is {self.in_chans}", "aa", "in_chans")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(ClassifierOptions):
+    """Judge a frozen encoder: a linear classifier on its features, and k nearest neighbours."""
+
+    epochs: int = result(90)
+    warmup_epochs: float = result(10.0)
+    blr: float = result(0.1)
+    weight_decay: float = result(0.0)
+
+    augment: bool = result(False, section="Probe")
+    """Encode a new random crop of every image in every epoch, as MAE does; otherwise each image is encoded once."""
 
 
 def resolve_batch(options: Run, processes: int) -> Run:

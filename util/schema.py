@@ -118,8 +118,8 @@ def _sections(schema: Any) -> dict[str, list[dataclasses.Field[Any]]]:
     for field in dataclasses.fields(schema):
         title = opened.get(field.name, title)
         groups.setdefault(title, []).append(field)
-    inherited = {field for base in schema.__bases__ for field in getattr(base, "__dataclass_fields__", {})}
-    return dict(sorted(groups.items(), key=lambda group: group[1][0].name in inherited))
+    declared = {name: place for place, owner in enumerate(schema.__mro__) for name in inspect.get_annotations(owner)}
+    return dict(sorted(groups.items(), key=lambda group: declared[group[1][0].name]))
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -224,11 +224,13 @@ def parse(
     schema: type[Schema],
     argv: Sequence[str],
     *,
+    base: Mapping[str, Any] | None = None,
     preset: Callable[[str], Mapping[str, Any]] | None = None,
     term_options: Mapping[str, type] | None = None,
 ) -> Schema:
     """An instance of `schema` from the words of a command line.
 
+    `base` holds values weaker than all others, such as what a checkpoint was made with.
     `preset` maps the value of the option `method` to the values that the method brings; recipes and flags change them.
     `term_options` maps the name of each loss term there is to the dataclass of its options; it gives the field `terms`
     its meaning: every option of every term that the run has is spelled out, and a term of the method's that a recipe
@@ -243,6 +245,8 @@ def parse(
     if preset is not None and "method" in field_types(schema):
         layers.insert(0, _preset_layer(schema, layers, preset))
         brought = dict(layers[0][1]).get("terms", {})
+    if base:
+        layers.insert(0, ("checkpoint", list(base.items())))
 
     merge = _Merge(schema, term_options, brought)
     for source, given in layers:
