@@ -78,46 +78,6 @@ prepare() {
             printf '%s\n' "$wanted" >"$stamp"
         fi
     done
-    complain "This project needs Python 3.11 or newer, and PATH has none." \
-        "Found as python3: $(python3 --version 2>/dev/null || printf 'nothing')." \
-        "Install one, or name one you have: NOR_MAE_PYTHON=/path/to/python with everything in requirements.txt."
-}
-
-file_hash() {
-    "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1"
-}
-
-# prepare FILE...: PYTHON is afterwards an interpreter that has what the FILEs (relative to the project) ask for.
-prepare() {
-    local file stamp wanted venv base note
-    if [[ -n "${NOR_MAE_PYTHON:-}" ]]; then
-        PYTHON="$(command -v "$NOR_MAE_PYTHON")" || complain "NOR_MAE_PYTHON is $NOR_MAE_PYTHON, which does not exist."
-        recent_enough "$PYTHON" || complain "NOR_MAE_PYTHON ($PYTHON) does not run, or is older than Python 3.11."
-        export PYTHON
-        return
-    fi
-    venv="${NOR_MAE_VENV:-$PROJECT/.venv}"
-    if [[ -e "$venv/bin/python" ]] && ! recent_enough "$venv/bin/python"; then
-        complain "The environment $venv does not run, or its Python is older than 3.11. Delete that folder and run this again."
-    fi
-    if [[ ! -e "$venv/bin/pip" ]]; then
-        base="$(find_python)"
-        printf 'Making the environment %s with %s\n' "$venv" "$("$base" --version)" >&2
-        "$base" -m venv "$venv" || complain "Making the environment failed (on Debian and Ubuntu: apt install python3-venv)."
-    fi
-    PYTHON="$(cd "$venv/bin" && pwd)/python"
-    export PYTHON
-    for file in "$@"; do
-        note=""
-        [[ "$file" != requirements.txt ]] || note="(torch is among it: some minutes, and about 6 GB of disk)"
-        stamp="$venv/installed-${file//\//-}.sha256"
-        if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$(file_hash "$PROJECT/$file")" ]]; then
-            printf 'Installing %s %s\n' "$file" "$note" >&2
-            "$PYTHON" -m pip install --quiet --disable-pip-version-check --requirement "$PROJECT/$file" \
-                || complain "Installing $file failed; the reason stands above. Run the same command to try again."
-            file_hash "$PROJECT/$file" >"$stamp" # only now: an installation that was cut off is repeated
-        fi
-    done
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
