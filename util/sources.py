@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ from typing import Any, overload
 import numpy as np
 import torchvision.datasets
 from PIL import Image
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from util.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_image
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 IMAGENET100 = Path(__file__).resolve().parent.parent / "configs" / "imagenet100.txt"
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}  # in folders and shards
+CALTECH_TRAIN, CALTECH_TEST = 30, 50  # images of each class, as the literature takes them
 LARGEST_LABEL = 1_000_000  # of a list file's numbers: beyond it they are ids, not class numbers
 
 
@@ -203,6 +205,14 @@ def _split_folder(data_path: str, split: str) -> str:
         return data_path
     held = _contents(data_path)
     raise ValueError(f"no {split} images: {data_path} has no folder {' or '.join(names)}; it holds {held}")
+
+
+def class_folders_without_images(data_path: str, split: str) -> list[str]:
+    """Folders of a split that look like classes and hold no image: most often a copy that was cut short."""
+    root = _split_folder(data_path, split)
+    with os.scandir(root) as entries:
+        folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return sorted(entry.name for entry in folders if not _images_below(entry.path))
 
 
 def _is_a_class(data_path: str, name: str) -> bool:
@@ -404,6 +414,7 @@ TORCHVISION = {  # name: (torchvision class, what each of our splits asks of it:
     "dtd": ("DTD", _BOTH_TEST),
     "food101": ("Food101", _TRAIN_TEST),
     "fgvc_aircraft": ("FGVCAircraft", _TRAINVAL_TEST),
+    "caltech101": ("Caltech101", {"train": [{}], "val": [{}]}),  # it has no splits of its own: see _caltech101_split
 }
 
 
@@ -425,16 +436,41 @@ def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> S
             f"torch/{name} cannot be opened in {data_path}: {error}. To fetch it: "
             f'python -c "from torchvision.datasets import {class_name} as D; D({data_path!r}, download=True)"'
         ) from error
+    images: Dataset = ConcatDataset(parts)
+    asked = f"{split}: {splits[split]}"
     labels = np.concatenate([_torchvision_labels(part) for part in parts])
-    classes = list(getattr(parts[0], "classes", None) or map(str, range(labels.max() + 1)))
+    classes = next((list(getattr(parts[0], key)) for key in ("classes", "categories") if hasattr(parts[0], key)), None)
+    classes = classes or [str(label) for label in range(labels.max() + 1)]
     names = Names(f"{name}/{split}/{index:06d}" for index in range(len(labels)))
-    read = functools.partial(_read_torchvision, ConcatDataset(parts), names, in_chans)
-    return _said(Source(names, read, labels, classes), f"torch/{name} in {data_path}", f"{split}: {splits[split]}")
+    if name == "caltech101":
+        chosen, asked = _caltech101_split(labels, classes, split)
+        images, labels = Subset(images, chosen.tolist()), labels[chosen]
+        numbers = parts[0].index
+        names = Names(f"{classes[label]}/image_{numbers[i]:04d}.jpg" for i, label in zip(chosen, labels, strict=True))
+    read = functools.partial(_read_torchvision, images, names, in_chans)
+    return _said(Source(names, read, labels, classes), f"torch/{name} in {data_path}", asked)
+
+
+def _caltech101_split(labels: np.ndarray, classes: list[str], split: str) -> tuple[np.ndarray, str]:
+    """(indices of the split, what it is in words): 30 images of each class to train on, at most 50 others to judge.
+
+    Each class is drawn by its own name, so that one that is missing or longer changes nothing for the others.
+    """
+    chosen = []
+    for label, name in enumerate(classes):
+        group = np.flatnonzero(labels == label)
+        if len(group) <= CALTECH_TRAIN:
+            raise ValueError(f"torch/caltech101: {len(group)} images of {name}; training alone takes {CALTECH_TRAIN}")
+        order = np.random.RandomState(zlib.crc32(name.encode())).permutation(group)
+        end = CALTECH_TRAIN + CALTECH_TEST
+        chosen.append(order[:CALTECH_TRAIN] if split == "train" else order[CALTECH_TRAIN:end])
+    rule = f"{CALTECH_TRAIN} images of each class" if split == "train" else f"at most {CALTECH_TEST} others of each"
+    return np.sort(np.concatenate(chosen)), f"{split}: {rule}, drawn with a fixed seed"
 
 
 def _torchvision_labels(dataset: Any) -> np.ndarray:
-    """A torchvision data set's labels without decoding an image; their attribute has three names."""
-    found = next(getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name))
+    """A torchvision data set's labels without decoding an image; their attribute has four names."""
+    found = next(getattr(dataset, name) for name in ("targets", "labels", "_labels", "y") if hasattr(dataset, name))
     labels = np.asarray(found).astype(np.int64)
     return labels[:, 0] if labels.ndim == 2 else labels  # QMNIST's rows start with the digit
 
