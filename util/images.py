@@ -184,5 +184,11 @@ def _tensor(array_HWC: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array_HWC, requirements=["C", "W"])).permute(2, 0, 1)
 
 
+def shrink(array_HWC: np.ndarray, short_side: int) -> np.ndarray:
+    """The image resized so that its shorter side has so many pixels."""
+    size = [round(side * short_side / min(array_HWC.shape[:2])) for side in array_HWC.shape[:2]]
+    return np.ascontiguousarray(_resize(_tensor(array_HWC), (size[0], size[1])).permute(1, 2, 0).numpy())
+
+
 def _resize(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.resize(image_CHW, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)

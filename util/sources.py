@@ -29,6 +29,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from util.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_image
+from util.packs import Pack, is_pack, open_pack
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class Source:
     read      number of an image -> uint8 `[H, W, C]`; raises `util.images.BadImage`
     labels    int64 `[n]`, or None
     classes   the labels' names, or None
-    selection sha256 of the class list that chose them, or ""
+    selection sha256 of the class list that chose them, or of a pack; or ""
+    path      number of an image -> its file, where each has one of its own
     """
 
     names: Sequence[str]
@@ -82,6 +84,7 @@ class Source:
     labels: np.ndarray | None = None
     classes: list[str] | None = None
     selection: str = ""
+    path: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -110,13 +113,14 @@ def open_source(
     torch/cifar10 ... DATA           one of torchvision's data sets, already unpacked there
     hfds/NAME         "" or a cache  a Hugging Face data set (package `datasets`), which downloads what it lacks
     wds, wds/SHARDS   DATA           tar shards of WebDataset or of class folders; SHARDS may hold * and {00..99}
+    pack              PACK           what tools/pack.py made (`auto` recognises it)
 
     `class_list` keeps these classes of a folder, labelled in that order: a file of folder names, one a line, the word
     `imagenet100`, or a sequence (such as the training split's `classes`).
     """
     if dataset == "auto":
         dataset, data_path = _guess(data_path)
-    if class_list and dataset != "folder":
+    if class_list and dataset not in ("folder", "pack"):
         raise ValueError(f"class_list chooses among class folders and does not apply to dataset {dataset!r}")
     kind, _, name = dataset.partition("/")
     if dataset == "folder":
@@ -132,6 +136,8 @@ def open_source(
         source = _open_torchvision(name.lower(), data_path, split, in_chans)
     elif kind == "hfds" and name:
         source = _open_hugging_face(name, data_path, split, in_chans)
+    elif dataset == "pack":
+        source = _open_pack(data_path, split, in_chans, class_list)
     elif kind == "wds":
         source = _open_shards(name, data_path, split, in_chans)
     elif kind in ("hfids", "tfds"):
@@ -140,11 +146,17 @@ def open_source(
             "random access), wds (tar shards, indexed at the start) or a folder"
         )
     else:
-        known = ["auto", "folder", "digits", "wds", *(f"torch/{name}" for name in TORCHVISION)]
+        known = ["auto", "folder", "digits", "wds", "pack", *(f"torch/{name}" for name in TORCHVISION)]
         close = get_close_matches(dataset, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown dataset {dataset!r}{hint} (auto, folder, digits, LIST.txt, torch/, hfds/, wds/)")
-    if in_chans not in PICTURE_MODES and not any(name.lower().endswith(".npy") for name in source.names[:1000]):
+        raise ValueError(
+            f"unknown dataset {dataset!r}{hint} (auto, folder, digits, LIST.txt, torch/, hfds/, wds/, pack)"
+        )
+    if (
+        dataset != "pack"
+        and in_chans not in PICTURE_MODES
+        and not any(name.lower().endswith(".npy") for name in source.names[:1000])
+    ):
         raise ValueError(f"in_chans {in_chans} needs .npy arrays [H, W, {in_chans}]; pictures give 1, 3 or 4 channels")
     return source
 
@@ -159,6 +171,8 @@ def _guess(data_path: str) -> tuple[str, str]:
         return data_path, ""
     if data_path.endswith(".tar"):
         return f"wds/{os.path.basename(data_path)}", os.path.dirname(data_path) or "."
+    if any(is_pack(os.path.join(data_path, name)) for name in ("", *SPLIT_NAMES)):
+        return "pack", data_path
     return "folder", data_path
 
 
@@ -187,7 +201,8 @@ def _open_folder(data_path: str, split: str, in_chans: int, class_list: str | Se
         labels, found, why = label_by_folder(names)
     compact = Names(names)
     read = functools.partial(_read_file, root, compact, in_chans)
-    return _said(Source(compact, read, labels, found, selection), root, why)
+    path = functools.partial(_file, root, compact)
+    return _said(Source(compact, read, labels, found, selection, path), root, why)
 
 
 def _split_folder(data_path: str, split: str) -> str:
@@ -295,7 +310,11 @@ def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
 
 
 def _read_file(root: str, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
-    return read_image(os.path.join(root, names[index]), in_chans)
+    return read_image(_file(root, names, index), in_chans)
+
+
+def _file(root: str, names: Sequence[str], index: int) -> str:
+    return os.path.join(root, names[index])
 
 
 def _contents(folder: str) -> str:
@@ -335,7 +354,8 @@ def _open_list(list_path: str, data_path: str, split: str, in_chans: int) -> Sou
     if not any(os.path.exists(os.path.join(root, name)) for name in names[:16]):
         raise ValueError(f"{path}: none of the first images exists, such as {os.path.join(root, names[0])}")
     labels, classes = _list_labels(path, [label for _, label in rows])
-    source = Source(names, functools.partial(_read_file, root, names, in_chans), labels, classes)
+    read = functools.partial(_read_file, root, names, in_chans)
+    source = Source(names, read, labels, classes, path=functools.partial(_file, root, names))
     return _said(source, str(path), f"paths relative to {root}")
 
 
@@ -368,6 +388,53 @@ def _list_labels(path: Path, words: list[str | None]) -> tuple[np.ndarray | None
     classes = sorted(set(given))
     number = {name: label for label, name in enumerate(classes)}
     return np.array([number[word] for word in given], np.int64), classes
+
+
+# --- packs ------------------------------------------------------------------------------------------------------------
+
+
+def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequence[str]) -> Source:
+    """`data_path` holds a pack for each split; or is one, of the training images."""
+    folder = data_path if split == "train" and is_pack(data_path) else os.path.join(data_path, split)
+    if not is_pack(folder):
+        raise ValueError(f"no {split} images: {folder} holds no pack made by tools/pack.py")
+    pack = open_pack(folder)
+    if class_list and read_class_list(class_list)[0] != pack.manifest["classes"]:
+        raise ValueError(f"the pack {folder} has other classes than class_list: give class_list when packing")
+    if pack.touched():
+        _same_source(pack)
+    recipe = pack.manifest["recipe"]
+    size = f"short side {recipe['short_side']}" if recipe["short_side"] else "original size"
+    source = Source(
+        Names(pack.names), pack.reader(in_chans), pack.labels, pack.manifest["classes"], selection=pack.fingerprint
+    )
+    return _said(source, f"pack {folder}", f"{size}, {'raw pixels' if recipe['raw'] else 'image files'}")
+
+
+def _same_source(pack: Pack) -> None:
+    """ValueError, saying what differs, when the images that the pack was made of are no longer the same files."""
+    made = pack.manifest["source"]
+    try:
+        now = open_source(
+            made["dataset"],
+            made["data_path"],
+            made["split"],
+            in_chans=pack.manifest["recipe"]["channels"],
+            class_list=made["class_list"],
+        )
+    except ValueError as error:
+        different = str(error)
+    else:
+        if now.fingerprint == made["fingerprint"]:
+            return
+        packed = {*pack.names, *(name for name, _ in pack.manifest["left_out"])}
+        added, gone = sorted(set(now.names) - packed), sorted(packed - set(now.names))
+        different = f"{len(added)} images were added ({_some(added)}), {len(gone)} are gone ({_some(gone)})"
+        different = different if added or gone else "classes or labels are others"
+    raise ValueError(
+        f"{made['data_path']} is not as it was when the pack {pack.folder} was made of it: {different}. Pack it anew, "
+        f"or let the pack stand on its own: python tools/pack.py --detach {pack.folder}"
+    )
 
 
 # --- embedded and public data sets ------------------------------------------------------------------------------------

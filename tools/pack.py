@@ -1,0 +1,285 @@
+"""Pack a folder of images once, to load it faster in every epoch that follows.
+
+    python tools/pack.py IMAGENET --output PACK                       # short side 256, JPEG quality 90
+    python tools/pack.py IMAGENET --output PACK --size 384            # nearly all detail, 70 GB for ImageNet-1K
+    python tools/pack.py PETS --output PACK --raw                     # pixels: nothing to decode, 5 to 10 times larger
+    python tools/pack.py IMAGENET --output PACK --size 0              # the files as they are, in few large ones
+    python main_pretrain.py --data_path PACK ...
+
+    python tools/pack.py --verify PACK     # every hash, and every file of the source that is still there
+    python tools/pack.py --detach PACK     # forget the source: it may change or go
+
+Both splits are packed where there are two. Stopped at any moment, the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import torch
+from tqdm import tqdm
+
+from util.data import allowed_bad
+from util.logging import talk
+from util.packs import (
+    MANIFEST,
+    PLAN,
+    VERIFIED,
+    Packing,
+    Recipe,
+    is_pack,
+    open_pack,
+    read_manifest,
+    write_json,
+)
+from util.sources import Source, open_source
+
+log = logging.getLogger("pack")
+
+SHARDS = 64  # about so many, so that workers share the work and little is lost when it is stopped
+SHARD_IMAGES = (256, 8192)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("data_path", nargs="?", default="", help="the images, as for training")
+    parser.add_argument("--output", type=Path, help="folder of the pack, with a folder for each split in it")
+    parser.add_argument("--size", type=int, default=256, help="short side in pixels, never enlarged; 0: as it is")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEG files that shrunken images become")
+    parser.add_argument("--raw", action="store_true", help="store pixels instead of image files")
+    parser.add_argument("--dataset", default="auto", help="how data_path is read, as for training")
+    parser.add_argument("--class_list", default="", help="only these classes, as for training")
+    parser.add_argument("--in_chans", type=int, default=3, help="channels of the images")
+    parser.add_argument("--split", nargs="+", choices=["train", "val"], help="None: train, and val if there is one")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of images that may be unreadable")
+    parser.add_argument("--verify", type=Path, metavar="PACK", help="check a pack and its source, and pack nothing")
+    parser.add_argument("--detach", type=Path, metavar="PACK", help="let a pack stand on its own")
+    given = parser.parse_args(argv)
+    talk(main=True)
+    try:
+        if given.verify or given.detach:
+            act = verify if given.verify else detach
+            for folder in packs_in(given.verify or given.detach):
+                act(folder)
+        else:
+            pack(given)
+    except ValueError as error:
+        log.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        log.error("stopped; the same command goes on from here")
+        return 130
+    return 0
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+
+def pack(given: argparse.Namespace) -> None:
+    """Every split that is asked for, or that there is."""
+    if not given.output:
+        raise ValueError("where to? Give --output FOLDER")
+    if given.output.is_file():
+        raise ValueError(f"--output {given.output} is a file; name a folder")
+    if given.num_workers < 1:
+        raise ValueError(f"--num_workers is {given.num_workers}; it takes at least one process")
+    recipe = Recipe(given.size, given.quality, given.raw, given.in_chans)
+    classes: list[str] | None = None
+    for split in given.split or ("train", "val"):
+        origin = {
+            "dataset": given.dataset,
+            "data_path": os.path.abspath(given.data_path) if os.path.exists(given.data_path) else given.data_path,
+            "split": split,
+            "class_list": given.class_list,
+        }
+        try:
+            source = open_split(origin, recipe.channels, classes)
+        except ValueError as error:
+            if given.split or split == "train":
+                raise
+            log.info("no val split is packed: %s", error)
+            continue
+        classes = source.classes
+        pack_split(given.output / split, source, origin, recipe, given.num_workers, given.max_bad_fraction)
+
+
+def open_split(origin: dict[str, Any], channels: int, classes: list[str] | None) -> Source:
+    """The images, with the labels of the classes of the split before, if there are any."""
+    of_folders = origin["dataset"] == "folder" or (
+        origin["dataset"] == "auto" and os.path.isdir(origin["data_path"]) and not packs_below(origin["data_path"])
+    )
+    if classes and not origin["class_list"] and of_folders:
+        origin["class_list"] = classes
+    return open_source(
+        origin["dataset"], origin["data_path"], origin["split"], in_chans=channels, class_list=origin["class_list"]
+    )
+
+
+def pack_split(
+    folder: Path, source: Source, origin: dict[str, Any], recipe: Recipe, num_workers: int, max_bad_fraction: float
+) -> None:
+    plan = {
+        "recipe": asdict(recipe),
+        "source": {**origin, "images": len(source), "fingerprint": source.fingerprint},
+    }
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        compare(folder, manifest["recipe"], manifest["source"], plan)
+        log.info("%s is packed already (%d images)", folder, manifest["images"])
+        return
+    packing = prepare(folder, source, plan, recipe)
+    missing = packing.missing()
+    if len(missing) < packing.shards:
+        log.info("%s: going on, %d of %d shards are there", folder, packing.shards - len(missing), packing.shards)
+    images = sum(len(packing.images_of(shard)) for shard in missing)
+    with tqdm(total=images, unit=" images", desc=str(folder), disable=None) as bar:
+        for count in written(packing, missing, num_workers):
+            bar.update(count)
+    left_out = packing.left_out()
+    if len(left_out) > allowed_bad(max_bad_fraction, len(source)):
+        raise ValueError(
+            f"{len(left_out)} of {len(source)} images cannot be read, more than --max_bad_fraction "
+            f"{max_bad_fraction:g} allows: {': '.join(left_out[0])}"
+        )
+    packing.finish({**plan["source"], "folders": folders_of(source)}, source.classes)
+    stored = open_pack(folder)
+    size = sum(file["bytes"] for file in stored.manifest["files"].values())
+    log.info("%s: %d images, %.3f GB, read back and verified", folder, len(stored.names), size / 1e9)
+    for name, reason in left_out:
+        log.warning("left out: %s: %s", name, reason)
+
+
+def prepare(folder: Path, source: Source, plan: dict[str, Any], recipe: Recipe) -> Packing:
+    """A new folder with its plan, or one whose plan is the same; ValueError for any other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / PLAN).is_file():
+        known = read_plan(folder)
+        compare(folder, known["recipe"], known["source"], plan)
+    elif others := sorted(os.listdir(folder))[:5]:
+        raise ValueError(f"{folder} holds other files ({', '.join(others)}); name an empty or a new folder")
+    else:
+        low, high = SHARD_IMAGES
+        known = {**plan, "shard_images": min(max(-(-len(source) // SHARDS), low), high)}
+        write_json(folder / PLAN, known)
+    return Packing(folder, recipe, known["shard_images"], source.names, source.labels, source.read, source.path)
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / PLAN).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / PLAN} is damaged ({error}); remove {folder} and start anew") from error
+
+
+def compare(folder: Path, recipe: dict[str, Any], source: dict[str, Any], plan: dict[str, Any]) -> None:
+    """ValueError when what lies there is of another recipe or of other images."""
+    rows = [
+        f"{name} {str(there.get(name))[:60]} -> {str(value)[:60]}"
+        for there, now in ((recipe, plan["recipe"]), (source, plan["source"]))
+        for name, value in now.items()
+        if there.get(name) != value
+    ]
+    if rows:
+        raise ValueError(
+            f"{folder} was begun with something else (then -> now): {'; '.join(rows)}. "
+            "Remove it, or name another folder"
+        )
+
+
+_packing: Packing  # of a worker
+
+
+def written(packing: Packing, shards: list[int], num_workers: int) -> Iterator[int]:
+    """Write the shards; yields the number of images of each as it is done."""
+    if num_workers == 1 or len(shards) <= 1:
+        yield from map(packing.write, shards)
+        return
+    with multiprocessing.Pool(min(num_workers, len(shards)), _begin, (packing,)) as pool:
+        yield from pool.imap_unordered(_write, shards)
+
+
+def _begin(packing: Packing) -> None:
+    global _packing
+    torch.set_num_threads(1)
+    _packing = packing
+
+
+def _write(shard: int) -> int:
+    return _packing.write(shard)
+
+
+def folders_of(source: Source) -> dict[str, int]:
+    """The time at which each folder of the source was changed last: a file that comes or goes changes its folder."""
+    folders: dict[str, int] = {}
+    for number in range(len(source)) if source.path else ():
+        path, name = source.path(number), source.names[number]  # type: ignore[misc]
+        root = path[: len(path) - len(name)].rstrip(os.sep)
+        folder = os.path.dirname(path)
+        while folder not in folders:
+            folders[folder] = os.stat(folder).st_mtime_ns
+            if len(folder) <= len(root):
+                break
+            folder = os.path.dirname(folder)
+    return folders
+
+
+# ---- packs that are there -------------------------------------------------------------------------------------------
+
+
+def packs_below(folder: str | Path) -> list[Path]:
+    return [path for path in (Path(folder), Path(folder) / "train", Path(folder) / "val") if is_pack(path)]
+
+
+def packs_in(folder: Path) -> list[Path]:
+    found = packs_below(folder)
+    if not found:
+        raise ValueError(f"{folder} holds no pack: neither in it nor in its train and val is a {MANIFEST}")
+    return found
+
+
+def verify(folder: Path) -> None:
+    """ValueError unless every file has its hash and the source, if it is there, its images, sizes and times."""
+    (folder / VERIFIED).unlink(missing_ok=True)
+    stored = open_pack(folder)
+    origin = stored.manifest["source"]
+    if not origin.get("folders") or not os.path.exists(origin["data_path"]):
+        log.info("%s: %d images, all as they were written; its source is not at hand", folder, len(stored.names))
+        return
+    open_source("pack", str(folder), in_chans=stored.manifest["recipe"]["channels"])
+    source = open_split(dict(origin), stored.manifest["recipe"]["channels"], None)
+    number = {name: index for index, name in enumerate(source.names)}
+    other = []
+    for name, row in zip(stored.names, stored.index, strict=True):
+        state = os.stat(source.path(number[name]))  # type: ignore[misc]
+        if (state.st_size, state.st_mtime_ns) != (row["source_bytes"], row["source_time"]):
+            other.append(name)
+    if other:
+        raise ValueError(
+            f"{len(other)} images of {origin['data_path']} were changed since they were packed: {', '.join(other[:5])}"
+        )
+    log.info("%s: %d images, all as they were written, and as they are in the source", folder, len(stored.names))
+
+
+def detach(folder: Path) -> None:
+    """Take the source's folders out of the manifest, so that nobody looks at them."""
+    manifest = read_manifest(folder)
+    manifest["source"].pop("folders", None)
+    write_json(folder / MANIFEST, manifest)
+    log.info("%s stands on its own", folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""Packs: a split's images in a few large files, read by memory map. Made once by `tools/pack.py`.
+
+    PACK/train/pack.json          what it is: source, recipe, classes, and the sha256 of every other file
+               index.npy          one row an image: where it lies, its size if raw, its label, its source file's state
+               names.bin          the images' names, each ended by a zero byte
+               shard-00000.bin    images one after the other: whole image files, or raw uint8 pixels
+               verified.json      which shards were hashed, and their size and time then
+
+A pack is written shard by shard, each complete or absent, so that a packing that was stopped goes on. Opening one
+checks it: every hash at the first use on a disk, and whether anything was touched at each later one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from util.images import PICTURE_MODES, BadImage, decode, shrink
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+MANIFEST, PLAN, INDEX, NAMES, VERIFIED = "pack.json", "unfinished.json", "index.npy", "names.bin", "verified.json"
+ROW = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),
+        ("bytes", "<u8"),
+        ("rows", "<u4"),  # of raw pixels; 0 for an image file
+        ("columns", "<u4"),
+        ("label", "<i8"),  # -1 where there are no labels
+        ("source_bytes", "<u8"),  # of the image's own file, 0 where it has none
+        ("source_time", "<i8"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are stored. An image that need not shrink keeps its own file, or else a lossless one.
+
+    short_side  pixels that the shorter side is reduced to, never enlarged; 0 leaves all as they are
+    quality     of the JPEG files (4:2:0) that shrunken images become
+    raw         pixels instead of files: larger, and nothing to decode
+    channels    of the pixels
+    """
+
+    short_side: int = 256
+    quality: int = 90
+    raw: bool = False
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.short_side < 0:
+            raise ValueError(f"size is {self.short_side}; it is the shorter side in pixels, or 0 for files as they are")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality is {self.quality}; JPEG has 1 to 100")
+        if not self.raw and self.short_side and self.channels not in (1, 3):
+            raise ValueError(f"JPEG has 1 or 3 channels, not {self.channels}: pack them raw, or with size 0")
+
+    def store(self, array_HWC: np.ndarray, file: bytes | None) -> tuple[bytes, int, int]:
+        """(what to store, rows, columns) of an image and its own file; the sizes are 0 for a file."""
+        rows, columns = array_HWC.shape[:2]
+        if 0 < self.short_side < min(rows, columns):
+            array_HWC, file, lossless = shrink(array_HWC, self.short_side), None, False
+        else:
+            lossless = True
+        if self.raw:
+            return array_HWC.tobytes(), *array_HWC.shape[:2]
+        if file is not None:
+            return file, 0, 0
+        target = io.BytesIO()
+        if self.channels not in PICTURE_MODES:
+            np.save(target, array_HWC)
+        elif lossless:
+            Image.fromarray(array_HWC.squeeze(-1) if self.channels == 1 else array_HWC).save(target, "PNG")
+        else:
+            picture = Image.fromarray(array_HWC.squeeze(-1) if self.channels == 1 else array_HWC)
+            picture.save(target, "JPEG", quality=self.quality, subsampling="4:2:0")
+        return target.getvalue(), 0, 0
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pack:
+    """One split's images, whole and checked."""
+
+    folder: str
+    manifest: dict[str, Any]
+    index: np.ndarray
+    names: list[str]
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self.manifest["classes"] is None else self.index["label"].astype(np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything stored."""
+        return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
+
+    def reader(self, channels: int) -> Callable[[int], np.ndarray]:
+        """number of an image -> uint8 `[H, W, channels]`; raw pixels as they lie on the disk, not copied."""
+        recipe = Recipe(**self.manifest["recipe"])
+        if recipe.raw and recipe.channels != channels:
+            raise ValueError(f"the pack {self.folder} holds raw images of {recipe.channels} channels, not {channels}")
+        return functools.partial(_read, self.folder, self.index, channels)
+
+    def touched(self) -> bool:
+        """Whether any folder of its source is another than when it was packed; one that is gone cannot tell."""
+        return any(os.path.isdir(path) and os.stat(path).st_mtime_ns != then for path, then in self._folders())
+
+    def _folders(self) -> Iterable[tuple[str, int]]:
+        return (self.manifest["source"].get("folders") or {}).items()
+
+
+def _read(folder: str, index: np.ndarray, channels: int, number: int) -> np.ndarray:
+    shard, offset, size, rows, columns = index[number].item()[:5]
+    name = f"{folder}/{shard_name(shard)}[{number}]"
+    try:
+        stored = _mapped(os.path.join(folder, shard_name(shard)))[offset : offset + size]
+    except (OSError, ValueError) as error:
+        raise BadImage(name, str(error)) from error
+    if len(stored) != size:
+        raise BadImage(name, "the shard is shorter than it was")
+    return stored.reshape(rows, columns, channels) if rows else decode(stored.tobytes(), channels, name)
+
+
+@functools.cache  # one map a shard and process
+def _mapped(path: str) -> np.ndarray:
+    return np.asarray(np.memmap(path, np.uint8, mode="r"))
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.bin"
+
+
+def is_pack(folder: str | Path) -> bool:
+    """Whether a split's pack, finished or not, lies right in `folder`."""
+    return os.path.isfile(os.path.join(folder, MANIFEST)) or os.path.isfile(os.path.join(folder, PLAN))
+
+
+def open_pack(folder: str | Path) -> Pack:
+    """The pack in `folder`; ValueError, saying what differs, unless it is whole, unchanged and of this version."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    found, lost = {}, []
+    for name, file in manifest["files"].items():
+        try:
+            state = (folder / name).stat()
+        except OSError:
+            lost.append(f"{name} is missing")
+            continue
+        found[name] = [state.st_size, state.st_mtime_ns]
+        if state.st_size != file["bytes"]:
+            lost.append(f"{name} has {state.st_size} bytes, not {file['bytes']}")
+    if not lost:
+        lost = _changed(folder, manifest["files"], found)
+    if lost:
+        more = f"; and {len(lost) - 5} more files" if len(lost) > 5 else ""
+        raise ValueError(f"the pack {folder} is not as it was made: {'; '.join(lost[:5])}{more}. Make or copy it anew")
+    names = (folder / NAMES).read_bytes().split(b"\0")[:-1]
+    return Pack(str(folder), manifest, np.load(folder / INDEX), [os.fsdecode(name) for name in names])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        if (folder / PLAN).is_file():
+            raise ValueError(f"the pack {folder} is unfinished: the command that made it goes on where it stopped")
+        raise ValueError(f"{folder} holds no pack: it has no {MANIFEST}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version = manifest["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}). Make or copy the pack anew") from error
+    if version != VERSION:
+        raise ValueError(f"the pack {folder} is of version {version}, and this program reads version {VERSION}")
+    return manifest
+
+
+def _changed(folder: Path, files: dict[str, dict], found: dict[str, list[int]]) -> list[str]:
+    """What has another hash, in words. Files of the size and time at which they were hashed before are believed."""
+    try:
+        verified = json.loads((folder / VERIFIED).read_text())
+    except (OSError, ValueError):
+        verified = {}
+    unsure = [name for name in files if verified.get(name) != found[name]]
+    if not unsure:
+        return []
+    size = sum(files[name]["bytes"] for name in unsure)
+    log.info("data: checking %d files (%.1f GB) of the pack %s, once on this disk", len(unsure), size / 1e9, folder)
+    with ThreadPoolExecutor() as threads:
+        hashes = dict(zip(unsure, threads.map(lambda name: sha256(folder / name), unsure), strict=True))
+    wrong = [
+        f"{name} has sha256 {hashes[name][:12]}, not {files[name]['sha256'][:12]}"
+        for name in unsure
+        if hashes[name] != files[name]["sha256"]
+    ]
+    if not wrong:
+        try:
+            write_json(folder / VERIFIED, found)
+        except OSError as error:
+            log.info("data: %s cannot be written (%s): the pack is checked at every start", folder / VERIFIED, error)
+    return wrong
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Packing:
+    """A pack that is being made from images `read` by number, of which `path` (if any) tells the file."""
+
+    folder: Path
+    recipe: Recipe
+    shard_images: int
+    names: Sequence[str]
+    labels: np.ndarray | None
+    read: Callable[[int], np.ndarray]
+    path: Callable[[int], str] | None
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.names) // self.shard_images)
+
+    def images_of(self, shard: int) -> range:
+        return range(shard * self.shard_images, min((shard + 1) * self.shard_images, len(self.names)))
+
+    def _note(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.json"
+
+    def missing(self) -> list[int]:
+        """The shards that are still to be written; one is done when its note is there and its size is as noted."""
+
+        def done(shard: int) -> bool:
+            file = self.folder / shard_name(shard)
+            try:
+                return json.loads(self._note(shard).read_text())["bytes"] == file.stat().st_size
+            except (OSError, ValueError, KeyError):
+                return False
+
+        return [shard for shard in range(self.shards) if not done(shard)]
+
+    def write(self, shard: int) -> int:
+        """Write a shard, read it back, and note it; answers how many images were asked for."""
+        temporary = self.folder / f".{shard_name(shard)}"
+        rows, problems, offset = [], [], 0
+        with open(temporary, "wb") as target:
+            for image in self.images_of(shard):
+                try:
+                    stored, height, width, size, time = self._stored(image)
+                except BadImage as error:
+                    problems.append([self.names[image], error.reason])
+                    continue
+                target.write(stored)
+                label = -1 if self.labels is None else int(self.labels[image])
+                rows.append([image, shard, offset, len(stored), height, width, label, size, time])
+                offset += len(stored)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(temporary, self.folder / shard_name(shard))
+        self._read_back(shard, rows)
+        note = {"bytes": offset, "sha256": sha256(self.folder / shard_name(shard)), "rows": rows, "left_out": problems}
+        write_json(self._note(shard), note)
+        return len(self.images_of(shard))
+
+    def _stored(self, image: int) -> tuple[bytes, int, int, int, int]:
+        size = time = 0
+        file = None
+        if self.path is not None:
+            path = self.path(image)
+            try:
+                state = os.stat(path)
+                size, time = state.st_size, state.st_mtime_ns
+                file = None if self.recipe.raw else Path(path).read_bytes()
+            except OSError as error:
+                raise BadImage(path, error.strerror or str(error)) from error
+        return *self.recipe.store(self.read(image), file), size, time
+
+    def _read_back(self, shard: int, rows: list[list[int]]) -> None:
+        """OSError unless every image of the shard can be read from the disk."""
+        index = np.array([tuple(row[1:]) for row in rows], ROW)
+        for number in range(len(rows)):
+            try:
+                _read(str(self.folder), index, self.recipe.channels, number)
+            except BadImage as error:
+                raise OSError(f"{error.path}, just written, cannot be read back: {error.reason}") from error
+        _mapped.cache_clear()  # or each written shard stays mapped
+
+    def _notes(self) -> list[dict[str, Any]]:
+        return [json.loads(self._note(shard).read_text()) for shard in range(self.shards)]
+
+    def left_out(self) -> list[list[str]]:
+        """(name, reason) of the images that could not be read."""
+        return [problem for note in self._notes() for problem in note["left_out"]]
+
+    def finish(self, source: dict[str, Any], classes: list[str] | None) -> None:
+        """Join the notes of all shards into index and manifest. `classes`: what the labels are called, if any."""
+        notes = self._notes()
+        rows = [row for note in notes for row in note["rows"]]
+        np.save(self.folder / INDEX, np.array([tuple(row[1:]) for row in rows], ROW))
+        kept = (os.fsencode(self.names[row[0]]) + b"\0" for row in rows)
+        (self.folder / NAMES).write_bytes(b"".join(kept))
+        files = {
+            name: {"bytes": (self.folder / name).stat().st_size, "sha256": sha256(self.folder / name)}
+            for name in (INDEX, NAMES)
+        }
+        files |= {
+            shard_name(number): {"bytes": note["bytes"], "sha256": note["sha256"]} for number, note in enumerate(notes)
+        }
+        manifest = {
+            "version": VERSION,
+            "images": len(rows),
+            "classes": classes,
+            "recipe": asdict(self.recipe),
+            "source": source,
+            "left_out": self.left_out(),
+            "files": files,
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        (self.folder / PLAN).unlink()
+        for shard in range(self.shards):
+            self._note(shard).unlink()
