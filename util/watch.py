@@ -47,20 +47,24 @@ class Watch:
             if train.labels is None:
                 raise ValueError("--knn_every needs labels, and the training images have none")
             self._split(train)
-        self.shown = self._open("val", train) or train
+        self.shown = train
+        if options.picture_every and self.queries is train:
+            self.shown = self._held_out(train) or train
+        elif options.picture_every:
+            self.shown = self.queries
 
-    def _open(self, split: str, train: Source) -> Source | None:
-        """A split with the training images' classes; None where there is none."""
+    def _held_out(self, train: Source) -> Source | None:
+        """The val split, its labels numbered as in training; None where there is none."""
         options = self.options
-        folder = train.classes is not None and options.dataset in ("auto", "folder") and options.data_path != "digits"
-        classes = train.classes if folder and train.classes else options.class_list
+        by_folder = train.classes is not None and Path(options.data_path).is_dir()
+        classes = train.classes if by_folder and train.classes else options.class_list
         try:
-            return open_source(options.dataset, options.data_path, split, in_chans=options.in_chans, class_list=classes)
+            return open_source(options.dataset, options.data_path, "val", in_chans=options.in_chans, class_list=classes)
         except ValueError:
             return None
 
     def _split(self, train: Source) -> None:
-        held_out = self._open("val", train)
+        held_out = self._held_out(train)
         if held_out is not None and held_out.labels is not None:
             self.queries, self.query_index = held_out, list(range(len(held_out)))
             what = f"the {len(held_out)} images of the val split"
