@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -62,6 +62,8 @@ def build_model(options: PretrainOptions) -> MaskedAutoencoderViT:
         decoder_embed_dim=options.decoder_embed_dim,
         decoder_depth=options.decoder_depth,
         decoder_num_heads=options.decoder_num_heads,
+        predict_ratio=options.predict_ratio,
+        mask_cell=options.mask_cell,
         mask_ratio=options.mask_ratio,
         norm_pix_loss=options.norm_pix_loss,
         grad_checkpointing=options.grad_checkpointing,
@@ -81,6 +83,14 @@ def open_images(options: PretrainOptions, model: MaskedAutoencoderViT, split: st
     if needy and source.labels is None:
         raise ValueError(f"the term {needy[0]} learns from labels, and {options.data_path or options.dataset} has none")
     return source
+
+
+def settle(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source) -> PretrainOptions:
+    """The options with what the data, and the checkpoints that terms have read, decide about the terms."""
+    if source.classes is not None:
+        for _, term in terms_of(model):
+            term.learn_classes(len(source.classes))
+    return replace(options, terms=options.terms | {name: asdict(term.options) for name, term in terms_of(model)})
 
 
 def make_batches(
@@ -113,6 +123,16 @@ def announce(options: PretrainOptions, model: MaskedAutoencoderViT, source: Sour
     for name, term in terms_of(model):
         scale = ", ".join(f"{what} = {value:.4g}" for what, value in term.scale(model).items())
         log.info("term %s: %s%s", name, options.terms[name], f"; {scale}" if scale else "")
+        ranks = distributed.world_size() if term.images_together == "ranks" else 1
+        if term.images_together and (together := options.batch_size * ranks) < options.total_batch_size:
+            log.warning(
+                "term %s looks at %d images together (batch_size%s), not at the %d of an update: "
+                "with another batch_size or number of processes the result is another",
+                name,
+                together,
+                " x processes" if ranks > 1 else "",
+                options.total_batch_size,
+            )
     few = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)
     first = next(eval_batches(few, batch_size=32)).to(device)
     log.info("a constant prediction has a reconstruction loss of about %.3f", model.baseline(first.images))
@@ -127,6 +147,7 @@ def pretrain(argv: Sequence[str]) -> None:
     with distributed.start(options.device) as processes:
         talk(processes.main)
         source = open_images(options, model)
+        options = settle(options, model, source)
         batches = make_batches(options, model, source, processes)
         if options.init_from:
             report = load_matching(model, checkpoint.load_weights(options.init_from))

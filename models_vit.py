@@ -1,6 +1,6 @@
 """The encoder's parts: sizes, patch grids, fixed positions, MAE's initial weights, weights from other models.
 
-Everything the models take from timm (pinned: 1.0.31) is named here: `VisionTransformer` and its `Block`,
+Everything the models take from timm (pinned: 1.0.31) is named here: `VisionTransformer`, its `Block` and `Mlp`,
 `build_sincos2d_pos_embed` for the position tables and `resample_abs_pos_embed` for other image sizes. An encoder is
 timm's own class, so its state has timm's names, which are MAE's.
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from timm.layers.mlp import Mlp
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -20,6 +21,7 @@ __all__ = [
     "SIZES",
     "Block",
     "LoadReport",
+    "Mlp",
     "Size",
     "VisionTransformer",
     "initialize",

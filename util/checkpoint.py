@@ -129,6 +129,11 @@ def _read(path: Path) -> Any:
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """The model's weights of any checkpoint file: ours, MAE's, the released NoR-MAE's, timm's, or safetensors."""
+    return load_model(path)[0]
+
+
+def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The model's weights of any checkpoint file, as `load_weights`; and the run's options, if it is one of ours."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
@@ -137,12 +142,13 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return load_file(path), {}
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a safetensors file ({error})") from error
     if zipfile.is_zipfile(path):
         verify(path)
     state = _read(path)
+    options = state["options"] if isinstance(state, dict) and {"format", "options"} <= set(state) else {}
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -156,7 +162,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} holds no weights: found {_describe(state)}, expected tensors by name, or such under 'model'"
         )
-    return weights
+    return weights, options
 
 
 def _describe(state: object) -> str:

@@ -1,0 +1,209 @@
+"""DMAE: what the encoder makes of the visible patches should be what a larger, trained encoder makes of them.
+
+Bai et al., "Masked Autoencoders Enable Efficient Knowledge Distillers", CVPR 2023. A frozen teacher gets the same
+visible patches. At three quarters of both encoders the student's tokens, through one linear layer, are compared with
+the teacher's: the mean absolute difference of unit vectors.
+
+The teacher is of no use after training: it is in no checkpoint, and a trained model is loaded without it.
+
+N images   V visible patches   D the student's channels   T the teacher's channels
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models_mae import (
+    MaskedAutoencoderViT,
+    Reader,
+    Term,
+    View,
+    at_least_float32,
+    require_number,
+    take,
+    without_autocast,
+)
+from models_vit import SIZES, VisionTransformer, load_matching, patch_grid
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Who teaches, and where the two are compared."""
+
+    weight: float = 1.0
+    """Weight of the difference."""
+    checkpoint: str = ""
+    """The teacher: a checkpoint of MAE's, timm's or ours, with patches of the student's size."""
+    student_block: int = 0
+    """Block of the student, counted from 1, whose output is compared; 0: at three quarters of its depth."""
+    teacher_block: int = 0
+    """Block of the teacher, counted from 1, whose output is compared; 0: at three quarters of its depth."""
+    embed_dim: int = 0
+    """Channels of the teacher; 0: from its checkpoint, as for the two options that follow."""
+    depth: int = 0
+    """Blocks of the teacher."""
+    num_heads: int = 0
+    """Attention heads of the teacher. Only our own checkpoints tell; for others 0 means what `model` has with those
+    channels, so 12 for 192 of them."""
+    digest: str = ""
+    """SHA-256 of the teacher's weights, which a run notes, so that it does not go on with another teacher."""
+
+    def __post_init__(self) -> None:
+        require_number("weight", self.weight)
+        for name in ("student_block", "teacher_block", "embed_dim", "depth", "num_heads"):
+            require_number(name, getattr(self, name), 0)
+
+
+def tapped(block: int, depth: int) -> int:
+    """The block counted from 1, at three quarters of the depth where it is 0: 9 of 12, 18 of 24."""
+    return block or max(1, depth * 3 // 4)
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        values = weights[name].detach().to("cpu", torch.float32).contiguous()
+        found.update(f"{name} {list(values.shape)}\n".encode())
+        found.update(values.numpy().tobytes())
+    return found.hexdigest()
+
+
+def encoder_weights(weights: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Of a checkpoint's weights those that lead to the blocks' outputs; ValueError where they are no such encoder."""
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise ValueError(f"checkpoint {path} holds no encoder that can teach: without {', '.join(missing)}")
+    return {name: weights[name] for name in weights if name.startswith(("blocks.", "patch_embed.", *needed[:2]))}
+
+
+def settled(options: TeacherOptions, weights: Mapping[str, Tensor], trained_with: Mapping[str, Any]) -> TeacherOptions:
+    """The options with what the teacher's weights, and its run's options if they are known, decide.
+
+    ValueError where an option says otherwise.
+    """
+    path = options.checkpoint
+    embed_dim = weights["cls_token"].shape[-1]
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    heads = {size.embed_dim: size.num_heads for size in SIZES.values()}.get(embed_dim, 0)
+    if "model" in trained_with:
+        named = [size.num_heads for name, size in SIZES.items() if f"_{name}_" in trained_with["model"]]
+        heads = trained_with.get("num_heads") or named[0]
+    elif options.num_heads:
+        heads = options.num_heads
+    if not heads:
+        raise ValueError(
+            f"checkpoint {path} does not tell the teacher's attention heads: give --terms.teacher.num_heads"
+        )
+    found: dict[str, Any] = {"embed_dim": embed_dim, "depth": depth, "num_heads": heads, "digest": digest_of(weights)}
+    for name, value in found.items():
+        asked = getattr(options, name)
+        if asked and asked != value:
+            raise ValueError(f"{name} is {asked}, and the teacher in checkpoint {path} has {value}")
+    return replace(options, **found)
+
+
+class Teacher(VisionTransformer):
+    """A frozen encoder, up to the block that is looked at, without a norm after it."""
+
+    def __init__(self, options: TeacherOptions, img_size: tuple[int, int], patch_size: int, in_chans: int) -> None:
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=0,
+            global_pool="token",
+            embed_dim=options.embed_dim,
+            depth=tapped(options.teacher_block, options.depth),
+            num_heads=options.num_heads,
+            final_norm=False,
+            weight_init="skip",
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, ids_keep: Tensor) -> Tensor:  # type: ignore[override]
+        """Of images `[N, C, H, W]` the visible patches `[N, V]`: `[N, 1 + V, T]`, class token first."""
+        tokens = take(self.patch_embed(images) + self.pos_embed[:, 1:], ids_keep)  # type: ignore[index]
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)  # type: ignore[index, operator]
+        return self.blocks(torch.cat([cls_token, tokens], dim=1))
+
+
+class TeacherTerm(Term):
+    """The mean absolute difference between unit tokens of the student, through a linear layer, and of the teacher."""
+
+    name: ClassVar[str] = "teacher"
+    Options: ClassVar[type] = TeacherOptions
+    options: TeacherOptions
+
+    def __init__(self, options: TeacherOptions) -> None:
+        super().__init__(options)
+        self._weights: dict[str, Tensor] = {}
+        self._grid: tuple[int, int] | None = None
+        self._teacher: tuple[Teacher, ...] = ()  # in a tuple, so that it is no part of this module's state
+
+    def settle(self, read: Reader) -> None:
+        if not self.options.checkpoint:
+            raise ValueError("no teacher is given: --terms.teacher.checkpoint FILE")
+        weights, trained_with = read(self.options.checkpoint)
+        self._weights = encoder_weights(weights, self.options.checkpoint)
+        self.options = settled(self.options, self._weights, trained_with)
+        if "input_size" in trained_with:
+            patch_size = self._weights["patch_embed.proj.weight"].shape[-1]
+            self._grid = patch_grid(tuple(trained_with["input_size"]), patch_size)
+
+    def attach(self, model: MaskedAutoencoderViT) -> None:
+        options = self.options
+        if not options.embed_dim:
+            raise ValueError("the teacher's channels are not known: --terms.teacher.checkpoint FILE tells them")
+        self.taps = (tapped(options.student_block, len(model.blocks)) - 1,)
+        self.head = nn.Linear(model.embed_dim, options.embed_dim)
+        if self._weights:
+            teacher = Teacher(options, model.patch_embed.img_size, model.patch_size, model.in_chans)
+            try:
+                load_matching(teacher, self._weights, grid=self._grid)
+            except ValueError as problem:
+                raise ValueError(f"checkpoint {options.checkpoint} cannot teach this model: {problem}") from problem
+            self._teacher, self._weights = (teacher,), {}
+
+    def check(self, model: MaskedAutoencoderViT) -> None:
+        if not model.drops_hidden:
+            raise ValueError("the teacher sees what the student sees, so it needs an encoder of visible patches alone")
+        for whose, block, depth in (
+            ("student", self.options.student_block, len(model.blocks)),
+            ("teacher", self.options.teacher_block, self.options.depth),
+        ):
+            if block > depth:
+                raise ValueError(f"{whose}_block is {block}; the {whose} has {depth} blocks")
+        for teacher in self._teacher:
+            if teacher.patch_embed.grid_size != model.grid:
+                teacher.set_input_size(model.patch_embed.img_size)
+                teacher.requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TeacherTerm":
+        """Where this term goes, `.to(device)` for one, the teacher goes too."""
+        for teacher in self._teacher:
+            teacher._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def teacher_tokens(self, view: View) -> Tensor:
+        """`[N, 1 + V, T]` of the patches that the student sees."""
+        if not self._teacher:
+            raise ValueError(
+                "this model was loaded to be looked at, without its teacher: to train it, build it with methods.build"
+            )
+        return self._teacher[0](view.images, view.ids_keep)
+
+    def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
+        teacher, student = self.teacher_tokens(view), self.head(view.taps[self.taps[0]])
+        with without_autocast(student):
+            teacher, student = (F.normalize(at_least_float32(x), dim=-1) for x in (teacher, student))
+            return F.l1_loss(student, teacher)

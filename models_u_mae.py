@@ -1,0 +1,64 @@
+"""U-MAE: keep the images' features from collapsing onto each other.
+
+Zhang et al., "How Mask Matters: Towards Theoretical Understandings of Masked Autoencoders", NeurIPS 2022. The term is
+the mean squared cosine of the features of any two images of a step, on all ranks, each with itself included: between
+1 / M for M orthogonal features and 1 for equal ones.
+
+N images of this rank   M images of all ranks   D encoder channels
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models_mae import (
+    MaskedAutoencoderViT,
+    Term,
+    View,
+    at_least_float32,
+    mean_over_ranks,
+    require_number,
+    without_autocast,
+)
+
+
+@dataclass(frozen=True)
+class UniformityOptions:
+    """What is kept apart, and how strongly."""
+
+    weight: float = 0.01
+    """Weight of the mean squared cosine."""
+    pool: Literal["patches", "class"] = "patches"
+    """An image's feature: the mean of its encoded visible patches, or its class token."""
+
+    def __post_init__(self) -> None:
+        require_number("weight", self.weight)
+        if self.pool not in ("patches", "class"):
+            raise ValueError(f"pool is {self.pool!r}; it can be patches, class")
+
+
+def uniformity(features: Tensor) -> Tensor:
+    """The mean of cos(f_i, f_j)^2 over all pairs i, j of the features `[N, D]` of all ranks; float32 at least.
+
+    With F the unit features as rows, the squares of F F^T, M x M, have the sum of those of F^T F, D x D. The latter is
+    a sum over images, so ranks need only add theirs up; gradients reach the features of all of them.
+    """
+    with without_autocast(features):
+        unit_ND = F.normalize(at_least_float32(features), dim=-1)
+        second_moment_DD = mean_over_ranks(unit_ND.T @ unit_ND / len(unit_ND))
+        return second_moment_DD.square().sum()
+
+
+class UniformityTerm(Term):
+    """The mean squared cosine between the features of the step's images."""
+
+    name: ClassVar[str] = "uniformity"
+    Options: ClassVar[type] = UniformityOptions
+    options: UniformityOptions
+    images_together = "ranks"
+
+    def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
+        pooled = view.latent[:, 0] if self.options.pool == "class" else view.latent[:, 1:].mean(dim=1)
+        return uniformity(pooled)

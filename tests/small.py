@@ -1,0 +1,67 @@
+"""A model of few weights for any method of the menu, and a batch for it."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+
+from methods import METHODS, build
+from util import checkpoint
+
+SMALL = {
+    "model": "mae_vit_tiny_patch4",
+    "input_size": (16, 20),
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "decoder_embed_dim": 12,
+    "decoder_depth": 1,
+    "decoder_num_heads": 3,
+    "norm_pix_loss": True,
+}
+TEACHER = SMALL | {"embed_dim": 24, "depth": 4, "num_heads": 3}
+
+scratch = tempfile.TemporaryDirectory()
+
+
+def sizes(method, options=SMALL):
+    """Those of the options that the method has: one without a decoder takes no sizes for it."""
+    choices = METHODS[method].decoder.choices
+    return {name: value for name, value in options.items() if not name.startswith("decoder_") or name in choices}
+
+
+def small(method, **changes):
+    """The method's model, always with the same weights; with a teacher where it needs one."""
+    torch.manual_seed(0)
+    terms = dict(changes.pop("terms", {}))
+    if "teacher" in METHODS[method].terms and terms.get("teacher", {}) is not None:
+        terms["teacher"] = {"checkpoint": teacher_checkpoint(), **terms.get("teacher", {})}
+    return build(method, **(sizes(method) | changes), terms=terms)
+
+
+def options_of(method, model):
+    """What a run with the small model would note."""
+    terms = {name: dict(vars(term.options)) for name, term in model.terms.items()}
+    return {"method": method} | sizes(method) | {"terms": terms}
+
+
+def write_checkpoint(path, model, options):
+    checkpoint.save(Path(path), {"format": checkpoint.FORMAT, "model": model.state_dict(), "options": options})
+    return str(path)
+
+
+@functools.cache
+def teacher_checkpoint():
+    """The path of a checkpoint of a larger MAE, as a run of ours would write it."""
+    torch.manual_seed(1)
+    path = Path(scratch.name) / "teacher.pth"
+    return write_checkpoint(path, build("mae", **TEACHER), {"method": "mae"} | TEACHER)
+
+
+def batch(model, n=4):
+    """Images, labels and noise."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(n, model.in_chans, *model.patch_embed.img_size, generator=generator)
+    labels = torch.randint(0, 3, (n,), generator=generator)
+    return images, labels, torch.rand(n, model.noise_rows, model.num_patches, generator=generator)
