@@ -33,10 +33,10 @@ def sizes(method, options=SMALL):
 
 def small(method, **changes):
     """The method's model, always with the same weights; with a teacher where it needs one."""
-    torch.manual_seed(0)
     terms = dict(changes.pop("terms", {}))
     if "teacher" in METHODS[method].terms and terms.get("teacher", {}) is not None:
         terms["teacher"] = {"checkpoint": teacher_checkpoint(), **terms.get("teacher", {})}
+    torch.manual_seed(0)
     return build(method, **(sizes(method) | changes), terms=terms)
 
 
