@@ -473,14 +473,16 @@ class MaskedAutoencoderViT(VisionTransformer):
         `[N, noise_rows, L]`; None has it drawn here. ValueError where a term needs labels and there are none.
         """
         view = self.observe(images, labels, noise=noise)
-        losses = {"reconstruction": self.reconstruction_loss(view)}
-        loss = losses["reconstruction"]
+        terms = {}
         for name, term in self.terms.items():
             if term.needs_labels and labels is None:
                 raise ValueError(f"the term {name!r} needs labels, and these images have none")
-            losses[name] = term(self, view)
-            loss = loss + term.options.weight * losses[name]
-        return {"loss": loss, **losses}
+            terms[name] = term(self, view)
+        reconstruction = self.reconstruction_loss(view)  # last: its target need not be there while the terms work
+        loss = reconstruction
+        for name, term in self.terms.items():
+            loss = loss + term.options.weight * terms[name]
+        return {"loss": loss, "reconstruction": reconstruction, **terms}
 
     # ---- looking at the model ---------------------------------------------------------------------------------------
 

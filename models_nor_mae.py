@@ -100,7 +100,9 @@ def neighbor_similarities(tokens: Tensor, grid: tuple[int, int], border: str) ->
 
     Four products of the grid with itself, shifted: cosines are symmetric, so each product fills two slots.
     """
-    N, L = tokens.shape[:2]
+    N, L, _ = tokens.shape
+    if L != grid[0] * grid[1]:
+        raise ValueError(f"{L} patches are no grid of {grid[0]} x {grid[1]}")
     table_LK, order_LK = neighbor_table(grid, border, tokens.device).sort(dim=-1)
     with without_autocast(tokens):
         unit = F.normalize(at_least_float32(tokens), dim=-1).unflatten(1, grid)
@@ -165,23 +167,22 @@ def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", 
     require("relation", relation, Relation)
     require("normalize", normalize, Normalize)
     with without_autocast(z):
-        a, b = at_least_float32(z), at_least_float32(z_cnp.detach())
+        z, z_cnp = at_least_float32(z), at_least_float32(z_cnp.detach())
         if normalize != "none":
             standard = standardize if normalize == "token" else standardize_features
-            a, b = standard(a), standard(b)
-        N, L, P = a.shape
+            z, z_cnp = standard(z), standard(z_cnp)
+        N, L, P = z.shape
         if relation == "alignment":
-            return F.mse_loss(a, b)
+            return F.mse_loss(z, z_cnp)
         if relation == "off_diagonal_squared":  # the one that needs the matrix
-            C_PP = mean_over_ranks(a.reshape(N * L, P).T @ b.reshape(N * L, P) / (N * L))
+            C_PP = mean_over_ranks(z.reshape(N * L, P).T @ z_cnp.reshape(N * L, P) / (N * L))
             return C_PP.square().sum() - C_PP.diagonal().square().sum()
-        product_NL = torch.linalg.vecdot(a, b)
-        if relation == "diagonal":
-            return product_NL.mean()
+        # The others are linear in a: its product with b, or with the sum of b of which b itself is taken out.
         if relation == "off_diagonal":
-            return (a.sum(dim=-1) * b.sum(dim=-1) - product_NL).mean()
-        everything_N = torch.linalg.vecdot(a.sum(dim=1), b.sum(dim=1))
-        return (everything_N - product_NL.sum(dim=1)).mean() / P
+            z_cnp = z_cnp.sum(dim=2, keepdim=True) - z_cnp
+        elif relation == "token_off_diagonal":
+            z_cnp = (z_cnp.sum(dim=1, keepdim=True) - z_cnp) * (L / P)
+        return (z * z_cnp).sum(dim=2).mean()
 
 
 # ---- the term -------------------------------------------------------------------------------------------------------
@@ -344,14 +345,20 @@ class NeighborTerm(Term):
         taps = {block: tap[chosen] for block, tap in view.taps.items()}
         return replace(view, **parts, taps=taps)
 
+    def related(self, view: View, z: Tensor) -> Tensor:
+        """The tokens of a prediction `[N, L, P]` that are related."""
+        if self.options.tokens == "all":
+            return z
+        V = view.ids_keep.shape[1]
+        ids = view.ids_keep if self.options.tokens == "visible" else view.ids_restore.argsort(dim=1)[:, V:]
+        return take(z, ids)
+
     def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
         view = self.some_images(view)
-        if self.options.space == "pixels":
-            z, z_cnp = view.pred, self.second_pass(model, view)
-        else:
-            z, z_cnp = view.decoded, self.second_decoded(model, view)
-        if self.options.tokens != "all":
-            visible = self.options.tokens == "visible"
-            ids = view.ids_keep if visible else view.ids_restore.argsort(dim=1)[:, model.num_visible :]
-            z, z_cnp = take(z, ids), take(z_cnp, ids)
-        return neighbor_relation(z, z_cnp, self.options.relation, self.normalization(model))
+        pixels = self.options.space == "pixels"
+        return neighbor_relation(
+            self.related(view, view.pred if pixels else view.decoded),
+            self.related(view, self.second_pass(model, view) if pixels else self.second_decoded(model, view)),
+            self.options.relation,
+            self.normalization(model),
+        )
