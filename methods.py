@@ -136,6 +136,7 @@ def _assemble(method: str, model: str, overrides: Mapping[str, Any], terms: Mapp
         _known("option", name, OVERRIDES)
         if name in DECODER_OPTIONS and overrides[name] and name not in decoder.choices:
             raise ValueError(f"{name} is {overrides[name]}, but the method {method!r} has no use for it")
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     own = {name: overrides.get(name) or 0 for name in decoder.choices if name not in MaskedAutoencoderViT.choices}
 
     encoder, (decoder_embed_dim, decoder_depth, decoder_num_heads) = SIZES[size], DECODERS[size]

@@ -168,7 +168,7 @@ def test_overrides():
     assert model.decoder_blocks[0].attn.num_heads == 3 and model.norm_pix_loss
     own = dict.fromkeys(("input_size", "embed_dim", "depth", "num_heads", "decoder_depth", "in_chans", "mlp_ratio"), 0)
     with torch.device("meta"):
-        assert len(build("mae", **own, decoder_embed_dim=None, terms=None).blocks) == 12
+        assert len(build("mae", **own, decoder_embed_dim=None, terms=None, mask_ratio=None).blocks) == 12
     assert small("mae", input_size=[16, 20]).grid == (4, 5)
 
 
