@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from util import checkpoint, distributed, optim
 from util.data import (
     Batches,
     EvalSamples,
+    Samples,
     Source,
     TrainSamples,
     eval_batches,
@@ -31,6 +33,7 @@ from util.data import (
     pixel_statistics,
     pretrain_transform,
 )
+from util.device_data import DeviceSamples
 from util.distributed import Processes
 from util.logging import talk
 from util.options import PretrainOptions, parse, resolve_batch
@@ -96,14 +99,18 @@ def settle(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source
 def make_batches(
     options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, processes: Processes
 ) -> Batches:
-    samples = TrainSamples(
-        source,
-        pretrain_transform(options.input_size, min_scale=options.min_scale, hflip=options.hflip),
-        seed=options.seed,
-        noise_shape=(model.noise_rows, model.num_patches),
-        mean=options.mean,
-        std=options.std,
-    )
+    shared: dict[str, Any] = {
+        "seed": options.seed,
+        "noise_shape": (model.noise_rows, model.num_patches),
+        "mean": options.mean,
+        "std": options.std,
+    }
+    crops: dict[str, Any] = {"input_size": options.input_size, "min_scale": options.min_scale, "hflip": options.hflip}
+    samples: Samples
+    if options.data_on_device:
+        samples = DeviceSamples(source, **crops, **shared, device=processes.device, num_workers=options.num_workers)
+    else:
+        samples = TrainSamples(source, pretrain_transform(**crops), **shared)
     return Batches(
         samples,
         batch_size=options.batch_size,
@@ -111,8 +118,8 @@ def make_batches(
         rank=processes.rank,
         world_size=processes.world_size,
         seed=options.seed,
-        num_workers=options.num_workers,
-        pin_memory=options.pin_mem and processes.device.type == "cuda",
+        num_workers=0 if options.data_on_device else options.num_workers,
+        pin_memory=options.pin_mem and not options.data_on_device and processes.device.type == "cuda",
     )
 
 

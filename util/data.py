@@ -32,8 +32,8 @@ from util.images import BadImage, Transform, eval_transform, pretrain_transform
 from util.sources import Source, open_source
 
 __all__ = [
-    "Batch", "Batches", "EvalSamples", "NothingReadable", "Source", "TrainSamples", "allowed_bad", "eval_batches",
-    "eval_transform", "mix", "open_source", "pixel_statistics", "pretrain_transform",
+    "Batch", "Batches", "EvalSamples", "NothingReadable", "Samples", "Source", "TrainSamples", "allowed_bad",
+    "eval_batches", "eval_transform", "mix", "open_source", "pixel_statistics", "pretrain_transform",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -149,6 +149,8 @@ def collate(samples: list[Sample], mean: Floats, std: Floats) -> Batch:
 class Samples(Protocol):
     """What a loader needs: a whole batch by its keys. An exception that the user should read is handed back as a value,
     because one raised in a worker arrives wrapped in a traceback."""
+
+    def __len__(self) -> int: ...
 
     def __getitems__(self, keys: Sequence[Any]) -> Batch | NothingReadable: ...
 
@@ -388,7 +390,7 @@ class Batches:
 
     def __init__(
         self,
-        samples: TrainSamples,
+        samples: Samples,
         *,
         batch_size: int,
         accum: int = 1,

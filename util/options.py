@@ -265,6 +265,9 @@ class PretrainOptions(EncoderOptions):
     terms: dict[str, dict[str, Any] | None] = result({})
     """Changes to the method's loss terms: `{neighbor: {weight: 1e-4}}`; `{label: {}}` adds one, `null` removes it."""
 
+    data_on_device: bool = result(False, section="Small data")
+    """Hold all images decoded in the device's memory and crop there (CIFAR, digits). Draws other crops and masks."""
+
     knn_every: int = machine(0, section="Watching")
     """Epochs between measurements of the encoder by k nearest neighbours, for data with labels; 0 never."""
     picture_every: int = machine(0)
@@ -370,7 +373,12 @@ class FinetuneOptions(ClassifierOptions):
         require(self.layer_decay > 0, "must be more than 0, or nothing but the head learns", "layer_decay")
         require(not (self.aa and self.color_jitter), "has no effect beside aa; leave one out", "color_jitter", "aa")
         coloured = bool(self.aa or self.color_jitter)
-        require(not coloured or self.in_chans == 3, f"is for 3 channels, in_chans is {self.in_chans}", "aa", "in_chans")
+        require(
+            not coloured or self.in_chans == 3,
+            f"is for 3 channels, in_chans is {self.in_chans}: leave it empty",
+            "aa",
+            "in_chans",
+        )
 
     @property
     def mixes(self) -> bool:

@@ -1,0 +1,254 @@
+"""Small data sets held decoded in the device's memory, where crops, mirroring and mask noise are made by the batch.
+
+The guarantees are those of `util.data`: a sample is a function of (seed, epoch, index) alone. Its random numbers come
+from a counter: number k of a sample is a hash of (seed, epoch, index, stream, k), so that a batch needs no generator
+and no loop over its samples. The law of crops, mirroring and masks is that of the loader; the numbers drawn are others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from util.data import AUGMENTATION, NOISE, TRIES, Batch, NothingReadable, Source, mix
+from util.images import ASPECT_RATIOS, BadImage
+
+log = logging.getLogger(__name__)
+
+SHARE_OF_MEMORY = 0.5  # of what is free, that images may take
+LOOKED_AT = 64  # images whose size tells whether all have room, before all are read
+RESIZE_BYTES = 2**28  # of float pixels at a time
+ATTEMPTS = 10  # at a crop that fits, as torchvision's; then the largest central one
+CUBIC = -0.5  # Pillow's
+
+
+class DeviceSamples:
+    """Augmented images with mask noise by (epoch, index), as `util.data.TrainSamples`, made on the device.
+
+    `source` is read once, by `num_workers` threads; images of several sizes are padded to the largest. An unreadable
+    one is replaced by the next readable and reported with the first batch. ValueError where memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        input_size: tuple[int, int],
+        min_scale: float,
+        hflip: float,
+        seed: int,
+        noise_shape: tuple[int, int] | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        num_workers: int = 0,
+    ):
+        self.input_size, self.min_scale, self.hflip = input_size, min_scale, hflip
+        self.seed, self.noise_shape = seed, noise_shape
+        self.mean, self.std, self.device = tuple(mean), tuple(std), device
+        self.images, self.sizes, shown, self._problems = _load(source, device, num_workers)
+        self.labels = None if source.labels is None else torch.from_numpy(source.labels[shown]).to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        epochs, index = np.array(keys, np.int64).T
+        boxes, mirrored = self.boxes(epochs, index)
+        on_device = _moved(index, self.device)
+        noise = None
+        if self.noise_shape is not None:
+            states = _moved(states_of(self.seed, epochs, index, NOISE).view(np.int64), self.device)
+            noise = uniforms(states, int(np.prod(self.noise_shape))).view(-1, *self.noise_shape)
+        problems, self._problems = self._problems, []
+        return Batch(
+            images=resized_crops(self.images, on_device, boxes, mirrored, self.input_size),
+            labels=None if self.labels is None else self.labels[on_device],
+            noise=noise,
+            index=on_device,
+            problems=problems,
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def boxes(self, epochs: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """((top, left, rows, columns) `[N, 4]` of each random crop, whether it is mirrored `[N]`)."""
+        states = states_of(self.seed, epochs, index, AUGMENTATION)
+        drawn = uniforms(torch.from_numpy(states.view(np.int64)), 2 * ATTEMPTS + 3, torch.float64).numpy()
+        return random_boxes(self.sizes[index], self.min_scale, drawn[:, :-1]), drawn[:, -1] < self.hflip
+
+
+def _moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# ---- random numbers -------------------------------------------------------------------------------------------------
+
+
+def states_of(seed: int, epochs: np.ndarray, index: np.ndarray, stream: int) -> np.ndarray:
+    """uint64 `[N]`: where each sample's random numbers of a stream begin."""
+    epochs_seeds = {epoch: mix(seed, epoch, stream) for epoch in set(epochs.tolist())}
+    state = np.array([epochs_seeds[epoch] for epoch in epochs.tolist()], np.uint64) ^ index.astype(np.uint64)
+    return _scrambled(state + np.uint64(0x9E3779B97F4A7C15))
+
+
+def _scrambled(state: np.ndarray) -> np.ndarray:
+    """SplitMix64's last steps."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def uniforms(states: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`[N, count]` uniform numbers in [0, 1) with 24 random bits: SplitMix64 from each of the int64 `states` `[N]`.
+
+    Whole numbers until the end, so every device gives the same.
+    """
+    step = torch.arange(1, count + 1, device=states.device) * -7046029254386353131  # 0x9E3779B97F4A7C15, signed
+    state = states[:, None] + step
+    state = (state ^ _shifted(state, 30)) * -4658895280553007687
+    state = (state ^ _shifted(state, 27)) * -7723592293110705685
+    state = state ^ _shifted(state, 31)
+    return _shifted(state, 40).to(dtype) * 2.0**-24
+
+
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    """To the right, filled with zeros; on signed numbers torch would repeat the sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+# ---- crops ----------------------------------------------------------------------------------------------------------
+
+
+def random_boxes(sizes: np.ndarray, min_scale: float, drawn: np.ndarray) -> np.ndarray:
+    """(top, left, rows, columns) `[N, 4]` for images of `sizes` `[N, 2]`, from uniform numbers `[N, 2 ATTEMPTS + 2]`.
+
+    torchvision's law: an area of `min_scale` to 1 of the image's and a log-uniform aspect ratio, drawn until the box
+    fits, then anywhere in the image. After `ATTEMPTS` the largest central box within the ratios.
+    """
+    height, width = sizes[:, 0], sizes[:, 1]
+    area = (height * width)[:, None] * (min_scale + (1 - min_scale) * drawn[:, :ATTEMPTS])
+    low, high = np.log(ASPECT_RATIOS)
+    ratio = np.exp(low + (high - low) * drawn[:, ATTEMPTS : 2 * ATTEMPTS])
+    columns, rows = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (columns > 0) & (columns <= width[:, None]) & (rows > 0) & (rows <= height[:, None])
+    first = fits.argmax(axis=1)[:, None]
+    rows, columns = (np.take_along_axis(side, first, 1)[:, 0].astype(np.int64) for side in (rows, columns))
+    top = (drawn[:, -2] * (height - rows + 1)).astype(np.int64)
+    left = (drawn[:, -1] * (width - columns + 1)).astype(np.int64)
+    if not (some := fits.any(axis=1)).all():
+        whole_rows = np.minimum(height, np.rint(width / ASPECT_RATIOS[0])).astype(np.int64)
+        whole_columns = np.minimum(width, np.rint(height * ASPECT_RATIOS[1])).astype(np.int64)
+        rows, columns = np.where(some, rows, whole_rows), np.where(some, columns, whole_columns)
+        top = np.where(some, top, (height - rows) // 2)
+        left = np.where(some, left, (width - columns) // 2)
+    return np.stack([top, left, rows, columns], axis=1)
+
+
+def resized_crops(
+    images: Tensor, index: Tensor, boxes: np.ndarray, mirrored: np.ndarray, size: tuple[int, int]
+) -> Tensor:
+    """uint8 `[N, C, *size]`: from `images` `[n, C, H, W]` those of `index`, cropped, resized, some mirrored.
+
+    Pillow's antialiased bicubic: along the rows, rounded to 0..255, then along the columns. Each pass is one product
+    with a matrix of weights for each image.
+    """
+    top, left, rows, columns = _moved(boxes.T.copy(), images.device)
+    across = weights(left, columns, images.shape[3], size[1])
+    across = torch.where(_moved(mirrored, images.device)[:, None, None], across.flip(1), across)
+    down = weights(top, rows, images.shape[2], size[0])
+    bytes_each = 4 * images.shape[1] * images.shape[2] * (images.shape[3] + size[1])
+    parts = []
+    for some in torch.arange(len(index), device=images.device).split(max(1, RESIZE_BYTES // bytes_each)):
+        chosen = images[index[some]].float()
+        chosen = _rounded(chosen @ across[some].transpose(1, 2)[:, None])
+        parts.append(_rounded(down[some][:, None] @ chosen).to(torch.uint8))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _rounded(pixels: Tensor) -> Tensor:
+    return pixels.add_(0.5).floor_().clamp_(0, 255)
+
+
+def weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
+    """`[N, size, side]`: what each pixel counts in each of `size` new ones, made of `length` from `start` on."""
+    scale = (length / size)[:, None, None]
+    pixel = torch.arange(side, device=start.device) + 0.5
+    center = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    distance = ((pixel - center) / scale.clamp(min=1)).abs()
+    near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance * distance + 1
+    far = ((CUBIC * distance - 5 * CUBIC) * distance + 8 * CUBIC) * distance - 4 * CUBIC
+    inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
+    weight = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0)) * inside
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def _load(
+    source: Source, device: torch.device, num_workers: int
+) -> tuple[Tensor, np.ndarray, np.ndarray, list[tuple[str, str]]]:
+    """(images uint8 `[n, C, H, W]` on the device, their sizes `[n, 2]`, the number of the image that each place shows,
+    the unreadable ones)."""
+    n = len(source)
+    with ThreadPoolExecutor(max(1, num_workers)) as threads:
+        few = list(threads.map(_reader(source), range(0, n, -(-n // LOOKED_AT))))
+        _require_room([each for each in few if isinstance(each, np.ndarray)], n, device)
+        log.info("data: reading %d images into the memory of %s", n, device)
+        read = list(threads.map(_reader(source), range(n)))
+    shown = np.arange(n)
+    problems = [(each.path, each.reason) for each in read if isinstance(each, BadImage)]
+    for place in [place for place in range(n) if isinstance(read[place], BadImage)]:
+        following = (number % n for number in range(place, place + min(TRIES, n)))
+        found = next((number for number in following if isinstance(read[number], np.ndarray)), None)
+        if found is None:
+            raise NothingReadable(f"{min(TRIES, n)} images in a row cannot be read, such as {': '.join(problems[0])}")
+        shown[place] = found
+    pictures = [each for each in read if isinstance(each, np.ndarray)]
+    _require_room(pictures, n, device)
+    sizes = np.array([read[number].shape[:2] for number in shown], np.int64)  # type: ignore[union-attr]
+    rows, columns = sizes.max(axis=0)
+    images = torch.zeros(n, pictures[0].shape[2], rows, columns, dtype=torch.uint8, device=device)
+    for place, number in enumerate(shown):
+        picture = torch.from_numpy(np.require(read[number], requirements=["C", "W"]))
+        images[place, :, : picture.shape[0], : picture.shape[1]] = picture.permute(2, 0, 1)
+    return images, sizes, shown, problems
+
+
+def _reader(source: Source) -> Callable[[int], np.ndarray | BadImage]:
+    def read(number: int) -> np.ndarray | BadImage:
+        try:
+            return source.read(number)
+        except BadImage as error:
+            return error
+
+    return read
+
+
+def _require_room(pictures: Sequence[np.ndarray], n: int, device: torch.device) -> None:
+    if not pictures:
+        return
+    rows, columns = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    needed, room = n * rows * columns * pictures[0].shape[2], SHARE_OF_MEMORY * free_bytes(device)
+    if needed > room:
+        raise ValueError(
+            f"data_on_device: {n} images, all padded to {rows} x {columns}, take {needed / 1e9:.1f} GB, and "
+            f"{room / 1e9:.1f} GB of {device} may be used for them. Pack them smaller first "
+            "(tools/pack.py --size 256), or train from the disk"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
