@@ -23,6 +23,7 @@ from torch import Tensor
 FORMAT = 1  # raised when a newer file can no longer be read by older code
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 TEMPORARY = ".tmp"
+ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans", "mean", "std")  # options it is made of
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +133,11 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     return load_model(path)[0]
 
 
-def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The model's weights of any checkpoint file, as `load_weights`; and the run's options, if it is one of ours."""
+def load_model(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The model's weights of any checkpoint file, as `load_weights`; and the run's options, if it is one of ours.
+
+    `averaged` takes a run's moving average of the weights, where it kept one.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
@@ -149,7 +153,7 @@ def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         verify(path)
     state = _read(path)
     options = state["options"] if isinstance(state, dict) and {"format", "options"} <= set(state) else {}
-    for key in ("model", "state_dict", "model_state_dict"):
+    for key in (*(["ema"] if averaged else []), "model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
@@ -163,6 +167,12 @@ def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} holds no weights: found {_describe(state)}, expected tensors by name, or such under 'model'"
         )
     return weights, options
+
+
+def options_of(path: str | Path, *names: str) -> dict[str, Any]:
+    """Those of the named options that the run which wrote a checkpoint had; {} where it is not ours, or path is ""."""
+    made_with = load_model(path)[1] if str(path) else {}
+    return {name: made_with[name] for name in names if name in made_with}
 
 
 def _describe(state: object) -> str:

@@ -1,7 +1,7 @@
 """What a frozen encoder makes of a source of images: one vector for each, and the labels that go with them.
 
 The vector is the average of the patch tokens after the last norm, without a mask: by it, and not by the class token,
-all features in this project are compared.
+all features in this project are compared. Linear probes may ask for the class token too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from util.data import EvalSamples, Source, eval_batches, eval_transform
+from util.data import Batch, EvalSamples, Source, eval_batches, eval_transform
 
 
 def encode_source(
@@ -28,24 +29,62 @@ def encode_source(
     num_workers: int = 0,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     indices: Sequence[int] | None = None,
+    pool: str = "avg",
 ) -> tuple[Tensor, Tensor | None]:
     """(features float32 `[n, D]`, labels int64 `[n]` or None) on the CPU, of all images or those of `indices`.
 
-    `model.encode(images)` gives `[N, 1+L, D]`. The model is put into eval mode and back. Unreadable images are left
-    out, with a warning in the log.
+    `model.encode(images)` gives `[N, 1+L, D]`; `pool` as in `pooled`. The model is put into eval mode and back.
+    Unreadable images are left out, with a warning in the log.
     """
 
-    def average_token(images: Tensor) -> Tensor:
+    def features(images: Tensor) -> Tensor:
         with autocast():
             tokens = model.encode(images)  # type: ignore[operator]
-        return tokens[:, 1:].float().mean(dim=1)
+        return pooled(tokens.float(), pool)
 
     was_training = model.training
     model.eval()
     try:
-        return _vectors(average_token, source, input_size, mean, std, device, batch_size, num_workers, indices)
+        return _vectors(features, source, input_size, mean, std, device, batch_size, num_workers, indices)
     finally:
         model.train(was_training)
+
+
+def pooled(tokens: Tensor, pool: str) -> Tensor:
+    """One vector `[N, D]` of tokens `[N, 1+L, D]`: "avg" of the patches, the class "token"; `[N, 2 D]` for "both"."""
+    if pool == "both":
+        return torch.cat([pooled(tokens, "avg"), pooled(tokens, "token")], dim=1)
+    return tokens[:, 1:].mean(dim=1) if pool == "avg" else tokens[:, 0]
+
+
+def interleaved(shares: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
+    """Shares of labelled features, rank r's of images r, r + W, r + 2 W ... of W ranks, as one in the images' order.
+
+    Where unreadable images are missing the shares stand one after the other.
+    """
+    total = sum(len(features) for features, _ in shares)
+    order = torch.cat([torch.arange(rank, total, len(shares)) for rank in range(len(shares))])
+    lengths = [len(range(rank, total, len(shares))) for rank in range(len(shares))]
+    features = torch.cat([features for features, _ in shares])
+    labels = torch.cat([labels for _, labels in shares if labels is not None])
+    if lengths != [len(features) for features, _ in shares]:
+        return features, labels
+    back = order.argsort()
+    return features[back], labels[back]
+
+
+class FeatureSamples(Dataset):
+    """Stored features in the place of images, for `Batches`: the same in every epoch."""
+
+    def __init__(self, features: Tensor, labels: Tensor):
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        index = torch.tensor([index for _, index in keys])
+        return Batch(self.features[index], self.labels[index], None, index)
 
 
 def pixels_of_source(

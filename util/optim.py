@@ -1,13 +1,13 @@
-"""Optimizer, learning rate and schedule, as MAE trains: one place for every front door.
+"""Optimizers, learning rates and the schedule, as MAE trains: one place for every front door.
 
-timm and torch do the work; METHODS of MAE: AdamW with (0.9, 0.95), no decay on biases and norms, a linear warm-up and
-half a cosine, per step.
+timm and torch do the work. Pretraining: AdamW with (0.9, 0.95), no decay on biases and norms. Fine-tuning: AdamW with
+(0.9, 0.999), each layer at its own rate. Linear probes: LARS. A linear warm-up and half a cosine for all, per step.
 """
 
 from __future__ import annotations
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
@@ -21,13 +21,41 @@ def adamw(
     groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.95), device: torch.device | None = None
 ) -> torch.optim.AdamW:
     """AdamW over `groups`; fused where the device can, which also lets it refuse an update by itself."""
-    fused = device is None or device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=_fused(device))
+
+
+def sgd(groups: list[dict], lr: float, device: torch.device | None = None) -> torch.optim.SGD:
+    """SGD with momentum 0.9 over `groups`, fused as `adamw` is."""
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=_fused(device))
+
+
+def lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
+    """MAE's LARS: weights adapt their rate to their norm, by 0.001, and are decayed; biases neither; momentum 0.9."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": weight_decay, "always_adapt": True},
+        {"params": others, "weight_decay": 0.0, "always_adapt": False},
+    ]
+    return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
+
+
+def _fused(device: torch.device | None) -> bool:
+    return device is None or device.type in ("cpu", "cuda")
 
 
 def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weights with decay, biases and norms without; `cls_token` and `mask_token` are decayed, as in MAE."""
     return param_groups_weight_decay(model, weight_decay)
+
+
+def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Each layer with its `lr_scale`, `layer_decay` a layer below the top; biases, norms and positions not decayed.
+
+    The model says which layer is which (`group_matcher`) and what is never decayed (`no_weight_decay`), as timm's do.
+    """
+    exempt = model.no_weight_decay()  # type: ignore[operator]
+    return param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
 
 
 def warmup_cosine(

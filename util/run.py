@@ -98,14 +98,17 @@ class Run:
         batches: Batches,
         optimizer: torch.optim.Optimizer,
         schedule: Scheduler | None = None,
+        total_steps: int = 0,
         **others: Any,
     ) -> None:
         """Make everything that a step needs, and restore it when the run goes on.
 
-        The model is on its device. `schedule` is MAE's warm-up and cosine unless given; `others` are further things
-        with a state_dict to save and restore. Afterwards: `trained` (to be called in the loop), `stepper`, `means`.
+        The model is on its device. `schedule` is MAE's warm-up and cosine over `total_steps` unless given; these are
+        all steps of all epochs unless the last epoch is cut short. `others` are further things with a state_dict to
+        save and restore. Afterwards: `trained` (to be called in the loop), `stepper`, `means`.
         """
         options, processes = self.options, self.processes
+        self.total_steps = total_steps or batches.steps_per_epoch * options.epochs
         self.model, self.batches, self.others = model, batches, others
         if options.compile:
             model.compile()
@@ -131,7 +134,7 @@ class Run:
     def _warmup_cosine(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         return optim.warmup_cosine(
             optimizer,
-            epochs=self.options.epochs,
+            epochs=self.total_steps / self.batches.steps_per_epoch,
             warmup_epochs=self.options.warmup_epochs,
             steps_per_epoch=self.batches.steps_per_epoch,
             min_lr=self.options.min_lr,
@@ -228,8 +231,7 @@ class Run:
         if self.processes.main:
             self._open.enter_context(log_file(self.folder / "train.log"))
             self._announce()
-            total = self.batches.steps_per_epoch * self.options.epochs
-            self.log = RunLog(self.folder, self.run_id, step=self.stepper.step, total_steps=total)
+            self.log = RunLog(self.folder, self.run_id, step=self.stepper.step, total_steps=self.total_steps)
             self._open.callback(self.log.close)
         return self
 
@@ -242,7 +244,7 @@ class Run:
             len(self.source),
             options.epochs,
             steps,
-            steps * options.epochs,
+            self.total_steps,
         )
         log.info(
             "%d images a step: %d at a time x %d accumulated x %d processes; learning rate %.3e, precision %s",

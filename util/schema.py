@@ -224,13 +224,13 @@ def parse(
     schema: type[Schema],
     argv: Sequence[str],
     *,
-    base: Mapping[str, Any] | None = None,
+    base: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     preset: Callable[[str], Mapping[str, Any]] | None = None,
     term_options: Mapping[str, type] | None = None,
 ) -> Schema:
     """An instance of `schema` from the words of a command line.
 
-    `base` holds values weaker than all others, such as what a checkpoint was made with.
+    `base` maps the words given, as they were typed, to values weaker than all: what a named checkpoint was made with.
     `preset` maps the value of the option `method` to the values that the method brings; recipes and flags change them.
     `term_options` maps the name of each loss term there is to the dataclass of its options; it gives the field `terms`
     its meaning: every option of every term that the run has is spelled out, and a term of the method's that a recipe
@@ -245,8 +245,9 @@ def parse(
     if preset is not None and "method" in field_types(schema):
         layers.insert(0, _preset_layer(schema, layers, preset))
         brought = dict(layers[0][1]).get("terms", {})
-    if base:
-        layers.insert(0, ("checkpoint", list(base.items())))
+    if base is not None:
+        given_words = {key: value for _, given in layers for key, value in given}
+        layers.insert(0, ("checkpoint", list(base(given_words).items())))
 
     merge = _Merge(schema, term_options, brought)
     for source, given in layers:

@@ -11,6 +11,7 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -62,9 +63,12 @@ class Stepper:
 
     @contextlib.contextmanager
     def micro_step(self) -> Iterator[None]:
-        """Around forward and loss of one micro-batch: fixed device randomness, gradients exchanged only at the last."""
+        """Around forward and loss of one micro-batch: fixed device randomness (and NumPy's, of which mixup is made),
+        gradients exchanged only at the last."""
         micro_number = self.step * self.accum + self._micro
-        torch.manual_seed(((self._seed * 1_000_003 + micro_number) * 65_537 + self._rank) % 2**63)
+        seed = ((self._seed * 1_000_003 + micro_number) * 65_537 + self._rank) % 2**63
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
         last = self._micro == self.accum - 1
         if isinstance(self.model, DistributedDataParallel) and not last:
             with self.model.no_sync():

@@ -1,0 +1,146 @@
+"""Classifiers on the pretrained encoder: the whole of it fine-tuned, or a linear layer on its frozen features.
+
+A classifier is timm's VisionTransformer with MAE's names, so that a checkpoint of MAE, NoR-MAE, timm or ours fits by
+name, at another image size too: positions are resampled. Fine-tuning follows He et al., "Masked Autoencoders Are
+Scalable Vision Learners", CVPR 2022.
+
+N images   D encoder channels   C classes
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from models_vit import SIZES, LoadReport, VisionTransformer, load_matching, parse_name, patch_grid
+
+HEAD_STD, PROBE_STD = 2e-5, 0.01  # MAE's initial weights of the head, fine-tuned and probed
+
+
+class Classifier(VisionTransformer):
+    """timm's VisionTransformer, with MAE's layers for the learning rates: all that is no stem and no block is on top.
+
+    `global_pool` "avg" normalises the average of the patch tokens and leaves out the encoder's own norm, as MAE does;
+    "token" classifies the class token.
+    """
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens `[N, 1 + L, D]` after the last block, and after the encoder's norm where it has one ("token")."""
+        return self.forward_features(images)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's, which would put the norm of "token" beside the last block."""
+        matcher = super().group_matcher(coarse)
+        return {"stem": matcher["stem"], "blocks": [(r"^blocks\.(\d+)", None)]}
+
+
+def build(
+    model: str,
+    *,
+    num_classes: int,
+    input_size: tuple[int, int],
+    in_chans: int = 3,
+    embed_dim: int = 0,
+    depth: int = 0,
+    num_heads: int = 0,
+    global_pool: Literal["avg", "token"] = "avg",
+    drop_path: float = 0.0,
+    grad_checkpointing: bool = False,
+) -> Classifier:
+    """A classifier from scratch, with timm's initial weights; sizes of 0 are the model's own. `num_classes` 0: no head.
+
+    `model` is a name as for pretraining, `mae_vit_tiny_patch16`. ValueError for an unknown or impossible one.
+    """
+    size, patch_size = parse_name(model)
+    patch_grid(input_size, patch_size)
+    own = SIZES[size]
+    embed_dim, num_heads = embed_dim or own.embed_dim, num_heads or own.num_heads
+    if embed_dim % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide {embed_dim} channels")
+    built = Classifier(
+        img_size=input_size,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        global_pool=global_pool,
+        embed_dim=embed_dim,
+        depth=depth or own.depth,
+        num_heads=num_heads,
+        drop_path_rate=drop_path,
+    )
+    built.set_grad_checkpointing(grad_checkpointing)
+    return built
+
+
+def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
+    """Begin with the weights of a checkpoint; a head that it lacks, or has for other classes, starts near zero.
+
+    `made_with` are the options of the run that wrote it, or empty where they are not known. ValueError where it holds
+    no encoder of this model, or one with another number of heads, which no weight's shape would tell.
+    """
+    heads = model.blocks[0].attn.num_heads  # type: ignore[union-attr]
+    if made_with:
+        theirs = made_with["num_heads"] or SIZES[parse_name(made_with["model"])[0]].num_heads
+        if theirs != heads:
+            raise ValueError(f"these weights are of an encoder with {theirs} attention heads, the model has {heads}")
+    other_head = "head.weight" in weights and weights["head.weight"].shape[0] != model.num_classes
+    fitting = {
+        name: value for name, value in weights.items() if not (other_head and name in ("head.weight", "head.bias"))
+    }
+    report = load_matching(model, fitting, grid=_grid(made_with))
+    if model.num_classes and "head.weight" in report.missing:
+        trunc_normal_(model.head.weight, std=HEAD_STD)
+        nn.init.zeros_(model.head.bias)  # type: ignore[arg-type]
+    return report
+
+
+def load_classifier(model: Classifier, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> None:
+    """Take a trained classifier's weights, all of them. ValueError where one is missing, or the classes are others."""
+    if "head.weight" not in weights:
+        raise ValueError("these weights are of no classifier: they have no head")
+    if (theirs := len(weights["head.weight"])) != model.num_classes:
+        raise ValueError(f"these weights are of a head for {theirs} classes, the data have {model.num_classes}")
+    report = load_encoder(model, weights, made_with)
+    if report.missing:
+        pool = " (another global_pool?)" if any("norm" in name for name in report.missing) else ""
+        raise ValueError(f"these weights are of another classifier{pool}: without {', '.join(report.missing[:5])}")
+
+
+def _grid(made_with: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches of the run that made a checkpoint."""
+    if not made_with:
+        return None
+    rows, columns = made_with["input_size"]
+    return patch_grid((rows, columns), parse_name(made_with["model"])[1])
+
+
+class LinearProbe(nn.Module):
+    """MAE's linear classifier: features standardised by batch normalisation without weights, then one layer."""
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels, affine=False, eps=1e-6)
+        self.head = nn.Linear(channels, num_classes)
+        trunc_normal_(self.head.weight, std=PROBE_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """Logits `[N, C]`."""
+        return self.head(self.norm(features_ND.float()))
+
+
+def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[tuple[float, list[str]]]:
+    """(share of the learning rate, parts of the model) for each layer, from the stem to the head."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parts: dict[float, dict[str, None]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            parts.setdefault(group["lr_scale"], {})[_part(names[id(parameter)])] = None
+    return [(scale, list(parts[scale])) for scale in sorted(parts)]
+
+
+def _part(name: str) -> str:
+    """`blocks.3` of `blocks.3.attn.qkv.weight`, `head` of `head.weight`."""
+    words: Iterable[str] = name.split(".")[: 2 if name.startswith("blocks.") else 1]
+    return ".".join(words)

@@ -1,0 +1,76 @@
+"""The training images of a classifier: random crops with timm's automatic augmentation, jitter and erasing.
+
+Erased rectangles are filled with noise around the mean, which bytes cannot hold: with erasing, images leave here
+normalised, as floats.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from util.images import Transform, pretrain_transform
+
+
+def finetune_transform(
+    input_size: tuple[int, int],
+    *,
+    min_scale: float,
+    hflip: float,
+    aa: str,
+    color_jitter: float,
+    reprob: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Transform:
+    """Random crop of `min_scale` to all of the area, mirrored with probability `hflip`, then what is asked for.
+
+    `aa` is one of timm's names, such as `rand-m9-mstd0.5-inc1`; it and `color_jitter` are for 3 channels. uint8
+    `[H, W, C]` in; out `[C, rows, columns]`, uint8, or normalised floats. ValueError for a name unknown to timm.
+    """
+    if not (aa or color_jitter):
+        crop = pretrain_transform(input_size, min_scale, hflip)
+        if not reprob:
+            return crop
+        erase = RandomErasing(reprob, mode="pixel", device="cpu")
+        return functools.partial(_crop_and_erase, crop=crop, erase=erase, mean=tuple(mean), std=tuple(std))
+    try:
+        pipeline = create_transform(
+            input_size=input_size,
+            is_training=True,
+            scale=(min_scale, 1.0),
+            hflip=hflip,
+            color_jitter=color_jitter,
+            auto_augment=aa or None,
+            interpolation="bicubic",
+            re_prob=reprob,
+            re_mode="pixel",
+            mean=tuple(mean),
+            std=tuple(std),
+        )
+    except (AssertionError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"aa: timm knows no augmentation {aa!r}; e.g. rand-m9-mstd0.5-inc1 or augmix-m3-w3") from error
+    return functools.partial(_through_pillow, pipeline=pipeline)
+
+
+def _through_pillow(image: np.ndarray | Image.Image, *, pipeline: Callable[[Image.Image], Tensor]) -> Tensor:
+    return pipeline(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+
+
+def _crop_and_erase(
+    image: np.ndarray | Image.Image,
+    *,
+    crop: Transform,
+    erase: Callable[[Tensor], Tensor],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Tensor:
+    pixels_CHW = crop(image).float().div_(255)
+    return erase((pixels_CHW - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1))
