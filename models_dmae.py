@@ -164,6 +164,12 @@ class TeacherTerm(Term):
         options = self.options
         if not options.embed_dim:
             raise ValueError("the teacher's channels are not known: --terms.teacher.checkpoint FILE tells them")
+        for whose, block, depth in (
+            ("student", options.student_block, len(model.blocks)),
+            ("teacher", options.teacher_block, options.depth),
+        ):
+            if block > depth:
+                raise ValueError(f"{whose}_block is {block}; the {whose} has {depth} blocks")
         self.taps = (tapped(options.student_block, len(model.blocks)) - 1,)
         self.head = nn.Linear(model.embed_dim, options.embed_dim)
         if self._weights:
@@ -177,12 +183,6 @@ class TeacherTerm(Term):
     def check(self, model: MaskedAutoencoderViT) -> None:
         if not model.drops_hidden:
             raise ValueError("the teacher sees what the student sees, so it needs an encoder of visible patches alone")
-        for whose, block, depth in (
-            ("student", self.options.student_block, len(model.blocks)),
-            ("teacher", self.options.teacher_block, self.options.depth),
-        ):
-            if block > depth:
-                raise ValueError(f"{whose}_block is {block}; the {whose} has {depth} blocks")
         for teacher in self._teacher:
             if teacher.patch_embed.grid_size != model.grid:
                 teacher.set_input_size(model.patch_embed.img_size)

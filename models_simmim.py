@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from models_mae import MaskedAutoencoderViT, View, at_least_float32
+from models_mae import MaskedAutoencoderViT, View, at_least_float32, without_autocast
 
 
 class SimMIM(MaskedAutoencoderViT):
@@ -93,6 +93,12 @@ class SimMIM(MaskedAutoencoderViT):
     def patch_error(self, pred: Tensor, target: Tensor) -> Tensor:
         """How far each patch is off, `[N, L]`: its mean absolute difference."""
         return (pred - target).abs().mean(dim=-1)
+
+    def reconstruction_loss(self, view: View) -> Tensor:
+        """The mean over images of the mean error over their hidden patches, of which cut-off cells have fewer."""
+        with without_autocast(view.pred):
+            error_NL = self.patch_error(view.pred, self.target(view.images)) * view.mask
+            return (error_NL.sum(dim=1) / view.mask.sum(dim=1)).mean()
 
     @torch.no_grad()
     def baseline(self, images: Tensor) -> Tensor:

@@ -38,9 +38,8 @@ def test_the_term_is_the_cross_entropy_of_the_mean_visible_patch():
     inner = (inner - inner.mean(dim=0)) / (inner.var(dim=0, correction=0) + norm.eps).sqrt()
     logits = (inner * norm.weight + norm.bias).clamp(min=0) @ last.weight.T + last.bias
     torch.testing.assert_close(term.logits(view), logits)
-    per_image = [
-        -math.log(F.softmax(row.detach() / 2.5, dim=0)[label]) for row, label in zip(logits, labels, strict=True)
-    ]
+    probabilities = F.softmax(logits.detach() / 2.5, dim=1)
+    per_image = [-math.log(row[label]) for row, label in zip(probabilities, labels, strict=True)]
     assert term(model, view).item() == pytest.approx(sum(per_image) / len(per_image))
 
 

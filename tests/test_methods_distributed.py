@@ -1,0 +1,90 @@
+"""Two processes with half the images each have the losses and gradients of one process with all, for every method.
+
+SupMAE alone is left out: its batch norm sees the images of one device, as in the release.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from methods import METHODS
+from tests.runs import context, finish
+from tests.small import batch, small, teacher_checkpoint
+from tests.test_distributed import assert_equal_to_rounding, finish_ranks
+
+SHARED = [name for name, method in METHODS.items() if "label" not in method.terms]
+RANKS, IMAGES = 2, 8
+VARIANTS = {
+    "with a class token's uniformity": ("u_mae", {"uniformity": {"pool": "class", "weight": 1.0}}),
+    "with all terms": ("cross_mae", {"neighbor": {}, "uniformity": {}, "teacher": {}}),
+}
+CASES = {name: (name, {}) for name in SHARED} | VARIANTS
+
+
+def case(name):
+    method, terms = CASES[name]
+    if "teacher" in terms:
+        terms = terms | {"teacher": {"checkpoint": teacher_checkpoint()}}
+    model = small(method, terms=terms)
+    return model, batch(model, IMAGES)
+
+
+def losses_and_gradients(model, trained, images, labels, noise):
+    losses = trained(images, labels, noise=noise)
+    losses["loss"].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: value.detach() for name, value in losses.items()}, gradients
+
+
+def one_rank(rank, folder):
+    """Every case in turn, on this rank's half of the images."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    found = {}
+    for name in CASES:
+        model, tensors = case(name)
+        share = [tensor.chunk(RANKS)[rank] for tensor in tensors]
+        found[name] = losses_and_gradients(model, DistributedDataParallel(model), *share)
+    torch.save(found, folder / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = [context.Process(target=one_rank, args=(rank, folder)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pth") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_have_the_gradients_of_one(ranks, name):
+    model, tensors = case(name)
+    losses, gradients = losses_and_gradients(model, model, *tensors)
+    for term, value in losses.items():
+        halves = torch.stack([rank[name][0][term] for rank in ranks])
+        torch.testing.assert_close(halves.mean(), value, rtol=1e-5, atol=1e-6, msg=term)
+    for rank, (parameter, value) in itertools.product(ranks, gradients.items()):
+        torch.testing.assert_close(rank[name][1][parameter], value, rtol=1e-4, atol=1e-6, msg=parameter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in SHARED if name not in ("mae", "nor_mae", "random_asymmetry_mae")])
+def test_a_run_on_two_processes_equals_one(tmp_path, method):
+    """Through the front door, for what `test_two_processes_equal_one` does not run."""
+    words = ["--method", method, "--epochs", 1]
+    if "teacher" in METHODS[method].terms:
+        finish(tmp_path / "teacher", "--method", "mae", "--embed_dim", 32, "--depth", 4, "--epochs", 1)
+        words += ["--terms.teacher.checkpoint", tmp_path / "teacher/checkpoints/last.pth"]
+    if "decoder_depth" not in METHODS[method].decoder.choices:
+        words += [word for size in ("embed_dim", "depth", "num_heads") for word in (f"--decoder_{size}", 0)]
+    finish(tmp_path / "one", *words)
+    finish_ranks(2, tmp_path / "two", *words)
+    assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")

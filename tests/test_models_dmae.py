@@ -1,0 +1,223 @@
+"""The teacher term against a loop, the teacher's absence from everything but the loss, and runs that go on with it."""
+
+import argparse
+import copy
+
+import pytest
+import torch
+
+from methods import build, from_checkpoint, from_options
+from models_dmae import TeacherOptions, TeacherTerm, digest_of, encoder_weights, settled, tapped
+from models_mae import take
+from tests.runs import Training, assert_same_end, finish
+from tests.small import SMALL, TEACHER, batch, options_of, small, teacher_checkpoint, write_checkpoint
+
+
+def teacher_of(model):
+    return model.terms["teacher"]._teacher[0]
+
+
+def its_model():
+    """The teacher as the masked autoencoder that it was."""
+    model, _ = from_checkpoint(teacher_checkpoint())
+    return model
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+def test_the_term_is_the_mean_difference_of_unit_tokens():
+    model, mae = small("dmae"), its_model()
+    images, _, noise = batch(model)
+    view = model.observe(images, noise=noise)
+    taught = torch.cat([mae.cls_token.expand(4, -1, -1), take(mae.embed(images), view.ids_keep)], dim=1)
+    for block in mae.blocks[:3]:  # three quarters of 4
+        taught = block(taught)
+    learned = torch.cat([model.cls_token.expand(4, -1, -1), take(model.embed(images), view.ids_keep)], dim=1)
+    learned = model.terms["teacher"].head(model.blocks[0](learned))  # three quarters of 2, rounded down
+    total, count = 0.0, 0
+    for theirs, ours in zip(taught.flatten(0, 1), learned.flatten(0, 1), strict=True):
+        total += (theirs / theirs.norm() - ours / ours.norm()).abs().sum().item()
+        count += len(theirs)
+    assert model(images, noise=noise)["teacher"].item() == pytest.approx(total / count, rel=1e-5)
+    assert 0 < total / count <= 2 / 24**0.5
+
+
+def test_it_is_zero_for_an_equal_teacher(tmp_path):
+    mae = small("mae")
+    path = write_checkpoint(tmp_path / "same.pth", mae, options_of("mae", mae))
+    model = small("dmae", terms={"teacher": {"checkpoint": path}})
+    head = model.terms["teacher"].head
+    torch.nn.init.eye_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    images, _, noise = batch(model)
+    assert model(images, noise=noise)["teacher"].item() == pytest.approx(0, abs=1e-7)
+
+
+def test_the_blocks_that_are_compared():
+    assert (tapped(0, 12), tapped(0, 24), tapped(0, 1), tapped(5, 12)) == (9, 18, 1, 5)
+    model = small("dmae")
+    assert model.taps == (0,) and len(teacher_of(model).blocks) == 3, "no block after the one that is looked at"
+    other = small("dmae", terms={"teacher": {"student_block": 2, "teacher_block": 4}})
+    assert other.taps == (1,) and len(teacher_of(other).blocks) == 4
+
+
+def test_a_hidden_patch_is_hidden_from_the_teacher_too():
+    model = small("dmae")
+    images, _, noise = batch(model)
+    view = model.observe(images, noise=noise)
+    term = model.terms["teacher"]
+    before = term.teacher_tokens(view)
+    hidden = view.mask.reshape(4, 1, 4, 5).repeat_interleave(4, 2).repeat_interleave(4, 3) > 0
+    view.images = torch.where(hidden, torch.randn_like(images), images)
+    assert torch.equal(term.teacher_tokens(view), before) and before.shape == (4, 6, 24)
+
+
+# ---- the teacher is no part of the model ----------------------------------------------------------------------------
+
+
+def test_the_teacher_is_frozen_and_in_no_state():
+    model = small("dmae").train()
+    teacher = teacher_of(model)
+    assert not teacher.training and not any(block.training for block in teacher.blocks)
+    assert [name for name in model.state_dict() if name.startswith("terms.")] == [
+        "terms.teacher.head.weight",
+        "terms.teacher.head.bias",
+    ]
+    mine = {id(p) for p in model.parameters()} | {id(m) for m in model.modules()}
+    assert not mine & ({id(p) for p in teacher.parameters()} | {id(m) for m in teacher.modules()})
+    before = copy.deepcopy(teacher.state_dict())
+    images, _, noise = batch(model)
+    model(images, noise=noise)["loss"].backward()
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_the_teacher_goes_where_the_model_goes():
+    model = small("dmae").to(torch.float64)
+    assert {p.dtype for p in teacher_of(model).parameters()} == {torch.float64}
+    images, _, noise = batch(model)
+    assert model(images.double(), noise=noise)["teacher"].dtype == torch.float64
+    assert {p.device.type for p in teacher_of(model.to("meta")).parameters()} == {"meta"}
+    twin = copy.deepcopy(small("dmae"))
+    assert teacher_of(twin) is not teacher_of(small("dmae"))
+
+
+def test_another_image_size_is_the_teachers_too():
+    model = small("dmae")
+    model.set_input_size(32)
+    assert teacher_of(model).patch_embed.grid_size == (8, 8)
+    assert not any(p.requires_grad for p in teacher_of(model).parameters())
+
+
+def test_a_trained_model_needs_no_teacher(tmp_path):
+    model = small("dmae")
+    options = options_of("dmae", model)
+    options["terms"]["teacher"]["checkpoint"] = "/nowhere/teacher.pth"
+    again, found = from_checkpoint(write_checkpoint(tmp_path / "last.pth", model, options))
+    images, _, noise = batch(model)
+    assert torch.equal(again.encode(images), model.encode(images)) and found["terms"]["teacher"]["embed_dim"] == 24
+    assert torch.equal(
+        again.reconstruct(images, noise=noise)["pasted"], model.reconstruct(images, noise=noise)["pasted"]
+    )
+    with pytest.raises(ValueError, match="without its teacher"):
+        again(images, noise=noise)
+
+
+# ---- whose weights --------------------------------------------------------------------------------------------------
+
+
+def test_a_released_checkpoint_teaches(tmp_path):
+    """As MAE's authors publish theirs: weights under `model`, a pickled Namespace beside them."""
+    path = tmp_path / "mae_visualize.pth"
+    torch.save({"model": its_model().state_dict(), "args": argparse.Namespace(model="mae_vit_large_patch16")}, path)
+    with pytest.raises(ValueError, match="does not tell the teacher's attention heads: give --terms.teacher.num_heads"):
+        small("dmae", terms={"teacher": {"checkpoint": str(path)}})
+    model = small("dmae", terms={"teacher": {"checkpoint": str(path), "num_heads": 3}})
+    ours = small("dmae")
+    images, _, noise = batch(model)
+    assert torch.equal(model(images, noise=noise)["teacher"], ours(images, noise=noise)["teacher"])
+    assert model.terms["teacher"].options.digest == ours.terms["teacher"].options.digest
+
+
+def test_the_sizes_that_only_a_name_tells():
+    weights = encoder_weights(dict(its_model().state_dict()), "")
+    wide = weights | {"cls_token": torch.zeros(1, 1, 192)}
+    assert settled(TeacherOptions(), wide, {}).num_heads == 12, "of the size with those channels"
+    assert settled(TeacherOptions(num_heads=3), wide, {}).num_heads == 3
+    assert settled(TeacherOptions(), wide, {"model": "mae_vit_small_patch16", "num_heads": 0}).num_heads == 6
+    assert settled(TeacherOptions(), wide, {"model": "mae_vit_tiny_patch16", "num_heads": 4}).num_heads == 4
+
+
+def test_weights_are_known_by_their_digest():
+    weights = {"b": torch.ones(2), "a": torch.zeros(3)}
+    assert digest_of(weights) == digest_of(dict(reversed(weights.items())))
+    assert digest_of(weights) == digest_of({name: value.double() for name, value in weights.items()})
+    assert digest_of(weights) != digest_of(weights | {"a": torch.tensor([0.0, 1e-30, 0.0])})
+
+
+def test_a_teacher_of_another_grid_has_its_positions_resampled(tmp_path):
+    options = TEACHER | {"input_size": (32, 16)}
+    path = write_checkpoint(tmp_path / "tall.pth", build("mae", **options), {"method": "mae"} | options)
+    model = small("dmae", terms={"teacher": {"checkpoint": path}})
+    assert teacher_of(model).pos_embed.shape == (1, 21, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        ({"checkpoint": ""}, "term 'teacher': no teacher is given: --terms.teacher.checkpoint FILE"),
+        ({"checkpoint": "/nowhere.pth"}, "term 'teacher': no checkpoint at /nowhere.pth"),
+        ({"embed_dim": 32}, "embed_dim is 32, and the teacher in checkpoint .* has 24"),
+        ({"num_heads": 2}, "num_heads is 2, and the teacher in checkpoint .* has 3"),
+        ({"digest": "beef"}, "digest is beef, and the teacher"),
+        ({"student_block": 3}, "student_block is 3; the student has 2 blocks"),
+        ({"teacher_block": 5}, "teacher_block is 5; the teacher has 4 blocks"),
+        ({"student_block": -1}, "student_block is -1"),
+        ({"weight": float("nan")}, "weight is nan"),
+    ],
+)
+def test_what_cannot_teach_is_refused(options, answer):
+    with pytest.raises(ValueError, match=answer):
+        small("dmae", terms={"teacher": options})
+
+
+@pytest.mark.parametrize("changes", [{"model": "mae_vit_tiny_patch2"}, {"in_chans": 1}])
+def test_a_teacher_of_other_patches_is_refused(changes):
+    with pytest.raises(ValueError, match="cannot teach this model: .*patch_embed.proj.weight"):
+        small("dmae", **changes)
+
+
+def test_other_files_and_encoders_are_refused(tmp_path):
+    path = tmp_path / "blocks.pth"
+    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3, 1)}, path)
+    with pytest.raises(ValueError, match="holds no encoder that can teach: without cls_token, pos_embed, patch_embed"):
+        small("dmae", terms={"teacher": {"checkpoint": str(path)}})
+    with pytest.raises(ValueError, match="needs an encoder of visible patches alone"):
+        small("simmim", terms={"teacher": {"checkpoint": teacher_checkpoint()}})
+    with pytest.raises(ValueError, match="channels are not known"):
+        from_options({"method": "dmae", "terms": {"teacher": {}}} | SMALL)
+    assert TeacherTerm(TeacherOptions()).scale(None) == {}
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_its_teacher_and_with_no_other(tmp_path):
+    finish(tmp_path / "teacher", "--method", "mae", "--embed_dim", 32, "--depth", 4, "--epochs", 1)
+    file = tmp_path / "teacher.pth"
+    file.write_bytes((tmp_path / "teacher/checkpoints/last.pth").read_bytes())
+    words = ["--method", "nor_dmae", "--terms.teacher.checkpoint", file, "--save_steps", 2, "--epochs", 2]
+    finish(tmp_path / "whole", *words)
+    Training(tmp_path / "cut", *words).kill_at(7)
+    finish(tmp_path / "cut", *words)
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+    finish(tmp_path / "other", "--method", "mae", "--embed_dim", 32, "--depth", 4, "--epochs", 1, "--seed", 1)
+    file.write_bytes((tmp_path / "other/checkpoints/last.pth").read_bytes())
+    refused = Training(tmp_path / "cut", *words, "--epochs", 3, "--allow_change", "epochs")
+    assert refused.wait() == 2 and "terms.teacher.digest" in refused.said
+
+    file.unlink()
+    model, _ = from_checkpoint(tmp_path / "cut/checkpoints/last.pth")
+    assert model.encode(torch.randn(2, 1, 8, 8)).shape == (2, 17, 24)
