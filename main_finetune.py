@@ -168,7 +168,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     found = splits.open_splits(options)
     options = replace(options, num_classes=found.classes)
     model = build_model(options, found.classes)
-    if options.init_from:
+    if options.init_from and not options.from_scratch:
         weights, made_with = checkpoint.load_model(options.init_from)
         report = models_classifier.load_encoder(model, weights, made_with)
         log.info("weights from %s: %s", options.init_from, report)
@@ -219,7 +219,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
 def announce(options: FinetuneOptions, model: Classifier, found: Splits, run: Run) -> None:
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows, columns = model.patch_embed.grid_size
-    start = f"from {options.init_from}" if options.init_from else "from scratch"
+    start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
     splits.write_lists(found, run.folder)
 

@@ -3,6 +3,7 @@
 A run is then a real process, which a test can kill or signal, at a tenth of a second instead of five seconds each.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import torch
 from util import checkpoint
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["main_pretrain"])
+context.set_forkserver_preload(["main_pretrain", "main_finetune", "main_linprobe"])
 
 TINY = (
     "--data_path digits --input_size 8 --in_chans 1 --model mae_vit_tiny_patch2 --embed_dim 24 --depth 2 --num_heads 2 "
@@ -25,29 +26,45 @@ TINY = (
     "--warmup_epochs 1 --num_workers 0 --device cpu --log_every 1 --save_minutes 0"
 ).split()
 
+TINY_CLASSIFIER = (
+    "--data_path digits --input_size 8 --in_chans 1 --model mae_vit_tiny_patch2 --embed_dim 24 --depth 2 --num_heads 2 "
+    "--total_batch_size 256 --epochs 3 --warmup_epochs 1 --num_workers 0 --device cpu --log_every 1 --save_minutes 0"
+).split()
+LIGHT = ["--aa", "", *"--hflip 0 --min_scale 0.6 --reprob 0.25 --drop_path 0.1".split()]
+DOORS = {  # front door: the options that every run of it begins with
+    "main_pretrain": TINY,
+    "main_finetune": [*TINY_CLASSIFIER, *LIGHT],
+    "main_linprobe": TINY_CLASSIFIER,
+}
 
-def _run(argv: list[str], said: str, environment: dict[str, str]) -> None:
-    import main_pretrain
 
+def _run(door: str, argv: list[str], said: str, environment: dict[str, str]) -> None:
+    main = importlib.import_module(door).main
     os.environ |= environment
     torch.set_num_threads(1)
     sys.stderr = open(said, "w", buffering=1)
-    sys.exit(main_pretrain.main(argv))
+    sys.exit(main(argv))
 
 
 class Training:
-    """One process that runs `main_pretrain.py` on the digits with a tiny model, and `words` after those options.
+    """One process that runs a front door on the digits with a tiny model, and `words` after those options.
 
     `environment` is what torchrun would have set, for one rank of several.
     """
 
-    def __init__(self, folder: Path, *words: object, environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *words: object,
+        door: str = "main_pretrain",
+        environment: dict[str, str] | None = None,
+    ):
         self.folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         environment = environment or {}
         self._said = folder.parent / f"{folder.name}.stderr{environment.get('RANK', '')}"
-        argv = [*TINY, "--output_dir", str(folder), *map(str, words)]
-        self._process = context.Process(target=_run, args=(argv, str(self._said), environment))
+        argv = [*DOORS[door], "--output_dir", str(folder), *map(str, words)]
+        self._process = context.Process(target=_run, args=(door, argv, str(self._said), environment))
         self._process.start()
 
     def send(self, number: int) -> None:
@@ -77,19 +94,19 @@ class Training:
         return self._said.read_text() if self._said.exists() else ""
 
 
-def start_ranks(count: int, folder: Path, *words: object) -> list[Training]:
+def start_ranks(count: int, folder: Path, *words: object, door: str = "main_pretrain") -> list[Training]:
     """`count` processes that train together as under torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [Training(folder, *words, environment=environment) for environment in ranks]
+    return [Training(folder, *words, door=door, environment=environment) for environment in ranks]
 
 
-def finish(folder: Path, *words: object) -> str:
+def finish(folder: Path, *words: object, door: str = "main_pretrain") -> str:
     """Run to the end, which must be a good one; answers what was said."""
-    training = Training(folder, *words)
+    training = Training(folder, *words, door=door)
     code = training.wait()
     assert code == 0, training.said
     return training.said

@@ -339,6 +339,8 @@ class FinetuneOptions(ClassifierOptions):
 
     eval: bool = machine(False)
     """Train nothing: print the accuracy of the checkpoint that `resume` or `init_from` names, or of the run's last."""
+    from_scratch: bool = result(False)
+    """Take the sizes of the encoder in `init_from` and none of its weights, for a comparison with what it learned."""
     drop_path: float = result(0.1)
     """Stochastic depth: share of the images that skip the last block; earlier blocks are skipped less."""
 
@@ -368,6 +370,7 @@ class FinetuneOptions(ClassifierOptions):
         super().__post_init__()
         self._at_least(0, "steps", "color_jitter", "mixup", "cutmix")
         self._between(0, 1, "drop_path", "layer_decay", "ema", "reprob", "smoothing")
+        require(bool(self.init_from) or not self.from_scratch, "goes with init_from", "from_scratch", "init_from")
         for name in ("drop_path", "ema", "smoothing"):
             require(getattr(self, name) < 1, "must be less than 1", name)
         require(self.layer_decay > 0, "must be more than 0, or nothing but the head learns", "layer_decay")

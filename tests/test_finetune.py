@@ -1,0 +1,355 @@
+"""Fine-tuning: objective and evaluation against loops, layers against MAE's table, real runs from start to end."""
+
+import argparse
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import main_finetune
+import models_classifier
+from engine_finetune import Objective, evaluate
+from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
+from util import checkpoint, optim
+from util.augment import finetune_transform
+from util.data import Batch
+from util.distributed import Processes
+
+DOOR = "main_finetune"
+STEPS_PER_EPOCH = 5
+ALONE = Processes(0, 1, 0, torch.device("cpu"))
+SMALL = dict(input_size=(8, 8), in_chans=1, embed_dim=24, depth=2, num_heads=2)
+
+
+def classifier(num_classes=10, **changes):
+    torch.manual_seed(0)
+    return models_classifier.build("mae_vit_tiny_patch2", num_classes=num_classes, **(SMALL | changes))
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize(("pool", "classes", "count"), [("avg", 1000, 5_717_416), ("token", 100, 5_543_716)])
+def test_the_classifier_is_timms_with_twelve_heads(pool, classes, count):
+    ours = models_classifier.build(
+        "mae_vit_tiny_patch16", num_classes=classes, input_size=(224, 224), global_pool=pool
+    ).eval()
+    theirs = timm.create_model("vit_tiny_patch16_224", num_heads=12, global_pool=pool, num_classes=classes).eval()
+    assert sum(parameter.numel() for parameter in ours.parameters()) == count
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 224, 224)
+    assert torch.equal(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_layers_have_maes_rates(pool):
+    """Stem .65^13, block i .65^(12 - i), all else 1; no decay for vectors, class token and positions."""
+    model = models_classifier.build("mae_vit_tiny_patch16", num_classes=9, input_size=(32, 32), global_pool=pool)
+    found = {}
+    for group in optim.finetune_groups(model, 0.05, 0.65):
+        for parameter in group["params"]:
+            found[id(parameter)] = group["lr_scale"], group["weight_decay"]
+    for name, parameter in model.named_parameters():
+        stem, block = name.startswith(("cls_token", "pos_embed", "patch_embed")), name.startswith("blocks.")
+        layer = 0 if stem else int(name.split(".")[1]) + 1 if block else 13
+        decay = 0.0 if parameter.ndim == 1 or name in ("cls_token", "pos_embed") else 0.05
+        scale, weight_decay = found[id(parameter)]
+        assert scale == pytest.approx(0.65 ** (13 - layer)) and weight_decay == decay, name
+    shown = dict(
+        (parts[0], scale)
+        for scale, parts in models_classifier.layers_of(model, optim.finetune_groups(model, 0.05, 0.65))
+    )
+    assert shown["cls_token"] == pytest.approx(0.003697, rel=1e-3)
+    assert shown["blocks.0"] == pytest.approx(0.005688, rel=1e-3)
+    assert shown["blocks.11"] == 0.65
+
+
+def test_a_new_head_starts_near_zero_and_a_fitting_one_is_kept():
+    source = classifier(num_classes=10)
+    same, other = classifier(num_classes=10), classifier(num_classes=7)
+    models_classifier.load_encoder(same, source.state_dict(), {})
+    assert torch.equal(same.head.weight, source.head.weight)
+    models_classifier.load_encoder(other, source.state_dict(), {})
+    assert 0 < other.head.weight.abs().max() < 1e-4
+    assert torch.equal(other.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (8, 12), (16, 6)])
+def test_positions_are_resampled_to_another_grid_as_mae_does(size):
+    source = classifier(in_chans=4)
+    report = models_classifier.load_encoder(model := classifier(input_size=size, in_chans=4), source.state_dict(), {})
+    table = source.pos_embed[:, 1:].transpose(1, 2).reshape(1, 24, 4, 4)
+    grid = size[0] // 2, size[1] // 2
+    expected = F.interpolate(table, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.pos_embed[:, 1:], expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1])
+    assert bool(report.resampled) == (grid != (4, 4))
+
+
+def test_positions_of_a_rectangle_go_by_the_options_it_was_made_with():
+    source = classifier(input_size=(8, 18))
+    made_with = {"input_size": [8, 18], "model": "mae_vit_tiny_patch2", "num_heads": 2}
+    model = classifier(input_size=(12, 12))  # as many patches, but not the same grid
+    assert models_classifier.load_encoder(model, source.state_dict(), made_with).resampled == ["pos_embed"]
+    table = source.pos_embed[:, 1:].transpose(1, 2).reshape(1, 24, 4, 9)
+    expected = F.interpolate(table, size=(6, 6), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.pos_embed[:, 1:], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_other_heads_another_size_and_no_encoder_are_refused():
+    weights = classifier().state_dict()
+    with pytest.raises(ValueError, match="2 attention heads, the model has 4"):
+        made_with = {"input_size": [8, 8], "model": "mae_vit_tiny_patch2", "num_heads": 2}
+        models_classifier.load_encoder(classifier(num_heads=4), weights, made_with)
+    with pytest.raises(ValueError, match="other sizes"):
+        models_classifier.load_encoder(classifier(embed_dim=48), weights, {})
+    with pytest.raises(ValueError, match="no encoder"):
+        models_classifier.load_encoder(classifier(), {"head.weight": weights["head.weight"]}, {})
+    with pytest.raises(ValueError, match="10 classes, the data have 7"):
+        models_classifier.load_classifier(classifier(num_classes=7), weights, {})
+    with pytest.raises(ValueError, match="global_pool"):
+        models_classifier.load_classifier(classifier(global_pool="token"), weights, {})
+
+
+# ---- objective and evaluation
+
+
+def test_mixed_targets_are_smoothed_and_weighted_by_hand():
+    """Mixup with the same coefficient drawn again: soft targets off .1 / C, and cross-entropy summed by a loop."""
+    images, labels = torch.randn(4, 1, 8, 8), torch.tensor([3, 0, 9, 9])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    objective = Objective(model, classes=10, mixup=0.8, smoothing=0.1)
+    np.random.seed(5)
+    loss = objective(images.clone(), labels)["loss"]
+    np.random.seed(5)
+    np.random.rand()  # whether to mix, with probability 1
+    share = np.random.beta(0.8, 0.8)
+    logits = model(share * images + (1 - share) * images.flip(0)).log_softmax(dim=1)
+    expected = 0.0
+    for n in range(4):
+        for c in range(10):
+            target = 0.1 / 10
+            target += 0.9 * share * (labels[n] == c).item() + 0.9 * (1 - share) * (labels[3 - n] == c).item()
+            expected -= target * logits[n, c].item() / 4
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_mixing_labels_are_smoothed():
+    images, labels = torch.randn(3, 1, 8, 8), torch.tensor([3, 0, 9])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    logits = model(images).log_softmax(dim=1)
+    expected = -(0.9 * logits[range(3), labels] + 0.1 * logits.mean(dim=1)).mean()
+    torch.testing.assert_close(Objective(model, classes=10, smoothing=0.1)(images, labels)["loss"], expected)
+
+
+def test_evaluation_is_what_a_loop_counts():
+    generator = torch.Generator().manual_seed(3)
+    logits, labels = torch.randn(53, 8, generator=generator), torch.randint(0, 7, (53,), generator=generator)
+    batches = [
+        Batch(logits[i : i + 10], labels[i : i + 10], None, torch.arange(i, min(i + 10, 53))) for i in range(0, 53, 10)
+    ]
+    figures = evaluate(nn.Identity(), batches, classes=8, processes=ALONE, autocast=torch.no_grad)
+    right = [int(logits[n].argmax() == labels[n]) for n in range(53)]
+    five = [int(labels[n] in logits[n].argsort(descending=True)[:5]) for n in range(53)]
+    of_class = [[right[n] for n in range(53) if labels[n] == c] for c in range(7)]
+    assert figures["acc1"] == pytest.approx(100 * sum(right) / 53)
+    assert figures["acc5"] == pytest.approx(100 * sum(five) / 53)
+    assert figures["mean_class_acc"] == pytest.approx(100 * sum(sum(c) / len(c) for c in of_class) / 7)
+    assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert figures["images"] == 53
+
+
+@pytest.mark.parametrize("aa", ["", "rand-m9-mstd0.5-inc1"])
+@pytest.mark.parametrize("reprob", [0.0, 1.0])
+def test_training_images_are_normalised_and_erased_by_noise(aa, reprob):
+    transform = finetune_transform(
+        (32, 32), min_scale=1.0, hflip=0.0, aa=aa, color_jitter=0.0, reprob=reprob, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    torch.manual_seed(0)
+    image = transform(np.full((32, 32, 3), 255, np.uint8))
+    assert image.shape == (3, 32, 32)
+    if not aa and not reprob:
+        assert image.dtype == torch.uint8 and (image == 255).all()
+    else:
+        assert image.dtype == torch.float32
+        white = (image == 2.0).float().mean()  # (1 - .5) / .25
+        assert white > 0.3
+        if reprob and not aa:
+            assert white < 1
+
+
+def test_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="timm knows no augmentation 'rnad'"):
+        finetune_transform(
+            (8, 8), min_scale=1.0, hflip=0.0, aa="rnad", color_jitter=0.0, reprob=0.0, mean=(0.5,) * 3, std=(0.5,) * 3
+        )
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A checkpoint of pretraining, with a decoder."""
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    finish(folder, "--epochs", "1")
+    return folder / "checkpoints" / "last.pth"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pretrained):
+    """An uninterrupted run with mixing, erasing, drop path and a moving average."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(folder, "--init_from", pretrained, "--ema", "0.9", door=DOOR)
+    return folder
+
+
+def test_a_finished_run_tells_the_last_and_the_best(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert {"options.yaml", "log.txt", "metrics.jsonl", "result.json", "images_train.txt", "images_test.txt"} <= names
+    found = result(whole)
+    assert found["best_chosen_on"] == "held-out training images" and found["metric"] == "acc1"
+    assert found["accuracy"].keys() == {"last", "best"}
+    assert found["accuracy"]["last"]["images"] == 445
+    lines = [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]
+    best = max(lines, key=lambda line: line["choice_acc1"])
+    assert found["best"] == {"name": "acc1", "value": best["choice_acc1"], "epoch": best["epoch"]}
+    assert checkpoint.load(whole / "checkpoints" / "best.pth")["epoch"] == best["epoch"] + 1
+    train, choice, test = (
+        (whole / f"images_{name}.txt").read_text().splitlines() for name in ("train", "choice", "test")
+    )
+    assert not set(train) & set(choice) and len(train) + len(choice) == 1352 and len(test) == 445
+    said = (whole / "train.log").read_text()
+    assert "held-out training images" in said
+
+
+def test_a_run_killed_anywhere_ends_where_a_whole_one_ends(whole, pretrained, tmp_path):
+    folder, words = tmp_path / "run", ["--init_from", pretrained, "--ema", "0.9", "--save_steps", "2"]
+    for kill in (3, STEPS_PER_EPOCH + 2):
+        Training(folder, *words, door=DOOR).kill_at(kill)
+    finish(folder, *words, "--num_workers", "1", door=DOOR)
+    assert_same_end(whole, folder)
+    assert losses(folder) == losses(whole)
+    one, other = final(whole), final(folder)
+    assert all(torch.equal(value, other["ema"][name]) for name, value in one["ema"].items())
+    assert result(folder)["accuracy"] == result(whole)["accuracy"]
+    assert result(folder)["best"] == result(whole)["best"], "the best survives"
+
+
+def test_a_signal_saves_and_exits_with_75(tmp_path):
+    training = Training(tmp_path / "run", door=DOOR)
+    training.wait_for_step(2)
+    training.send(signal.SIGTERM)
+    assert training.wait() == 75
+    assert final(tmp_path / "run")["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_kill_after_the_last_epoch_still_ends_in_a_result(whole, pretrained, tmp_path):
+    """The evaluation at the end is done again."""
+    folder, words = tmp_path / "run", ["--init_from", pretrained, "--ema", "0.9"]
+    finish(folder, *words, door=DOOR)
+    (folder / "result.json").unlink()
+    finish(folder, *words, door=DOOR)
+    assert result(folder)["accuracy"] == result(whole)["accuracy"]
+
+
+def test_two_ranks_are_one_process_without_mixup(tmp_path):
+    words = ["--mixup", 0, "--cutmix", 0, "--drop_path", 0, "--epochs", 2, "--holdout", 0.013, "--optimizer", "sgd"]
+    finish(tmp_path / "one", *words, door=DOOR)
+    ranks = start_ranks(2, tmp_path / "two", *words, door=DOOR)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    for step, loss in losses(tmp_path / "one").items():
+        assert losses(tmp_path / "two")[step] == pytest.approx(loss, rel=1e-4)
+    one, two = result(tmp_path / "one"), result(tmp_path / "two")
+    for name in ("last", "best"):
+        assert two["accuracy"][name]["images"] == 445, "an odd number of images, each counted once"
+        assert two["accuracy"][name]["loss"] == pytest.approx(one["accuracy"][name]["loss"], rel=1e-4)
+        assert two["accuracy"][name]["acc1"] == pytest.approx(one["accuracy"][name]["acc1"], abs=100 / 445)
+
+
+def test_steps_end_a_run_within_an_epoch(tmp_path):
+    finish(tmp_path / "run", "--steps", "7", "--warmup_epochs", 0, "--min_lr", 0, door=DOOR)
+    assert result(tmp_path / "run")["steps"] == 7 and len(metrics(tmp_path / "run")) == 7
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    assert rates == pytest.approx([rates[0] * 0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)])
+
+
+def test_eval_says_the_accuracy_that_training_said(whole, tmp_path):
+    for name in ("last", "best"):
+        path = whole / "checkpoints" / f"{name}.pth"
+        said = finish(tmp_path / name, "--eval", "--resume", path, door=DOOR)
+        assert f"top-1 {result(whole)['accuracy'][name]['acc1']:.2f}%" in said
+        assert not (tmp_path / name).exists(), "an evaluation writes nothing"
+
+
+def test_from_scratch_has_the_sizes_and_not_the_weights(pretrained):
+    options = main_finetune.parse_options(["--init_from", str(pretrained), "--from_scratch", "--aa", ""])
+    assert (options.embed_dim, options.depth, options.num_heads, options.in_chans) == (24, 2, 2, 1)
+    assert main_finetune.parse_options(["--init_from", str(pretrained), "--aa", "", "--depth", "1"]).depth == 1
+    with pytest.raises(ValueError, match="from_scratch: goes with init_from"):
+        main_finetune.parse_options(["--from_scratch"])
+
+
+def test_a_released_checkpoint_with_a_pickled_namespace_begins_a_run(pretrained, tmp_path):
+    weights = checkpoint.load_weights(pretrained)
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1e-3), "epoch": 9}, tmp_path / "released.pth")
+    said = finish(tmp_path / "run", "--init_from", tmp_path / "released.pth", "--epochs", 1, door=DOOR)
+    assert "tensors loaded" in said and "decoder_blocks" in said
+
+
+def paint(folder, images=3):
+    folder.mkdir(parents=True)
+    for number in range(images):
+        Image.fromarray(np.full((8, 8), 40 * number, np.uint8)).save(folder / f"{number}.png")
+
+
+def test_bad_input_is_told_before_any_epoch(pretrained, whole, tmp_path):
+    for split in ("train", "val"):
+        for name in "ab":
+            paint(tmp_path / "good" / split / name)
+    for name in "ab":
+        paint(tmp_path / "no_val" / "train" / name)
+        for split in ("train", "val"):
+            paint(tmp_path / "empty" / split / name)
+            paint(tmp_path / "foreign" / split / name)
+    (tmp_path / "empty" / "train" / "c").mkdir()
+    paint(tmp_path / "foreign" / "val" / "c")
+    (tmp_path / "classes.txt").write_text("a\nz\n")
+    head = whole / "checkpoints" / "last.pth"
+    torch.save({"model": {"head.weight": torch.zeros(10, 24)}}, tmp_path / "headless.pth")
+    small = ["--total_batch_size", 2, "--holdout", 0.3]
+    cases = [
+        (["--init_from", tmp_path / "headless.pth"], "no encoder"),
+        (["--init_from", pretrained, "--embed_dim", 48], "other sizes"),
+        (["--init_from", pretrained, "--num_heads", 4], "2 attention heads, the model has 4"),
+        (["--eval"], "eval needs a checkpoint"),
+        (["--eval", "--resume", head, "--data_path", tmp_path / "good"], "10 classes, the data have 2"),
+        (["--eval", "--resume", pretrained], "no classifier"),
+        (["--num_classes", 9], "labels 0 to 9"),
+        (["--labels_per_class", 500], "labels_per_class is 500, but class"),
+        (["--labels_per_class", 5, "--label_share", 0.1], "either"),
+        (["--data_path", tmp_path / "no_val", *small], "no val images"),
+        (["--data_path", tmp_path / "empty", *small], "class folders without images: c"),
+        (["--data_path", tmp_path / "good", "--class_list", tmp_path / "classes.txt", *small], "no folder"),
+        (["--batch_size", 1, "--total_batch_size", 4], "batch_size must be even"),
+        (["--cls_token"], "--global_pool token"),
+        (["--aa", "rand-m9"], "in_chans is 1"),
+    ]
+    runs = [
+        (Training(tmp_path / f"run{number}", *words, door=DOOR), told) for number, (words, told) in enumerate(cases)
+    ]
+    for number, (training, told) in enumerate(runs):
+        assert training.wait() == 2, training.said
+        assert told in training.said and "Traceback" not in training.said
+        assert not (tmp_path / f"run{number}").exists()
