@@ -1,6 +1,10 @@
 """The report shows what the records say, each thing once, also of a run that was cut off or taken up again."""
 
+import base64
 import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
 
 import pytest
 import yaml
@@ -29,6 +33,13 @@ def run(tmp_path):
         return folder
 
     return make
+
+
+def picture(path, shade):
+    """A small PNG; answers its bytes."""
+    path.parent.mkdir(exist_ok=True)
+    Image.new("L", (4, 4), shade).save(path)
+    return path.read_bytes()
 
 
 def test_the_table_holds_last_and_best_with_updates_and_images_beside_them(run):
@@ -80,18 +91,70 @@ def test_curves_hold_every_value_of_every_run(run):
     assert [list(line.get_ydata()) for line in loss.lines] == [[1.0, 0.5, 0.25], [2.0, 1.0]]
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3], [1, 2]]
     assert len(panels[report.TITLES["lr"]].lines[0].get_ydata()) == 30
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["mae", "nor"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mae", "nor"]
 
 
-def test_the_command_writes_the_report_and_a_picture_that_opens(run, tmp_path, capsys):
+def test_the_page_holds_figures_options_curves_pictures_and_environment(run):
+    first, second = run("mae"), run("nor", epochs=(2.0, 1.0))
+    (second / "options.yaml").write_text(yaml.safe_dump({**OPTIONS, "terms": {"neighbor": {"weight": 0.5}}}))
+    (second / "knn.json").write_text(json.dumps({"accuracy": {"raw pixels": 51.25}, "protocol": "k = 20 <all>"}))
+    (second / "environment.json").write_text(json.dumps([{"host": "here", "versions": {"torch": "2.x"}}]))
+    (second / "bad_images.txt").write_text("a&b.png\tempty\n")
+    for number in range(1, 6):
+        picture(second / "samples" / f"recon_e000{number}.png", number)
+    drawn = picture(first / "figures" / "neighbors.png", 9)
+    text = report.page([report.read_run(first), report.read_run(second)])
+    for wanted in ("<td>last loss</td><td>0.25</td><td>1</td>", "<td>best kNN %</td><td>50.00</td><td>50.00</td>"):
+        assert wanted in text
+    assert "<tr class='differs'><td>terms.neighbor.weight</td><td></td><td>0.5</td></tr>" in text
+    assert "<td>51.25</td>" in text and "k = 20 &lt;all&gt;" in text and "a&amp;b.png" in text
+    assert "<td>versions.torch</td><td>2.x</td>" in text
+    pictures = {name: base64.b64decode(data) for data, name in re.findall(r'base64,([^"]+)" alt="([^"]+)"', text)}
+    samples = [f"samples/recon_e000{number}.png" for number in (1, 3, 5)]
+    assert list(pictures)[1:] == ["figures/neighbors.png", *samples]
+    assert pictures["figures/neighbors.png"] == drawn
+    assert ElementTree.fromstring(next(iter(pictures.values()))).tag.endswith("svg")
+
+
+def test_the_page_needs_nothing_beside_it(run):
+    class Reader(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.open, self.sources, self.tags = [], [], set()
+
+        def handle_starttag(self, tag, attrs):
+            self.tags.add(tag)
+            self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+            if tag not in ("meta", "img"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+    text = report.page([report.read_run(run())])
+    reader = Reader()
+    reader.feed(text)
+    assert not reader.open  # every element is closed
+    assert reader.sources and all(source.startswith("data:image/") for source in reader.sources)
+    assert not reader.tags & {"script", "link", "iframe", "object"}
+    assert "url(" not in text and "@import" not in text
+
+
+def test_accuracies_of_any_front_door_are_shown_last_and_best(run):
+    folder = run()
+    lines = [{"epoch": epoch, "step": 10, "test_acc1": value} for epoch, value in enumerate([70.0, 90.0, 80.0])]
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cells = report.row(report.read_run(folder))
+    assert (cells["last test_acc1 %"], cells["best test_acc1 %"]) == ("80.00", "90.00")
+
+
+def test_the_command_writes_a_page_and_a_picture_that_opens(run, tmp_path, capsys):
     first, second = run("mae"), run("nor")
-    (second / "knn.json").write_text(json.dumps({"accuracy": {"raw pixels": 50.0}, "protocol": "k = 20"}))
     assert report.main([str(first), str(second), "--output", str(tmp_path / "both")]) == 0
-    text = (tmp_path / "both" / "report.md").read_text()
-    assert text in capsys.readouterr().out
-    assert "| mae | nor_mae |" in text and "| raw pixels | 50.00 |" in text
-    with Image.open(tmp_path / "both" / "curves.png") as picture:
-        assert picture.width > 600
+    assert (tmp_path / "both" / "report.html").read_text().startswith("<!doctype html>")
+    assert "| mae | nor_mae |" in capsys.readouterr().out
+    with Image.open(tmp_path / "both" / "curves.png") as shown:
+        assert shown.width > 600
 
 
 def test_another_folder_is_refused_in_words(tmp_path, capsys):

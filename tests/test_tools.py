@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import main_pretrain
-from tools import given, knn, visualize
+from tools import given, knn
 
 MODEL = (
     "--model mae_vit_tiny_patch2 --embed_dim 24 --depth 1 --num_heads 2 --decoder_embed_dim 16 --decoder_depth 1 "
@@ -23,14 +23,6 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "digits"
     assert main_pretrain.main([*MODEL, *RUN, "--output_dir", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture
-def subject(run):
-    """Four of its images, ready for a picture."""
-    trained = given.load(run, "cpu")
-    images, names = given.images(trained, [], count=4, seed=0)
-    return visualize.Subject(trained, images, names, seed=0)
 
 
 def test_the_untrained_model_is_the_one_that_the_run_began_with(run):
@@ -71,75 +63,3 @@ def test_knn_refuses_data_without_labels_in_words(run, tmp_path, capsys):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
     assert knn.main([str(run), "--data_path", str(tmp_path), "--device", "cpu"]) == 2
     assert "need labels" in capsys.readouterr().err
-
-
-def test_displayed_pixels_are_the_files_pixels(run, tmp_path):
-    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-    Image.fromarray(pixels).save(tmp_path / "ramp.png")
-    trained = given.load(run, "cpu")
-    images, names = given.images(trained, [str(tmp_path / "ramp.png")], count=6, seed=0)
-    shown = visualize.Subject(trained, images, names, seed=0).displayed(images)
-    np.testing.assert_allclose(shown[0] * 255, pixels, atol=1e-3)
-
-
-def test_the_reconstruction_figure_holds_what_its_titles_say(subject):
-    figure = visualize.reconstruction(subject)
-    panels = np.array(figure.axes).reshape(4, 4)
-    assert [axis.get_title() for axis in panels[0]] == list(visualize.TITLES.values())
-    original, masked, predicted, pasted = (axis.images[0].get_array().data for axis in panels[1])
-    _, mask = subject.trained.model.predict(subject.images, noise=subject.noise())
-    hidden = mask[1].reshape(4, 4).numpy().repeat(2, 0).repeat(2, 1).astype(bool)
-    assert hidden.mean() == 0.75
-    np.testing.assert_array_equal(original, subject.displayed(subject.images)[1])
-    np.testing.assert_allclose(masked[~hidden], original[~hidden], atol=1e-6)
-    np.testing.assert_allclose(pasted[~hidden], original[~hidden], atol=1e-6)
-    np.testing.assert_allclose(pasted[hidden], predicted[hidden], atol=1e-6)
-    assert np.ptp(masked[hidden]) == 0
-
-
-def test_the_figure_says_that_standardised_targets_were_undone(subject):
-    assert "undone" in visualize.reconstruction(subject).get_suptitle()
-    subject.trained.model.norm_pix_loss = False
-    assert "undone" not in visualize.reconstruction(subject).get_suptitle()
-
-
-def test_a_perfect_prediction_of_standardised_patches_is_the_image(subject, monkeypatch):
-    model = subject.trained.model
-    mask = torch.ones(len(subject.images), model.num_patches)
-    monkeypatch.setattr(model, "predict", lambda images, noise=None: (model.target(images), mask))
-    _, _, predicted, _ = (axis.images[0].get_array().data for axis in visualize.reconstruction(subject).axes[:4])
-    np.testing.assert_allclose(predicted, subject.displayed(subject.images)[0], atol=1e-5)
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_the_command_writes_a_picture(run, tmp_path, suffix, capsys):
-    output = tmp_path / "new" / f"picture.{suffix}"
-    words = ["reconstruction", str(run / "checkpoints" / "last.pth"), "--count", "2", "--device", "cpu"]
-    assert visualize.main([*words, "--output", str(output)]) == 0
-    assert str(output) in capsys.readouterr().out
-    if suffix == "png":
-        with Image.open(output) as picture:
-            assert picture.width > 800 and len(np.unique(np.asarray(picture.convert("L")))) > 10
-    assert output.stat().st_size > 5000
-
-
-def test_the_same_seed_draws_the_same_picture(run):
-    trained = given.load(run, "cpu")
-    first, again, other = (given.images(trained, ["digits"], count=5, seed=seed)[1] for seed in (1, 1, 2))
-    assert first == again != other
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["{tmp}/nothing"], "does not exist"),
-        (["{tmp}"], "holds no checkpoint"),
-        (["{run}", "--images", "{tmp}/nothing"], "does not exist"),
-        (["{run}", "--images", "{run}/train.log", "{run}/log.txt"], "image files, or one folder"),
-        (["{run}", "--count", "0"], "count: must be at least 1"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_in_words(run, tmp_path, capsys, words, message):
-    words = [word.format(tmp=tmp_path, run=run) for word in words]
-    assert visualize.main(["reconstruction", *words, "--device", "cpu"]) == 2
-    assert message in capsys.readouterr().err

@@ -1,11 +1,13 @@
-"""Pictures of what a trained model sees.
+"""See what the model sees: the paper's figures, and the ones by which people judge a small ViT.
 
-    python tools/visualize.py reconstruction output/quickstart                      # on images of the run's own data
-    python tools/visualize.py reconstruction output/tiny --images a.jpg b.jpg --output a_and_b.png
-    python tools/visualize.py reconstruction MODEL.pth --images FOLDER --count 12
+    python tools/visualize.py neighbors                                   # embedded photos, fresh ViT-Tiny
+    python tools/visualize.py similarity runs/tiny --images IMAGENET      # streamed over a folder
+    python tools/visualize.py separation runs/mae runs/nor mae_vit_tiny_patch16 --images a.jpg b.jpg
+    python tools/visualize.py reconstruction runs/tiny --output picture.pdf
 
-A subcommand is one function from a `Subject` (the model and some images, ready for it) to a figure, entered in
-`PICTURES`; reading the checkpoint, the images and the flags is the same for all.
+A model is a run folder, a checkpoint, a model's name (random weights), or NAME=FILE (`tools/figures/models.py`).
+Pictures are written as PNG and SVG and added to TensorBoard, all into the folder `figures`: the run's, where one run is
+shown, else the present folder's. A new picture is a file in `tools/figures` and a line in `PICTURES`.
 """
 
 from __future__ import annotations
@@ -15,111 +17,190 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from tools import given
-from tools.given import Trained
+from tools.figures import models, similarity, style
+from tools.figures.attention import attention
+from tools.figures.collapse import collapse
+from tools.figures.figure1 import figure1
+from tools.figures.models import Shown
+from tools.figures.neighbors import closeup, neighbors
+from tools.figures.reconstruction import reconstruction
+from tools.figures.relations import relations
+from tools.figures.separation import separated
+from tools.figures.subject import Similarity, Subject, chosen, open_images, read_images
+from util.logging import talk
 
-TITLES = {
-    "original": "original",
-    "masked": "what the encoder sees",
-    "reconstruction": "reconstruction",
-    "pasted": "reconstruction + visible",
-}
+FRESH = "mae_vit_tiny_patch16"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What a picture is made of: a trained model, images `[N, C, H, W]` normalised for it, their names, and a seed."""
+class Picture:
+    """A figure of a subject, and how many images it shows unless the user says."""
 
-    trained: Trained
-    images: Tensor
-    names: list[str]
-    seed: int
-
-    def noise(self) -> Tensor:
-        """Noise `[N, L]` for the mask: the same for the same seed, on any device."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(len(self.images), self.trained.model.num_patches, generator=generator)
-
-    def displayed(self, images: Tensor) -> np.ndarray:
-        """Normalised images `[N, C, H, W]` as `[N, H, W, 3]` (or `[N, H, W]` in grey) between 0 and 1."""
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in self.trained.statistics)
-        pixels = (images.float().cpu() * std + mean).clamp(0, 1)
-        channels = pixels.shape[1]
-        return pixels[:, 0].numpy() if channels < 3 else pixels[:, :3].movedim(1, -1).numpy()
-
-    @property
-    def channels_note(self) -> str:
-        channels = self.images.shape[1]
-        shown = {1: "", 2: "shown: the first of 2 channels", 3: ""}
-        return shown.get(channels, f"shown: the first 3 of {channels} channels as red, green and blue")
+    draw: Callable[[Subject], Figure]
+    count: int
 
 
-def reconstruction(subject: Subject) -> Figure:
-    """Per image a row: original, what the encoder sees, the prediction of every patch, and of the hidden ones only."""
-    model, options = subject.trained.model, subject.trained.options
-    with torch.inference_mode():
-        pictures = model.reconstruct(subject.images, noise=subject.noise())
-    rows, columns = len(subject.images), len(TITLES)
-    height, width = subject.images.shape[-2:]
-    figure = Figure(figsize=(1.9 * columns, 1.9 * rows * height / width + 0.9), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for column, (name, title) in enumerate(TITLES.items()):
-        for row, picture in enumerate(subject.displayed(pictures[name])):
-            axis = axes[row, column]
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if row == 0:
-                axis.set_title(title, fontsize=9)
-            if column == 0:
-                axis.set_ylabel(Path(subject.names[row]).name[-24:], fontsize=6)
-    notes = [f"{options['method']}, {options['model']}, {model.mask_ratio:.0%} of the patches hidden"]
-    if model.norm_pix_loss:
-        notes.append(
-            "The model predicts each patch standardised; this is undone with the patch's true mean and deviation,\n"
-            "so the brightness and contrast of hidden patches are given, and only their pattern is predicted."
+PICTURES = {
+    "figure1": Picture(figure1, 1),
+    "neighbors": Picture(neighbors, 2),
+    "closeup": Picture(closeup, 2),
+    "separation": Picture(separated, 2),
+    "reconstruction": Picture(reconstruction, 4),
+    "attention": Picture(attention, 16),
+    "collapse": Picture(collapse, 32),
+}
+
+
+def sides(text: str) -> tuple[int, int]:
+    """`224`, or rows and columns as `160x96`."""
+    parts = text.lower().split("x")
+    rows, columns = (int(part) for part in (parts if len(parts) == 2 else parts * 2))
+    return rows, columns
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too few; at least 1")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog="A model is: RUN_FOLDER, CHECKPOINT, NAME or NAME=WEIGHTS_FILE."
+    )
+    commands = result.add_subparsers(dest="picture", required=True, metavar="PICTURE")
+
+    def command(name: str, function: Callable) -> argparse.ArgumentParser:
+        said = (function.__doc__ or "").split("\n")[0]
+        made = commands.add_parser(name, help=said, description=said)
+        made.add_argument(
+            "--output", type=Path, nargs="+", default=[], metavar="FILE",
+            help=f"files to write, .png, .svg or .pdf (default: figures/{name}.png and .svg)",
+        )  # fmt: skip
+        made.add_argument("--no_tensorboard", action="store_true", help="do not add the figure to TensorBoard")
+        return made
+
+    def of_models(made: argparse.ArgumentParser, count: int | None) -> None:
+        made.add_argument("models", nargs="*", default=[FRESH], metavar="MODEL", help=f"(default: a fresh {FRESH})")
+        what = "image files; or a folder, a list, `digits`; or `photos`, two that come with scikit-learn"
+        default = "(default: the run's held-out images; without a run, the photos)"
+        made.add_argument("--images", nargs="+", default=[], metavar="PATH", help=f"{what} {default}")
+        how_many = "all of them" if count is None else count
+        made.add_argument(
+            "--count", type=positive, help=f"how many of a folder's images, drawn by the seed (default: {how_many})"
         )
-    notes += [subject.channels_note] if subject.channels_note else []
-    figure.suptitle("\n".join(notes), fontsize=8)
-    return figure
+        made.add_argument("--seed", type=int, default=0, help="of masks, random weights and the choice of images")
+        made.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+        made.add_argument("--input_size", type=sides, help="pixels, as 224 or 160x96 (default: the model's own)")
+
+    for name, picture in PICTURES.items():
+        made = command(name, picture.draw)
+        of_models(made, picture.count)
+        if name in ("figure1", "neighbors", "separation", "reconstruction"):
+            made.add_argument("--mask_ratio", type=float, help="share hidden (default: the first model's, or 0.75)")
+        if name in ("figure1", "neighbors", "closeup", "separation"):
+            told = "what is compared to find neighbours (default: embed_pos; pixels where models are compared)"
+            made.add_argument("--similarity", choices=get_args(Similarity), help=told)
+            released = "closest neighbours, or what the released code selects in their place (default: closest)"
+            made.add_argument("--cnp", choices=["closest", "released"], default="closest", help=released)
+        if name == "reconstruction":
+            told = "a model given as NAME=FILE was trained to predict standardised patches"
+            made.add_argument("--norm_pix_loss", action="store_true", help=told)
+    made = command("similarity", similarity.similarity)
+    of_models(made, None)
+    made.add_argument("--crop", choices=list(similarity.CROPS), default="centre", help="(default: centre)")
+    made.add_argument("--batch_size", type=int, default=32)
+    made.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
+    made = command("relations", relations)
+    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    return result
 
 
-PICTURES: dict[str, Callable[[Subject], Figure]] = {"reconstruction": reconstruction}
+def load_models(words: argparse.Namespace) -> list[Shown]:
+    """The models that were named; ValueError unless they take the same images."""
+    norm_pix_loss = getattr(words, "norm_pix_loss", False)
+    how = {"device": words.device, "seed": words.seed, "input_size": words.input_size, "norm_pix_loss": norm_pix_loss}
+    found = [models.load(word, **how) for word in words.models]
+    sizes = {shown.size for shown in found}
+    if len(sizes) > 1:
+        said = ", ".join(f"{shown.label} {' x '.join(map(str, shown.size))}" for shown in found)
+        raise ValueError(f"models side by side take the same images; found {said} (--input_size changes a size)")
+    return found
+
+
+def mask_ratio_of(words: argparse.Namespace, found: Sequence[Shown]) -> float:
+    """As the user says, or as the first model was trained."""
+    given = getattr(words, "mask_ratio", None)
+    return getattr(found[0].model, "mask_ratio", 0.75) if given is None else given
+
+
+def of_subject(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
+    """A picture of models and images."""
+    picture = PICTURES[words.picture]
+    source, listed = open_images(words.images, found)
+    numbers = chosen(source, words.count or (None if listed else picture.count), words.seed)
+    pixels, names = read_images(source, found[0].size, numbers)
+    subject = Subject(
+        found,
+        pixels,
+        names,
+        seed=words.seed,
+        mask_ratio=mask_ratio_of(words, found),
+        similarity=getattr(words, "similarity", None),
+        cnp=getattr(words, "cnp", "closest"),
+    )
+    return picture.draw(subject)
+
+
+def of_stream(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
+    """The histogram of similarities; its figures are also printed."""
+    if len(found) > 1:
+        raise ValueError("the histogram shows one model")
+    shown, (source, _) = found[0], open_images(words.images, found)
+    numbers = chosen(source, words.count, words.seed)
+    samples = similarity.crops(source, shown, words.crop, words.seed)
+    histograms = similarity.stream(shown, samples, numbers, words.batch_size, words.num_workers)
+    for name, histogram in histograms.items():
+        sys.stdout.write(f"{name:<10}{histogram}\n")
+    return similarity.similarity(shown, histograms, len(numbers), words.crop)
+
+
+def draw(words: argparse.Namespace) -> list[Path]:
+    """Draw what was asked for; answers the files written."""
+    home, updates = Path("figures"), 0
+    with style.house_style():
+        if words.picture == "relations":
+            figure = relations(words.runs)
+        else:
+            found = load_models(words)
+            figure = (of_stream if words.picture == "similarity" else of_subject)(words, found)
+            trained = found[0].trained
+            if len(found) == 1 and trained is not None:
+                home, updates = trained.run / "figures", trained.updates
+        written = words.output or [home / f"{words.picture}.{kind}" for kind in ("png", "svg")]
+        for path in written:
+            style.save(figure, path)
+        if not words.no_tensorboard:
+            style.to_tensorboard(figure, written[0].parent, f"figures/{written[0].stem}", updates)
+    return written
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Pictures of what a trained model sees.")
-    commands = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
-    for name, function in PICTURES.items():
-        command = commands.add_parser(name, help=(function.__doc__ or "").split("\n")[0])
-        command.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
-        told = "image files, a folder, or digits (default: the run's data)"
-        command.add_argument("--images", nargs="+", default=[], metavar="PATH", help=told)
-        command.add_argument("--count", type=int, default=6, help="how many images (default: 6)")
-        command.add_argument("--seed", type=int, default=0, help="of the images' choice and the masks (default: 0)")
-        command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-        command.add_argument("--output", type=Path, help=f"PNG, PDF or SVG (default: {name}.png in the run's folder)")
-    words = parser.parse_args(argv)
+    words = parser().parse_args(argv)
+    talk(main=True)
     try:
-        trained = given.load(words.model, words.device)
-        images, names = given.images(trained, words.images, count=words.count, seed=words.seed)
-        subject = Subject(trained, images, names, words.seed)
-        output = words.output or trained.run / f"{words.picture}.png"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        PICTURES[words.picture](subject).savefig(output, dpi=150)
+        written = draw(words)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"Written: {output}\n")
+    sys.stdout.write(f"Written: {', '.join(map(str, written))}\n")
     return 0
 
 

@@ -1,0 +1,187 @@
+"""Models to look at: a run, a checkpoint, or any ViT by name, with random weights or those of a file.
+
+    runs/mine                                      a run folder: its newest checkpoint
+    runs/mine/checkpoints/best.pth                 one of its checkpoints
+    mae_vit_tiny_patch16                           one of our sizes with fresh weights
+    vit_base_patch16_224                           a ViT of timm's with random weights
+    mae_vit_base_patch16=mae_pretrain_vit_base.pth either of them with the weights of a file
+
+Nothing is ever downloaded.
+
+N images   L patches, row by row   V chosen patches   D channels
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import methods
+from models_vit import VisionTransformer, load_matching
+from tools import given
+from util import checkpoint
+from util.data import pixel_statistics
+from util.distributed import pick_device
+from util.options import nearest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A ViT in eval mode on its device, what to call it, and what to say about it."""
+
+    label: str
+    about: str
+    model: VisionTransformer
+    statistics: tuple[tuple[float, ...], ...]
+    """Mean and deviation of each channel that its images are normalised with."""
+    device: torch.device
+    trained: given.Trained | None = None
+    """Where it comes from, if from a run of this project."""
+    decoder_trained: bool = True
+    """Whether the decoder, if there is one, has weights that belong to the encoder's."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.model.patch_embed.grid_size
+
+    @property
+    def num_patches(self) -> int:
+        """L."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return self.model.patch_embed.patch_size
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images it takes."""
+        return (self.model.patch_embed.proj.in_channels, *self.model.patch_embed.img_size)
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels `[N, C, H, W]` as the model takes them."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in self.statistics)
+        return ((pixels / 255 - mean) / std).to(self.device)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches' embeddings `[N, L, D]` without and with their positions."""
+        embedded = self.model.patch_embed(images)
+        table = self.model.pos_embed
+        return embedded, embedded if table is None else embedded + table[:, -self.num_patches :]
+
+    def _with_prefix(self, tokens: Tensor) -> Tensor:
+        """Class and register tokens with their positions, then these patches with theirs."""
+        model = self.model
+        prefix: list[Tensor] = [token for token in (model.cls_token, model.reg_token) if token is not None]
+        if not prefix:
+            return model.norm_pre(tokens)
+        first = torch.cat(prefix, dim=1)
+        if model.pos_embed is not None and not model.no_embed_class:
+            first = first + model.pos_embed[:, : -self.num_patches]
+        return model.norm_pre(torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1))
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """The encoder on any of an image's patches `[N, V, D]`, positions added: `[N, V, D]` after the norm."""
+        return self.model.norm(self.model.blocks(self._with_prefix(tokens)))[:, self.prefix :]
+
+    def layers(self, images: Tensor) -> Iterator[tuple[nn.Module | None, Tensor]]:
+        """Whole images through the encoder: (None, what enters the first block), then each block with its output."""
+        x = self._with_prefix(self.embed(images)[1])
+        yield None, x
+        for block in self.model.blocks:
+            x = block(x)
+            yield block, x
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens stand before the patches'."""
+        return self.model.num_prefix_tokens
+
+
+def load(
+    word: str,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    input_size: tuple[int, int] | None = None,
+    norm_pix_loss: bool = False,
+) -> Shown:
+    """The model that `word` names, see above; `norm_pix_loss` says how one from a file was trained."""
+    name, equals, file = word.partition("=")
+    if Path(word).exists():
+        shown = _of_run(Path(word), device)
+    elif equals or name.startswith("mae_vit_") or timm.is_model(name):
+        shown = _by_name(name, file, device, seed, input_size, norm_pix_loss)
+    elif "/" in word or word.endswith((".pth", ".pt", ".safetensors")):
+        raise ValueError(f"{word} does not exist; give a run folder, a checkpoint or the name of a model")
+    else:
+        known = [
+            *(f"mae_vit_{size}_patch16" for size in methods.SIZES),
+            *timm.list_models("vit_*"),
+            *timm.list_models(),
+        ]
+        hint = nearest(name, known) or "mae_vit_tiny_patch16 or vit_tiny_patch16_224, say"
+        raise ValueError(f"{word} is neither a run, nor a checkpoint, nor a model's name; {hint}")
+    if input_size and shown.size[1:] != input_size:
+        shown.model.set_input_size(input_size)
+    return shown
+
+
+def _of_run(path: Path, device: str) -> Shown:
+    try:
+        trained = given.load(path, device)
+    except checkpoint.CheckpointError as error:
+        advice = f"the weights of another program need the model's name beside them: mae_vit_base_patch16={path}"
+        raise ValueError(f"{error}. For a picture, {advice}") from error
+    options = trained.options
+    name = trained.run.resolve().name
+    if trained.checkpoint.name not in (checkpoint.LAST, trained.run.name):
+        name += f" ({trained.checkpoint.name})"
+    about = f"{options['method']}, {options['model']}, {trained.updates:,} updates"
+    return Shown(name, about, trained.model, trained.statistics, trained.device, trained)
+
+
+def _by_name(
+    name: str, file: str, device: str, seed: int, input_size: tuple[int, int] | None, norm_pix_loss: bool
+) -> Shown:
+    weights = checkpoint.load_weights(file) if file else {}
+    torch.manual_seed(seed)
+    model: VisionTransformer
+    if name.startswith("mae_vit_"):
+        sizes: dict[str, Any] = {"input_size": input_size, "norm_pix_loss": norm_pix_loss}
+        model = methods.build("mae", name, decoder_depth=_depth(weights, "decoder_blocks"), **sizes)
+        statistics = pixel_statistics(3)
+    else:
+        if not timm.is_model(name):
+            raise ValueError(f"unknown model {name!r}; {nearest(name, timm.list_models()) or 'see timm.list_models()'}")
+        built: Any = timm.create_model(name, pretrained=False, num_classes=0)
+        statistics = pixel_statistics(3, built.pretrained_cfg["mean"], built.pretrained_cfg["std"])
+        if type(built) is not VisionTransformer:
+            raise ValueError(f"{name} is a {type(built).__name__}; these pictures are of plain vision transformers")
+        model = built
+    about, decoder_trained = f"random weights, seed {seed}", True
+    if file:
+        report = load_matching(model, weights)
+        log.info("%s: %s", file, report)
+        about = f"weights of {Path(file).name}"
+        decoder_trained = not any(missing.startswith("decoder_") for missing in report.missing)
+    else:
+        log.info("%s: %s; nothing is downloaded, trained weights are given as %s=FILE", name, about, name)
+    where = pick_device(device)
+    return Shown(name, about, model.to(where).eval(), statistics, where, None, decoder_trained)
+
+
+def _depth(weights: Mapping[str, Tensor], blocks: str) -> int:
+    """How many blocks of this name the weights hold."""
+    return len({name.split(".")[1] for name in weights if name.startswith(f"{blocks}.")})

@@ -1,0 +1,84 @@
+"""Runs with different relations side by side, from their folders alone.
+
+Figure 6 of the NoR-MAE paper shows that another relation at the same weight trains differently. Relations differ in
+scale by orders of magnitude, so equal weights are not equal strengths: the label gives the weight, and a panel what the
+weighted term adds to the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tools.figures.style import grid_lines, line_of, note
+from tools.report import RunRecords, is_number, read_run
+
+WIDTH = 7.0
+
+
+def relation_of(run: RunRecords) -> str:
+    """What tells this run apart from others: its relation and weight, or that it has none."""
+    term: Mapping[str, Any] | None = (run.options.get("terms") or {}).get("neighbor")
+    if term is None:
+        return f"no neighbour term ({run.options.get('method')})"
+    words = [term["relation"].replace("_", " ")]
+    words += ["random mask"] if term["companion"] == "random" else []
+    words += ["released selection"] if term["cnp"] == "released" else []
+    words += [f"by {term['normalize']}"] if term["normalize"] != "token" else []
+    return f"{', '.join(words)}, weight {term['weight']:g}"
+
+
+def labels_of(runs: Sequence[RunRecords]) -> list[str]:
+    """One for each run; the run's name is added where two would be the same."""
+    labels = [relation_of(run) for run in runs]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({run.name})" for label, run in zip(labels, runs, strict=True)
+    ]
+
+
+def series(run: RunRecords, name: str) -> tuple[list[int], list[float]]:
+    """Epochs, counted from 1, and a figure's value in each."""
+    shown = [record for record in run.epochs if is_number(record.get(name))]
+    return [record["epoch"] + 1 for record in shown], [record[name] for record in shown]
+
+
+def added_by_the_term(run: RunRecords) -> tuple[list[int], list[float]]:
+    """Epochs, and the weighted neighbour term in each."""
+    epochs, values = series(run, "train_neighbor")
+    weight = run.options["terms"]["neighbor"]["weight"] if values else 0.0
+    return epochs, [weight * value for value in values]
+
+
+def relations(folders: Sequence[Path]) -> Figure:
+    """Figure 6: training curves of runs with different relations, from their folders."""
+    runs = [read_run(folder) for folder in folders]
+    if not runs:
+        raise ValueError("name the run folders to compare")
+    panels = [
+        ("reconstruction loss", [series(run, "train_reconstruction") for run in runs]),
+        ("weight x neighbour term", [added_by_the_term(run) for run in runs]),
+        ("k nearest neighbours, accuracy in %", [series(run, "knn_acc1") for run in runs]),
+    ]
+    panels = [(title, curves) for title, curves in panels if any(values for _, values in curves)]
+    if not panels:
+        raise ValueError(f"no curves to draw: {', '.join(run.name for run in runs)} finished no epoch yet")
+    labels = labels_of(runs)
+    figure = Figure(figsize=(WIDTH, 2.9 + 0.16 * len(runs)), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, curves) in zip(axes, panels, strict=True):
+        for number, (epochs, values) in enumerate(curves):
+            marker = "o" if len(values) == 1 else None
+            axis.plot(epochs, values, marker=marker, markersize=3, label=labels[number], **line_of(number))
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        grid_lines(axis)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2 if len(runs) > 3 else 1)
+    seen = sorted({f"{run.updates:,} updates of {run.options['total_batch_size']} images" for run in runs})
+    model = sorted({str(run.options["model"]) for run in runs})
+    note(figure, [f"{', '.join(model)}; {'; '.join(seen)}. Means over epochs."], WIDTH)
+    return figure

@@ -1,0 +1,174 @@
+"""Whether an encoder tells different closest neighbours apart: its tokens in a plane, and a number for it.
+
+Figures 1 (bottom), 7 and 8 of the NoR-MAE paper. An image is encoded twice, once from its visible patches and once
+from their closest neighbours (CNPs). The tokens of both are scaled to unit length, and their two principal components
+make the plane.
+
+*Separation* is the share of the tokens' variance that lies between groups, corrected for chance. A group is one CNP
+and the visible patches whose closest neighbour it is, so every group has two members at least. With n tokens in k
+groups it is 1 - (within / (n - k)) / (total / (n - 1)): 1 where a patch and its CNP are encoded alike and other CNPs
+are not, 0 on average where groups mean nothing. It is taken in all dimensions, because the plane hides some, and given
+for the plane beside it. Why not the silhouette: it compares with the nearest other group only, so it falls as groups
+get more, and patch sizes could not be compared; its chance level is not 0; and it costs the square of the tokens.
+
+Neighbours are alike before any training, in pixels and in position. So put a model with random weights beside a
+trained one: the difference is what training did.
+
+N images   V visible patches   D channels   n tokens   k groups
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from models_mae import take
+from tools.figures.models import Shown
+from tools.figures.style import BLUE, VERMILION, note, short_name
+from tools.figures.subject import SPACES, Similarity, Subject
+
+log = logging.getLogger(__name__)
+
+PANEL = 2.35  # inches
+WIDEST = 4  # models in a row
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One image's tokens under one model, on the CPU."""
+
+    visible: Tensor
+    """`[V, D]` encoded from the visible patches, of unit length."""
+    companions: Tensor
+    """`[V, D]` encoded from their closest neighbours, one for each visible patch."""
+    ids: Tensor
+    """`[V]` which patch each companion is."""
+
+
+def similarity_of(subject: Subject) -> Similarity:
+    """Pixels unless the user says: then the neighbours are the same whatever the models are."""
+    return subject.similarity or "pixels"
+
+
+@torch.inference_mode()
+def encode(subject: Subject, shown: Shown) -> list[Encoded]:
+    """Every image's visible patches and companions through one encoder."""
+    similarity = similarity_of(subject)
+    chooser = subject.models[0] if similarity == "pixels" else shown
+    companions_NL, _ = subject.neighbors(chooser, similarity)
+    ids_keep = subject.masking.ids_keep
+    ids = companions_NL.gather(1, ids_keep)
+    tokens = shown.embed(shown.normalized(subject.pixels))[1]
+    visible, companions = (
+        F.normalize(shown.encode(take(tokens, chosen.to(tokens.device))).float(), dim=-1).cpu()
+        for chosen in (ids_keep, ids)
+    )
+    return [Encoded(*parts) for parts in zip(visible, companions, ids, strict=True)]
+
+
+def pca(features: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
+    """Coordinates `[n, components]` of features `[n, D]` along their principal axes, and each axis's share of the
+    variance. In float64; the sign of an axis is such that its largest entry is positive."""
+    centred = features.double() - features.double().mean(dim=0)
+    variance, axes = torch.linalg.eigh(centred.T @ centred / (len(features) - 1))
+    axes = axes.flip(1)[:, :components]
+    signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    share = variance.flip(0)[:components].clamp(min=0) / variance.sum()
+    return centred @ (axes * signs), share
+
+
+def separation(features: Tensor, groups: Tensor) -> float:
+    """Share of the variance of features `[n, D]` that lies between groups `[n]`, less what chance would give."""
+    x = features.double()
+    names, group = groups.unique(return_inverse=True)
+    n, k = len(x), len(names)
+    if not 1 < k < n:
+        raise ValueError(f"{n} tokens in {k} groups: separation needs two groups, and one that has two members")
+    sums = torch.zeros(k, x.shape[1], dtype=x.dtype).index_add_(0, group, x)
+    means = sums / group.bincount(minlength=k)[:, None]
+    within = (x - means[group]).square().sum()
+    total = (x - x.mean(dim=0)).square().sum()
+    return float(1 - (within / (n - k)) / (total / (n - 1)))
+
+
+def once(encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """All visible tokens, then each companion once (a shared one is encoded alike each time); and their groups."""
+    _, group = encoded.ids.unique(return_inverse=True)
+    first = torch.full((int(group.max()) + 1,), len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
+    return torch.cat([encoded.visible, encoded.companions[first]]), torch.cat([group, group[first]])
+
+
+def panel(axis: Any, encoded: Encoded) -> str:
+    """The plane of one image's tokens; answers its figures in words."""
+    features, groups = once(encoded)
+    plane, share = pca(features)
+    visible = len(encoded.visible)
+    points, companions = plane[:visible], plane[visible:]
+    dot = 26 * min(1.0, (49 / visible) ** 0.5)
+    mine = companions[groups[:visible]]
+    axis.plot(
+        torch.stack([points[:, 0], mine[:, 0]]), torch.stack([points[:, 1], mine[:, 1]]),
+        color="0.6", linewidth=0.6 if visible < 200 else 0.25, zorder=1,
+    )  # fmt: skip
+    axis.scatter(*companions.T, s=dot, marker="s", color=BLUE, linewidth=0, zorder=2, label="closest neighbours (CNP)")
+    axis.scatter(
+        *points.T, s=dot, marker="o", facecolor="white", edgecolor=VERMILION, linewidth=0.9 if visible < 200 else 0.5,
+        zorder=3, label="visible patches",
+    )  # fmt: skip
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(True)
+    words = f"separation {separation(features, groups):.3f}, in this plane {separation(plane, groups):.3f}"
+    axis.set_xlabel(f"{words}\n{len(companions)} CNPs; the plane holds {share.sum():.0%} of the variance", fontsize=7)
+    return words
+
+
+def draw(container: Any, subject: Subject) -> None:
+    """The panels, into a figure or a part of one: a row for each image, a column for each model."""
+    models = subject.models
+    if len(models) > WIDEST:
+        raise ValueError(f"{len(models)} models do not fit side by side; at most {WIDEST}")
+    axes = container.subplots(len(subject.pixels), len(models), squeeze=False)
+    for column, shown in enumerate(models):
+        for row, encoded in enumerate(encode(subject, shown)):
+            words = panel(axes[row, column], encoded)
+            log.info("%s, %s: %s", shown.label, subject.names[row], words)
+        axes[0, column].set_title(f"{shown.label}\n{shown.about}", fontsize=7.5)
+    for row, name in enumerate(subject.names):
+        axes[row, 0].set_ylabel(short_name(name))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    container.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2)
+
+
+def size_of(subject: Subject) -> tuple[float, float]:
+    """Width and height in inches that `draw` needs."""
+    return max(4.6, PANEL * len(subject.models) + 0.3), (PANEL + 0.25) * len(subject.pixels) + 0.6
+
+
+def sentences(subject: Subject) -> list[str]:
+    """What the panels show."""
+    similarity = similarity_of(subject)
+    each = "" if similarity == "pixels" or len(subject.models) == 1 else ", for each model its own"
+    rows, columns = subject.grid
+    return [
+        f"Encoded tokens, unit length, principal components; {rows} x {columns} patches, {subject.mask_ratio:.0%} "
+        f"hidden, same mask everywhere. Closest neighbours by {SPACES[similarity]}{each}, {subject.companions_note}.",
+        "A line joins a patch and its CNP. Separation: share of the variance between groups (a CNP and its patches), "
+        "corrected for chance: 1 apart, 0 chance.",
+    ]
+
+
+def separated(subject: Subject) -> Figure:
+    """Figures 7, 8 and 1 (bottom): visible and CNP tokens in a plane, models side by side, with their separation."""
+    width, height = size_of(subject)
+    figure = Figure(figsize=(width, height + 0.6), layout="constrained")
+    draw(figure, subject)
+    note(figure, sentences(subject), width)
+    return figure

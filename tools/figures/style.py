@@ -1,0 +1,122 @@
+"""How every figure looks, and how it is written: PNG, SVG or PDF, and TensorBoard.
+
+The colours are Okabe and Ito's, which colour-blind readers tell apart. No figure rests on colour alone: what differs
+in colour differs in shape, dash, edge or label too, so that it survives a grey printer.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+)  # fmt: skip
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+FORMATS = ("png", "svg", "pdf")
+DPI = 300
+SCREEN_DPI = 150  # of what goes to TensorBoard and into a page
+SETTINGS: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "figure.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.3,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+    "svg.hashsalt": "nor-mae",  # the same figure is the same file
+}
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Figures made and saved inside look alike, whatever a user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        yield
+
+
+def line_of(number: int) -> dict[str, Any]:
+    """Colour and dashes of the line with this number."""
+    return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
+
+
+def grid_lines(axis: Any) -> None:
+    """Faint lines behind the curves of a panel."""
+    axis.grid(alpha=0.3, linewidth=0.5)
+    axis.set_axisbelow(True)
+
+
+def from_zero(axis: Any) -> None:
+    """Let the upright axis begin at 0 and end a little above what is drawn."""
+    axis.set_ylim(0, 1.04 * axis.get_ylim()[1])
+
+
+def picture(axis: Any, pixels: np.ndarray) -> None:
+    """Show `[H, W, 3]` (or `[H, W]` in grey) between 0 and 1, without ticks, in pixels from the upper left corner."""
+    height, width = pixels.shape[:2]
+    axis.imshow(
+        pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=(0, width, height, 0), rasterized=True
+    )
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def short_name(name: str, letters: int = 26) -> str:
+    """The end of a path, for a label."""
+    last = Path(name).name
+    return last if len(last) <= letters else f"…{last[-letters + 1 :]}"
+
+
+def note(figure: Any, sentences: Sequence[str], width_inches: float) -> None:
+    """Small text above the panels that says what they show; broken into lines that fit."""
+    letters = max(40, int(width_inches * 17.5))
+    lines = [line for sentence in sentences for line in textwrap.wrap(sentence, letters)]
+    figure.suptitle("\n".join(lines), fontsize=7.5, x=0.01, ha="left", linespacing=1.3)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure; the suffix decides the format. ValueError for any other suffix."""
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise ValueError(f"{path}: a figure is written as {', '.join(f'.{name}' for name in FORMATS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.04, metadata=undated)
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+    """The figure as uint8 `[H, W, 3]`."""
+    figure.set_dpi(SCREEN_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def to_tensorboard(figure: Figure, folder: Path, name: str, step: int) -> None:
+    """Add the figure to TensorBoard's files in `folder`, under `name`."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to draw
+
+    with SummaryWriter(str(folder)) as board:
+        board.add_image(name, torch.from_numpy(pixels_of(figure)), step, dataformats="HWC")

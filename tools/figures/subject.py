@@ -1,0 +1,209 @@
+"""What a figure is made of: models, the images that all of them are shown, and the mask that all of them get.
+
+N images   L patches, row by row   C H W image
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from models_mae import Masking, patchify, random_masking
+from models_nor_mae import closest_neighbors, neighbor_similarities, released_neighbors
+from tools import given
+from tools.figures.models import Shown
+from util.data import EvalSamples, eval_batches
+from util.images import eval_transform, is_image_name, picture_pixels, read_image
+from util.sources import Source, open_source
+
+log = logging.getLogger(__name__)
+
+PHOTOS = "photos"
+"""The word for scikit-learn's two embedded photographs."""
+BLANK = 0.86  # the grey of patches that are not shown
+
+Similarity = Literal["embed_pos", "embed", "pixels"]
+SPACES: dict[Similarity, str] = {
+    "pixels": "normalised pixels",
+    "embed": "patch embedding",
+    "embed_pos": "patch embedding + position",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Models of one image size, images `[N, C, H, W]` (uint8) for all of them, their names, and how to look."""
+
+    models: Sequence[Shown]
+    pixels: Tensor
+    names: Sequence[str]
+    seed: int = 0
+    mask_ratio: float = 0.75
+    similarity: Similarity | None = None
+    """What is compared to find a closest neighbour; None lets the figure choose."""
+    cnp: Literal["closest", "released"] = "closest"
+
+    @property
+    def only(self) -> Shown:
+        """The model, of a figure that shows one."""
+        if len(self.models) > 1:
+            raise ValueError(f"this figure shows one model; found {', '.join(shown.label for shown in self.models)}")
+        return self.models[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; ValueError unless all models have the same, as the same masks need."""
+        grids = {shown.label: shown.grid for shown in self.models}
+        if len(set(grids.values())) > 1:
+            found = ", ".join(f"{label} {rows} x {columns}" for label, (rows, columns) in grids.items())
+            raise ValueError(f"the same masks need the same grid of patches; found {found}")
+        return self.models[0].grid
+
+    @functools.cached_property
+    def noise(self) -> Tensor:
+        """`[N, L]`, whose smallest are visible: the same for the same seed, on any device and for any model."""
+        rows, columns = self.grid
+        return torch.rand(len(self.pixels), rows * columns, generator=torch.Generator().manual_seed(self.seed))
+
+    @functools.cached_property
+    def masking(self) -> Masking:
+        """Which patches the encoders see."""
+        patches = self.noise.shape[1]
+        visible = int(patches * (1 - self.mask_ratio))
+        if not 0 < visible < patches:
+            raise ValueError(f"mask_ratio {self.mask_ratio} leaves {visible} of {patches} patches; choose between")
+        return random_masking(self.noise, visible)
+
+    def displayed(self, shown: Shown, images: Tensor) -> np.ndarray:
+        """Normalised images `[N, C, H, W]` as `[N, H, W, 3]` (or `[N, H, W]` in grey) between 0 and 1."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in shown.statistics)
+        return as_pictures(images.float().cpu() * std + mean)
+
+    @property
+    def photographs(self) -> np.ndarray:
+        """The images themselves, as `displayed` gives them."""
+        return as_pictures(self.pixels / 255)
+
+    @property
+    def channels_note(self) -> list[str]:
+        """What to say of images that no screen can show as they are."""
+        channels = self.pixels.shape[1]
+        if channels in (1, 3):
+            return []
+        what = "channel" if channels == 2 else "3 channels, as red, green and blue,"
+        return [f"Shown: the first {what} of {channels}."]
+
+    @torch.inference_mode()
+    def neighbors(self, shown: Shown, similarity: Similarity) -> tuple[Tensor, Tensor]:
+        """Of every patch its companion `[N, L]`, and the cosine similarity of the two `[N, L]`; on the CPU."""
+        tokens = compared(shown, shown.normalized(self.pixels), similarity)
+        if self.cnp == "released":
+            companions = released_neighbors(tokens, shown.grid)
+        else:
+            companions = closest_neighbors(tokens, shown.grid)
+        unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
+        partner = unit.gather(1, companions[:, :, None].expand(-1, -1, unit.shape[-1]))
+        return companions.cpu(), (unit * partner).sum(dim=-1).cpu()
+
+    @property
+    def companions_note(self) -> str:
+        """Which patch is called the companion."""
+        if self.cnp == "released":
+            return "companions as the released code selects them"
+        return "closest of up to 8 neighbours"
+
+
+def compared(shown: Shown, images: Tensor, similarity: Similarity) -> Tensor:
+    """What neighbours are compared by, `[N, L, ...]`, of normalised images."""
+    if similarity == "pixels":
+        return patchify(images, shown.patch[0])
+    embedded, with_position = shown.embed(images)
+    return with_position if similarity == "embed_pos" else embedded
+
+
+def highest_similarity(shown: Shown, images: Tensor, similarity: Similarity) -> Tensor:
+    """The cosine similarity of every patch with its closest neighbour, `[N, L]`, of normalised images."""
+    similarities, _ = neighbor_similarities(compared(shown, images, similarity), shown.grid, "natural")
+    return similarities.amax(dim=-1)
+
+
+def as_pictures(images: Tensor) -> np.ndarray:
+    """Images `[N, C, H, W]` on a scale of 0 to 1 as `[N, H, W, 3]`, or `[N, H, W]` in grey."""
+    images = images.clamp(0, 1)
+    channels = images.shape[1]
+    return images[:, 0].numpy() if channels < 3 else images[:, :3].movedim(1, -1).numpy()
+
+
+def only_patches(picture: np.ndarray, patches: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
+    """A picture `[H, W, ...]` with all but these patches blank."""
+    rows, columns = grid
+    shown = np.zeros(rows * columns, dtype=bool)
+    shown[list(patches)] = True
+    height, width = picture.shape[0] // rows, picture.shape[1] // columns
+    mask = shown.reshape(grid).repeat(height, 0).repeat(width, 1)
+    return np.where(mask.reshape(mask.shape + (1,) * (picture.ndim - 2)), picture, np.float32(BLANK))
+
+
+def photos(in_chans: int) -> Source:
+    """Scikit-learn's two photographs, a Chinese pavilion and a flower, which come with it."""
+    found = load_sample_images()
+    names = [Path(name).name for name in found.filenames]
+    return Source(names, lambda index: picture_pixels(Image.fromarray(found.images[index]), in_chans))
+
+
+def open_images(paths: Sequence[str], models: Sequence[Shown]) -> tuple[Source, bool]:
+    """The images, and whether they were listed one by one, so that all of them are meant.
+
+    Image files; one folder, list or shard, or `digits`; `photos`; or, without paths, a run's own held-out images, and
+    where there is no run, or its images are gone, the photos. ValueError for anything else.
+    """
+    in_chans = models[0].size[0]
+    files = [path for path in paths if Path(path).is_file() and is_image_name(Path(path).name)]
+    if files and len(files) == len(paths):
+        return Source(files, lambda index: read_image(files[index], in_chans)), True
+    if len(paths) > 1:
+        wrong = ", ".join(path for path in paths if path not in files)
+        raise ValueError(f"--images takes image files, or one folder; no image file: {wrong}")
+    if paths and paths[0] != PHOTOS:
+        return _held_out(lambda split: open_source("auto", paths[0], split, in_chans=in_chans)), False
+    trained = next((shown.trained for shown in models if shown.trained), None)
+    if trained is not None and not paths:
+        try:
+            return _held_out(lambda split: given.source(trained, split)), False
+        except ValueError as error:
+            log.warning("%s; showing scikit-learn's photos instead", error)
+    return photos(in_chans), True
+
+
+def _held_out(opened: Callable[[str], Source]) -> Source:
+    """The validation split, or where there is none the training images, or whatever lies there."""
+    try:
+        return opened("val")
+    except ValueError:
+        return opened("train")
+
+
+def chosen(source: Source, count: int | None, seed: int) -> list[int]:
+    """Numbers of `count` images drawn by the seed; of all where there are no more, or None are asked for."""
+    everything = range(len(source))
+    return list(everything) if count is None or count >= len(source) else random.Random(seed).sample(everything, count)
+
+
+def read_images(source: Source, size: tuple[int, int, int], numbers: Sequence[int]) -> tuple[Tensor, list[str]]:
+    """The middle of each image as uint8 `[N, C, H, W]`, and the names."""
+    samples = EvalSamples(source, eval_transform(size[1:]), mean=(0.0,) * size[0], std=(1.0,) * size[0])
+    batch = next(eval_batches(samples, batch_size=len(numbers), indices=numbers))
+    for path, reason in batch.problems:
+        log.warning("%s cannot be read: %s", path, reason)
+    return batch.images, [source.names[number] for number in batch.index.tolist()]
