@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import random
 import signal
 
 import numpy as np
@@ -170,23 +171,26 @@ def test_evaluation_is_what_a_loop_counts():
     assert figures["images"] == 53
 
 
-@pytest.mark.parametrize("aa", ["", "rand-m9-mstd0.5-inc1"])
-@pytest.mark.parametrize("reprob", [0.0, 1.0])
-def test_training_images_are_normalised_and_erased_by_noise(aa, reprob):
+def augmented(aa, reprob):
     transform = finetune_transform(
         (32, 32), min_scale=1.0, hflip=0.0, aa=aa, color_jitter=0.0, reprob=reprob, mean=(0.5,) * 3, std=(0.25,) * 3
     )
-    torch.manual_seed(0)
-    image = transform(np.full((32, 32, 3), 255, np.uint8))
-    assert image.shape == (3, 32, 32)
-    if not aa and not reprob:
-        assert image.dtype == torch.uint8 and (image == 255).all()
-    else:
-        assert image.dtype == torch.float32
-        white = (image == 2.0).float().mean()  # (1 - .5) / .25
-        assert white > 0.3
-        if reprob and not aa:
-            assert white < 1
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    return transform(np.full((32, 32, 3), 255, np.uint8))
+
+
+def test_erased_rectangles_are_noise_in_a_normalised_image():
+    assert torch.equal(augmented("", 0.0), torch.full((3, 32, 32), 255, dtype=torch.uint8))
+    erased_HW = (augmented("", 1.0) != 2.0).any(dim=0)  # white is (1 - .5) / .25
+    rows, columns = erased_HW.any(dim=1).nonzero(), erased_HW.any(dim=0).nonzero()
+    assert erased_HW.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1), "a rectangle"
+    assert 0.02 < erased_HW.float().mean() < 0.4
+
+
+def test_automatic_augmentation_is_drawn_from_the_seeds_of_a_sample():
+    image = augmented("rand-m9-mstd0.5-inc1", 0.25)
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+    assert torch.equal(image, augmented("rand-m9-mstd0.5-inc1", 0.25))
 
 
 def test_unknown_augmentation_is_refused():
