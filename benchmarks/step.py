@@ -13,13 +13,7 @@ terminal and, with the raw times, to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import random
-import statistics
-import subprocess
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +24,22 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
-import timm
 import torch
 from torch import Tensor
 
 import methods
+from benchmarks.measure import (
+    RESULTS,
+    in_turn,
+    machine,
+    paired_ratios,
+    progress,
+    publish,
+    quartiles,
+    spread,
+    table,
+    where,
+)
 from benchmarks.restated_mae import RestatedMAE, RestatedStep
 from benchmarks.restated_nor_mae import RestatedNoRMAE
 from util.distributed import Processes
@@ -64,7 +69,11 @@ class Setting:
     steps: int = 1
     seed: int = 0
 
-    def build(self, method: str) -> torch.nn.Module:
+    @property
+    def patches(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    def build(self, method: str, terms: dict[str, Any] | None = None, mask_ratio: float = 0.75) -> torch.nn.Module:
         """Our model of that method; the same weights for the same seed."""
         torch.manual_seed(self.seed)
         return methods.build(
@@ -73,15 +82,17 @@ class Setting:
             input_size=self.input_size,
             decoder_depth=self.decoder_depth,
             norm_pix_loss=self.norm_pix_loss,
+            mask_ratio=mask_ratio,
+            terms=terms,
         )
 
 
 class OurStep:
     """A step as engine_pretrain takes it, without the loader."""
 
-    def __init__(self, setting: Setting, method: str, compiled: bool):
+    def __init__(self, setting: Setting, method: str, compiled: bool, **more: Any):
         self.device, self.amp = torch.device(setting.device), AMP[setting.amp]
-        model = setting.build(method).to(self.device)
+        model = setting.build(method, **more).to(self.device)
         optimizer = adamw(pretrain_groups(model, 0.05), 1.5e-4, device=self.device)
         schedule = warmup_cosine(optimizer, epochs=1, warmup_epochs=0, steps_per_epoch=1_000_000, min_lr=0.0)
         if compiled:
@@ -91,10 +102,10 @@ class OurStep:
         self.means = Means(Processes(0, 1, 0, self.device))
         self.index = torch.arange(setting.batch_size)
 
-    def __call__(self, images: Tensor, noise_NL: Tensor) -> None:
+    def __call__(self, images: Tensor, noise_NRL: Tensor) -> None:
         with self.stepper.micro_step():
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                losses = self.model(images, noise=noise_NL)
+                losses = self.model(images, noise=noise_NRL)
         self.means.add(losses, weight=len(images))
         self.stepper(losses, self.index)
 
@@ -119,14 +130,36 @@ def restated(setting: Setting, model_class: type[RestatedMAE], **more: Any) -> R
     return RestatedStep(model.to(device), device, AMP[setting.amp])
 
 
-VARIANTS: dict[str, Callable[[Setting], Step]] = {
-    "restated_mae": lambda setting: restated(setting, RestatedMAE),
-    "mae": lambda setting: OurStep(setting, "mae", compiled=False),
-    "restated_nor": lambda setting: restated(setting, RestatedNoRMAE, amp=AMP[setting.amp]),
-    "nor": lambda setting: OurStep(setting, "nor_mae", compiled=False),
-    "mae+compile": lambda setting: OurStep(setting, "mae", compiled=True),
-    "nor+compile": lambda setting: OurStep(setting, "nor_mae", compiled=True),
+OURS: dict[str, dict[str, Any]] = {
+    "mae": {"method": "mae"},
+    "mae_mask50": {"method": "mae", "mask_ratio": 0.5},
+    "nor": {"method": "nor_mae"},
+    "nor_r25": {"method": "nor_mae", "terms": {"neighbor": {"fraction": 0.25}}},
+    "nor_r20": {"method": "nor_mae", "terms": {"neighbor": {"fraction": 0.2}}},
+    "dmae": {"method": "dmae", "terms": {"teacher": {"embed_dim": 768, "depth": 12, "num_heads": 12}}},  # ViT-B teaches
 }
+
+
+def restated_step(model_class: type[RestatedMAE], **more: Any) -> Callable[[Setting], Step]:
+    def make(setting: Setting) -> Step:
+        amp = {"amp": AMP[setting.amp]} if model_class is RestatedNoRMAE else {}
+        step = restated(setting, model_class, **more, **amp)
+        return lambda images, noise_NRL: step(images, noise_NRL[:, 0])
+
+    return make
+
+
+def our_step(words: Mapping[str, Any], compiled: bool) -> Callable[[Setting], Step]:
+    return lambda setting: OurStep(setting, compiled=compiled, **words)
+
+
+VARIANTS: dict[str, Callable[[Setting], Step]] = {
+    "restated_mae": restated_step(RestatedMAE),
+    "restated_nor": restated_step(RestatedNoRMAE),
+    **{name: our_step(words, False) for name, words in OURS.items()},
+    **{f"{name}+compile": our_step(words, True) for name, words in OURS.items()},
+}
+USUAL = ("restated_mae", "mae", "restated_nor", "nor", "nor_r20")
 
 
 def clock_of(setting: Setting) -> tuple[str, Callable[[], float]]:
@@ -141,113 +174,74 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None] = lambda text: None) -> dict:
-    """Time the named variants; returns seconds per step by round, and peak memory where the device can tell."""
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """How much more memory the device holds at the worst moment of a step than before it."""
+    if device.type == "cuda":
+        wait(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Time the named variants: seconds per step by round, and the peak memory of a step beyond what is always held."""
     torch.set_num_threads(setting.threads)
     device = torch.device(setting.device)
     generator = torch.Generator().manual_seed(setting.seed)
-    patches = (setting.input_size // setting.patch_size) ** 2
     images = torch.randn(setting.batch_size, 3, setting.input_size, setting.input_size, generator=generator).to(device)
-    noise = torch.rand(setting.batch_size, patches, generator=generator).to(device)
+    noise = torch.rand(setting.batch_size, 2, setting.patches, generator=generator).to(device)
     clock_name, clock = clock_of(setting)
-
-    steps: dict[str, Step] = {}
+    turns: dict[str, Callable[[], float]] = {}
     memory: dict[str, int] = {}
+
+    def turn(step: Step) -> float:
+        wait(device)
+        begin = clock()
+        for _ in range(setting.steps):
+            step(images, noise)
+        wait(device)
+        return (clock() - begin) / setting.steps
+
     for name in names:
         say(f"preparing {name}")
-        steps[name] = VARIANTS[name](setting)
+        step = VARIANTS[name](setting)
         for _ in range(max(setting.warmup, 1)):  # the first step also makes optimizer state and, compiled, the code
-            steps[name](images, noise)
-        if device.type == "cuda":
-            wait(device)
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            steps[name](images, noise)
-            wait(device)
-            memory[name] = torch.cuda.max_memory_allocated(device) - before
-
-    order = random.Random(setting.seed)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(setting.rounds):
-        for name in order.sample(list(names), len(names)):
-            wait(device)
-            begin = clock()
-            for _ in range(setting.steps):
-                steps[name](images, noise)
-            wait(device)
-            seconds[name].append((clock() - begin) / setting.steps)
-        newest = ", ".join(f"{name} {seconds[name][-1]:.3f} s" for name in names)
-        say(f"round {number + 1} of {setting.rounds}: {newest}")
-    return {"clock": clock_name, "seconds": seconds, "peak_bytes": memory}
+            step(images, noise)
+        memory[name] = peak_bytes(functools.partial(step, images, noise), device)
+        turns[name] = functools.partial(turn, step)
+    return {"clock": clock_name, "seconds": in_turn(turns, setting.rounds, setting.seed, say), "peak_bytes": memory}
 
 
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(values) == 1:
-        return {"median": values[0], "q1": values[0], "q3": values[0]}
-    q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": statistics.median(values), "q1": q1, "q3": q3}
-
-
-def paired_ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """`"a/b"`: median and quartiles, over the rounds, of a's time divided by b's time in the same round."""
-    return {
-        f"{a}/{b}": quartiles([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
-        for a in seconds
-        for b in seconds
-        if a != b
-    }
-
-
-def machine(device: str) -> dict[str, str | int | None]:
-    """What the figures were measured on."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        lines = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        processor = lines[0] if lines else processor
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "commit": answer.stdout.strip() or None,
-    }
-
-
-def markdown(result: Mapping) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     """The figures as a table: one row a variant, one column a baseline."""
-    setting, where, seconds = result["setting"], result["machine"], result["seconds"]
-    names = list(seconds)
-    memory = ["peak MiB over rest"] if result["peak_bytes"] else []
-    columns = ["variant", "s / step", *memory, *names]
-    lines = [
-        f"# Step time: ViT-{setting['size'].capitalize()}/{setting['patch_size']} at {setting['input_size']} px, "
-        f"decoder depth {setting['decoder_depth']}",
-        "",
-        f"{where['device']}, {where['date']}, torch {where['torch']}, timm {where['timm']}, commit {where['commit']}. "
-        f"Batch {setting['batch_size']}, amp {setting['amp']}, CPU threads: {setting['threads']}, "
-        f"rounds: {setting['rounds']} of {setting['steps']} step(s), {result['clock']}.",
-        "Medians over rounds; ratios are taken within a round, with their quartiles. A row's time / the column's time.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|---" * len(columns) + "|",
+    setting, seconds = result["setting"], result["seconds"]
+    rows = [
+        [
+            name,
+            f"{quartiles(times)['median']:.4f}",
+            f"{result['peak_bytes'][name] / 2**20:.0f}",
+            *("1" if other == name else spread(result["ratios"][f"{name}/{other}"]) for other in seconds),
+        ]
+        for name, times in seconds.items()
     ]
-    for name in names:
-        cells = [name, f"{quartiles(seconds[name])['median']:.4f}"]
-        if memory:
-            cells.append(f"{result['peak_bytes'][name] / 2**20:.0f}")
-        for other in names:
-            if other == name:
-                cells.append("1")
-                continue
-            ratio = result["ratios"][f"{name}/{other}"]
-            cells.append(f"{ratio['median']:.3f} [{ratio['q1']:.3f}, {ratio['q3']:.3f}]")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return (
+        f"# Step time: ViT-{setting['size'].capitalize()}/{setting['patch_size']} at {setting['input_size']} px, "
+        f"decoder depth {setting['decoder_depth']}\n\n"
+        f"{where(result['machine'])} Batch {setting['batch_size']}, amp {setting['amp']}, CPU threads: "
+        f"{setting['threads']}, rounds: {setting['rounds']} of {setting['steps']} step(s), {result['clock']}.\n"
+        "Medians over rounds; ratios within a round, with their quartiles: a row's time / the column's time.\n\n"
+        + table(["variant", "s / step", "peak MiB over rest", *seconds], rows)
+    )
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Setting, list[str], Path]:
@@ -255,9 +249,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Setting, list[str], Path]:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--variants", nargs="+", default=list(VARIANTS)[:4], choices=VARIANTS, help="what is timed", metavar="NAME"
-    )
+    parser.add_argument("--variants", nargs="+", default=USUAL, choices=VARIANTS, help="what is timed", metavar="NAME")
     parser.add_argument("--size", default=default.size, choices=["tiny", "small", "base", "large", "huge"])
     for name, text in {
         "patch_size": "side of a patch in pixels",
@@ -282,12 +274,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Setting, list[str], Path]:
     if output is None:
         device, size = setting.device.split(":")[0], f"{setting.size}{setting.patch_size}"
         name = f"step_{device}_{size}_b{setting.batch_size}_{setting.amp}.json"
-        output = PROJECT / "benchmarks" / "results" / name
+        output = RESULTS / name
     return setting, names, output
-
-
-def progress(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -295,10 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {"setting": asdict(setting), "machine": machine(setting.device)}
     result |= measure(setting, names, say=progress)
     result["ratios"] = paired_ratios(result["seconds"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    output.with_suffix(".md").write_text(markdown(result))
-    sys.stdout.write(markdown(result))
+    publish(result, markdown(result), output)
 
 
 if __name__ == "__main__":

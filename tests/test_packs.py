@@ -61,7 +61,8 @@ def images(source):
 
 
 @pytest.mark.parametrize(
-    "words", [["--size", "0"], ["--size", "30"], ["--size", "64", "--raw"], ["--size", "0", "--raw"]]
+    "words",
+    [["--size", "0", "--quality", "0"], ["--size", "30", "--raw"], ["--size", "64", "--raw"], ["--size", "0", "--raw"]],
 )
 def test_what_need_not_shrink_comes_back_to_the_last_bit(folder, tmp_path, said, words):
     of_folder, of_pack = open_source("auto", str(folder)), packed(folder, tmp_path / "pack", *words)
@@ -84,13 +85,23 @@ def test_shrunken_images_are_those_of_the_recipe(folder, tmp_path, said):
         assert np.array_equal(as_files[name], np.asarray(Image.open(file)))
 
 
+def test_an_image_that_need_not_shrink_keeps_its_own_file_if_that_is_no_larger(folder, tmp_path, said):
+    source, stored = open_source("auto", str(folder)), packed(folder, tmp_path / "pack", "--size", "64")
+    for number in range(len(source)):
+        own = open(source.path(number), "rb").read()
+        file = io.BytesIO()
+        Image.fromarray(source.read(number)).save(file, "JPEG", quality=90, subsampling="4:2:0")
+        smaller = min(own, file.getvalue(), key=len)
+        assert np.array_equal(stored.read(number), np.asarray(Image.open(io.BytesIO(smaller))))
+
+
 def test_shrinking_keeps_the_short_side_and_the_shape():
     assert shrink(np.zeros((30, 40, 3), np.uint8), 15).shape == (15, 20, 3)
     assert shrink(np.zeros((501, 334, 1), np.uint8), 256).shape == (384, 256, 1)
 
 
 def test_the_val_split_is_packed_with_the_same_classes(folder, tmp_path, said):
-    packed(folder, tmp_path / "pack", "--size", "0")
+    packed(folder, tmp_path / "pack")
     held_out = open_source("auto", str(tmp_path / "pack"), "val", class_list=["a", "b"])
     assert len(held_out) == 4
     assert held_out.classes == ["a", "b"]
@@ -100,7 +111,24 @@ def test_the_val_split_is_packed_with_the_same_classes(folder, tmp_path, said):
 
 def test_sources_without_files_are_packed_without_loss(tmp_path, said):
     target = tmp_path / "digits"
-    assert pack.main(["digits", "--output", str(target), "--in_chans", "1", "--num_workers", "2"]) == 0
+    assert (
+        pack.main(
+            [
+                "digits",
+                "--output",
+                str(target),
+                "--in_chans",
+                "1",
+                "--size",
+                "0",
+                "--quality",
+                "0",
+                "--num_workers",
+                "2",
+            ]
+        )
+        == 0
+    )
     source, stored = open_source("digits", "", in_chans=1), open_source("auto", str(target), in_chans=1)
     assert np.array_equal(stored.labels, source.labels)
     for number in range(0, len(source), 97):
@@ -256,7 +284,8 @@ def test_hashes_are_taken_once_and_again_after_any_change(folder, tmp_path, said
     ("words", "reason"),
     [
         (["--size", "-1"], "size is -1"),
-        (["--quality", "0"], "quality is 0"),
+        (["--quality", "101"], "quality is 101"),
+        (["--quality", "0"], "give size 0 too"),
         (["--in_chans", "4"], "JPEG has 1 or 3 channels"),
         (["--num_workers", "0"], "at least one process"),
         (["--dataset", "webdataset"], "unknown dataset"),
@@ -286,7 +315,7 @@ def test_raw_pixels_of_other_channels_are_refused(folder, tmp_path, said):
 
 def test_a_recipe_stores_what_has_no_picture_mode_as_arrays():
     array = np.random.default_rng(0).integers(0, 256, (5, 6, 7), dtype=np.uint8)
-    stored, rows, columns = Recipe(short_side=0, channels=7).store(array, None)
+    stored, rows, columns = Recipe(short_side=0, quality=0, channels=7).store(array, None)
     assert (rows, columns) == (0, 0)
     assert np.array_equal(np.load(io.BytesIO(stored)), array)
 

@@ -3,7 +3,7 @@
     python tools/pack.py IMAGENET --output PACK                       # short side 256, JPEG quality 90
     python tools/pack.py IMAGENET --output PACK --size 384            # nearly all detail, 70 GB for ImageNet-1K
     python tools/pack.py PETS --output PACK --raw                     # pixels: nothing to decode, 5 to 10 times larger
-    python tools/pack.py IMAGENET --output PACK --size 0              # the files as they are, in few large ones
+    python tools/pack.py IMAGENET --output PACK --size 0 --quality 0  # the files as they are, in few large ones
     python main_pretrain.py --data_path PACK ...
 
     python tools/pack.py --verify PACK     # every hash, and every file of the source that is still there
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data_path", nargs="?", default="", help="the images, as for training")
     parser.add_argument("--output", type=Path, help="folder of the pack, with a folder for each split in it")
     parser.add_argument("--size", type=int, default=256, help="short side in pixels, never enlarged; 0: as it is")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEG files that shrunken images become")
+    parser.add_argument("--quality", type=int, default=90, help="of JPEG; 0, with --size 0: own files")
     parser.add_argument("--raw", action="store_true", help="store pixels instead of image files")
     parser.add_argument("--dataset", default="auto", help="how data_path is read, as for training")
     parser.add_argument("--class_list", default="", help="only these classes, as for training")

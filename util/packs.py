@@ -49,10 +49,10 @@ ROW = np.dtype(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How images are stored. An image that need not shrink keeps its own file, or else a lossless one.
+    """How images are stored.
 
-    short_side  pixels that the shorter side is reduced to, never enlarged; 0 leaves all as they are
-    quality     of the JPEG files (4:2:0) that shrunken images become
+    short_side  pixels that the shorter side is reduced to, never enlarged; 0 leaves sizes as they are
+    quality     of the JPEG files (4:2:0) that images become; 0 keeps each image's own file, or makes a lossless one
     raw         pixels instead of files: larger, and nothing to decode
     channels    of the pixels
     """
@@ -64,32 +64,36 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.short_side < 0:
-            raise ValueError(f"size is {self.short_side}; it is the shorter side in pixels, or 0 for files as they are")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality is {self.quality}; JPEG has 1 to 100")
-        if not self.raw and self.short_side and self.channels not in (1, 3):
-            raise ValueError(f"JPEG has 1 or 3 channels, not {self.channels}: pack them raw, or with size 0")
+            raise ValueError(f"size is {self.short_side}; it is the shorter side in pixels, or 0 for sizes as they are")
+        if not 0 <= self.quality <= 100:
+            raise ValueError(f"quality is {self.quality}; JPEG has 1 to 100, and 0 keeps the files as they are")
+        if not self.raw and not self.quality and self.short_side:
+            raise ValueError(f"quality 0 keeps the files as they are, and size is {self.short_side}: give size 0 too")
+        if not self.raw and self.quality and self.channels not in (1, 3):
+            raise ValueError(f"JPEG has 1 or 3 channels, not {self.channels}: pack them raw, or with size 0, quality 0")
 
     def store(self, array_HWC: np.ndarray, file: bytes | None) -> tuple[bytes, int, int]:
-        """(what to store, rows, columns) of an image and its own file; the sizes are 0 for a file."""
-        rows, columns = array_HWC.shape[:2]
-        if 0 < self.short_side < min(rows, columns):
-            array_HWC, file, lossless = shrink(array_HWC, self.short_side), None, False
-        else:
-            lossless = True
+        """(what to store, rows, columns) of an image and its own file, if any; the sizes are 0 for a file.
+
+        A file of its own that is no larger than the JPEG file would be, and as many pixels, is kept.
+        """
+        if 0 < self.short_side < min(array_HWC.shape[:2]):
+            array_HWC, file = shrink(array_HWC, self.short_side), None
         if self.raw:
             return array_HWC.tobytes(), *array_HWC.shape[:2]
-        if file is not None:
+        if file is not None and not self.quality:
             return file, 0, 0
         target = io.BytesIO()
         if self.channels not in PICTURE_MODES:
             np.save(target, array_HWC)
-        elif lossless:
-            Image.fromarray(array_HWC.squeeze(-1) if self.channels == 1 else array_HWC).save(target, "PNG")
-        else:
-            picture = Image.fromarray(array_HWC.squeeze(-1) if self.channels == 1 else array_HWC)
+            return target.getvalue(), 0, 0
+        picture = Image.fromarray(array_HWC.squeeze(-1) if self.channels == 1 else array_HWC)
+        if self.quality:
             picture.save(target, "JPEG", quality=self.quality, subsampling="4:2:0")
-        return target.getvalue(), 0, 0
+        else:
+            picture.save(target, "PNG")
+        made = target.getvalue()
+        return (made if file is None or len(made) < len(file) else file), 0, 0
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

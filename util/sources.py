@@ -405,10 +405,11 @@ def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequ
         _same_source(pack)
     recipe = pack.manifest["recipe"]
     size = f"short side {recipe['short_side']}" if recipe["short_side"] else "original size"
+    what = "raw pixels" if recipe["raw"] else f"JPEG quality {recipe['quality']}" if recipe["quality"] else "own files"
     source = Source(
         Names(pack.names), pack.reader(in_chans), pack.labels, pack.manifest["classes"], selection=pack.fingerprint
     )
-    return _said(source, f"pack {folder}", f"{size}, {'raw pixels' if recipe['raw'] else 'image files'}")
+    return _said(source, f"pack {folder}", f"{size}, {what}")
 
 
 def _same_source(pack: Pack) -> None:

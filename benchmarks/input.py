@@ -1,0 +1,226 @@
+"""How many images a second the loader gives: our ways of loading and torchvision with Pillow, in turn.
+
+    python benchmarks/input.py IMAGES                       # a folder or a list of images, as for training
+    python benchmarks/input.py IMAGES --variants torchvision folder pack256 --num_workers 8
+
+`torchvision` is the baseline: an ImageFolder's loader, RandomResizedCrop, flip, ToTensor and Normalize, in a DataLoader
+that hands out floats. `pillow` is our loader with torchcodec switched off, `folder` our loader, `packN` a pack with
+short side N, `rawN` one of raw pixels. Ours hand out bytes, which the device normalises. A small folder is gone
+through several times; files are in the page cache, so this is the cost of the processor and not of the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets.folder import pil_loader
+
+from benchmarks.measure import (
+    RESULTS,
+    in_turn,
+    machine,
+    paired_ratios,
+    progress,
+    publish,
+    quartiles,
+    spread,
+    table,
+    where,
+)
+from tools import pack
+from util import decode
+from util.data import Batches, TrainSamples, pretrain_transform
+from util.images import ASPECT_RATIOS
+from util.sources import Names, Source, open_source
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+USUAL = ("torchvision", "pillow", "folder", "pack384", "pack256", "raw256")
+
+
+class PlainDataset(Dataset):
+    """What an ImageFolder with MAE's transforms does."""
+
+    def __init__(self, paths: Sequence[str], input_size: int):
+        self.paths = paths
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(
+                    input_size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+                ),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(pil_loader(self.paths[index])), 0
+
+
+def torchvision_epochs(source: Source, given: argparse.Namespace) -> Callable[[], Iterator[Any]]:
+    assert source.path is not None
+    paths = [source.path(number % len(source)) for number in range(given.images)]
+    loader = DataLoader(
+        PlainDataset(paths, given.input_size),
+        batch_size=given.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=given.num_workers,
+        persistent_workers=given.num_workers > 0,
+    )
+    return lambda: iter(loader)
+
+
+def our_epochs(source: Source, given: argparse.Namespace) -> Callable[[], Iterator[Any]]:
+    repeated = Source(Names(str(number) for number in range(given.images)), functools.partial(_wrapped, source))
+    patches = (given.input_size // 16) ** 2
+    samples = TrainSamples(repeated, pretrain_transform(given.input_size), 0, (1, patches), mean=MEAN, std=STD)
+    batches = Batches(samples, batch_size=given.batch_size, num_workers=given.num_workers)
+    epochs = iter(range(2**31))
+    return lambda: batches.epoch(next(epochs))
+
+
+def _wrapped(source: Source, number: int) -> np.ndarray:
+    return source.read(number % len(source))
+
+
+def packed(source: Source, given: argparse.Namespace, name: str, folder: Path) -> tuple[Source, int]:
+    """A pack of the images, and its bytes for each."""
+    raw, size = name.startswith("raw"), name.removeprefix("raw").removeprefix("pack")
+    words = ["--output", str(folder / name), "--size", size, "--split", "train", *(["--raw"] if raw else [])]
+    if pack.main([given.data_path, *words]):
+        raise ValueError(f"{given.data_path} cannot be packed")
+    stored = sum(file.stat().st_size for file in (folder / name / "train").glob("shard-*.bin"))
+    return open_source("pack", str(folder / name)), stored // len(source)
+
+
+@contextlib.contextmanager
+def without_torchcodec() -> Iterator[None]:
+    """Workers started inside decode with Pillow."""
+    true = decode.torchcodec_jpeg
+    decode.torchcodec_jpeg = lambda: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        decode.torchcodec_jpeg = true
+
+
+def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) -> dict[str, Any]:
+    """Seconds per image by round; bytes per image of the packs; how far pixels are from Pillow's."""
+    source = open_source("auto", given.data_path)
+    if source.path is None:
+        raise ValueError(f"{given.data_path} has no image files, which the baseline reads")
+    turns: dict[str, Callable[[], float]] = {}
+    bytes_each: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in given.variants:
+            say(f"preparing {name}")
+            images = source
+            if name.startswith(("pack", "raw")):
+                images, bytes_each[name] = packed(source, given, name, Path(folder))
+            with without_torchcodec() if name == "pillow" else contextlib.nullcontext():
+                start = (torchvision_epochs if name == "torchvision" else our_epochs)(images, given)
+                turns[name] = functools.partial(seconds_per_image, start, given.batch_size)
+                turns[name]()  # starts the workers, fills the page cache
+        seconds = in_turn(turns, given.rounds, given.seed, say)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the plain DataLoader's handler takes workers that end for failures
+    return {"seconds": seconds, "bytes_each": bytes_each, "pixels": pixel_difference(source, given.input_size)}
+
+
+def seconds_per_image(start: Callable[[], Iterator[Any]], batch_size: int) -> float:
+    began, images = time.perf_counter(), 0
+    for _ in start():
+        images += batch_size
+    return (time.perf_counter() - began) / images
+
+
+def pixel_difference(source: Source, input_size: int, crops: int = 4) -> dict[str, float]:
+    """Between our crops and Pillow's of the same boxes, on a scale of 0 to 255, over at most 64 images."""
+    assert source.path is not None
+    torch.manual_seed(0)
+    means, most = [], 0.0
+    for number in range(min(64, len(source))):
+        theirs = pil_loader(source.path(number))
+        ours = torch.from_numpy(source.read(number).copy()).permute(2, 0, 1)
+        extent = torch.empty(1).expand(1, *ours.shape[1:])
+        for _ in range(crops):
+            box = transforms.RandomResizedCrop.get_params(extent, [0.2, 1.0], list(ASPECT_RATIOS))
+            top, left, rows, columns = box
+            cut = theirs.crop((left, top, left + columns, top + rows))
+            expected = np.asarray(cut.resize((input_size, input_size), Image.Resampling.BICUBIC)).astype(int)
+            part = ours[:, top : top + rows, left : left + columns]
+            found = transforms.v2.functional.resize(
+                part, [input_size, input_size], transforms.InterpolationMode.BICUBIC, antialias=True
+            )
+            difference = np.abs(found.permute(1, 2, 0).numpy() - expected)
+            means.append(difference.mean())
+            most = max(most, float(difference.max()))
+    return {"mean": float(np.mean(means)), "worst_crop_mean": float(np.max(means)), "worst_pixel": most}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    setting, seconds = result["setting"], result["seconds"]
+    baseline = next(iter(seconds))
+    rows = []
+    for name, times in seconds.items():
+        rate = quartiles([1 / each for each in times])
+        ratio = "1" if name == baseline else spread(result["ratios"][f"{baseline}/{name}"], 2)
+        size = result["bytes_each"].get(name)
+        rows.append([name, spread(rate, 0), ratio, f"{size / 1000:.0f}" if size else "-"])
+    pixels = result["pixels"]
+    return (
+        f"# Loading: {setting['input_size']} px crops, {setting['num_workers']} workers, "
+        f"batch {setting['batch_size']}\n\n"
+        f"{where(result['machine'])} {setting['images']} images a round, {setting['rounds']} rounds; medians, "
+        "quartiles and ratios within a round. Crops of equal boxes differ from Pillow's by "
+        f"{pixels['mean']:.3f} of 255 on average (worst crop "
+        f"{pixels['worst_crop_mean']:.3f}, worst pixel {pixels['worst_pixel']:.0f}).\n\n"
+        + table(["loader", "images / s", f"times {baseline}", "KB / image stored"], rows)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("data_path", help="folder or list of images")
+    parser.add_argument("--variants", nargs="+", default=USUAL, metavar="NAME", help="the first is the baseline")
+    for name, value, text in (
+        ("images", 1024, "images a round; files are read several times if there are fewer"),
+        ("num_workers", 2, "loader processes"),
+        ("batch_size", 64, "images a batch"),
+        ("input_size", 224, "side of the crops"),
+        ("rounds", 9, "how often every loader is timed"),
+        ("seed", 0, "of the order of turns"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value, help=text)
+    parser.add_argument("--output", type=Path, default=RESULTS / "input.json", help="JSON file, the table beside it")
+    given = parser.parse_args(argv)
+    setting = {name: value for name, value in vars(given).items() if name not in ("data_path", "output")}
+    result = {"setting": setting, "machine": machine("cpu"), **measure(given)}
+    result["ratios"] = paired_ratios(result["seconds"])
+    publish(result, markdown(result), given.output)
+
+
+if __name__ == "__main__":
+    main()

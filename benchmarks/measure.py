@@ -1,0 +1,107 @@
+"""What all benchmarks share: turns drawn anew, ratios within a round, the machine's name, JSON and Markdown.
+
+Only times of the same round are compared, each variant taking its turn in an order drawn anew: a machine that is slow
+for a minute is slow for all of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+RESULTS = PROJECT / "benchmarks" / "results"
+
+import timm
+import torch
+
+
+def in_turn(
+    variants: Mapping[str, Callable[[], float]], rounds: int, seed: int, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """What each variant answers, by round."""
+    order = random.Random(seed)
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds):
+        for name in order.sample(list(variants), len(variants)):
+            found[name].append(variants[name]())
+        newest = ", ".join(f"{name} {values[-1]:.4g}" for name, values in found.items())
+        say(f"round {number + 1} of {rounds}: {newest}")
+    return found
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(values) == 1:
+        return {"median": values[0], "q1": values[0], "q3": values[0]}
+    q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": statistics.median(values), "q1": q1, "q3": q3}
+
+
+def paired_ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """`"a/b"`: median and quartiles, over the rounds, of a's time divided by b's time in the same round."""
+    return {
+        f"{a}/{b}": quartiles([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
+        for a in seconds
+        for b in seconds
+        if a != b
+    }
+
+
+def machine(device: str) -> dict[str, str | int | None]:
+    """What the figures were measured on."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        processor = lines[0] if lines else processor
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "commit": answer.stdout.strip() or None,
+    }
+
+
+def progress(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def where(machine: Mapping[str, Any]) -> str:
+    """The machine in one line."""
+    return (
+        f"{machine['device']} ({machine['cores']} cores), {machine['date']}, torch {machine['torch']}, "
+        f"timm {machine['timm']}, commit {machine['commit']}."
+    )
+
+
+def spread(values: Mapping[str, float], digits: int = 3) -> str:
+    """A median with its quartiles."""
+    return f"{values['median']:.{digits}f} [{values['q1']:.{digits}f}, {values['q3']:.{digits}f}]"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """In Markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
+
+
+def publish(result: Mapping[str, Any], text: str, output: Path) -> None:
+    """The figures as JSON, the table beside them and on the terminal."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(text)
+    sys.stdout.write(text)
