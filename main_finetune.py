@@ -33,6 +33,7 @@ from util.augment import finetune_transform
 from util.checkpoint import ENCODER
 from util.data import Batch, Batches, EvalSamples, Source, TrainSamples, eval_batches, eval_transform, pixel_statistics
 from util.distributed import Processes
+from util.images import classifier_crop_share
 from util.logging import talk
 from util.options import FinetuneOptions, OptionError, parse, resolve_batch
 from util.run import Run, run_front_door
@@ -121,8 +122,8 @@ def make_optimizer(options: FinetuneOptions, model: Classifier, device: torch.de
 
 def image_batches(options: FinetuneOptions, source: Source, processes: Processes) -> Iterator[Batch]:
     """This process's share of a whole source, each image cut in the middle and shown once."""
-    share = 224 / 256 if max(options.input_size) <= 224 else 1.0  # as MAE and timm cut larger images
-    samples = EvalSamples(source, eval_transform(options.input_size, share), mean=options.mean, std=options.std)
+    transform = eval_transform(options.input_size, classifier_crop_share(options.input_size))
+    samples = EvalSamples(source, transform, mean=options.mean, std=options.std)
     return eval_batches(
         samples,
         batch_size=options.batch_size,

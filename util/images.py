@@ -26,6 +26,7 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .npy".split()
 )
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> the Pillow mode that has them
+CROP_SHARE = 224 / 256  # of the short side, that evaluation shows
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of MAE's random crops, columns to rows
 
 Transform = Callable[[np.ndarray | Image.Image], Tensor]
@@ -139,12 +140,17 @@ def pretrain_transform(input_size: int | tuple[int, int], min_scale: float = 0.2
     return functools.partial(_random_crop, size=_rows_columns(input_size), min_scale=min_scale, hflip=hflip)
 
 
-def eval_transform(input_size: int | tuple[int, int], crop_share: float = 224 / 256) -> Transform:
+def eval_transform(input_size: int | tuple[int, int], crop_share: float = CROP_SHARE) -> Transform:
     """The middle of the image: resized so that `input_size` is `crop_share` of its short side, then cut.
 
     An image that already has the input's size is left as it is.
     """
     return functools.partial(_centre_crop, size=_rows_columns(input_size), crop_share=crop_share)
+
+
+def classifier_crop_share(input_size: tuple[int, int]) -> float:
+    """The `crop_share` with which classifiers are judged: as by MAE and timm, with no margin beyond 224 pixels."""
+    return CROP_SHARE if max(input_size) <= 224 else 1.0
 
 
 def _rows_columns(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TEST, VAL, HELD_OUT = "the test images", "the split val", "held-out training images"
+CLASSES = "classes.txt"  # of a run's folder: the name of each class, in the order of the logits
 MEAN_CLASS_ACC = ("torch/oxford_iiit_pet", "torch/caltech101")  # the literature averages these over classes
 
 
@@ -122,7 +123,8 @@ def _taken(of_number: Callable[[int], T], indices: np.ndarray, index: int) -> T:
 
 
 def write_lists(splits: Splits, folder: Path) -> None:
-    """Leave the names of the images in the run's folder: what it learned from, and what it never saw."""
+    """Leave the names of the classes and images in the run's folder: what it learned from, and what it never saw."""
+    write_whole(folder / CLASSES, "".join(f"{name}\n" for name in splits.train.classes or []))
     lists = {"train": splits.train, "choice": splits.choice, "test": splits.test}
     for name, source in lists.items():
         labels = _labels(source)

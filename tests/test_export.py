@@ -1,0 +1,379 @@
+"""What leaves the house answers as the trained model did, in every format, and a mistake in it is noticed."""
+
+import argparse
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import methods
+import models_classifier
+from tools import encoder as encoders
+from tools import export
+from util import checkpoint
+from util.images import eval_transform
+from util.options import FinetuneOptions, PretrainOptions, to_dict
+from util.splits import CLASSES
+
+SIZES = dict(model="mae_vit_tiny_patch4", embed_dim=24, depth=2, num_heads=6)
+FORMATS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"))
+    for name, missing in ((name, export.missing_packages(name)) for name in export.FORMATS)
+]
+"""Those whose libraries are installed; the others are skipped."""
+SETTLED = {"label": {"classes": 3}, "teacher": {"embed_dim": 24, "depth": 2, "num_heads": 2}}
+"""What training would have settled about terms."""
+
+
+def lively(model):
+    """The model with weights as large as training makes them, so that every part of it matters."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if not name.endswith("pos_embed"):
+                value.add_(0.3 * torch.randn(value.shape))
+    return model.eval()
+
+
+def save_run(folder, model, options, **state):
+    """A run folder as training leaves it."""
+    (folder / "checkpoints").mkdir(parents=True)
+    kept = {"format": checkpoint.FORMAT, "model": model.state_dict(), "options": to_dict(options), "step": 7}
+    checkpoint.save(folder / "checkpoints" / "last.pth", kept | state)
+    (folder / "environment.json").write_text(json.dumps([{"commit": "first"}, {"commit": "abc123"}]))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["colour squares", "rectangles of 4 channels"])
+def pretrained(request, tmp_path_factory):
+    """(run folder, trained model): a masked autoencoder with terms and all."""
+    torch.manual_seed(0)
+    size, channels = {"colour squares": ((16, 16), 3), "rectangles of 4 channels": ((16, 24), 4)}[request.param]
+    mean, std = tuple(0.1 * i + 0.1 for i in range(channels)), (0.3,) * channels
+    options = PretrainOptions(
+        **SIZES, input_size=size, in_chans=channels, mean=mean, std=std, norm_pix_loss=True, total_batch_size=32,
+        decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, data_path="/home/me/photos", device="cpu",
+        init_from="/home/me/weights/mae.pth", terms={"neighbor": {}},
+    )  # fmt: skip
+    model = lively(methods.from_options(to_dict(options)))
+    return save_run(tmp_path_factory.mktemp("pretrained") / "run", model, options), model
+
+
+def classifier(folder, pool, **more):
+    """(run folder, trained classifier)."""
+    torch.manual_seed(1)
+    options = FinetuneOptions(**SIZES, input_size=(16, 16), num_classes=5, global_pool=pool, total_batch_size=8, aa="")
+    model = models_classifier.build(**SIZES, num_classes=5, input_size=(16, 16), global_pool=pool)
+    save_run(folder, lively(model), options, **more)
+    (folder / CLASSES).write_text("ant\nbee\ncat\ndog\nelk\n")
+    return folder, model
+
+
+def images_for(shape, seed=3):
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run_tool(*words):
+    return export.main([str(word) for word in words])
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_encoder_answers_as_it_did(name, pretrained, tmp_path, capsys):
+    folder, model = pretrained
+    assert run_tool(name, folder, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "6 attention heads" in said and "average of the patch tokens after the last norm" in said
+    images = images_for((model.in_chans, *model.patch_embed.img_size))
+    with torch.no_grad():
+        expected, found = model.encode(images), export.FORMATS[name].read(tmp_path / "out")(images)
+    torch.testing.assert_close(found["tokens"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["features"], expected[:, 1:].mean(dim=1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_at_another_size_positions_are_resampled_as_for_fine_tuning(name, pretrained, tmp_path):
+    folder, model = pretrained
+    assert run_tool(name, folder, "--output", tmp_path / "out", "--input_size", "24x32") == 0
+    other = models_classifier.build(
+        **SIZES, num_classes=0, input_size=(24, 32), in_chans=model.in_chans, global_pool="token"
+    ).eval()
+    weights, options = checkpoint.load_model(folder / "checkpoints" / "last.pth")
+    models_classifier.load_encoder(other, weights, options)
+    images = images_for((model.in_chans, 24, 32))
+    with torch.no_grad():
+        expected, found = other.encode(images), export.FORMATS[name].read(tmp_path / "out")(images)
+    torch.testing.assert_close(found["tokens"], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_classifier_answers_as_it_did(name, pool, tmp_path, capsys):
+    folder, model = classifier(tmp_path / "run", pool)
+    if (name, pool) == ("hf", "avg"):
+        assert run_tool(name, folder) == 2
+        assert "Export it for timm" in capsys.readouterr().err
+        assert not (folder / "export").exists() or not list((folder / "export").iterdir())
+        return
+    assert run_tool(name, folder) == 0
+    images = images_for((3, 16, 16))
+    with torch.no_grad():
+        expected, found = model(images), export.FORMATS[name].read(folder / "export" / name)(images)
+    torch.testing.assert_close(found["logits"], expected, atol=1e-5, rtol=1e-5)
+    assert "ant, bee, cat, dog, elk" in (folder / "export" / name / "README.md").read_text()
+
+
+def test_the_average_of_the_weights_is_what_leaves(tmp_path):
+    average = lively(models_classifier.build(**SIZES, num_classes=5, input_size=(16, 16)))
+    folder, model = classifier(tmp_path / "run", "avg", ema=average.state_dict())
+    encoder = encoders.load(folder)
+    assert torch.equal(encoder.model.head.weight, average.head.weight)
+    assert not torch.equal(encoder.model.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("width", [384, 768])
+def test_a_released_mae_gets_the_heads_of_its_width(width, tmp_path):
+    """As released: names of MAE's, a pickled Namespace beside the weights, no options of ours."""
+    sizes = dict(embed_dim=width, depth=1, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    model = methods.build("mae", {384: "mae_vit_small_patch16", 768: "mae_vit_base_patch16"}[width], **sizes,
+                          input_size=32).eval()  # fmt: skip
+    file = tmp_path / "mae_pretrain.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(model="x"), "epoch": 3}, file)
+    assert run_tool("timm", file, "--output", tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_args"]["num_heads"] == {384: 6, 768: 12}[width]
+    assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = images_for((3, 32, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model.encode(images)[:, 1:].mean(dim=1), atol=1e-5, rtol=0)
+    assert "CC BY-NC 4.0" in (tmp_path / "out" / "README.md").read_text()
+
+
+# ---- timm's traps
+
+
+@pytest.fixture
+def timm_folder(pretrained, tmp_path):
+    folder, model = pretrained
+    assert run_tool("timm", folder, "--output", tmp_path / "out") == 0
+    return tmp_path / "out", model
+
+
+def test_timm_gets_the_encoder_alone(timm_folder):
+    """A mask_token would make timm read the file as a DINOv2; decoder_* would fail its strict loading."""
+    folder, model = timm_folder
+    names = set(load_file(folder / "model.safetensors"))
+    assert names == {name for name in model.state_dict() if not name.startswith(("decoder_", "mask_token", "terms."))}
+
+
+def test_timm_is_told_what_weights_do_not_show(timm_folder):
+    folder, model = timm_folder
+    config = json.loads((folder / "config.json").read_text())
+    channels = model.in_chans
+    assert config["model_args"]["num_heads"] == 6
+    assert config["pretrained_cfg"]["mean"] == pytest.approx([0.1 * i + 0.1 for i in range(channels)])
+    assert config["pretrained_cfg"]["std"] == [0.3] * channels
+    assert config["pretrained_cfg"]["crop_pct"] == 0.875 and config["pretrained_cfg"]["interpolation"] == "bicubic"
+    assert config["pretrained_cfg"]["license"] == "other"
+    assert config["pretrained_cfg"]["input_size"] == [channels, *model.patch_embed.img_size]
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_timm_keeps_the_trained_norm_whatever_the_pooling(timm_folder, pool):
+    folder, model = timm_folder
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, global_pool=pool, num_classes=10)
+    assert torch.equal(loaded.norm.weight, model.norm.weight) and isinstance(loaded.fc_norm, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 40)])
+def test_timm_loads_it_at_another_size(timm_folder, pretrained, size):
+    folder, model = timm_folder
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=size).eval()
+    again = methods.from_options(checkpoint.load(pretrained[0] / "checkpoints" / "last.pth")["options"])
+    again.load_state_dict(model.state_dict())
+    again.set_input_size(size)
+    images = images_for((model.in_chans, *size))
+    with torch.no_grad():
+        expected, found = again.eval().encode(images), loaded.forward_features(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- the tool's own check
+
+
+def test_a_wrong_head_count_in_timms_folder_is_noticed(timm_folder, pretrained):
+    folder, _ = timm_folder
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["num_heads"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(encoders.Mismatch, match="other tokens"):
+        export.check(encoders.load(pretrained[0]), "timm", folder)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_writer_gets_wrong_is_never_kept(name, pretrained, tmp_path, monkeypatch, capsys):
+    """Each writer is handed the model with half of the heads."""
+    right = export.FORMATS[name]
+
+    def with_wrong_heads(encoder, folder):
+        arguments = encoder.arguments | {"num_heads": 3}
+        model = timm.create_model(encoder.architecture, **arguments).eval()
+        model.load_state_dict(encoder.model.state_dict())
+        right.write(replace(encoder, model=model, arguments=arguments), folder)
+
+    monkeypatch.setitem(export.FORMATS, name, replace(right, write=with_wrong_heads))
+    assert run_tool(name, pretrained[0], "--output", tmp_path / "out") == 2
+    assert "other tokens" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_with_another_head_count_than_the_run_built_are_noticed(pretrained, monkeypatch):
+    monkeypatch.setattr(encoders, "_heads", lambda *anything: 3)
+    with pytest.raises(encoders.Mismatch, match="taken out of"):
+        encoders.load(pretrained[0])
+
+
+def test_nan_is_no_agreement(pretrained):
+    encoder = encoders.load(pretrained[0])
+    tokens = encoder.answers(encoder.probe())["tokens"]
+    with pytest.raises(encoders.Mismatch, match="off by nan"):
+        encoders.compare(encoder, {"tokens": torch.full_like(tokens, float("nan"))}, "it")
+
+
+# ---- Hugging Face
+
+
+def test_hugging_face_hands_on_the_class_token_and_prepares_images_as_evaluation_does(pretrained, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder, model = pretrained
+    assert run_tool("hf", folder, "--output", tmp_path / "out") == 0
+    loaded, report = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    images = images_for((model.in_chans, *model.patch_embed.img_size))
+    with torch.no_grad():
+        found = loaded.eval()(images).pooler_output
+        torch.testing.assert_close(found, model.encode(images)[:, 0], atol=1e-5, rtol=1e-5)
+    if model.in_chans != 3:
+        assert not (tmp_path / "out" / "preprocessor_config.json").exists()
+        return
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    prepare = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    pixels = prepare(picture, return_tensors="pt")["pixel_values"][0]
+    mean = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    torch.testing.assert_close(pixels, (eval_transform((16, 16))(picture) / 255 - mean) / 0.3, atol=1e-4, rtol=0)
+
+
+def test_transformers_also_loads_timms_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder, model = classifier(tmp_path / "run", "avg")
+    assert run_tool("timm", folder) == 0
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(folder / "export" / "timm").eval()
+    images = images_for((3, 16, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).logits, model(images), atol=1e-5, rtol=1e-5)
+    assert loaded.config.id2label[4] == "elk"
+
+
+# ---- what is told with it
+
+
+def test_the_facts_hold_what_a_user_must_know_and_nothing_of_the_machine(pretrained, tmp_path):
+    folder, model = pretrained
+    (folder / "knn.json").write_text(json.dumps({"accuracy": {"pretrained encoder": 42.5}, "protocol": "k = 20"}))
+    assert run_tool("timm", folder, "--output", tmp_path / "out") == 0
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
+    height, width = model.patch_embed.img_size
+    assert facts["model"]["num_heads"] == 6 and facts["model"]["features"].startswith("the average of the patch tokens")
+    assert (facts["input"]["height"], facts["input"]["width"]) == (height, width)
+    assert facts["input"]["crop"] == 0.875 and facts["input"]["std"] == [0.3] * model.in_chans
+    origin = facts["origin"]
+    assert (origin["method"], origin["updates"], origin["images_seen"]) == ("nor_mae", 7, 7 * 32)
+    assert origin["commit"] == "abc123"
+    assert origin["options"]["norm_pix_loss"] is True and origin["options"]["init_from"] == "mae.pth"
+    assert facts["largest_difference"]["tokens"] <= 1e-5
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "/home/me" not in text + json.dumps(facts) and "data_path" not in text
+    for said in ("6 attention heads", f"{height} x {width} pixels", "abc123", "42.5", "neighbor", "Apache License 2.0"):
+        assert said in text
+
+
+def test_onnx_takes_any_number_of_images_and_tells_how_long_one_takes(pretrained, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if export.missing_packages("onnx"):
+        pytest.skip("needs the packages that write ONNX")
+    folder, model = pretrained
+    assert run_tool("onnx", folder, "--output", tmp_path / "out") == 0
+    assert " ms in ONNX Runtime and " in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["milliseconds"]["onnxruntime"] > 0
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    inside = json.loads(session.get_modelmeta().custom_metadata_map["export.json"])
+    assert inside["input"]["std"] == [0.3] * model.in_chans
+    shape = (model.in_chans, *model.patch_embed.img_size)
+    for count in (1, 5):
+        tokens, features = session.run(None, {"images": np.zeros((count, *shape), np.float32)})
+        assert len(tokens) == len(features) == count
+
+
+# ---- bad input
+
+
+def test_bad_input_is_refused_in_words(pretrained, tmp_path, capsys):
+    folder, _ = pretrained
+    text, full = tmp_path / "notes.pth", tmp_path / "full"
+    text.write_text("no archive")
+    full.mkdir()
+    (full / "precious.txt").write_text("mine")
+    empty_run = tmp_path / "run"
+    empty_run.mkdir()
+    no_encoder, odd, narrow = tmp_path / "probe.pth", tmp_path / "odd.pth", tmp_path / "narrow.pth"
+    torch.save({"model": {"head.weight": torch.zeros(3, 4)}}, no_encoder)
+    tiny = methods.build("mae", "mae_vit_tiny_patch16", depth=1, decoder_depth=1, input_size=32).state_dict()
+    torch.save({"model": tiny}, narrow)
+    torch.save({"model": tiny | {"rel_pos_bias.table": torch.zeros(3)}}, odd)
+    cases = [
+        ([tmp_path / "nothing"], "does not exist"),
+        ([empty_run], "holds no checkpoint"),
+        ([text], "notes.pth holds more than tensors"),
+        ([no_encoder], "holds no vision transformer"),
+        ([narrow], "3 in DeiT and timm"),
+        ([narrow, "--num_heads", "5"], "5 heads cannot share 192 channels"),
+        ([odd, "--num_heads", "12"], "it has also rel_pos_bias.table"),
+        ([folder, "--num_heads", "3"], "was trained with 6 attention heads, not with 3"),
+        ([folder, "--input_size", "18"], "do not fill"),
+        ([folder, "--input_size", "large"], "input_size"),
+        ([folder, "--output", full], "holds files already"),
+        ([folder, "--output", text], "is a file"),
+    ]
+    for words, message in cases:
+        assert run_tool("timm", *words) == 2, words
+        assert message in capsys.readouterr().err
+    assert [path.name for path in full.iterdir()] == ["precious.txt"]
+    with pytest.raises(SystemExit) as stop:
+        run_tool("tflite", folder)
+    assert stop.value.code == 2 and "timm" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(pretrained, monkeypatch, capsys):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else object())
+    assert run_tool("onnx", pretrained[0]) == 2
+    said = capsys.readouterr().err
+    assert "onnx needs onnxscript" in said and "-m pip install -r " in said and "requirements/export.txt" in said
+
+
+def test_every_method_has_an_encoder_that_can_leave(tmp_path):
+    for method in methods.METHODS:
+        options = PretrainOptions(
+            **SIZES, method=method, input_size=(16, 16), **methods.METHODS[method].options,
+            mean=(0.5,) * 3, std=(0.5,) * 3, total_batch_size=8,
+            terms={name: given | SETTLED.get(name, {}) for name, given in methods.preset(method)["terms"].items()},
+        )  # fmt: skip
+        model = methods.from_options(to_dict(options))
+        folder = save_run(tmp_path / method, model, options)
+        assert encoders.load(folder).heads == 6

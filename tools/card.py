@@ -1,0 +1,165 @@
+"""What an exported model's users must know: for programs (`facts`, export.json) and for people (`readme`, README.md).
+
+A model is handed on, so nothing in here tells of the machine that trained it: options that only say where and how to
+compute are left out, and of files only the names stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tools.encoder import Encoder
+from util.logging import environment
+from util.options import FinetuneOptions, PretrainOptions
+
+MACHINE = {
+    field.name
+    for schema in (PretrainOptions, FinetuneOptions)
+    for field in fields(schema)
+    if field.metadata["kind"] == "machine"
+}
+
+
+def facts(encoder: Encoder) -> dict[str, Any]:
+    """Everything, as JSON knows it."""
+    channels, height, width = encoder.image_shape
+    mean, std = encoder.statistics
+    here = environment()
+    return {
+        "model": {
+            "patch_size": encoder.arguments["patch_size"],
+            "embed_dim": encoder.model.embed_dim,
+            "depth": len(encoder.model.blocks),
+            "num_heads": encoder.heads,
+            "mlp_ratio": encoder.arguments["mlp_ratio"],
+            "classes": encoder.classes,
+            "class_names": encoder.class_names,
+            "features": encoder.pooling,
+        },
+        "input": {
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "scale": "0 to 1, then minus mean, over std",
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": "bicubic, antialiased",
+            "crop": encoder.crop_share,
+        },
+        "origin": {
+            "checkpoint": encoder.checkpoint.name,
+            "method": encoder.method,
+            "updates": encoder.updates,
+            "images_seen": encoder.updates and encoder.updates * encoder.options["total_batch_size"],
+            "commit": _commit(encoder.run),
+            "options": {name: _names_only(value) for name, value in encoder.options.items() if name not in MACHINE},
+        },
+        "measured": _measured(encoder.run) if encoder.options else {},
+        "exported": {"commit": here["commit"], "versions": here["versions"]},
+    }
+
+
+def _commit(run: Path) -> str:
+    """Of this project, when the run was last started; empty where that is not known."""
+    file = run / "environment.json"
+    return json.loads(file.read_text())[-1]["commit"] if file.is_file() else ""
+
+
+def _measured(run: Path) -> dict[str, Any]:
+    """What the run's folder says that the model is worth."""
+    found = {}
+    if (run / "knn.json").is_file():
+        found["nearest_neighbours"] = json.loads((run / "knn.json").read_text())
+    if (run / "result.json").is_file():
+        result = json.loads((run / "result.json").read_text())
+        found |= {name: result[name] for name in ("accuracy", "metric", "best_chosen_on") if name in result}
+    return found
+
+
+def _names_only(value: Any) -> Any:
+    """Options without the folders of this machine."""
+    if isinstance(value, Mapping):
+        return {name: _names_only(inside) for name, inside in value.items()}
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
+
+
+def readme(encoder: Encoder, facts: Mapping[str, Any], *, library: str, usage: str, checked: str) -> str:
+    """A model card in the form that model hubs read."""
+    origin, shape = facts["origin"], facts["model"]
+    head = {
+        "library_name": library,
+        "license": "other",
+        "pipeline_tag": "image-classification" if encoder.classes else "image-feature-extraction",
+        "tags": ["masked-autoencoder", "vision-transformer", *([encoder.method] if encoder.options else [])],
+    }
+    what = f"a classifier of {encoder.classes} classes" if encoder.classes else "an encoder, without decoder or head"
+    name = f"{encoder.options['model']}, {encoder.method}" if encoder.options else encoder.checkpoint.stem
+    averaged = " with the moving average of its weights" if encoder.options.get("ema") else ""
+    rows = {
+        "method": encoder.method,
+        "encoder": f"{shape['depth']} blocks of {shape['embed_dim']} channels, {shape['num_heads']} attention heads, "
+        f"patches of {shape['patch_size']} x {shape['patch_size']} pixels",
+        "images": _images(encoder),
+        "preparation": _preparation(encoder),
+        "mean": ", ".join(f"{value:g}" for value in facts["input"]["mean"]),
+        "std": ", ".join(f"{value:g}" for value in facts["input"]["std"]),
+        "`features`": f"{encoder.pooling}; all figures below are of these" if facts["measured"] else encoder.pooling,
+        "trained for": f"{origin['updates']:,} updates, {origin['images_seen']:,} images" if origin["updates"] else "?",
+        "trained with commit": origin["commit"] or "not known",
+        "exported with commit": facts["exported"]["commit"] or "not known",
+        "checked": checked,
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}\n\nThis is {what}, exported from `{origin['checkpoint']}`{averaged}.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in rows.items()),
+        f"## Use\n\n```python\n{usage.strip()}\n```\n\n`images` are prepared as the table says.",
+    ]
+    if encoder.class_names:
+        parts.append(f"## Classes, in the order of the logits\n\n{', '.join(encoder.class_names)}")
+    if facts["measured"]:
+        parts.append(f"## Measured\n\n```yaml\n{_yaml(facts['measured'])}```")
+    if origin["options"]:
+        parts.append(f"## Training options\n\n```yaml\n{_yaml(origin['options'])}```")
+    return "\n\n".join([*parts, f"## Licence\n\n{licence(encoder)}"]) + "\n"
+
+
+def licence(encoder: Encoder) -> str:
+    """What is known about whose weights these are."""
+    published = "The weights published with MAE and NoR-MAE are under CC BY-NC 4.0"
+    if not encoder.options:
+        return (
+            f"These weights were not trained by this program but taken over from another's checkpoint, whose licence "
+            f"stays with them. {published}."
+        )
+    return (
+        "Whoever trained these weights decides on their licence; replace `license: other` above. The program that made "
+        "them is under the Apache License 2.0 and claims nothing. Data sets have terms of their own, and so do weights "
+        f"that training began with or learned from (`init_from`, a teacher). {published}."
+    )
+
+
+def _images(encoder: Encoder) -> str:
+    channels, height, width = encoder.image_shape
+    return f"{channels} channel{'s' if channels > 1 else ''}, {height} x {width} pixels (rows x columns)"
+
+
+def _preparation(encoder: Encoder) -> str:
+    height, width = encoder.image_shape[1:]
+    inner = f"{int(height / encoder.crop_share)} x {int(width / encoder.crop_share)}"
+    return (
+        f"bicubic and antialiased resizing, keeping proportions, to just cover {inner}; the middle cut out; "
+        "an image that has the size already stays as it is; values from 0 to 1, minus mean, over std"
+    )
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(value), sort_keys=False, default_flow_style=None, width=110)

@@ -1,0 +1,114 @@
+"""Features of images, with their names: what a trained encoder makes of each image of a folder.
+
+    python tools/embed.py output/mine PHOTOS                               # features.npz in the run's folder
+    python tools/embed.py output/mine PHOTOS --split val --output val.npz
+    python tools/embed.py output/finetune/checkpoints/best.pth PHOTOS      # a classifier's, and what it says
+
+The file holds, in the order of the images:
+
+    features  float32 [n, D]   of a pretrained encoder the average of the patch tokens after the last norm, the vector
+                               that all figures of this project are about; of a classifier, what its head is given
+    names     [n]              each image's path, relative to the folder
+    labels    int64 [n]        and `classes`, their names, if there is a folder for each class
+    logits    float32 [n, C]   of a classifier, for `logit_classes`, their names, if the run's folder tells them
+
+Images that cannot be read are left out and named in the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import numpy as np
+import torch
+
+from tools import encoder as encoders
+from tools.encoder import Encoder
+from util.data import EvalSamples, eval_batches, eval_transform
+from util.distributed import pick_device
+from util.logging import talk
+from util.schema import read
+from util.sources import Source, open_source
+
+
+def embed(
+    encoder: Encoder, source: Source, *, device: torch.device, batch_size: int = 64, num_workers: int = 0
+) -> dict[str, np.ndarray]:
+    """Arrays by name, as they are written to the file."""
+    encoder.model.to(device)
+    mean, std = encoder.statistics
+    samples = EvalSamples(source, eval_transform(encoder.image_shape[1:], encoder.crop_share), mean=mean, std=std)
+    found: dict[str, list[np.ndarray]] = {}
+    indices: list[int] = []
+    for batch in eval_batches(samples, batch_size=batch_size, num_workers=num_workers):
+        answers = encoder.answers(batch.to(device).images)
+        del answers["tokens"]
+        for name, values in answers.items():
+            found.setdefault(name, []).append(values.cpu().numpy())
+        indices += batch.index.tolist()
+    arrays = {name: np.concatenate(parts) for name, parts in found.items()}
+    arrays["names"] = np.array([source.names[index] for index in indices])
+    if source.labels is not None:
+        arrays["labels"] = np.asarray(source.labels)[indices]
+        arrays["classes"] = np.array(source.classes)
+    if encoder.class_names:
+        arrays["logit_classes"] = np.array(encoder.class_names)
+    return arrays
+
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """The whole file, or none."""
+    growing = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(growing, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(growing, path)
+    finally:
+        growing.unlink(missing_ok=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Features of images, with their names, as a NumPy file.")
+    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("images", help="a folder, flat or nested, or whatever --data_path of a run may be")
+    parser.add_argument("--split", default="train", choices=["train", "val"], help="of a folder that holds both")
+    parser.add_argument("--output", type=Path, help="an .npz file (default: features.npz in the run's folder)")
+    parser.add_argument("--input_size", help="pixels, 224 or 160x96 (default: those it was trained on)")
+    parser.add_argument("--num_heads", type=int, default=0, help="of weights of another program, which do not tell")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_workers", type=int, default=0)
+    words = parser.parse_args(argv)
+    try:
+        if words.batch_size < 1 or words.num_workers < 0:
+            raise ValueError("batch_size: must be at least 1, and num_workers at least 0")
+        size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
+        device = pick_device(words.device)
+        encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
+        output = words.output or encoder.run / "features.npz"
+        if output.suffix != ".npz":
+            raise ValueError(f"output: {output} must end in .npz, which is what is written")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        source = open_source("auto", words.images, words.split, in_chans=encoder.image_shape[0])
+        how = {"batch_size": words.batch_size, "num_workers": words.num_workers}
+        arrays = embed(encoder, source, device=device, **how)
+        write(output, arrays)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    count, width = arrays["features"].shape
+    left_out = f", {len(source) - count} could not be read" if count < len(source) else ""
+    sys.stdout.write(f"Written: {output}\n  {count} images{left_out}; {width} values each: {encoder.pooling}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    talk(True)
+    sys.exit(main())

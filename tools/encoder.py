@@ -1,0 +1,255 @@
+"""Any trained model as the plain vision transformer inside it, with what whoever uses it must know.
+
+A run or a checkpoint of this project, pretrained or fine-tuned, or the file of another MAE becomes a VisionTransformer
+of timm's. Its weights decide every size but two: attention heads leave no trace in them, and rows and columns only
+their product. Both come from the run's options. Weights of other programs have none, and wrong heads would go
+unnoticed, so there the user is asked wherever the width does not settle it.
+
+N images   L patches   D channels   C H W image
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+import methods
+import models_classifier
+from models_vit import SIZES, VisionTransformer, load_matching, parse_name, patch_grid
+from tools import given
+from util import checkpoint
+from util.data import pixel_statistics
+from util.images import CROP_SHARE, classifier_crop_share
+from util.splits import CLASSES
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-5  # of the largest value, where that exceeds 1
+ARCHITECTURES = {size: f"vit_{size}_patch16_224" for size in SIZES} | {"huge": "vit_huge_patch14_224"}
+ONE_WIDTH_TWO_HEADS = {192: "12 in NoR-MAE and MAE-Lite, 3 in DeiT and timm"}
+PRETRAINING_ONLY = ("decoder_", "mask_token", "terms.")  # how the names begin of what an encoder can do without
+
+
+class Mismatch(ValueError):
+    """Two models that should give the same answers do not."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A trained encoder, perhaps with a classifier, and where it comes from."""
+
+    model: Any
+    """A VisionTransformer. On the CPU, float32, in eval mode. Its head is the identity where there is no classifier."""
+    architecture: str
+    """timm's name of the model that is this one, once it is given the arguments."""
+    arguments: dict[str, Any]
+    statistics: tuple[tuple[float, ...], ...]
+    """Mean and deviation of each channel, on a scale of 0 to 1, that its images are normalised with."""
+    checkpoint: Path
+    options: Mapping[str, Any]
+    """The run's; empty for weights of another program."""
+    updates: int | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.model.blocks[0].attn.num_heads
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        return (self.arguments["in_chans"], *self.arguments["img_size"])
+
+    @property
+    def classes(self) -> int:
+        """How many the classifier tells apart; 0 without one."""
+        return self.arguments["num_classes"]
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the logits; empty where they are not known."""
+        file = self.run / CLASSES
+        names = file.read_text(encoding="utf-8").splitlines() if self.options and file.is_file() else []
+        return names if len(names) == self.classes else []
+
+    @property
+    def pooling(self) -> str:
+        """What `features` are, in words."""
+        if self.arguments["global_pool"] == "token":
+            return "the class token after the last norm"
+        if self.arguments["fc_norm"]:
+            return "the average of the patch tokens, which is then normed (fc_norm)"
+        return "the average of the patch tokens after the last norm"
+
+    @property
+    def method(self) -> str:
+        """How it was trained, in a word or two."""
+        return self.options.get("method") or ("fine-tuning" if self.options else "another program's")
+
+    @property
+    def run(self) -> Path:
+        """The folder of its run, or the one in which its checkpoint lies."""
+        return given.run_of(self.checkpoint)
+
+    @property
+    def crop_share(self) -> float:
+        """How much of an image's short side evaluation shows."""
+        return classifier_crop_share(self.image_shape[1:]) if self.classes else CROP_SHARE
+
+    @torch.inference_mode()
+    def answers(self, images: Tensor) -> dict[str, Tensor]:
+        """Of normalised images `[N, C, H, W]`: `tokens` `[N, 1 + L, D]` after the last norm if there is one before the
+        pooling, `features` `[N, D]` and, of a classifier, `logits`."""
+        tokens = self.model.forward_features(images)
+        features = self.model.forward_head(tokens, pre_logits=True)
+        answers = {"tokens": tokens, "features": features}
+        return answers | {"logits": self.model.head(features)} if self.classes else answers
+
+    def probe(self, count: int = 2) -> Tensor:
+        """Images of noise, always the same, to compare answers on."""
+        return torch.randn(count, *self.image_shape, generator=torch.Generator().manual_seed(0))
+
+    def at_size(self, input_size: tuple[int, int]) -> Encoder:
+        """The same for images of another height and width: positions are resampled, as MAE does it to fine-tune."""
+        patch_grid(input_size, self.arguments["patch_size"])  # refuses sizes that the patches do not fill
+        arguments = self.arguments | {"img_size": input_size}
+        model = _create(self.architecture, arguments)
+        load_matching(model, self.model.state_dict(), grid=self.model.patch_embed.grid_size)
+        return replace(self, model=model, arguments=arguments)
+
+
+def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: int = 0) -> Encoder:
+    """The encoder of a run folder or a checkpoint, for images of `input_size` (by default those it was trained on).
+
+    `num_heads` is for weights of other programs, which do not tell. ValueError where there is no plain encoder.
+    """
+    file = given.checkpoint_of(path)
+    weights, options = checkpoint.load_model(file, averaged=True)
+    settled = _arguments(file, weights, options, num_heads)
+    size = next((size for size, known in SIZES.items() if known.embed_dim == settled["embed_dim"]), "tiny")
+    model = _create(ARCHITECTURES[size], settled)
+    _fill(model, weights, file)
+    mean, std = options.get("mean", ()), options.get("std", ())
+    statistics = pixel_statistics(settled["in_chans"], mean, std)
+    encoder = Encoder(model, ARCHITECTURES[size], settled, statistics, file, options)
+    if options:
+        encoder = replace(encoder, updates=checkpoint.load(file).get("step"))
+        compare(encoder, _as_trained(options, weights, encoder), f"the model taken out of {file}")
+    return encoder if input_size in (None, encoder.image_shape[1:]) else encoder.at_size(input_size)
+
+
+def _as_trained(options: Mapping[str, Any], weights: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """What the model that the run itself built answers."""
+    model: VisionTransformer
+    if "method" in options:
+        model = methods.from_options(options)
+    else:
+        names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "global_pool")
+        model = models_classifier.build(num_classes=encoder.classes, **{name: options[name] for name in names})
+    model.load_state_dict(weights)
+    model.eval()
+    with torch.inference_mode():
+        tokens = model.forward_features(encoder.probe())
+        return {"tokens": tokens, "logits": model.forward_head(tokens)}
+
+
+def compare(encoder: Encoder, found: Mapping[str, Tensor], what: str) -> dict[str, float]:
+    """The largest difference of each answer to `encoder.probe()`; `Mismatch` where one is more than rounding."""
+    differences = {}
+    for name, expected in encoder.answers(encoder.probe()).items():
+        if name not in found:
+            continue
+        if found[name].shape != expected.shape:
+            raise Mismatch(f"{what} answers {name} of {list(found[name].shape)} instead of {list(expected.shape)}")
+        difference = (found[name] - expected).abs().max().item()
+        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+        if not difference <= allowed:  # NaN is no agreement
+            raise Mismatch(f"{what} answers other {name}: off by {difference:.2g}; rounding explains {allowed:.2g}")
+        differences[name] = difference
+    return differences
+
+
+def _create(architecture: str, arguments: Mapping[str, Any]) -> VisionTransformer:
+    model = timm.create_model(architecture, pretrained=False, **arguments)
+    assert isinstance(model, VisionTransformer)
+    return model.eval()
+
+
+def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
+    """What timm.create_model must be told to build the model of these weights."""
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    if missing := [name for name in needed if name not in weights]:
+        there = ", ".join(sorted({name.split(".")[0] for name in weights})[:8])
+        raise ValueError(f"{file} holds no vision transformer: without {', '.join(missing)}; it holds {there}")
+    width, in_chans, *patch = weights["patch_embed.proj.weight"].shape
+    patch_size = patch[-1]
+    positions = weights["pos_embed"].shape[1] - 1
+    side = math.isqrt(positions)
+    size = options.get("input_size") or (side * patch_size, side * patch_size)
+    rows, columns = patch_grid(tuple(size), patch_size)
+    if rows * columns != positions:
+        trained_on = f"images of {size[0]} x {size[1]}" if options else "square images, as other programs' must be"
+        raise ValueError(
+            f"{file} has positions for {positions} patches of {patch_size} pixels, which do not make {trained_on}"
+        )
+    has_head, has_fc_norm = "head.weight" in weights, "fc_norm.weight" in weights
+    return {
+        "img_size": tuple(size),
+        "patch_size": patch_size,
+        "in_chans": in_chans,
+        "num_classes": len(weights["head.weight"]) if has_head else 0,
+        "global_pool": options.get("global_pool") or ("avg" if has_fc_norm or not has_head else "token"),
+        "fc_norm": has_fc_norm,
+        "embed_dim": width,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "num_heads": _heads(file, width, options, num_heads),
+        "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / width,
+    }
+
+
+def _heads(file: Path, width: int, options: Mapping[str, Any], num_heads: int) -> int:
+    if options:
+        trained = options["num_heads"] or SIZES[parse_name(options["model"])[0]].num_heads
+        if num_heads not in (0, trained):
+            raise ValueError(f"num_heads: {file} was trained with {trained} attention heads, not with {num_heads}")
+        return trained
+    usual = {known.embed_dim: known.num_heads for known in SIZES.values() if known.embed_dim not in ONE_WIDTH_TWO_HEADS}
+    heads = num_heads or usual.get(width)
+    if heads is None:
+        known = f": {ONE_WIDTH_TWO_HEADS[width]}" if width in ONE_WIDTH_TWO_HEADS else ""
+        raise ValueError(
+            f"num_heads: weights do not tell how many attention heads share their channels, and {file} says nothing "
+            f"about its {width}{known}. Give --num_heads; a wrong number would go unnoticed and give wrong features"
+        )
+    if heads < 1 or width % heads:
+        raise ValueError(f"num_heads: {heads} heads cannot share {width} channels")
+    if not num_heads:
+        log.info("%s: %d attention heads, as every ViT of %d channels in the MAE family has", file, heads, width)
+    return heads
+
+
+def _fill(model: VisionTransformer, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Load the encoder's weights, all of them and no others."""
+    own = model.state_dict()
+    foreign = [name for name in weights if name not in own and not name.startswith(PRETRAINING_ONLY)]
+    missing = [name for name in own if name not in weights]
+    shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    problems = {"it has also": foreign, "it lacks": missing, "of another shape is": shapes}
+    words = [f"{what} {_some(names)}" for what, names in problems.items() if names]
+    if words:
+        raise ValueError(
+            f"{file} is not a plain vision transformer with absolute positions, which is what timm, Hugging Face and "
+            f"this tool can hold: {'; '.join(words)}"
+        )
+    model.load_state_dict({name: weights[name].float() for name in own})
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,418 @@
+"""Carry a trained encoder, or a fine-tuned classifier, to where it is used: timm, Hugging Face transformers, ONNX.
+
+    python tools/export.py timm output/mine                      # a folder for timm.create_model("local-dir:...")
+    python tools/export.py hf output/mine --output FOLDER        # a folder for transformers' from_pretrained
+    python tools/export.py onnx output/mine --input_size 160x96  # a graph for ONNX Runtime, for images of another size
+    python tools/export.py timm mae_pretrain_vit_base.pth        # a checkpoint of another MAE
+
+What was written is opened again by the library that it is for, and must answer as the trained model does, to within
+1e-5; otherwise nothing is kept. Beside it lie export.json, which tells programs what they must know to use it, and
+README.md, which tells people. hf and onnx need `pip install -r requirements/export.txt`.
+
+N images   L patches   D channels
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from tools import card
+from tools import encoder as encoders
+from tools.encoder import Encoder
+from util.schema import read
+
+TIMED_RUNS = 30
+
+Answers = Callable[[Tensor], Mapping[str, Tensor]]
+"""From normalised images what `Encoder.answers` gives, or some of it."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way out of the house."""
+
+    library: str
+    """What will load it."""
+    packages: tuple[str, ...]
+    """What must be installed beside requirements.txt."""
+    write: Callable[[Encoder, Path], None]
+    read: Callable[[Path], Answers]
+    usage: Callable[[Encoder], str]
+    """How to load it, for the model card; FOLDER is what was written."""
+
+
+# ---- timm ------------------------------------------------------------------------------------------------------------
+
+
+def write_timm(encoder: Encoder, folder: Path) -> None:
+    """model.safetensors, and config.json with all that timm must be told: heads above all, which no weight shows."""
+    mean, std = encoder.statistics
+    images = {"input_size": encoder.image_shape, "interpolation": "bicubic", "crop_pct": encoder.crop_share}
+    origin = {"tag": encoder.options.get("method", "mae"), "license": "other"}  # timm's own are of weights of its own
+    save_for_hf(
+        encoder.model,
+        str(folder),
+        safe_serialization=True,
+        model_config={"pretrained_cfg": origin, "label_names": encoder.class_names},
+        data_config=images | {"mean": mean, "std": std},
+    )
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_args"]["num_classes"]  # stands outside too, and transformers will not be told twice
+    _write_json(folder / "config.json", config)
+
+
+def read_timm(folder: Path) -> Answers:
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+    def answers(images: Tensor) -> Mapping[str, Tensor]:
+        tokens = model.forward_features(images)
+        return {
+            "tokens": tokens,
+            "features": model.forward_head(tokens, pre_logits=True),
+            "logits": model.forward_head(tokens),
+        }
+
+    return answers
+
+
+def use_timm(encoder: Encoder) -> str:
+    answer = "logits" if encoder.classes else "features"
+    return f"""
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+{answer} = model(images)
+tokens = model.forward_features(images)
+"""
+
+
+# ---- Hugging Face transformers ---------------------------------------------------------------------------------------
+
+HF_NAMES = {
+    "pos_embed": "embeddings.position_embeddings",
+    "cls_token": "embeddings.cls_token",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "blocks": "layers",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.o_proj",
+    "norm": "layernorm",
+    "head": "classifier",
+}
+
+
+def hf_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's weights under the names of transformers, which keeps queries, keys and values apart."""
+    renamed = {}
+    for name, value in state.items():
+        for ours, theirs in HF_NAMES.items():
+            name = f".{name}.".replace(f".{ours}.", f".{theirs}.").strip(".")
+        if ".attn.qkv." in name:
+            for part, share in zip("qkv", value.chunk(3), strict=True):
+                renamed[name.replace("attn.qkv", f"attention.{part}_proj")] = share
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def write_hf(encoder: Encoder, folder: Path) -> None:
+    """A ViTModel, or a ViTForImageClassification, and how to prepare its images."""
+    from transformers import CLIPImageProcessor, ViTConfig, ViTForImageClassification, ViTModel
+
+    if encoder.classes and encoder.arguments["global_pool"] != "token":
+        raise ValueError(
+            "transformers' ViT classifies the class token, and this classifier was fine-tuned with average pooling. "
+            "Export it for timm: transformers loads that folder too, with AutoModelForImageClassification"
+        )
+    (channels, height, width), (mean, std) = encoder.image_shape, encoder.statistics
+    config = ViTConfig(
+        hidden_size=encoder.model.embed_dim,
+        num_hidden_layers=len(encoder.model.blocks),
+        num_attention_heads=encoder.heads,
+        intermediate_size=encoder.model.blocks[0].mlp.fc1.out_features,
+        layer_norm_eps=encoder.model.norm.eps,
+        image_size=height if height == width else (height, width),
+        patch_size=encoder.arguments["patch_size"],
+        num_channels=channels,
+        pooler_act="linear",
+    )
+    weights = hf_weights(encoder.model.state_dict())
+    if encoder.classes:
+        names = encoder.class_names or [f"LABEL_{label}" for label in range(encoder.classes)]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: label for label, name in enumerate(names)}
+        model: Any = ViTForImageClassification(config)
+        weights = {name if name.startswith("classifier") else f"vit.{name}": value for name, value in weights.items()}
+    else:
+        model = ViTModel(config)
+        # Its pooler is one more layer, on the class token. Left out, it would be invented at every loading; as the
+        # identity it hands on the class token.
+        weights["pooler.dense.weight"] = torch.eye(encoder.model.embed_dim)
+        weights["pooler.dense.bias"] = torch.zeros(encoder.model.embed_dim)
+    model.load_state_dict(weights)
+    with _quiet_transformers():
+        model.save_pretrained(folder)
+    if has_hf_processor(encoder):
+        processor = CLIPImageProcessor(  # the one that resizes and then cuts out the middle
+            size={"shortest_edge": int(height / encoder.crop_share)},
+            crop_size={"height": height, "width": width},
+            resample=3,  # bicubic
+            image_mean=list(mean),
+            image_std=list(std),
+        )
+        processor.save_pretrained(folder)
+
+
+def has_hf_processor(encoder: Encoder) -> bool:
+    """Whether transformers can prepare these images as evaluation does: it can for squares in colour."""
+    channels, height, width = encoder.image_shape
+    return channels == 3 and height == width
+
+
+def read_hf(folder: Path) -> Answers:
+    import transformers
+
+    (kind,) = json.loads((folder / "config.json").read_text())["architectures"]
+    with _quiet_transformers():
+        model = getattr(transformers, kind).from_pretrained(folder).eval()
+
+    def answers(images: Tensor) -> Mapping[str, Tensor]:
+        if kind == "ViTForImageClassification":
+            tokens = model.vit(images).last_hidden_state
+            return {"tokens": tokens, "features": tokens[:, 0], "logits": model(images).logits}
+        tokens = model(images).last_hidden_state
+        return {"tokens": tokens, "features": tokens[:, 1:].mean(dim=1)}
+
+    return answers
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars."""
+    from transformers.utils import logging as talk
+
+    shown = talk.is_progress_bar_enabled()
+    talk.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            talk.enable_progress_bar()
+
+
+def use_hf(encoder: Encoder) -> str:
+    kind, answer = "AutoModel", "tokens = model(images).last_hidden_state\nfeatures = tokens[:, 1:].mean(dim=1)"
+    if encoder.classes:
+        kind, answer = "AutoModelForImageClassification", "logits = model(images).logits"
+    model = f'model = {kind}.from_pretrained("FOLDER").eval()'
+    if not has_hf_processor(encoder):
+        return f"from transformers import {kind}\n\n{model}\n{answer}"
+    return f"""
+from transformers import AutoImageProcessor, {kind}
+
+{model}
+prepare = AutoImageProcessor.from_pretrained("FOLDER")
+images = prepare(picture, return_tensors="pt")["pixel_values"]
+{answer}
+"""
+
+
+# ---- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+class Graph(nn.Module):
+    """The encoder as a function with a tuple for its answers."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.model = encoder.model
+        self.names = list(encoder.answers(encoder.probe(1)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        tokens = self.model.forward_features(images)
+        features = self.model.forward_head(tokens, pre_logits=True)
+        return (tokens, features, self.model.head(features))[: len(self.names)]
+
+
+def write_onnx(encoder: Encoder, folder: Path) -> None:
+    """model.onnx, for any number of images of the one size; export.json's text is in it too."""
+    graph = Graph(encoder).eval()
+    program = torch.onnx.export(
+        graph,
+        (encoder.probe(3),),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=graph.names,
+        dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+    )
+    assert program is not None
+    program.model.metadata_props["export.json"] = json.dumps(card.facts(encoder))
+    program.save(str(folder / "model.onnx"))
+
+
+def read_onnx(folder: Path) -> Answers:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def answers(images: Tensor) -> Mapping[str, Tensor]:
+        found = session.run(names, {"images": images.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+    return answers
+
+
+def use_onnx(encoder: Encoder) -> str:
+    names = ", ".join(encoder.answers(encoder.probe(1)))
+    return f"""
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx", providers=["CPUExecutionProvider"])
+{names} = session.run(None, {{"images": images}})  # float32
+"""
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+FORMATS: dict[str, Format] = {
+    "timm": Format("timm", (), write_timm, read_timm, use_timm),
+    "hf": Format("transformers", ("transformers",), write_hf, read_hf, use_hf),
+    "onnx": Format("onnx", ("onnx", "onnxscript", "onnxruntime"), write_onnx, read_onnx, use_onnx),
+}
+
+
+@torch.inference_mode()
+def check(encoder: Encoder, name: str, folder: Path) -> dict[str, float]:
+    """The largest difference of each answer of what lies in the folder; `Mismatch` if that is more than rounding."""
+    found = FORMATS[name].read(folder)(encoder.probe())
+    return encoders.compare(encoder, found, f"the {name} export, opened again,")
+
+
+@torch.inference_mode()
+def milliseconds(answers: Answers, encoder: Encoder) -> float:
+    """The median time of one image, on as many threads as torch has."""
+    image = encoder.probe(1)
+    times = []
+    for _ in range(TIMED_RUNS + 3):
+        began = time.perf_counter()
+        answers(image)
+        times.append(time.perf_counter() - began)
+    return 1000 * statistics.median(times[3:])  # the first ones plan and allocate
+
+
+def missing_packages(name: str) -> list[str]:
+    """Libraries that a format needs and that are not installed."""
+    return [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
+
+
+def require_packages(name: str) -> None:
+    """ValueError unless the libraries of a format are installed."""
+    if missing := missing_packages(name):
+        extras = PROJECT / "requirements" / "export.txt"
+        raise ValueError(f"{name} needs {', '.join(missing)}: run {sys.executable} -m pip install -r {extras}")
+
+
+def export(name: str, encoder: Encoder, output: Path) -> str:
+    """Write the encoder in a format to a new or empty folder, check it there, and answer what to say about it.
+
+    ValueError where the format or the folder will not do; `Mismatch`, and no folder, where the check fails.
+    """
+    require_free(output)
+    growing = output.with_name(f".{output.name}.tmp")  # a folder that is not whole must not look like one that is
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir(parents=True)
+    try:
+        FORMATS[name].write(encoder, growing)
+        differences = check(encoder, name, growing)
+        checked = "the largest difference is " + ", ".join(
+            f"{difference:.1e} in {answer}" for answer, difference in differences.items()
+        )
+        facts = card.facts(encoder) | {"format": name, "largest_difference": differences}
+        if name == "onnx":
+            facts["milliseconds"] = times = {
+                "onnxruntime": milliseconds(FORMATS[name].read(growing), encoder),
+                "torch": milliseconds(encoder.answers, encoder),
+                "threads": torch.get_num_threads(),
+            }
+            checked += (
+                f"; one image takes {times['onnxruntime']:.2f} ms in ONNX Runtime and {times['torch']:.2f} ms in "
+                f"PyTorch on {times['threads']} CPU thread{'s' if times['threads'] > 1 else ''}"
+            )
+        _write_json(growing / "export.json", facts)
+        usage = FORMATS[name].usage(encoder)
+        text = card.readme(encoder, facts, library=FORMATS[name].library, usage=usage, checked=checked)
+        (growing / "README.md").write_text(text, encoding="utf-8")
+        growing.replace(output)
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+    return checked
+
+
+def require_free(output: Path) -> None:
+    """ValueError unless this is a new or an empty folder."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        what = "holds files already" if output.is_dir() else "is a file"
+        raise ValueError(f"{output} {what}; name a new folder with --output, or remove it")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Carry a trained encoder, or a fine-tuned classifier, to timm, Hugging Face transformers or ONNX."
+    )
+    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--output", type=Path, help="a new folder (default: export/FORMAT in the run's folder)")
+    parser.add_argument("--input_size", help="pixels, 224 or 160x96 (default: those it was trained on)")
+    parser.add_argument("--num_heads", type=int, default=0, help="of weights of another program, which do not tell")
+    words = parser.parse_args(argv)
+    try:
+        require_packages(words.format)
+        size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
+        encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
+        output = words.output or encoder.run / "export" / words.format
+        checked = export(words.format, encoder, output)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    channels, height, width = encoder.image_shape
+    sys.stdout.write(
+        f"Written: {output}\n"
+        f"  {encoder.method}: {encoder.heads} attention heads, images of {channels} x {height} x {width}, "
+        f"features: {encoder.pooling}\n"
+        f"  Opened again, {checked}\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
