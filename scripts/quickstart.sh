@@ -18,5 +18,5 @@ prepare requirements.txt
 "$PYTHON" main_pretrain.py -c configs/pretrain/quickstart.yaml --device cpu --output_dir "$OUTPUT" "$@"
 
 "$PYTHON" tools/knn.py "$OUTPUT" --device cpu
-"$PYTHON" tools/report.py "$OUTPUT"
 "$PYTHON" tools/visualize.py reconstruction "$OUTPUT" --device cpu
+"$PYTHON" tools/report.py "$OUTPUT"

@@ -1,7 +1,7 @@
 """What runs did, on one page: report.html opens anywhere, offline, with everything in it.
 
-    python tools/report.py runs/quickstart                     # report.html and curves.png in that folder
-    python tools/report.py runs/mae runs/nor --output report   # runs side by side, into the folder `report`
+    python tools/report.py output/quickstart                     # report.html and curves.png in that folder
+    python tools/report.py output/mae output/nor --output report   # runs side by side, into the folder `report`
 
 It reads options.yaml, environment.json, log.txt, metrics.jsonl, result.json, the pictures in samples/ and figures/ and,
 where tools/knn.py was run, knn.json. A run that is still going on, or was cut off, is reported as far as it came.

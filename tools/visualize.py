@@ -1,9 +1,9 @@
 """See what the model sees: the paper's figures, and the ones by which people judge a small ViT.
 
     python tools/visualize.py neighbors                                   # embedded photos, fresh ViT-Tiny
-    python tools/visualize.py similarity runs/tiny --images IMAGENET      # streamed over a folder
-    python tools/visualize.py separation runs/mae runs/nor mae_vit_tiny_patch16 --images a.jpg b.jpg
-    python tools/visualize.py reconstruction runs/tiny --output picture.pdf
+    python tools/visualize.py similarity output/tiny --images IMAGENET      # streamed over a folder
+    python tools/visualize.py separation output/mae output/nor mae_vit_tiny_patch16 --images a.jpg b.jpg
+    python tools/visualize.py reconstruction output/tiny --output picture.pdf
 
 A model is a run folder, a checkpoint, a model's name (random weights), or NAME=FILE (`tools/figures/models.py`).
 Pictures are written as PNG and SVG and added to TensorBoard, all into the folder `figures`: the run's, where one run is

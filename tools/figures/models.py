@@ -1,7 +1,7 @@
 """Models to look at: a run, a checkpoint, or any ViT by name, with random weights or those of a file.
 
-    runs/mine                                      a run folder: its newest checkpoint
-    runs/mine/checkpoints/best.pth                 one of its checkpoints
+    output/mine                                      a run folder: its newest checkpoint
+    output/mine/checkpoints/best.pth                 one of its checkpoints
     mae_vit_tiny_patch16                           one of our sizes with fresh weights
     vit_base_patch16_224                           a ViT of timm's with random weights
     mae_vit_base_patch16=mae_pretrain_vit_base.pth either of them with the weights of a file
