@@ -281,10 +281,12 @@ class Run:
         self._leave_if(agreed == STOP)
 
     def _save_is_due(self) -> bool:
-        waited = time.monotonic() - self._saved_at
-        return self.processes.main and waited > 60 * self.options.save_minutes
+        minutes = self.options.save_minutes
+        return self.processes.main and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
 
     def _leave_if(self, stop: bool) -> None:
+        if stop and self._save_failures:
+            raise CannotSave(f"stopped after step {self.stepper.step}, which could not be saved")
         if stop:
             name = self._stop.signal.name if self._stop.signal else "another process's signal"
             raise Interrupted(f"stopped by {name} after step {self.stepper.step}; the same command goes on from here")
