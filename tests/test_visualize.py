@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_finetune
 import main_pretrain
 import methods
 from tools import visualize
-from tools.figures import models, relations, style, subject
+from tools.figures import collapse, models, relations, style, subject
 from tools.report import read_run
 
 RUN = (
@@ -45,6 +46,7 @@ def offline(monkeypatch):
 def here(tmp_path, monkeypatch):
     """A folder of its own to work in."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(style, "DPI", 150)  # a quarter of the pixels
     return tmp_path
 
 
@@ -182,6 +184,23 @@ def test_a_checkpoint_is_named_after_its_run(run):
     assert kept.about == "nor_mae, mae_vit_tiny_patch2, 10 updates"
 
 
+def test_a_fine_tuned_classifier_shows_its_encoder_and_cannot_reconstruct(run, tmp_path, capsys):
+    words = RUN[: RUN.index("--decoder_embed_dim")] + RUN[RUN.index("--input_size") : RUN.index("--norm_pix_loss")]
+    words += (
+        "--data_path digits --epochs 1 --warmup_epochs 0 --batch_size 256 --num_workers 0 --device cpu --aa=".split()
+    )
+    folder = tmp_path / "tuned"
+    assert (
+        main_finetune.main([*words, "--init_from", str(run / "checkpoints/last.pth"), "--output_dir", str(folder)]) == 0
+    )
+    shown = models.load(str(folder), device="cpu")
+    assert shown.label == "tuned" and shown.about.startswith("classifier, mae_vit_tiny_patch2, ")
+    pixels, _ = subject.read_images(subject.open_images([], [shown])[0], shown.size, [0, 1])
+    assert collapse.measure(shown, pixels)[1][0] > 1
+    assert visualize.main(["reconstruction", str(folder), "--output", str(tmp_path / "x.png")]) == 2
+    assert "without a decoder" in capsys.readouterr().err
+
+
 # ---- images ---------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +213,7 @@ def test_without_paths_a_runs_held_out_images_are_shown_and_else_the_photos(run,
     assert source.read(0).shape == (427, 640, 3)
     source, _ = subject.open_images(["photos"], [of_run])
     assert source.read(1).shape == (427, 640, 1)
-    of_run.trained.options["dataset"], of_run.trained.options["data_path"] = "folder", "/gone"
+    of_run.origin.options["dataset"], of_run.origin.options["data_path"] = "folder", "/gone"
     assert list(subject.open_images([], [of_run])[0].names) == ["china.jpg", "flower.jpg"]
     assert "showing scikit-learn's photos instead" in caplog.text
 

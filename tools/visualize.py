@@ -1,6 +1,6 @@
 """See what the model sees: the paper's figures, and the ones by which people judge a small ViT.
 
-    python tools/visualize.py neighbors                                   # embedded photos, fresh ViT-Tiny
+    python tools/visualize.py neighbors                                     # embedded photos, fresh ViT-Tiny
     python tools/visualize.py similarity output/tiny --images IMAGENET      # streamed over a folder
     python tools/visualize.py separation output/mae output/nor mae_vit_tiny_patch16 --images a.jpg b.jpg
     python tools/visualize.py reconstruction output/tiny --output picture.pdf
@@ -181,9 +181,9 @@ def draw(words: argparse.Namespace) -> list[Path]:
         else:
             found = load_models(words)
             figure = (of_stream if words.picture == "similarity" else of_subject)(words, found)
-            trained = found[0].trained
-            if len(found) == 1 and trained is not None:
-                home, updates = trained.run / "figures", trained.updates
+            origin = found[0].origin
+            if len(found) == 1 and origin is not None:
+                home, updates = origin.run / "figures", origin.updates
         written = words.output or [home / f"{words.picture}.{kind}" for kind in ("png", "svg")]
         for path in written:
             style.save(figure, path)

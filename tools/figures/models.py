@@ -25,13 +25,22 @@ from torch import Tensor, nn
 
 import methods
 from models_vit import VisionTransformer, load_matching
-from tools import given
+from tools import encoder, given
 from util import checkpoint
 from util.data import pixel_statistics
 from util.distributed import pick_device
 from util.options import nearest
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that a model comes from."""
+
+    run: Path
+    options: Mapping[str, Any]
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Shown:
     statistics: tuple[tuple[float, ...], ...]
     """Mean and deviation of each channel that its images are normalised with."""
     device: torch.device
-    trained: given.Trained | None = None
+    origin: Origin | None = None
     """Where it comes from, if from a run of this project."""
     decoder_trained: bool = True
     """Whether the decoder, if there is one, has weights that belong to the encoder's."""
@@ -139,17 +148,28 @@ def load(
 
 
 def _of_run(path: Path, device: str) -> Shown:
+    """A pretrained autoencoder, or the encoder of a classifier."""
+    file = given.checkpoint_of(path)
     try:
-        trained = given.load(path, device)
+        options = checkpoint.load(file)["options"]
     except checkpoint.CheckpointError as error:
         advice = f"the weights of another program need the model's name beside them: mae_vit_base_patch16={path}"
         raise ValueError(f"{error}. For a picture, {advice}") from error
-    options = trained.options
-    name = trained.run.resolve().name
-    if trained.checkpoint.name not in (checkpoint.LAST, trained.run.name):
-        name += f" ({trained.checkpoint.name})"
-    about = f"{options['method']}, {options['model']}, {trained.updates:,} updates"
-    return Shown(name, about, trained.model, trained.statistics, trained.device, trained)
+    model: Any
+    if "method" in options:
+        trained = given.load(path, device)
+        model, about, updates = trained.model, options["method"], trained.updates
+    else:
+        found = encoder.load(file)
+        model, about, updates = found.model, "classifier", found.updates or 0
+    statistics = pixel_statistics(options["in_chans"], options["mean"], options["std"])
+    origin = Origin(given.run_of(file), options, updates)
+    name = origin.run.resolve().name
+    if file.name != checkpoint.LAST:
+        name += f" ({file.name})"
+    about = f"{about}, {options['model']}, {updates:,} updates"
+    where = pick_device(device)
+    return Shown(name, about, model.to(where).eval(), statistics, where, origin)
 
 
 def _by_name(

@@ -22,7 +22,7 @@ from tools.figures.style import BLACK, SKY, VERMILION, note, picture, short_name
 from tools.figures.subject import SPACES, Similarity, Subject, compared, only_patches
 
 WIDTH = 7.0
-FINE = 28  # columns of patches beyond which a border round each companion would hide what is in it
+FINE = 28  # columns of patches beyond which borders round arrows and companions would hide what is in them
 COLUMNS = ("input", "visible patches", "their closest neighbours", "these neighbours alone")
 
 
@@ -45,7 +45,7 @@ def outline_companions(axis: Any, companions: Sequence[int], columns: int, size:
     shared = [frame(patch, columns, size) for patch, count in pointers.items() if count > 1]
     alone = [frame(patch, columns, size) for patch, count in pointers.items() if count == 1]
     if columns <= FINE:
-        dashes = {"edgecolor": SKY, "linewidth": 0.9 * thin, "linestyle": (0, (2, 1))}
+        dashes: dict[str, Any] = {"edgecolor": SKY, "linewidth": 0.9 * thin, "linestyle": (0, (2, 1))}
         axis.add_collection(PatchCollection(alone, facecolor="none", **dashes))
     axis.add_collection(PatchCollection(shared, facecolor="none", edgecolor=VERMILION, linewidth=1.8 * thin))
 
@@ -63,13 +63,13 @@ def arrows(axis: Any, starts: Sequence[int], ends: Sequence[int], columns: int, 
         scale_units="xy",
         scale=1,
         units="xy",
-        width=0.09 * width,
+        width=(0.09 if columns <= FINE else 0.18) * width,
         headwidth=4.5,
         headlength=4.5,
         headaxislength=4,
         color=BLACK,
         edgecolor="white",
-        linewidth=0.35,
+        linewidth=0.35 if columns <= FINE else 0,
         zorder=3,
     )
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from models_mae import Masking, patchify, random_masking
 from models_nor_mae import closest_neighbors, neighbor_similarities, released_neighbors
-from tools import given
 from tools.figures.models import Shown
 from util.data import EvalSamples, eval_batches
 from util.images import eval_transform, is_image_name, picture_pixels, read_image
@@ -177,10 +176,13 @@ def open_images(paths: Sequence[str], models: Sequence[Shown]) -> tuple[Source, 
         raise ValueError(f"--images takes image files, or one folder; no image file: {wrong}")
     if paths and paths[0] != PHOTOS:
         return _held_out(lambda split: open_source("auto", paths[0], split, in_chans=in_chans)), False
-    trained = next((shown.trained for shown in models if shown.trained), None)
-    if trained is not None and not paths:
+    origin = next((shown.origin for shown in models if shown.origin), None)
+    if origin is not None and not paths:
+        kind, place, classes = (origin.options[name] for name in ("dataset", "data_path", "class_list"))
         try:
-            return _held_out(lambda split: given.source(trained, split)), False
+            return _held_out(
+                lambda split: open_source(kind, place, split, in_chans=in_chans, class_list=classes)
+            ), False
         except ValueError as error:
             log.warning("%s; showing scikit-learn's photos instead", error)
     return photos(in_chans), True
