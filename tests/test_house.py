@@ -27,7 +27,7 @@ MODULES = {module_name(path): path for path in SOURCES}
 ROOMS = [
     (r"main_\w+", r"engine_\w+|methods|models_\w+|util(\.\w+)?"),
     (r"tools\.figures(\.\w+)?", r"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|util(\.\w+)?"),  # shows their maths
-    (r"tools\.encoder", r"tools\.given|methods|models_(classifier|vit)|util(\.\w+)?"),  # takes models apart
+    (r"tools\.encoder", r"tools(\.given)?|methods|models_(classifier|vit)|util(\.\w+)?"),  # takes models apart
     (r"tools(\.\w+)?", r"tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),
     (r"benchmarks(\.\w+)?", r".*"),
     (r"engine_\w+", r"util(\.\w+)?"),

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # of the largest value, where that exceeds 1
 ARCHITECTURES = {size: f"vit_{size}_patch16_224" for size in SIZES} | {"huge": "vit_huge_patch14_224"}
 ONE_WIDTH_TWO_HEADS = {192: "12 in NoR-MAE and MAE-Lite, 3 in DeiT and timm"}
-PRETRAINING_ONLY = ("decoder_", "mask_token", "terms.")  # how the names begin of what an encoder can do without
+DECODER = ("decoder_", "mask_token")  # how the names of MAE's decoder begin
 
 
 class Mismatch(ValueError):
@@ -135,7 +135,7 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
     settled = _arguments(file, weights, options, num_heads)
     size = next((size for size, known in SIZES.items() if known.embed_dim == settled["embed_dim"]), "tiny")
     model = _create(ARCHITECTURES[size], settled)
-    _fill(model, weights, file)
+    _fill(model, weights, file, ours=bool(options))
     mean, std = options.get("mean", ()), options.get("std", ())
     statistics = pixel_statistics(settled["in_chans"], mean, std)
     encoder = Encoder(model, ARCHITECTURES[size], settled, statistics, file, options)
@@ -235,10 +235,18 @@ def _heads(file: Path, width: int, options: Mapping[str, Any], num_heads: int) -
     return heads
 
 
-def _fill(model: VisionTransformer, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Load the encoder's weights, all of them and no others."""
+def _fill(model: VisionTransformer, weights: Mapping[str, Tensor], file: Path, ours: bool) -> None:
+    """Load the encoder's weights, all of them.
+
+    What else lies in a checkpoint of ours may stay behind, since the model that is left is compared with the whole. In
+    another program's it must be known to be of the decoder.
+    """
     own = model.state_dict()
-    foreign = [name for name in weights if name not in own and not name.startswith(PRETRAINING_ONLY)]
+    if ours and "norm.weight" in own and "norm.weight" not in weights:  # CrossMAE's norm has none: the same as these
+        weights = {**weights, "norm.weight": torch.ones(model.embed_dim), "norm.bias": torch.zeros(model.embed_dim)}
+    parts = {name.split(".")[0] for name in own}
+    others = [name for name in weights if name not in own]
+    foreign = [name for name in others if (name.split(".")[0] in parts if ours else not name.startswith(DECODER))]
     missing = [name for name in own if name not in weights]
     shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     problems = {"it has also": foreign, "it lacks": missing, "of another shape is": shapes}

@@ -1,0 +1,113 @@
+"""Features of a folder: the encoder's own, one for each image that can be read, beside the right name."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import methods
+import models_classifier
+from tools import embed
+from util import checkpoint
+from util.data import pixel_statistics
+from util.options import FinetuneOptions, PretrainOptions, to_dict
+from util.splits import CLASSES
+
+SIZES = dict(model="mae_vit_tiny_patch4", embed_dim=24, depth=1, num_heads=2)
+
+
+def save(file, model, options):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {"format": checkpoint.FORMAT, "model": model.state_dict(), "options": to_dict(options), "step": 1}
+    checkpoint.save(file, state)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(run folder, its masked autoencoder)."""
+    torch.manual_seed(0)
+    options = PretrainOptions(
+        **SIZES, input_size=(16, 24), decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, method="mae",
+        total_batch_size=8,
+    )  # fmt: skip
+    model = methods.from_options(to_dict(options)).eval()
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    save(folder / "checkpoints" / "last.pth", model, options)
+    return folder, model
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with a class each for ants and bees; one of five files is no image."""
+    shades = np.random.default_rng(0)
+    for name in ("ant/a.png", "ant/b.png", "bee/c.png", "bee/ü.png"):
+        file = tmp_path / "photos" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(shades.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(file)
+    (tmp_path / "photos" / "ant" / "aa.jpg").write_text("not an image")
+    return tmp_path / "photos"
+
+
+def pixels(path):
+    """The file as a model sees it that takes its size."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in pixel_statistics(3))
+    return (torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1) / 255 - mean) / std
+
+
+def run_tool(*words):
+    return embed.main([*map(str, words), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_each_image_has_the_average_of_its_patch_tokens_beside_its_name(run, photos, capsys, batch_size):
+    folder, model = run
+    assert run_tool(folder, photos, "--batch_size", batch_size) == 0
+    assert "4 images, 1 could not be read; 24 values each" in capsys.readouterr().out
+    found = np.load(folder / "features.npz")
+    assert found["names"].tolist() == ["ant/a.png", "ant/b.png", "bee/c.png", "bee/ü.png"]
+    assert found["labels"].tolist() == [0, 0, 1, 1] and found["classes"].tolist() == ["ant", "bee"]
+    for name, features in zip(found["names"], found["features"], strict=True):
+        with torch.no_grad():
+            tokens = model.encode(pixels(photos / name)[None])
+        np.testing.assert_allclose(features, tokens[0, 1:].mean(dim=0), atol=1e-5)
+
+
+def test_a_flat_folder_has_no_labels_and_another_size_is_resized_to(run, photos, tmp_path):
+    assert run_tool(run[0], photos / "bee", "--output", tmp_path / "new" / "bees.npz", "--input_size", 32) == 0
+    found = np.load(tmp_path / "new" / "bees.npz")
+    assert set(found) == {"features", "names"} and found["features"].shape == (2, 24)
+
+
+def test_a_classifier_also_tells_its_logits(photos, tmp_path):
+    torch.manual_seed(0)
+    options = FinetuneOptions(**SIZES, input_size=(16, 24), num_classes=3, total_batch_size=8)
+    model = models_classifier.build(**SIZES, input_size=(16, 24), num_classes=3).eval()
+    save(tmp_path / "run" / "checkpoints" / "best.pth", model, options)
+    (tmp_path / "run" / CLASSES).write_text("x\ny\nz\n")
+    assert run_tool(tmp_path / "run" / "checkpoints" / "best.pth", photos) == 0
+    found = np.load(tmp_path / "run" / "features.npz")
+    with torch.no_grad():
+        expected = model(pixels(photos / "ant" / "b.png")[None])
+    np.testing.assert_allclose(found["logits"][1], expected[0], atol=1e-5)
+    assert found["logit_classes"].tolist() == ["x", "y", "z"] and found["features"].shape == (4, 24)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{tmp}/nothing", "{photos}"], "does not exist"),
+        (["{tmp}", "{photos}"], "holds no checkpoint"),
+        (["{run}", "{tmp}/nothing"], "does not exist"),
+        (["{run}", "{photos}", "--split", "val"], "no val images"),
+        (["{run}", "{photos}", "--output", "{tmp}/features.csv"], "must end in .npz"),
+        (["{run}", "{photos}", "--batch_size", "0"], "batch_size: must be at least 1"),
+        (["{run}", "{photos}", "--input_size", "18"], "do not fill"),
+        (["{run}", "{empty}"], "no images"),
+    ],
+)
+def test_bad_input_is_refused_in_words(run, photos, tmp_path, capsys, words, message):
+    (tmp_path / "empty").mkdir()
+    places = {"tmp": tmp_path, "photos": photos, "run": run[0], "empty": tmp_path / "empty"}
+    assert run_tool(*(word.format(**places) for word in words)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.npz"))
