@@ -1,0 +1,116 @@
+"""Linear probing: LARS and the head against MAE's rules, features in order, real runs from start to end."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from models_classifier import LinearProbe
+from tests.runs import Training, assert_same_end, finish, losses, start_ranks
+from util import optim
+from util.features import FeatureSamples, interleaved, pooled
+
+DOOR = "main_linprobe"
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lars_is_maes(weight_decay):
+    """Matrices: g += decay p, g x .001 |p| / |g|; vectors: neither. Then momentum .9, by a loop over five steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    optimizer = optim.lars(model, 0.7, weight_decay)
+    ours = {name: value.detach().clone() for name, value in model.named_parameters()}
+    moments = {name: torch.zeros_like(value) for name, value in ours.items()}
+    for step in range(5):
+        gradients = {name: torch.sin(value + step) for name, value in ours.items()}
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name].clone()
+            direction = gradients[name]
+            if direction.ndim > 1:
+                direction = direction + weight_decay * ours[name]
+                direction = direction * 0.001 * ours[name].norm() / direction.norm()
+            moments[name] = 0.9 * moments[name] + direction
+            ours[name] = ours[name] - 0.7 * moments[name]
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), ours[name], rtol=1e-6, atol=1e-9)
+
+
+def test_the_head_standardises_features_without_weights_of_its_own():
+    torch.manual_seed(0)
+    probe = LinearProbe(6, 4)
+    assert {name for name, _ in probe.named_parameters()} == {"head.weight", "head.bias"}
+    assert 0.005 < probe.head.weight.std() < 0.02 and not probe.head.bias.any()
+    features = torch.randn(9, 6) * 3 + 5
+    standard = (features - features.mean(dim=0)) / (features.var(dim=0, unbiased=False) + 1e-6).sqrt()
+    torch.testing.assert_close(probe(features), standard @ probe.head.weight.T, rtol=1e-4, atol=1e-6)
+
+
+def test_shares_of_features_come_back_in_the_images_order():
+    features, labels = torch.arange(14.0).view(7, 2), torch.arange(7)
+    shares = [(features[rank::3], labels[rank::3]) for rank in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(interleaved(shares), (features, labels), strict=True))
+    shares[0] = (shares[0][0][:2], shares[0][1][:2])  # an image that could not be read
+    assert interleaved(shares)[1].tolist() == [0, 3, 1, 4, 2, 5]
+    batch = FeatureSamples(features, labels).__getitems__([(4, 5), (4, 0)])
+    assert batch.labels.tolist() == [5, 0] and torch.equal(batch.images, features[[5, 0]])
+
+
+def test_pooling():
+    tokens = torch.randn(2, 5, 3)
+    assert torch.equal(pooled(tokens, "token"), tokens[:, 0])
+    torch.testing.assert_close(pooled(tokens, "avg"), (tokens[:, 1] + tokens[:, 2] + tokens[:, 3] + tokens[:, 4]) / 4)
+    assert torch.equal(pooled(tokens, "both"), torch.cat([pooled(tokens, "avg"), pooled(tokens, "token")], dim=1))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    finish(folder, "--epochs", "1")
+    return folder / "checkpoints" / "last.pth"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pretrained):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(folder, "--init_from", pretrained, "--lr", 20, door=DOOR)
+    return folder
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_probe_learns_and_tells_neighbours_too(whole):
+    found = result(whole)
+    assert found["accuracy"]["last"]["acc1"] > 20 and found["accuracy"]["best"]["images"] == 445
+    assert found["knn_acc1"] > 20
+    weights = torch.load(whole / "checkpoints" / "last.pth", weights_only=True)["model"]
+    assert weights["head.weight"].shape == (10, 24) and not any("blocks" in name for name in weights)
+
+
+@pytest.mark.parametrize("words", [[], ["--augment", "--global_pool", "token"]])
+def test_a_probe_that_is_killed_ends_where_a_whole_one_ends(pretrained, tmp_path, words):
+    words = ["--init_from", pretrained, *words, "--save_steps", 1]
+    finish(tmp_path / "whole", *words, door=DOOR)
+    Training(tmp_path / "run", *words, door=DOOR).kill_at(7)
+    finish(tmp_path / "run", *words, door=DOOR)
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    assert result(tmp_path / "run")["accuracy"] == result(tmp_path / "whole")["accuracy"]
+
+
+def test_two_ranks_have_the_features_and_neighbours_of_one(whole, pretrained, tmp_path):
+    """Batch normalisation sees each rank's own half, as in MAE, so losses agree only roughly."""
+    words = ["--init_from", pretrained, "--lr", 20]
+    ranks = start_ranks(2, tmp_path / "two", *words, door=DOOR)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    assert result(tmp_path / "two")["knn_acc1"] == pytest.approx(result(whole)["knn_acc1"], abs=100 / 445)
+    assert result(tmp_path / "two")["accuracy"]["last"]["images"] == 445
+    assert losses(tmp_path / "two")[1] == pytest.approx(losses(whole)[1], rel=0.1)
+
+
+def test_a_probe_without_an_encoder_is_refused(tmp_path):
+    training = Training(tmp_path / "run", door=DOOR)
+    assert training.wait() == 2
+    assert "init_from must be given" in training.said
