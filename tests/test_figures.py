@@ -358,6 +358,17 @@ def test_hidden_patches_are_predicted_and_visible_ones_the_images():
     assert axes[2].get_figure().axes[2].get_title() == "small\nreconstruction"
 
 
+@pytest.mark.parametrize("method", ["nor_mae", "sup_nor_mae", "cross_mae", "simmim"])
+def test_models_of_every_decoder_are_drawn(method):
+    encoder_alone = {name: size for name, size in SIZES.items() if not name.startswith("decoder")}
+    sizes = encoder_alone if method == "simmim" else {**SIZES, "decoder_num_heads": 2}
+    model = methods.build(method, "mae_vit_tiny_patch8", input_size=64, **sizes)
+    made = Subject([shown(model, method)], pixels(size=64), ["a", "b"])
+    for draw in (reconstruction.reconstruction, neighbors.neighbors, separation.separated, attention.attention):
+        assert draw(made).axes
+    assert collapse.measure(made.only, made.pixels)[1][-1] > 1
+
+
 def test_an_encoder_alone_cannot_reconstruct():
     vit = timm.models.VisionTransformer(48, 8, embed_dim=24, depth=1, num_heads=2, num_classes=0)
     with pytest.raises(ValueError, match="without a decoder"):

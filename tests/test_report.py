@@ -157,6 +157,15 @@ def test_the_command_writes_a_page_and_a_picture_that_opens(run, tmp_path, capsy
         assert shown.width > 600
 
 
+def test_a_run_that_logged_nothing_yet_is_reported_without_curves(run, capsys):
+    folder = run(epochs=(), finished=False)
+    (folder / "metrics.jsonl").unlink()
+    assert report.main([str(folder)]) == 0
+    text = (folder / "report.html").read_text()
+    assert "0 of 3, unfinished" in text and "<h2>Curves</h2>" not in text and "total_batch_size" in text
+    assert not (folder / "curves.png").exists()
+
+
 def test_another_folder_is_refused_in_words(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err

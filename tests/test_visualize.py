@@ -167,7 +167,7 @@ def test_weights_of_a_file_are_taken_with_their_decoders_depth(tmp_path):
     shown = models.load(f"mae_vit_tiny_patch16={tmp_path / 'mae.pth'}", device="cpu")
     assert len(shown.model.decoder_blocks) == 2 and shown.decoder_trained
     assert all(torch.equal(value, shown.model.state_dict()[name]) for name, value in trained.state_dict().items())
-    assert shown.about == "weights of mae.pth"
+    assert shown.about == "weights of mae.pth, 12 heads"
     encoder = {name: value for name, value in trained.state_dict().items() if not name.startswith("decoder")}
     torch.save(encoder, tmp_path / "encoder.pth")
     for name in ("mae_vit_tiny_patch16", "vit_tiny_patch16_224"):
@@ -241,6 +241,7 @@ def test_listed_files_are_all_shown_in_order_and_a_folders_are_drawn_by_the_seed
         (["neighbors", "{tmp}/foreign.pth"], "mae_vit_base_patch16={tmp}/foreign.pth"),
         (["neighbors", "vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'?"),
         (["neighbors", "mae_vit_mini_patch16"], "unknown model"),
+        (["neighbors", "vit_tiny_patch16_224", "--input_size", "100"], "do not fill images of 100 x 100"),
         (["neighbors", "resnet18"], "is a ResNet; these pictures are of plain vision transformers"),
         (["neighbors", "{run}", "{run}"], "this figure shows one model; found digits, digits"),
         (["similarity", "{run}", "{run}"], "the histogram shows one model"),

@@ -187,8 +187,8 @@ def knn_table(knn: Mapping[str, Any]) -> str:
 # ---- curves ---------------------------------------------------------------------------------------------------------
 
 
-def curves(runs: Sequence[RunRecords]) -> Figure:
-    """One panel a figure, all runs in each: means of epochs first, then what was logged at steps."""
+def panels_of(runs: Sequence[RunRecords]) -> list[tuple[str, str]]:
+    """What there are curves of, and whether over epochs or steps: means of epochs first."""
     of_epochs = [
         name
         for name in dict.fromkeys(name for run in runs for record in run.epochs for name in record)
@@ -196,9 +196,12 @@ def curves(runs: Sequence[RunRecords]) -> Figure:
     ]
     steps = [record for run in runs for record in run.steps]
     of_steps = [name for name in STEP_CURVES if any(is_number(record.get(name)) for record in steps)]
-    panels = [(name, "epochs") for name in of_epochs if name not in of_steps] + [(name, "steps") for name in of_steps]
-    if not panels:
-        raise ValueError(f"no curves to draw: {', '.join(run.name for run in runs)} logged nothing yet")
+    return [(name, "epochs") for name in of_epochs if name not in of_steps] + [(name, "steps") for name in of_steps]
+
+
+def curves(runs: Sequence[RunRecords]) -> Figure:
+    """One panel a figure, all runs in each."""
+    panels = panels_of(runs)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.3 * columns, 2.2 * rows + 0.3), layout="constrained")
@@ -315,9 +318,10 @@ def page(runs: Sequence[RunRecords]) -> str:
         f"<h1>{html.escape(names)}</h1>\n<p class='lead'>Losses are means over the last epoch; accuracies are last and "
         "best. Compare runs by them only where updates and images seen are alike.</p>\n",
         figures,
-        "<h2>Curves</h2>\n",
-        embedded(svg_of(curves(runs)), "svg+xml", "Means over epochs, and what was logged at steps."),
     ]
+    if panels_of(runs):
+        drawn = embedded(svg_of(curves(runs)), "svg+xml", "Means over epochs, and what was logged at steps.")
+        parts.append(f"<h2>Curves</h2>\n{drawn}")
     for run in runs:
         whose = "" if len(runs) == 1 else f": {html.escape(run.name)}"
         if run.knn:
@@ -343,12 +347,14 @@ def page(runs: Sequence[RunRecords]) -> str:
 
 
 def report(runs: Sequence[RunRecords], folder: Path) -> list[Path]:
-    """Write report.html and curves.png into `folder`; answers their paths."""
+    """Write report.html and, where anything was logged, curves.png into `folder`; answers their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "report.html", folder / "curves.png"]
+    written = [folder / "report.html"]
     with house_style():
         written[0].write_text(page(runs), encoding="utf-8")
-        save(curves(runs), written[1])
+        if panels_of(runs):
+            written.append(folder / "curves.png")
+            save(curves(runs), written[1])
     return written
 
 

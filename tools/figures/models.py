@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import methods
-from models_vit import VisionTransformer, load_matching
+from models_vit import VisionTransformer, load_matching, patch_grid
 from tools import encoder, given
 from util import checkpoint
 from util.data import pixel_statistics
@@ -143,6 +143,7 @@ def load(
         hint = nearest(name, known) or "mae_vit_tiny_patch16 or vit_tiny_patch16_224, say"
         raise ValueError(f"{word} is neither a run, nor a checkpoint, nor a model's name; {hint}")
     if input_size and shown.size[1:] != input_size:
+        patch_grid(input_size, shown.patch[0])  # refuses sizes that the patches do not fill
         shown.model.set_input_size(input_size)
     return shown
 
@@ -194,12 +195,16 @@ def _by_name(
     if file:
         report = load_matching(model, weights)
         log.info("%s: %s", file, report)
-        about = f"weights of {Path(file).name}"
+        about = f"weights of {Path(file).name}, {_heads(model)} heads"  # a file does not tell, so say it
         decoder_trained = not any(missing.startswith("decoder_") for missing in report.missing)
     else:
         log.info("%s: %s; nothing is downloaded, trained weights are given as %s=FILE", name, about, name)
     where = pick_device(device)
     return Shown(name, about, model.to(where).eval(), statistics, where, None, decoder_trained)
+
+
+def _heads(model: Any) -> int:
+    return model.blocks[0].attn.num_heads
 
 
 def _depth(weights: Mapping[str, Tensor], blocks: str) -> int:
