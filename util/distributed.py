@@ -103,9 +103,10 @@ def start(device: str, timeout_minutes: float = 10.0) -> Iterator[Processes]:
         raise ValueError("several processes cannot share one Metal device; start one, or use --device cpu")
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(minutes=timeout_minutes)
+    store, _old = _meeting_place(rank, processes, timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
-        store=_meeting_place(rank, processes, timeout),
+        store=store,
         rank=rank,
         world_size=processes,
         timeout=timeout,
@@ -119,26 +120,26 @@ def start(device: str, timeout_minutes: float = 10.0) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def _meeting_place(rank: int, processes: int, timeout: datetime.timedelta) -> dist.Store:
-    """A store in which nothing of an earlier attempt stands.
+def _meeting_place(rank: int, processes: int, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
+    """A store in which nothing of an earlier attempt stands, and the one it was found through.
 
     torchrun's own store outlives the processes that it restarts, and addresses of the dead in it keep the living from
     meeting (torch 2.14). So rank 0 opens a new store and leaves its port in the old one; a port nobody answers at is
-    of an earlier attempt.
+    of an earlier attempt. The caller keeps both: without torchrun rank 0 serves the old one too, and others are slower.
     """
     old, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=processes, timeout=timeout))
     host = os.environ["MASTER_ADDR"]
     if rank == 0:
         new = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
         old.set("nor-mae/port", str(new.port))
-        return new
+        return new, old
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         port = int(old.get("nor-mae/port"))
         try:
             with socket.create_connection((host, port), timeout=5):
                 pass
-            return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+            return dist.TCPStore(host, port, is_master=False, timeout=timeout), old
         except OSError:
             if time.monotonic() > deadline:
                 raise
