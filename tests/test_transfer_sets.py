@@ -37,8 +37,8 @@ def flowers(root):
     for number in range(1, 7):
         paint(base / "jpg" / f"image_{number:05d}.jpg", 10 * number)
     savemat(base / "imagelabels.mat", {"labels": np.array([[1, 2, 1, 2, 1, 2]])})
-    savemat(base / "setid.mat", {"trnid": [[1, 4]], "valid": [[2]], "tstid": [[3, 5, 6]]})
-    return [10, 40, 20], [0, 1, 1], [30, 50, 60], [0, 0, 1]
+    savemat(base / "setid.mat", {"trnid": [[1, 4]], "valid": [[2, 3]], "tstid": [[5, 6]]})
+    return [10, 40, 20, 30], [0, 1, 1, 0], [50, 60], [0, 1]
 
 
 def pets(root):

@@ -30,7 +30,10 @@ def sgd(groups: list[dict], lr: float, device: torch.device | None = None) -> to
 
 
 def lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
-    """MAE's LARS: weights adapt their rate to their norm, by 0.001, and are decayed; biases neither; momentum 0.9."""
+    """MAE's LARS: matrices adapt their rate to their norm, by 0.001, and biases do not; momentum 0.9.
+
+    Without weight decay, as MAE probes, it is MAE's rule; with it timm's, which also counts the decay in the norm.
+    """
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [
