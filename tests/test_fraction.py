@@ -132,3 +132,14 @@ def test_a_term_that_is_no_mean_over_images_is_refused(options, words):
 def test_what_is_no_share_is_refused(fraction):
     with pytest.raises(ValueError, match="fraction is"):
         built(fraction)
+
+
+def test_a_fraction_compiles_into_one_graph_that_serves_every_step():
+    model = built(0.4).float()
+    graphs = []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        images, noise = torch.randn(N, 3, 16, 16, generator=generator), torch.rand(N, 2, 16, generator=generator)
+        assert torch.equal(compiled(images, noise=noise)["loss"], model(images, noise=noise)["loss"])
+    assert len(graphs) == 1

@@ -1,0 +1,169 @@
+"""Which share of what the device can do a training step does: its arithmetic and its bytes against measured ceilings.
+
+    python benchmarks/roofline.py --device cuda --amp bf16 --batch_size 512 --variants mae nor nor+compile
+    python benchmarks/roofline.py --batch_size 8                       # a CPU has a roof as well
+
+Ceilings are the best of several large matrix products and large copies on this very device. A step's arithmetic is
+that of its matrix products and attentions; its bytes are what every operation reads and writes, when each goes to
+memory and back (eager), or as the compiler counts them for its fused kernels (compiled). The floor is the longer of
+both times, and the share is that floor over the measured time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import torch
+from torch import Tensor
+from torch._inductor import metrics
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import RESULTS, machine, progress, publish, quartiles, table, where
+from benchmarks.step import AMP, VARIANTS, Setting, clock_of, measure, wait
+
+VIEWS = frozenset(
+    "view as_strided expand transpose permute slice select detach alias unsqueeze squeeze split unbind unsafe_view t "
+    "reshape empty empty_like new_empty".split()
+)
+
+
+class BytesMoved(TorchDispatchMode):
+    """Counts what operations read and write; views move nothing."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.lstrip("_") not in VIEWS:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor)]
+            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return found
+
+
+def ceilings(setting: Setting, seconds: float = 1.0) -> dict[str, float]:
+    """The best rate of a large matrix product (FLOP/s) and of a large copy (bytes/s), tried for so long each."""
+    device, dtype = torch.device(setting.device), AMP[setting.amp] or torch.float32
+    _, clock = clock_of(setting)
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    large = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(large)
+    return {
+        "flop_per_s": 2 * side**3 / best(lambda: a @ b, device, clock, seconds),
+        "bytes_per_s": 2 * large.numel() * 4 / best(lambda: target.copy_(large), device, clock, seconds),
+    }
+
+
+def best(work: Callable[[], object], device: torch.device, clock: Callable[[], float], seconds: float) -> float:
+    """The shortest time that it took."""
+    shortest, end = float("inf"), time.perf_counter() + seconds
+    while shortest == float("inf") or time.perf_counter() < end:
+        wait(device)
+        began = clock()
+        work()
+        wait(device)
+        shortest = min(shortest, clock() - began)
+    return shortest
+
+
+def moved(setting: Setting, name: str) -> dict[str, float]:
+    """FLOP of a step, and the bytes that it moves eagerly: in all, and beside forward and backward."""
+    device = torch.device(setting.device)
+    images = torch.randn(setting.batch_size, 3, setting.input_size, setting.input_size, device=device)
+    noise = torch.rand(setting.batch_size, 2, setting.patches, device=device)
+    step: Any = VARIANTS[name.removesuffix("+compile")](setting)
+    step(images, noise)  # makes the optimizer's state
+    with FlopCounterMode(display=False) as flop, BytesMoved() as count:
+        step(images, noise)
+    found = {"flop": float(flop.get_total_flops()), "bytes": float(count.total)}
+    if name.endswith("+compile"):
+        with BytesMoved() as inside, torch.autocast(device.type, dtype=step.amp, enabled=step.amp is not None):
+            step.model(images, noise=noise)["loss"].backward()
+        found["bytes_beside"] = found["bytes"] - inside.total
+    return found
+
+
+def share_of_roof(setting: Setting, name: str, roof: Mapping[str, float]) -> dict[str, float]:
+    """Of one variant: its rate, what a step moves, and its shares."""
+    metrics.reset()
+    seconds = quartiles(measure(setting, [name], say=progress)["seconds"][name])["median"]
+    work = moved(setting, name)
+    if name.endswith("+compile"):  # what the compiler counted, when it compiled for the measurement
+        work["bytes"] = metrics.num_bytes_accessed + work["bytes_beside"]
+    times = {what: work[what] / roof[f"{what}_per_s"] for what in ("flop", "bytes")}
+    return {
+        **work,
+        "images_per_s": setting.batch_size / seconds,
+        "flop_share": times["flop"] / seconds,
+        "byte_share": times["bytes"] / seconds,
+        "share": max(times.values()) / seconds,
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    setting, roof = result["setting"], result["ceilings"]
+    rows = [
+        [
+            name,
+            f"{each['images_per_s']:.1f}",
+            f"{each['flop'] / setting['batch_size'] / 1e9:.2f}",
+            f"{each['bytes'] / setting['batch_size'] / 1e6:.0f}",
+            f"{100 * each['flop_share']:.1f} %",
+            f"{100 * each['byte_share']:.1f} %",
+            f"{100 * each['share']:.1f} %",
+        ]
+        for name, each in result["roofline"].items()
+    ]
+    columns = [
+        "variant",
+        "images / s",
+        "GFLOP / image",
+        "MB / image",
+        "of the FLOP/s",
+        "of the bytes/s",
+        "of the floor",
+    ]
+    return (
+        f"# Roofline: ViT-{setting['size'].capitalize()}/{setting['patch_size']}, decoder depth "
+        f"{setting['decoder_depth']}, batch {setting['batch_size']}, amp {setting['amp']}\n\n"
+        f"{where(result['machine'])} Measured ceilings: {roof['flop_per_s'] / 1e12:.3g} TFLOP/s and "
+        f"{roof['bytes_per_s'] / 1e9:.4g} GB/s, CPU threads: {setting['threads']}.\n\n" + table(columns, rows)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    default = Setting()
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--variants", nargs="+", default=("mae", "nor"), choices=VARIANTS, metavar="NAME")
+    parser.add_argument("--size", default=default.size, choices=["tiny", "small", "base", "large", "huge"])
+    parser.add_argument("--device", default=default.device, help="cpu or cuda")
+    parser.add_argument("--amp", default=default.amp, choices=AMP)
+    for name in ("decoder_depth", "batch_size", "threads", "rounds", "input_size", "patch_size"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help="as in step.py")
+    parser.add_argument("--output", type=Path, help="JSON file, the table beside it; None: in benchmarks/results/")
+    given = vars(parser.parse_args(argv))
+    names, output = list(dict.fromkeys(given.pop("variants"))), given.pop("output")
+    setting = Setting(**given)
+    torch.set_num_threads(setting.threads)
+    result = {"setting": asdict(setting), "machine": machine(setting.device)}
+    result["ceilings"] = ceilings(setting)
+    result["roofline"] = {name: share_of_roof(setting, name, result["ceilings"]) for name in names}
+    device = setting.device.split(":")[0]
+    publish(result, markdown(result), output or RESULTS / f"roofline_{device}_{setting.size}.json")
+
+
+if __name__ == "__main__":
+    main()
