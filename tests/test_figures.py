@@ -217,7 +217,7 @@ def test_the_streamed_histogram_holds_every_patch_once_and_the_loops_figures():
         assert (histogram.low, histogram.high) == pytest.approx((min(oracle), max(oracle)), abs=1e-6)
         expected, _ = np.histogram(oracle, bins=similarity.BINS, range=(-1, 1))
         assert np.abs(histogram.counts - expected).sum() <= 2  # rounding may carry one over an edge
-    axes = similarity.similarity(model, found, 5, "centre").axes
+    axes = similarity.similarity(model, found, "centre").axes
     areas = [axis.patches[0].get_data().values.sum() for axis in axes]
     assert areas == pytest.approx([100, 100, 100])
 
@@ -316,6 +316,17 @@ def test_the_panel_draws_the_plane_and_says_the_score():
     plane = np.concatenate([circles.get_offsets(), squares.get_offsets()])
     np.testing.assert_allclose(plane, separation.pca(features)[0], atol=1e-9)
     assert f"separation {separation.separation(features, groups):.3f}" in figure.axes[0].get_xlabel()
+
+
+def test_three_thousand_patches_are_no_obstacle():
+    torch.manual_seed(0)
+    model = shown(methods.build("mae", "mae_vit_tiny_patch4", decoder_num_heads=2, **SIZES))
+    made = Subject([model], pixels(count=1, size=224), ["a.jpg"])
+    (axis,) = separation.separated(made).axes
+    squares, circles = axis.collections
+    assert model.num_patches == 3136 and len(circles.get_offsets()) == 784
+    assert f"{len(squares.get_offsets())} CNPs" in axis.get_xlabel()
+    assert sum(isinstance(part, Quiver) for part in neighbors.neighbors(made).axes[2].collections) == 1
 
 
 def test_figure_1_shows_the_same_neighbours_above_and_below():

@@ -169,12 +169,14 @@ def of_stream(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
     histograms = similarity.stream(shown, samples, numbers, words.batch_size, words.num_workers)
     for name, histogram in histograms.items():
         sys.stdout.write(f"{name:<10}{histogram}\n")
-    return similarity.similarity(shown, histograms, len(numbers), words.crop)
+    return similarity.similarity(shown, histograms, words.crop)
 
 
 def draw(words: argparse.Namespace) -> list[Path]:
     """Draw what was asked for; answers the files written."""
     home, updates = Path("figures"), 0
+    for path in words.output:
+        style.kind_of(path)  # refused before any work is done
     with style.house_style():
         if words.picture == "relations":
             figure = relations(words.runs)

@@ -111,7 +111,7 @@ def stream(
     return found
 
 
-def similarity(shown: Shown, found: dict[Similarity, Histogram], images: int, crop: str) -> Figure:
+def similarity(shown: Shown, found: dict[Similarity, Histogram], crop: str) -> Figure:
     """Figure 3: how similar patches are to their closest neighbours, for pixels and for embeddings."""
     figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
     axes = figure.subplots(1, len(found), sharex=True, sharey=True)
@@ -139,6 +139,6 @@ def similarity(shown: Shown, found: dict[Similarity, Histogram], images: int, cr
     axes[0].set_ylabel("% of patches, bins of 0.01")
     rows, columns = shown.grid
     size = next(iter(found.values())).size
-    about = f"{shown.label} ({shown.about}): {images:,} images of {rows} x {columns} patches, {size:,} in all"
-    note(figure, [f"{about}; {CROPS[crop]}."], WIDTH)
+    images = f"{size // shown.num_patches:,} images of {rows} x {columns} patches, {size:,} in all"
+    note(figure, [f"{shown.label} ({shown.about}): {images}; {CROPS[crop]}."], WIDTH)
     return figure

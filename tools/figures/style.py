@@ -96,11 +96,17 @@ def note(figure: Any, sentences: Sequence[str], width_inches: float) -> None:
     figure.suptitle("\n".join(lines), fontsize=7.5, x=0.01, ha="left", linespacing=1.3)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure; the suffix decides the format. ValueError for any other suffix."""
+def kind_of(path: Path) -> str:
+    """The format that a file's suffix asks for; ValueError for one that figures are not written in."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise ValueError(f"{path}: a figure is written as {', '.join(f'.{name}' for name in FORMATS)}")
+    return kind
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure; the suffix decides the format."""
+    kind = kind_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.04, metadata=undated)

@@ -205,7 +205,5 @@ def chosen(source: Source, count: int | None, seed: int) -> list[int]:
 def read_images(source: Source, size: tuple[int, int, int], numbers: Sequence[int]) -> tuple[Tensor, list[str]]:
     """The middle of each image as uint8 `[N, C, H, W]`, and the names."""
     samples = EvalSamples(source, eval_transform(size[1:]), mean=(0.0,) * size[0], std=(1.0,) * size[0])
-    batch = next(eval_batches(samples, batch_size=len(numbers), indices=numbers))
-    for path, reason in batch.problems:
-        log.warning("%s cannot be read: %s", path, reason)
+    (batch,) = eval_batches(samples, batch_size=len(numbers), indices=numbers)  # all of it: then it says what is bad
     return batch.images, [source.names[number] for number in batch.index.tolist()]
