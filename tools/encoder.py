@@ -189,13 +189,15 @@ def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, 
         there = ", ".join(sorted({name.split(".")[0] for name in weights})[:8])
         raise ValueError(f"{file} holds no vision transformer: without {', '.join(missing)}; it holds {there}")
     width, in_chans, *patch = weights["patch_embed.proj.weight"].shape
-    patch_size = patch[-1]
+    if len(patch) != 2 or patch[0] != patch[1]:
+        raise ValueError(f"{file} embeds patches of {patch or 'unknown'} pixels; here they are squares")
+    patch_size = patch[0]
     positions = weights["pos_embed"].shape[1] - 1
     side = math.isqrt(positions)
     size = options.get("input_size") or (side * patch_size, side * patch_size)
     rows, columns = patch_grid(tuple(size), patch_size)
     if rows * columns != positions:
-        trained_on = f"images of {size[0]} x {size[1]}" if options else "square images, as other programs' must be"
+        trained_on = f"images of {size[0]} x {size[1]}" if options else "a square, as other programs' must"
         raise ValueError(
             f"{file} has positions for {positions} patches of {patch_size} pixels, which do not make {trained_on}"
         )
