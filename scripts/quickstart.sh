@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh checkout to a pretrained NoR-MAE: handwritten digits, no download of data, no GPU.
+# From a fresh checkout to a pretrained NoR-MAE and what it is worth: handwritten digits, no download of data, no GPU.
 #
 #   bash scripts/quickstart.sh                    the run goes to output/quickstart
 #   bash scripts/quickstart.sh --epochs 20        further words go to main_pretrain.py
@@ -18,5 +18,14 @@ prepare requirements.txt
 "$PYTHON" main_pretrain.py -c configs/pretrain/quickstart.yaml --device cpu --output_dir "$OUTPUT" "$@"
 
 "$PYTHON" tools/knn.py "$OUTPUT" --device cpu
+
+# With 10 labels a class: a linear layer on the frozen encoder, the encoder fine-tuned, and the same from scratch.
+encoder=(--init_from "$OUTPUT/checkpoints/last.pth" --device cpu --overwrite) # they take seconds
+"$PYTHON" main_linprobe.py -c configs/linprobe/quickstart.yaml "${encoder[@]}" --output_dir "$OUTPUT/linprobe"
+"$PYTHON" main_finetune.py -c configs/finetune/quickstart.yaml "${encoder[@]}" --output_dir "$OUTPUT/finetuned"
+"$PYTHON" main_finetune.py -c configs/finetune/quickstart.yaml "${encoder[@]}" --output_dir "$OUTPUT/scratch" \
+    --from_scratch --layer_decay 1
+"$PYTHON" tools/classifiers.py "$OUTPUT"
+
 "$PYTHON" tools/visualize.py reconstruction "$OUTPUT" --device cpu
 "$PYTHON" tools/report.py "$OUTPUT"
