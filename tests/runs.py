@@ -70,7 +70,7 @@ class Training:
     def send(self, number: int) -> None:
         os.kill(self._process.pid, number)
 
-    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+    def wait_for_step(self, step: int, seconds: float = 300) -> None:
         """Until the step's line stands in metrics.jsonl."""
         deadline = time.monotonic() + seconds
         while not any(line["step"] >= step for line in metrics(self.folder)):
@@ -78,7 +78,7 @@ class Training:
             assert time.monotonic() < deadline, f"no step {step} after {seconds} s: {self.said}"
             time.sleep(0.002)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """The exit code; negative for a signal."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running after {seconds} s: {self.said}"
