@@ -32,10 +32,12 @@ def sizes(method, options=SMALL):
 
 
 def small(method, **changes):
-    """The method's model, always with the same weights; with a teacher where it needs one."""
+    """The method's model, always with the same weights; with a teacher where it needs one, and a narrow label head."""
     terms = dict(changes.pop("terms", {}))
-    if "teacher" in METHODS[method].terms and terms.get("teacher", {}) is not None:
-        terms["teacher"] = {"checkpoint": teacher_checkpoint(), **terms.get("teacher", {})}
+    for name in METHODS[method].terms:
+        if name in ("teacher", "label") and terms.get(name, {}) is not None:
+            own = {"checkpoint": teacher_checkpoint()} if name == "teacher" else {"hidden": 64}
+            terms[name] = own | terms.get(name, {})
     torch.manual_seed(0)
     return build(method, **(sizes(method) | changes), terms=terms)
 
