@@ -6,6 +6,7 @@ in colour differs in shape, dash, edge or label too, so that it survives a grey 
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ SETTINGS: dict[Any, Any] = {
 @contextmanager
 def house_style() -> Iterator[None]:
     """Figures made and saved inside look alike, whatever a user's matplotlibrc says."""
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # of a PDF it tells every glyph
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(SETTINGS)
