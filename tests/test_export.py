@@ -55,14 +55,18 @@ def save_run(folder, model, options, **state):
 
 
 SQUARES, RECTANGLES = "colour squares", "rectangles of 4 channels"
-ON_RECTANGLES = pytest.mark.parametrize("pretrained", [RECTANGLES], indirect=True)
+ON_RECTANGLES = pytest.mark.parametrize("source", [RECTANGLES])
 
 
-@pytest.fixture(scope="module", params=[SQUARES, RECTANGLES])
-def pretrained(request, tmp_path_factory):
+@pytest.fixture(params=[SQUARES, RECTANGLES])
+def source(request):
+    return request.param
+
+
+def pretrain(source, folder):
     """(run folder, trained model): a masked autoencoder with terms and all."""
     torch.manual_seed(0)
-    size, channels = {SQUARES: ((16, 16), 3), RECTANGLES: ((16, 24), 4)}[request.param]
+    size, channels = {SQUARES: ((16, 16), 3), RECTANGLES: ((16, 24), 4)}[source]
     mean, std = tuple(0.1 * i + 0.1 for i in range(channels)), (0.3,) * channels
     options = PretrainOptions(
         **SIZES, input_size=size, in_chans=channels, mean=mean, std=std, norm_pix_loss=True, total_batch_size=32,
@@ -70,7 +74,7 @@ def pretrained(request, tmp_path_factory):
         init_from="/home/me/weights/mae.pth", terms={"neighbor": {}},
     )  # fmt: skip
     model = lively(methods.from_options(to_dict(options)))
-    return save_run(tmp_path_factory.mktemp("pretrained") / "run", model, options), model
+    return save_run(folder, model, options), model
 
 
 def classifier(folder, pool, **more):
@@ -92,23 +96,39 @@ def run_tool(*words):
 
 
 @pytest.fixture(scope="module")
-def exported(pretrained, tmp_path_factory):
-    """name -> the folder of the pretrained encoder in that format, written once."""
+def runs(tmp_path_factory):
+    """source -> what `pretrain` makes of it, made once."""
+    return functools.cache(lambda source: pretrain(source, tmp_path_factory.mktemp("pretrained") / "run"))
+
+
+@pytest.fixture(scope="module")
+def exports(runs, tmp_path_factory):
+    """(source, format) -> the folder of that encoder in that format, written once."""
 
     @functools.cache
-    def folder(name):
+    def folder(source, name):
         output = tmp_path_factory.mktemp("exported") / name
-        assert run_tool(name, pretrained[0], "--output", output) == 0
+        assert run_tool(name, runs(source)[0], "--output", output) == 0
         return output
 
     return folder
+
+
+@pytest.fixture
+def pretrained(source, runs):
+    return runs(source)
+
+
+@pytest.fixture
+def exported(source, exports):
+    return functools.partial(exports, source)
 
 
 # ---- round trips
 
 
 @pytest.mark.parametrize(
-    ("name", "pretrained"),
+    ("name", "source"),
     [
         installed("timm", SQUARES),
         installed("timm", RECTANGLES),
@@ -116,7 +136,6 @@ def exported(pretrained, tmp_path_factory):
         installed("hf", RECTANGLES),
         installed("onnx", RECTANGLES),
     ],
-    indirect=["pretrained"],
 )
 def test_an_encoder_answers_as_it_did(name, pretrained, exported):
     model = pretrained[1]
@@ -369,6 +388,9 @@ def test_bad_input_is_refused_in_words(pretrained, tmp_path, capsys):
     tiny = methods.build("mae", "mae_vit_tiny_patch16", depth=1, decoder_depth=1, input_size=32).state_dict()
     torch.save({"model": tiny}, narrow)
     torch.save({"model": tiny | {"rel_pos_bias.table": torch.zeros(3)}}, odd)
+    long, flat = tmp_path / "long.pth", tmp_path / "flat.pth"
+    torch.save({"model": tiny | {"pos_embed": torch.zeros(1, 7, 192)}}, long)
+    torch.save({"model": tiny | {"patch_embed.proj.weight": torch.zeros(192, 3, 16, 8)}}, flat)
     cases = [
         ([tmp_path / "nothing"], "does not exist"),
         ([empty_run], "holds no checkpoint"),
@@ -377,6 +399,8 @@ def test_bad_input_is_refused_in_words(pretrained, tmp_path, capsys):
         ([narrow], "3 in DeiT and timm"),
         ([narrow, "--num_heads", "5"], "5 heads cannot share 192 channels"),
         ([odd, "--num_heads", "12"], "it has also rel_pos_bias.table"),
+        ([long, "--num_heads", "12"], "positions for 6 patches of 16 pixels, which do not make a square"),
+        ([flat, "--num_heads", "12"], "here they are squares"),
         ([folder, "--num_heads", "3"], "was trained with 6 attention heads, not with 3"),
         ([folder, "--input_size", "18"], "do not fill"),
         ([folder, "--input_size", "large"], "input_size"),
