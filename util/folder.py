@@ -23,7 +23,10 @@ from util.options import RunOptions, differences, to_dict
 
 log = logging.getLogger(__name__)
 
-FILES = ("options.yaml", "environment.json", "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json")
+FILES = (
+    *("options.yaml", "environment.json", "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json"),
+    *("classes.txt", "images_*.txt", "events.out.tfevents.*"),
+)
 FOLDERS = ("checkpoints", "samples", "debug")
 
 
@@ -81,12 +84,11 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what earlier runs wrote here, and nothing else."""
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
+        for pattern in FILES:
+            for path in self.path.glob(pattern):
+                path.unlink()
         for name in FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for path in self.path.glob("events.out.tfevents.*"):
-            path.unlink()
 
     def _choose(self) -> tuple[Path | None, dict[str, Any] | None]:
         """The newest whole checkpoint, or the one named by --resume, and its content; (None, None) to begin anew."""
