@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 FILES = (
     *("options.yaml", "environment.json", "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json"),
-    *("classes.txt", "images_*.txt", "events.out.tfevents.*"),
+    *("classes.txt", "images_*.txt", "events.out.tfevents.*", "knn.json", "report.html", "curves.png"),
 )
-FOLDERS = ("checkpoints", "samples", "debug")
+FOLDERS = ("checkpoints", "samples", "debug", "figures")
 
 
 class AlreadyFinished(Exception):

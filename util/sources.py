@@ -468,7 +468,8 @@ _TRAIN_FLAG: dict[str, list[dict[str, Any]]] = {"train": [{"train": True}], "val
 _TRAIN_TEST: dict[str, list[dict[str, Any]]] = {"train": [{"split": "train"}], "val": [{"split": "test"}]}
 _TRAINVAL_TEST: dict[str, list[dict[str, Any]]] = {"train": [{"split": "trainval"}], "val": [{"split": "test"}]}
 _BOTH_TEST: dict[str, list[dict[str, Any]]] = _TRAIN_TEST | {"train": [{"split": "train"}, {"split": "val"}]}
-TORCHVISION: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {  # name: (torchvision class, what each of our splits asks of it: the splits that the literature uses)
+# name: (torchvision class, what each of our splits asks of it: the splits that the literature uses)
+TORCHVISION: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
     "cifar10": ("CIFAR10", _TRAIN_FLAG),
     "cifar100": ("CIFAR100", _TRAIN_FLAG),
     "mnist": ("MNIST", _TRAIN_FLAG),
