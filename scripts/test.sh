@@ -4,6 +4,7 @@
 #   bash scripts/test.sh                          all of it, on a CPU
 #   bash scripts/test.sh tests/test_house.py      further words go to pytest
 #   bash scripts/test.sh -m slow                  the long tests; -m gpu: those that need a GPU
+#   WORKERS=8 bash scripts/test.sh                processes that test side by side (default: 2)
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,4 +15,4 @@ prepare requirements.txt requirements/dev.txt requirements/export.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
 # One thread a process: the tests' models are so small that more threads only get in each other's way.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m pytest "$@"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
