@@ -6,7 +6,8 @@
 `torchvision` is the baseline: an ImageFolder's loader, RandomResizedCrop, flip, ToTensor and Normalize, in a DataLoader
 that hands out floats. `pillow` is our loader with torchcodec switched off, `folder` our loader, `packN` a pack with
 short side N, `rawN` one of raw pixels. Ours hand out bytes, which the device normalises. A small folder is gone
-through several times; files are in the page cache, so this is the cost of the processor and not of the disk.
+through several times; files are in the page cache, so this is the cost of the processor and not of the disk. With
+--num_workers 0 one process loads, and its CPU time is taken, which other programs disturb least.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -138,20 +140,24 @@ def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) ->
             images = source
             if name.startswith(("pack", "raw")):
                 images, bytes_each[name] = packed(source, given, name, Path(folder))
-            with without_torchcodec() if name == "pillow" else contextlib.nullcontext():
-                start = (torchvision_epochs if name == "torchvision" else our_epochs)(images, given)
-                turns[name] = functools.partial(seconds_per_image, start, given.batch_size)
-                turns[name]()  # starts the workers, fills the page cache
+            switch = without_torchcodec if name == "pillow" else contextlib.nullcontext
+            start = (torchvision_epochs if name == "torchvision" else our_epochs)(images, given)
+            turns[name] = functools.partial(seconds_per_image, start, given, switch)
+            turns[name]()  # starts the workers, fills the page cache
         seconds = in_turn(turns, given.rounds, given.seed, say)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the plain DataLoader's handler takes workers that end for failures
     return {"seconds": seconds, "bytes_each": bytes_each, "pixels": pixel_difference(source, given.input_size)}
 
 
-def seconds_per_image(start: Callable[[], Iterator[Any]], batch_size: int) -> float:
-    began, images = time.perf_counter(), 0
-    for _ in start():
-        images += batch_size
-    return (time.perf_counter() - began) / images
+def seconds_per_image(
+    start: Callable[[], Iterator[Any]], given: argparse.Namespace, switch: Callable[[], AbstractContextManager]
+) -> float:
+    clock = time.perf_counter if given.num_workers else time.process_time
+    with switch():
+        began, images = clock(), 0
+        for _ in start():
+            images += given.batch_size
+        return (clock() - began) / images
 
 
 def pixel_difference(source: Source, input_size: int, crops: int = 4) -> dict[str, float]:
@@ -189,7 +195,7 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append([name, spread(rate, 0), ratio, f"{size / 1000:.0f}" if size else "-"])
     pixels = result["pixels"]
     return (
-        f"# Loading: {setting['input_size']} px crops, {setting['num_workers']} workers, "
+        f"# Loading: {setting['input_size']} px crops, {setting['num_workers'] or 'no'} workers, "
         f"batch {setting['batch_size']}\n\n"
         f"{where(result['machine'])} {setting['images']} images a round, {setting['rounds']} rounds; medians, "
         "quartiles and ratios within a round. Crops of equal boxes differ from Pillow's by "
