@@ -337,14 +337,14 @@ class FinetuneOptions(ClassifierOptions):
     min_lr: float = result(1e-6)
     min_scale: float = result(0.08)
 
-    eval: bool = machine(False)
+    eval: bool = machine(False, section="Fine-tuning")
     """Train nothing: print the accuracy of the checkpoint that `resume` or `init_from` names, or of the run's last."""
     from_scratch: bool = result(False)
     """Take the sizes of the encoder in `init_from` and none of its weights, for a comparison with what it learned."""
     drop_path: float = result(0.1)
     """Stochastic depth: share of the images that skip the last block; earlier blocks are skipped less."""
 
-    optimizer: Literal["adamw", "sgd"] = result("adamw", section="Fine-tuning")
+    optimizer: Literal["adamw", "sgd"] = result("adamw")
     """`adamw` with (0.9, 0.999), or `sgd` with momentum 0.9."""
     layer_decay: float = result(0.65)
     """Each block learns at this times the rate of the one above it; 1: all alike."""

@@ -504,9 +504,14 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     return "empty" if value in ("", (), {}) else show(value).strip("'")
 
 
-def option_table(schema: type, term_options: Mapping[str, type] | None = None) -> str:
-    """All options as a Markdown table: name, default, kind, documentation."""
-    listed = [("", schema, field) for fields in _sections(schema).values() for field in fields]
+def option_table(schema: Any, term_options: Mapping[str, type] | None = None, beside: Any = None) -> str:
+    """All options as a Markdown table: name, default, kind, documentation.
+
+    Of those that the schema `beside` has too, only the ones with another default.
+    """
+    known = {field.name: default_of(field) for field in dataclasses.fields(beside)} if beside else {}
+    own = [field for fields in _sections(schema).values() for field in fields]
+    listed = [("", schema, field) for field in own if known.get(field.name, known) != default_of(field)]
     for term, options in (term_options or {}).items():
         listed += [(f"terms.{term}.", options, field) for field in dataclasses.fields(options)]
     rows = ["| option | default | kind | meaning |", "|---|---|---|---|"]
