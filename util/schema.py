@@ -509,9 +509,10 @@ def option_table(schema: Any, term_options: Mapping[str, type] | None = None, be
 
     Of those that the schema `beside` has too, only the ones with another default.
     """
-    known = {field.name: default_of(field) for field in dataclasses.fields(beside)} if beside else {}
+    theirs = dataclasses.fields(beside) if beside else ()
+    known = [(field.name, default_of(field)) for field in theirs]
     own = [field for fields in _sections(schema).values() for field in fields]
-    listed = [("", schema, field) for field in own if known.get(field.name, known) != default_of(field)]
+    listed = [("", schema, field) for field in own if (field.name, default_of(field)) not in known]
     for term, options in (term_options or {}).items():
         listed += [(f"terms.{term}.", options, field) for field in dataclasses.fields(options)]
     rows = ["| option | default | kind | meaning |", "|---|---|---|---|"]
