@@ -31,12 +31,12 @@ from models_classifier import Classifier
 from util import checkpoint, distributed, optim, precision, splits
 from util.augment import finetune_transform
 from util.checkpoint import ENCODER
-from util.data import Batch, Batches, EvalSamples, Source, TrainSamples, eval_batches, eval_transform, pixel_statistics
+from util.data import Batch, EvalSamples, Source, TrainSamples, eval_batches, eval_transform
 from util.distributed import Processes
 from util.images import classifier_crop_share
 from util.logging import talk
-from util.options import FinetuneOptions, OptionError, parse, resolve_batch
-from util.run import Run, run_front_door
+from util.options import FinetuneOptions, OptionError, parse
+from util.run import Run, resolve, run_front_door, share_batches
 from util.splits import Splits
 
 log = logging.getLogger("finetune")
@@ -86,7 +86,7 @@ def build_model(options: FinetuneOptions, classes: int) -> Classifier:
     )
 
 
-def make_batches(options: FinetuneOptions, source: Source, processes: Processes) -> Batches:
+def training_images(options: FinetuneOptions, source: Source) -> TrainSamples:
     transform = finetune_transform(
         options.input_size,
         min_scale=options.min_scale,
@@ -97,16 +97,7 @@ def make_batches(options: FinetuneOptions, source: Source, processes: Processes)
         mean=options.mean,
         std=options.std,
     )
-    return Batches(
-        TrainSamples(source, transform, options.seed, None, mean=options.mean, std=options.std),
-        batch_size=options.batch_size,
-        accum=options.accum_iter,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        seed=options.seed,
-        num_workers=options.num_workers,
-        pin_memory=options.pin_mem and processes.device.type == "cuda",
-    )
+    return TrainSamples(source, transform, options.seed, None, mean=options.mean, std=options.std)
 
 
 def make_optimizer(options: FinetuneOptions, model: Classifier, device: torch.device) -> torch.optim.Optimizer:
@@ -134,9 +125,7 @@ def image_batches(options: FinetuneOptions, source: Source, processes: Processes
 
 
 def finetune(argv: Sequence[str]) -> None:
-    options = resolve_batch(parse_options(argv), distributed.world_size())
-    mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
-    options = replace(options, mean=mean, std=std)
+    options = resolve(parse_options(argv))
     if options.mixes and options.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
     torch.manual_seed(options.seed)
@@ -173,7 +162,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
         weights, made_with = checkpoint.load_model(options.init_from)
         report = models_classifier.load_encoder(model, weights, made_with)
         log.info("weights from %s: %s", options.init_from, report)
-    batches = make_batches(options, found.train, processes)
+    batches = share_batches(options, training_images(options, found.train), processes)
     if options.steps:
         options = replace(options, epochs=math.ceil(options.steps / batches.steps_per_epoch))
     run = Run(options, processes, found.train)

@@ -25,13 +25,13 @@ from engine_pretrain import train_one_epoch
 from models_classifier import Classifier, LinearProbe
 from util import checkpoint, distributed, optim, splits
 from util.checkpoint import ENCODER
-from util.data import Batch, Batches, Source, TrainSamples, pixel_statistics, pretrain_transform
+from util.data import Batch, Batches, Source, TrainSamples, pretrain_transform
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled
 from util.knn import knn_accuracy
 from util.logging import talk
-from util.options import OptionError, ProbeOptions, parse, resolve_batch
-from util.run import Run, run_front_door
+from util.options import OptionError, ProbeOptions, parse
+from util.run import Run, resolve, run_front_door, share_batches
 from util.splits import Splits
 
 log = logging.getLogger("linprobe")
@@ -123,27 +123,17 @@ class Features:
         return 100 * knn_accuracy(averages["train"], bank_labels, averages["test"], labels)
 
 
-def make_batches(options: ProbeOptions, source: Source, features: Features, processes: Processes) -> Batches:
-    samples: Any = features.samples("train")
-    if options.augment:
-        transform = pretrain_transform(options.input_size, options.min_scale, options.hflip)
-        samples = TrainSamples(source, transform, options.seed, None, mean=options.mean, std=options.std)
-    return Batches(
-        samples,
-        batch_size=options.batch_size,
-        accum=options.accum_iter,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        seed=options.seed,
-        num_workers=options.num_workers if options.augment else 0,
-        pin_memory=options.pin_mem and processes.device.type == "cuda",
-    )
+def training_batches(options: ProbeOptions, source: Source, features: Features, processes: Processes) -> Batches:
+    """New crops of the images, or their stored features, which need no process to load them."""
+    if not options.augment:
+        return share_batches(replace(options, num_workers=0), features.samples("train"), processes)
+    transform = pretrain_transform(options.input_size, options.min_scale, options.hflip)
+    samples = TrainSamples(source, transform, options.seed, None, mean=options.mean, std=options.std)
+    return share_batches(options, samples, processes)
 
 
 def probe(argv: Sequence[str]) -> None:
-    options = resolve_batch(parse_options(argv), distributed.world_size())
-    mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
-    options = replace(options, mean=mean, std=std)
+    options = resolve(parse_options(argv))
     torch.manual_seed(options.seed)
     encoder = load_encoder(options)
     with distributed.start(options.device) as processes:
@@ -154,7 +144,7 @@ def probe(argv: Sequence[str]) -> None:
         encoder.to(processes.device)
         run = Run(options, processes, found.train)
         features = Features(options, encoder, run, found)
-        batches = make_batches(options, found.train, features, processes)
+        batches = training_batches(options, found.train, features, processes)
         lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
         run.prepare(model, batches, optim.lars(model, lr, options.weight_decay))
 

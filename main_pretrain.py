@@ -30,14 +30,13 @@ from util.data import (
     eval_batches,
     eval_transform,
     open_source,
-    pixel_statistics,
     pretrain_transform,
 )
 from util.device_data import DeviceSamples
 from util.distributed import Processes
 from util.logging import talk
-from util.options import PretrainOptions, parse, resolve_batch
-from util.run import Run, run_front_door
+from util.options import PretrainOptions, parse
+from util.run import Run, resolve, run_front_door, share_batches
 from util.watch import Watch
 
 log = logging.getLogger("pretrain")
@@ -109,18 +108,10 @@ def make_batches(
     samples: Samples
     if options.data_on_device:
         samples = DeviceSamples(source, **crops, **shared, device=processes.device, num_workers=options.num_workers)
+        options = replace(options, num_workers=0, pin_mem=False)  # nothing is left to load
     else:
         samples = TrainSamples(source, pretrain_transform(**crops), **shared)
-    return Batches(
-        samples,
-        batch_size=options.batch_size,
-        accum=options.accum_iter,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        seed=options.seed,
-        num_workers=0 if options.data_on_device else options.num_workers,
-        pin_memory=options.pin_mem and not options.data_on_device and processes.device.type == "cuda",
-    )
+    return share_batches(options, samples, processes)
 
 
 def announce(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, device: torch.device) -> None:
@@ -146,9 +137,7 @@ def announce(options: PretrainOptions, model: MaskedAutoencoderViT, source: Sour
 
 
 def pretrain(argv: Sequence[str]) -> None:
-    options = resolve_batch(parse_options(argv), distributed.world_size())
-    mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
-    options = replace(options, mean=mean, std=std)
+    options = resolve(parse_options(argv))
     torch.manual_seed(options.seed)
     model = build_model(options)
     with distributed.start(options.device) as processes:

@@ -13,24 +13,27 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util import checkpoint, optim, precision
-from util.data import Batches, NothingReadable, Source, allowed_bad
+from util import checkpoint, distributed, optim, precision
+from util.data import Batches, NothingReadable, Samples, Source, allowed_bad, pixel_statistics
 from util.distributed import CONTINUE, SAVE, STOP, Agreement, Processes, StopRequest
 from util.folder import AlreadyFinished, RunFolder, write_whole
 from util.logging import RunLog, log_file, talk
 from util.meters import Means
-from util.options import RunOptions, to_dict
+from util.options import RunOptions, resolve_batch, to_dict
 from util.stepper import Stepper, Unstable, names_of_bad_losses
 
 log = logging.getLogger(__name__)
+
+Options = TypeVar("Options", bound=RunOptions)
 
 SAVE_TRIES = 3
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_UNSTABLE, EXIT_CANNOT_SAVE, EXIT_INTERRUPTED = 0, 2, 3, 4, 75
@@ -64,7 +67,7 @@ class Run:
         self.amp = precision.resolve_amp(options.amp, processes.device)
         self.autocast = precision.autocast(self.amp, processes.device)
         folder = RunFolder(options)
-        self.folder, self.checkpoints = folder.path, folder.checkpoints
+        self.folder, self.checkpoints, self._lock = folder.path, folder.checkpoints, folder.lock
         self.run_id = processes.broadcast(f"{int(time.time()):x}-{os.getpid():x}")
         self.best: dict[str, Any] = {}
         self.epoch, self._epoch_step = 0, 0
@@ -194,6 +197,8 @@ class Run:
         state = self._state()
         if not self.processes.main:
             return
+        if self._lock.lost():
+            raise CannotSave(f"another process has taken over {self.folder} while this one gave no sign of life")
         for attempt in range(SAVE_TRIES):
             try:
                 checkpoint.keep_previous(self.checkpoints)
@@ -204,7 +209,8 @@ class Run:
                 break
             except OSError as error:
                 log.error("saving to %s failed (%s), try %d of %d", self.checkpoints, error, attempt + 1, SAVE_TRIES)
-                time.sleep(0.2 * 4**attempt)
+                if attempt + 1 < SAVE_TRIES:
+                    time.sleep(0.2 * 4**attempt)
         else:
             self._save_failures += 1
             if self._save_failures > self.options.max_save_failures:
@@ -224,6 +230,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self._open = ExitStack()
+        self._open.callback(self._lock.release)
         self._stop.listen()
         self._saved_at = self._logged_at = self._began = time.monotonic()
         self._save_seconds = 0.0
@@ -327,19 +334,24 @@ class Run:
         what = f"the loss ({', '.join(bad)})" if bad else "the gradient (every loss is finite)"
         message = f"{bad_in_a_row} steps in a row up to step {step} had no finite update: {what} is not finite"
         if self.processes.main:
-            folder = self.folder / "debug"
-            folder.mkdir(exist_ok=True)
-            path = folder / f"bad-step-{step:08d}.json"
+            path = self.folder / "debug" / f"bad-step-{step:08d}.json"
             record = {
                 "step": step,
                 "epoch": self.epoch,
                 "seed": self.options.seed,
+                "device": str(self.processes.device),
+                "amp": self.amp,
                 "not_finite": bad,
                 "recent_by_process": files,
             }
-            path.write_text(json.dumps(_finite(record), indent=1))
-            checkpoint.save(path.with_suffix(".pth"), self._state_of_one())
-            message += f". The batches, their files and the weights are in {path.with_suffix('.*')}"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, json.dumps(_finite(record), indent=1))
+                checkpoint.save(path.with_suffix(".pth"), self._state_of_one())
+                message += f". The batches, their files and the weights are in {path.with_suffix('.*')}"
+                message += f"; python tools/replay.py {path} finds where it began"
+            except OSError as error:
+                message += f". What is needed to look into it could not be written to {path.parent} ({error})"
         return message
 
     def _state_of_one(self) -> dict[str, Any]:
@@ -440,6 +452,26 @@ def _copy(path: Path, other: Path) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     os.replace(temporary, other)
+
+
+def resolve(options: Options) -> Options:
+    """The same options with the batch, and the mean and deviation of the pixels, worked out."""
+    mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
+    return replace(resolve_batch(options, distributed.world_size()), mean=mean, std=std)
+
+
+def share_batches(options: RunOptions, samples: Samples, processes: Processes) -> Batches:
+    """This process's share of the batches that the (resolved) options ask for."""
+    return Batches(
+        samples,
+        batch_size=options.batch_size,
+        accum=options.accum_iter,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        seed=options.seed,
+        num_workers=options.num_workers,
+        pin_memory=options.pin_mem and processes.device.type == "cuda",
+    )
 
 
 def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
