@@ -126,7 +126,7 @@ def image_batches(options: FinetuneOptions, source: Source, processes: Processes
 
 def finetune(argv: Sequence[str]) -> None:
     options = resolve(parse_options(argv))
-    if options.mixes and options.batch_size % 2:
+    if options.mixes and not options.eval and options.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
     torch.manual_seed(options.seed)
     with distributed.start(options.device) as processes:
