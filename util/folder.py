@@ -6,6 +6,7 @@ told what differs. Nothing that the project did not write itself is ever removed
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ import yaml
 
 from util import checkpoint
 from util.checkpoint import CheckpointError
+from util.lock import NAME as LOCK
+from util.lock import RunLock
 from util.logging import environment
 from util.options import RunOptions, differences, to_dict
 
@@ -49,14 +52,39 @@ class RunFolder:
         self.path = Path(options.output_dir)
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / "result.json"
+        self.lock = RunLock(self.path)
 
     def begin(self, data: str, **facts: Any) -> tuple[str, dict[str, Any] | None]:
-        """The checkpoint to go on from and its content, or ("", None) to begin anew; the folder is ready afterwards.
+        """The checkpoint to go on from and its content, or ("", None) to begin anew.
 
-        `data` identifies the training images, `facts` go into environment.json. AlreadyFinished when nothing is left
-        to do; ValueError when the folder is not this run's, or cannot be used.
+        Afterwards the folder is ready, and locked. `data` identifies the training images, `facts` go into
+        environment.json. AlreadyFinished when nothing is left to do; ValueError when the folder is not this run's, is
+        in use, or cannot be used.
         """
         self._check()
+        with contextlib.ExitStack() as undo:
+            self._take(undo)
+            start = self._begin(data, facts)
+            undo.pop_all()
+        return start
+
+    def _take(self, undo: contextlib.ExitStack) -> None:
+        """Lock the folder, which is made where there is none; `undo` leaves what was found."""
+        new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if new:
+                undo.callback(self._remove_if_empty)
+            undo.callback(self.lock.release)
+            self.lock.take()
+        except OSError as error:
+            raise ValueError(f"--output_dir {self.path} cannot be made or written ({error.strerror})") from error
+
+    def _remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def _begin(self, data: str, facts: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
         if self.options.overwrite:
             self._clear()
         chosen, state = self._choose()
@@ -67,7 +95,7 @@ class RunFolder:
         self._prepare()
         starts = self.path / "environment.json"
         earlier = json.loads(starts.read_text()) if starts.exists() else []
-        write_whole(starts, json.dumps([*earlier, facts | environment()], indent=1))
+        write_whole(starts, json.dumps([*earlier, {**facts, **environment()}], indent=1))
         return str(chosen or ""), state
 
     def _check(self) -> None:
@@ -75,7 +103,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--output_dir {self.path} is a file; name a folder")
         ours = (self.path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
-        others = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() and not ours else []
+        found = self.path.iterdir() if self.path.is_dir() and not ours else []
+        others = sorted(path.name for path in found if path.name != LOCK)
         if others:
             raise ValueError(
                 f"--output_dir {self.path} holds no run but other files ({', '.join(others[:5])}); "

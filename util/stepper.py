@@ -65,10 +65,7 @@ class Stepper:
     def micro_step(self) -> Iterator[None]:
         """Around forward and loss of one micro-batch: fixed device randomness (and NumPy's, of which mixup is made),
         gradients exchanged only at the last."""
-        micro_number = self.step * self.accum + self._micro
-        seed = ((self._seed * 1_000_003 + micro_number) * 65_537 + self._rank) % 2**63
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_micro_step(self._seed, self.step * self.accum + self._micro, self._rank)
         last = self._micro == self.accum - 1
         if isinstance(self.model, DistributedDataParallel) and not last:
             with self.model.no_sync():
@@ -138,6 +135,13 @@ class Stepper:
         self.optimizer.load_state_dict(state["optimizer"])
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
+
+
+def seed_micro_step(seed: int, micro_number: int, rank: int) -> None:
+    """Make the random numbers of a run's `micro_number`-th micro-batch on a rank the same whenever it is worked on."""
+    mixed = ((seed * 1_000_003 + micro_number) * 65_537 + rank) % 2**63
+    torch.manual_seed(mixed)
+    np.random.seed(mixed % 2**32)
 
 
 def names_of_bad_losses(recent: Sequence[Mapping]) -> list[str]:
