@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,9 +39,13 @@ DOORS = {  # front door: the options that every run of it begins with
 }
 
 
-def _run(door: str, argv: list[str], said: str, environment: dict[str, str]) -> None:
+def _run(
+    door: str, argv: list[str], said: str, environment: dict[str, str], fault: Callable[[], None] | None
+) -> None:
     main = importlib.import_module(door).main
     os.environ |= environment
+    if fault is not None:
+        fault()
     torch.set_num_threads(1)
     sys.stderr = open(said, "w", buffering=1)
     sys.exit(main(argv))
@@ -49,7 +54,7 @@ def _run(door: str, argv: list[str], said: str, environment: dict[str, str]) -> 
 class Training:
     """One process that runs a front door on the digits with a tiny model, and `words` after those options.
 
-    `environment` is what torchrun would have set, for one rank of several.
+    `tiny=False` leaves those options out. `environment` is what torchrun would have set, for one rank of several.
     """
 
     def __init__(
@@ -57,14 +62,16 @@ class Training:
         folder: Path,
         *words: object,
         door: str = "main_pretrain",
+        tiny: bool = True,
         environment: dict[str, str] | None = None,
+        fault: Callable[[], None] | None = None,
     ):
         self.folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         environment = environment or {}
         self._said = folder.parent / f"{folder.name}.stderr{environment.get('RANK', '')}"
-        argv = [*DOORS[door], "--output_dir", str(folder), *map(str, words)]
-        self._process = context.Process(target=_run, args=(door, argv, str(self._said), environment))
+        argv = [*(DOORS[door] if tiny else ()), "--output_dir", str(folder), *map(str, words)]
+        self._process = context.Process(target=_run, args=(door, argv, str(self._said), environment, fault))
         self._process.start()
 
     def send(self, number: int) -> None:
@@ -104,9 +111,11 @@ def start_ranks(count: int, folder: Path, *words: object, door: str = "main_pret
     return [Training(folder, *words, door=door, environment=environment) for environment in ranks]
 
 
-def finish(folder: Path, *words: object, door: str = "main_pretrain") -> str:
+def finish(
+    folder: Path, *words: object, door: str = "main_pretrain", fault: Callable[[], None] | None = None
+) -> str:
     """Run to the end, which must be a good one; answers what was said."""
-    training = Training(folder, *words, door=door)
+    training = Training(folder, *words, door=door, fault=fault)
     code = training.wait()
     assert code == 0, training.said
     return training.said
