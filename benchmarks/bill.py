@@ -24,7 +24,7 @@ from benchmarks.measure import RESULTS, machine, paired_ratios, progress, publis
 from benchmarks.step import AMP, Setting, measure
 
 IMAGENET = 1_281_167  # training images
-ROWS = ("mae", "mae_mask50", "nor", "nor_r20")  # ours, as rows of Table 11
+ROWS = ("mae", "mae_mask50", "nor", "nor_r20", "dmae")  # ours, as rows of Tables 10 and 11
 PAPER = (  # where, what, minutes an epoch, GB in all at batch 4096 (None: not stated)
     ("Table 11: 2 x H100, ViT-Tiny", "MAE, 75 % hidden", 25 + 20 / 60, 102),
     ("Table 11: 2 x H100, ViT-Tiny", "MAE, 50 % hidden", 33 + 7 / 60, None),

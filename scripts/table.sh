@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# A table of the paper: train, fine-tune or profile what is not done yet, then report ours beside the paper's.
+# The scripts table1.sh to table11.sh and table_nor_explained.sh call it.
+#
+#   DATA=IMAGENET NPROC=8 bash scripts/table1.sh [--dry-run | --report]
+#
+#   DATA              folder of the images to pretrain on: ImageNet, of which tables of ImageNet-100 take their classes
+#   TRANSFER          folder that torchvision unpacked the transfer sets of Table 4 in (default: DATA)
+#   OUT               where the runs go (default: output/tables); tables share the runs that they have in common
+#   NPROC             processes, one for each GPU (default: 1)
+#   ROWS              rows to run, all without it: "vit-tiny-mae-200 vit-tiny-nor-*"; --dry-run shows what they mean
+#   SEEDS             seeds to run each row with (default: 0)
+#   EPOCHS            epochs of pretraining in place of each row's, a fifth of them warm-up
+#   FINETUNE_EPOCHS   epochs of fine-tuning
+#   MORE              further options of every run, meant for the machine: "--num_workers 12 --batch_size 64"
+#   TEACHER_BASE, TEACHER_LARGE    checkpoints that DMAE learns from (Table 2)
+#   BILL, PRICE       options of benchmarks/bill.py and what a device costs an hour (Tables 10 and 11)
+#   SMOKE=1           the whole table with tiny models on a CPU, in OUT/smoke
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$here/scripts/env.sh"
+prepare requirements.txt
+# No change of folder here: paths are relative to where the command was typed.
+exec "$PYTHON" "$here/tools/tables.py" "$@"

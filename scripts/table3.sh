@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Table 3 of the paper; the variables stand in table.sh.
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/table.sh" 3 "$@"

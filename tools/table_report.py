@@ -1,0 +1,224 @@
+"""A table's report: the paper's number, ours, their difference, and what the runs behind ours really were.
+
+Markdown, and a picture of both numbers. Everything is read from run folders; what is not there is "not run".
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+
+import methods
+from tools.figures.style import BLUE, VERMILION, grid_lines, house_style, save
+from util import checkpoint
+
+BATCH = 4096  # images of the paper's step, for which its memory is stated
+NOT_RUN, UNFINISHED = "not run", "not finished"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Folders of a row's pretraining and fine-tuning, each with a folder for every seed."""
+
+    pretraining: Path
+    finetuning: Path
+
+
+@dataclass(frozen=True)
+class Bill:
+    """A figure of what benchmarks/bill.py wrote."""
+
+    file: Path
+    variant: str
+    measure: str
+
+
+@dataclass
+class Line:
+    """A line of the report."""
+
+    labels: tuple[str, ...]
+    paper: float | None
+    state: str = ""
+    """Why there is no number of ours."""
+    values: list[float] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    seeded: bool = True
+    """Whether each value is of a seed; costs have none."""
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.mean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Of the sample; None for a single seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def measured(labels: tuple[str, ...], paper: float | None, cited: str, place: Runs | Bill | None) -> Line:
+    """The line of one number of the paper, with what lies at `place`."""
+    if place is None:
+        return Line(labels, paper, f"cited: {cited}")
+    return _of_bill(labels, paper, place) if isinstance(place, Bill) else _of_runs(labels, paper, place)
+
+
+def _of_bill(labels: tuple[str, ...], paper: float | None, place: Bill) -> Line:
+    if not place.file.exists():
+        return Line(labels, paper, NOT_RUN)
+    found = json.loads(place.file.read_text())
+    bills = found["bill"]
+    bill = bills.get(place.variant) or bills.get(f"{place.variant}+compile")
+    if bill is None:
+        return Line(labels, paper, NOT_RUN)
+    value = bill["mb_per_image"] * BATCH / 1000 if place.measure == "GB" else bill[place.measure]
+    setting, asked = found["setting"], found["asked"]
+    facts = {
+        "device": f"{asked['devices']} x {setting['device']}",
+        "batch": str(setting["batch_size"]),
+        "amp": setting["amp"],
+        "images of an epoch": f"{asked['images']:,}",
+    }
+    return Line(labels, paper, values=[value], facts=facts, seeded=False)
+
+
+def _of_runs(labels: tuple[str, ...], paper: float | None, place: Runs) -> Line:
+    seeds = sorted(path.parent for path in place.finetuning.glob("seed*/result.json"))
+    if not seeds:
+        begun = any(list(folder.glob("seed*/options.yaml")) for folder in (place.pretraining, place.finetuning))
+        pretrained = any(place.pretraining.glob("seed*/result.json"))
+        state = f"{UNFINISHED} (pretrained)" if pretrained else UNFINISHED if begun else NOT_RUN
+        return Line(labels, paper, state)
+    values, last, facts = [], [], []
+    for tuned in seeds:
+        result = json.loads((tuned / "result.json").read_text())
+        accuracy, metric = result["accuracy"], result["metric"]
+        values.append(accuracy.get("best", accuracy["last"])[metric])
+        last.append(accuracy["last"][metric])
+        facts.append(facts_of_run(place.pretraining / tuned.name, "") | facts_of_run(tuned, "fine-tuning "))
+        facts[-1]["best chosen on"] = result["best_chosen_on"]
+        facts[-1]["metric"] = metric
+    joined = {name: " / ".join(dict.fromkeys(each.get(name, "") for each in facts)) for name in facts[0]}
+    joined = {"last epoch %": f"{statistics.mean(last):.2f}"} | joined
+    return Line(labels, paper, values=values, facts=joined)
+
+
+def facts_of_run(folder: Path, prefix: str) -> dict[str, str]:
+    """What a finished run was, in words: from its options, result, environment and last checkpoint."""
+    options = yaml.safe_load((folder / "options.yaml").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    starts = json.loads((folder / "environment.json").read_text())
+    found = {
+        "epochs": str(options["epochs"]),
+        "updates": f"{result['steps']:,}",
+        "images seen": f"{result['images_seen']:,}",
+        "batch": f"{options['total_batch_size']:,}",
+        "data": data_of(folder),
+        "commit": " / ".join(dict.fromkeys(short_commit(start["commit"]) for start in starts)),
+    }
+    if not prefix:
+        found = {"weight x (P-1)": strength(json.dumps(options))} | found
+    return {prefix + name: value for name, value in found.items()}
+
+
+def short_commit(described: str) -> str:
+    """`git describe`'s answer with fewer letters; whether files were changed stays said."""
+    commit, dash, dirty = described.partition("-")
+    return commit[:10] + dash + dirty
+
+
+def data_of(folder: Path) -> str:
+    """The beginning of the training images' fingerprint, which every checkpoint holds."""
+    path = folder / "checkpoints" / checkpoint.LAST
+    return checkpoint.load(path)["data"][:12] if path.exists() else ""
+
+
+@functools.cache
+def strength(options: str) -> str:
+    """What the neighbour term weighs the correlation by; otherwise normalised, its weight x (P - 1) and a note."""
+    said: dict[str, Any] = json.loads(options)
+    if "neighbor" not in (said.get("terms") or {}):
+        return "-"
+    with torch.device("meta"):  # shapes without numbers
+        model: Any = methods.from_options(said)
+    term = model.terms["neighbor"]
+    if scale := term.scale(model):
+        return ", ".join(f"{value:.3g} ({name})" for name, value in scale.items())
+    return f"{term.options.weight * (term.width(model) - 1):.3g} (of another scale)"
+
+
+# ---- Markdown and picture -------------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def ours(line: Line) -> str:
+    if line.mean is None:
+        return line.state
+    spread = "" if line.deviation is None else f" ± {line.deviation:.2f}"
+    seeds = f" ({len(line.values)} seed{'s' if len(line.values) > 1 else ''})" if line.seeded else ""
+    return f"{line.mean:.2f}{spread}{seeds}"
+
+
+def difference(line: Line) -> str:
+    return "" if line.mean is None or line.paper is None else f"{line.mean - line.paper:+.2f}"
+
+
+def rows_to_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def markdown(title: str, columns: Sequence[str], lines: Sequence[Line], note: str) -> str:
+    """The report: numbers first, then what the runs were."""
+    numbers = [[*line.labels, number(line.paper), ours(line), difference(line)] for line in lines]
+    text = f"# {title}\n\n"
+    if note:
+        text += f"{note}\n\n"
+    text += rows_to_text([*columns, "paper", "ours", "difference"], numbers)
+    text += "\n± is the standard deviation over seeds. Numbers compare only where updates and images seen are alike.\n"
+    names = list(dict.fromkeys(name for line in lines for name in line.facts))
+    if names:
+        facts = [[*line.labels, *(line.facts.get(name, "") for name in names)] for line in lines if line.facts]
+        text += f"\n## What the runs were\n\n{rows_to_text([*columns, *names], facts)}"
+    return text
+
+
+def picture(title: str, lines: Sequence[Line]) -> Figure:
+    """The paper's numbers as rings, ours as squares with the standard deviation."""
+    figure = Figure(figsize=(6, 0.8 + 0.19 * len(lines)), layout="constrained")
+    axis = figure.subplots()
+    for place, line in enumerate(lines):
+        if line.paper is not None:
+            axis.plot(line.paper, place, "o", mfc="none", color=BLUE, label="paper")
+        if line.mean is not None:
+            axis.errorbar(line.mean, place, xerr=line.deviation, fmt="s", ms=4, color=VERMILION, label="ours")
+    axis.set_yticks(range(len(lines)), [", ".join(line.labels) for line in lines])
+    axis.invert_yaxis()
+    grid_lines(axis)
+    axis.set_title(title)
+    handles, names = axis.get_legend_handles_labels()
+    once = dict(zip(names, handles, strict=True))
+    if once:
+        figure.legend(list(once.values()), list(once), loc="outside lower right", ncols=2)
+    return figure
+
+
+def write(path: Path, text: str, title: str, lines: Sequence[Line]) -> None:
+    """The text and, beside it, the picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{text}\n![paper and ours]({path.stem}.png)\n")
+    with house_style():
+        save(picture(title, lines), path.with_suffix(".png"))

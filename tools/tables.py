@@ -1,0 +1,458 @@
+"""The paper's tables as commands: pretrain, fine-tune or profile what a table needs, then report paper beside measured.
+
+    DATA=IMAGENET bash scripts/table1.sh --dry-run        # the commands, to be pasted
+    DATA=IMAGENET NPROC=8 bash scripts/table1.sh          # what is finished is skipped, what was cut off goes on
+    SMOKE=1 bash scripts/table1.sh                        # all of it with tiny models on a CPU: does it work at all?
+    bash scripts/table1.sh --report                       # the report alone
+
+configs/tables.yaml holds the tables, `scripts/table.sh` lists the variables. A run has its folder by what it is, not by
+the table that asked for it: rows that several tables share are trained once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import functools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import yaml
+
+import methods
+from tools import smoke_data, table_report
+from util.options import nearest
+
+TABLES = PROJECT / "configs" / "tables.yaml"
+INTERRUPTED = 75  # the front doors' exit code for "stopped by a signal, everything saved"
+
+ACCURACY = "accuracy"
+BILL_MEASURES = ("GB", "minutes", "price")
+WARMUP = 0.2  # of the epochs, as the paper's 40 of 200, where EPOCHS changes them
+
+SMOKE_RUN = {
+    "total_batch_size": 8,
+    "epochs": 1,
+    "warmup_epochs": 0,
+    "class_list": "",
+    "num_workers": 0,
+    "device": "cpu",
+}
+SMOKE_MODEL = {"input_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 2}
+SMOKE_DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+SMOKE_BILL = "--device cpu --batch_size 2 --rounds 1 --input_size 32 --decoder_depth 1"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the variables of the shell say."""
+
+    data: str = "DATA"
+    transfer: str = "TRANSFER"
+    out: Path = PROJECT / "output" / "tables"
+    nproc: int = 1
+    rows: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    epochs: int = 0
+    finetune_epochs: int = 0
+    smoke: bool = False
+    more: tuple[str, ...] = ()
+    teachers: Mapping[str, str] = field(default_factory=dict)
+    price: float = 3.19
+    bill: str = "--device cuda --amp bf16 --batch_size 512"
+
+    @property
+    def root(self) -> Path:
+        """Where the runs are: those of smoke tests never stand for real ones."""
+        return self.out / "smoke" if self.smoke else self.out
+
+
+def setting_of(given: Mapping[str, str]) -> Setting:
+    """The setting that variables give; ValueError for one that cannot be."""
+
+    def number(name: str, default: int) -> int:
+        text = given.get(name) or str(default)
+        if not text.isdecimal():
+            raise ValueError(f"{name} is {text!r}; it is a whole number")
+        return int(text)
+
+    def path(name: str, default: str) -> str:
+        return os.path.abspath(given[name]) if given.get(name) else default
+
+    seeds = given.get("SEEDS", "0").split()
+    if not seeds or not all(seed.isdecimal() for seed in seeds):
+        raise ValueError(f"SEEDS is {given.get('SEEDS')!r}; it is whole numbers, such as '0 1 2'")
+    if given.get("SMOKE", "0") not in ("", "0", "1"):
+        raise ValueError(f"SMOKE is {given['SMOKE']!r}; it is 1 or nothing")
+    if number("NPROC", 1) < 1:
+        raise ValueError("NPROC is 0; it is the number of processes, one for each GPU")
+    try:
+        price = float(given.get("PRICE") or Setting.price)
+    except ValueError as error:
+        raise ValueError(f"PRICE is {given['PRICE']!r}; it is what a device costs for an hour, a number") from error
+    data = path("DATA", Setting.data)
+    return Setting(
+        data=data,
+        transfer=path("TRANSFER", data if given.get("DATA") else Setting.transfer),
+        out=Path(path("OUT", str(Setting.out))),
+        nproc=number("NPROC", 1),
+        rows=tuple(given.get("ROWS", "").split()),
+        seeds=tuple(int(seed) for seed in seeds),
+        epochs=number("EPOCHS", 0),
+        finetune_epochs=number("FINETUNE_EPOCHS", 0),
+        smoke=given.get("SMOKE", "0") == "1",
+        more=tuple(shlex.split(given.get("MORE", ""))),
+        teachers={size: path(f"TEACHER_{size.upper()}", "") for size in ("base", "large")},
+        price=price,
+        bill=given.get("BILL") or Setting.bill,
+    )
+
+
+@functools.cache
+def read_recipe(name: str) -> Mapping[str, Any]:
+    """What a recipe of configs/pretrain says."""
+    return yaml.safe_load((PROJECT / "configs" / "pretrain" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: the paper's numbers by measure, and what is run for ours."""
+
+    labels: tuple[str, ...]
+    paper: Mapping[str, float | None]
+    cited: Mapping[str, str]
+    """Why a measure is the paper's alone."""
+    recipe: str = ""
+    set: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str = ""
+    finetune: str = ""
+    finetune_set: Mapping[str, Any] = field(default_factory=dict)
+    sets: Mapping[str, str] = field(default_factory=dict)
+    """Of a measure, the data set that its number is of, where that is another one than pretraining's."""
+    bill: str = ""
+
+    @property
+    def name(self) -> str:
+        """What ROWS calls it: `vit-tiny-mae-200`."""
+        return re.sub(r"[^a-z0-9.]+", "-", " ".join(self.labels).lower()).strip("-")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Method, model and whatever else the recipe says, with the row's own over it."""
+        return {**read_recipe(self.recipe), **self.set}
+
+    @property
+    def size(self) -> str:
+        return self.options["model"].split("_")[2]
+
+    def measures(self) -> list[str]:
+        """Those that we can run."""
+        return [measure for measure in self.paper if measure not in self.cited]
+
+
+@dataclass(frozen=True)
+class Table:
+    number: str
+    title: str
+    columns: tuple[str, ...]
+    note: str
+    rows: tuple[Row, ...]
+
+
+@functools.cache
+def read_tables(path: Path = TABLES) -> dict[str, Table]:
+    """All tables of the file by number."""
+    return {number: _table(number, said) for number, said in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+
+
+def _table(number: str, said: Mapping[str, Any]) -> Table:
+    rows = [_row(said, each) for each in said["rows"]]
+    return Table(number, said["title"], tuple(said["columns"]), said.get("note", ""), tuple(rows))
+
+
+def _row(table: Mapping[str, Any], said: Mapping[str, Any]) -> Row:
+    said = dict(said)
+    paper = said.pop("paper")
+    paper = paper if isinstance(paper, Mapping) else {ACCURACY: paper}
+    cited = dict(table.get("cited_sets", {}))
+    if reason := said.pop("cited", ""):
+        cited = dict.fromkeys(paper, reason)
+    said.setdefault("finetune", table.get("finetune", ""))
+    shared = {name: table[name] for name in ("finetune_set", "sets") if name in table}
+    return Row(labels=tuple(said.pop("row")), paper=paper, cited=cited, **shared, **said)
+
+
+# ---- jobs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program of the project and its words; `done` exists when it is finished."""
+
+    words: tuple[str, ...]
+    done: Path
+    after: tuple[Path, ...] = ()
+    """What must be done before."""
+
+
+def with_options(name: str, options: Mapping[str, Any]) -> str:
+    """A name that tells what differs: `mae_vit_tiny_in100-epochs1000`."""
+    return "-".join([name, *(f"{option.split('.')[-1]}{value}" for option, value in options.items())])
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+class Plan:
+    """Which jobs a row means under a setting, and where their folders are."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+
+    def _changes(self, row: Row) -> dict[str, Any]:
+        """What differs from the row's recipe."""
+        epochs = self.setting.epochs
+        return dict(row.set) | ({"epochs": epochs, "warmup_epochs": f"{WARMUP * epochs:g}"} if epochs else {})
+
+    def pretraining(self, row: Row) -> Path:
+        """The folder of the row's pretraining, with a folder for each seed inside."""
+        return self.setting.root / "pretrain" / with_options(row.recipe, self._changes(row))
+
+    def finetuning(self, row: Row, measure: str) -> Path:
+        changes = {"epochs": self.setting.finetune_epochs} if self.setting.finetune_epochs else {}
+        whose = row.sets[measure].split("/")[-1] if measure in row.sets else row.finetune
+        return self.setting.root / "finetune" / self.pretraining(row).name / with_options(whose, changes)
+
+    def bill(self, row: Row) -> Path:
+        return self.setting.root / "bill" / f"{row.size}.json"
+
+    def _teacher(self, row: Row) -> str:
+        if self.setting.smoke:
+            return str(self._smoke_teacher().done.parent / "checkpoints" / "last.pth")
+        return self.setting.teachers.get(row.teacher) or f"TEACHER_{row.teacher.upper()}"
+
+    def _smoke_teacher(self) -> Job:
+        folder = self.setting.root / "pretrain" / "teacher" / "seed0"
+        options = SMOKE_MODEL | SMOKE_DECODER | SMOKE_RUN | {"data_path": self._data(), "output_dir": folder}
+        words = ("main_pretrain.py", *flags({"method": "mae", "model": "mae_vit_tiny_patch16"} | options))
+        return Job(words, folder / "result.json")
+
+    def _data(self, dataset: str = "") -> str:
+        if self.setting.smoke:
+            return str(self.setting.root / "data" / smoke_data.folder_of(dataset))
+        return self.setting.transfer if dataset else self.setting.data
+
+    def pretrain_job(self, row: Row, seed: int) -> Job:
+        setting, folder = self.setting, self.pretraining(row) / f"seed{seed}"
+        options = self._changes(row)
+        after: tuple[Path, ...] = ()
+        if row.teacher:
+            options["terms.teacher.checkpoint"] = self._teacher(row)
+            after = (self._smoke_teacher().done,) if setting.smoke else ()
+        if setting.smoke:
+            decoder = methods.METHODS[row.options["method"]].decoder
+            options |= SMOKE_MODEL | SMOKE_RUN
+            options |= {name: value for name, value in SMOKE_DECODER.items() if name in decoder.choices}
+        options |= {"seed": seed, "data_path": self._data(), "output_dir": folder}
+        recipe = ("main_pretrain.py", "-c", f"configs/pretrain/{row.recipe}.yaml")
+        return Job((*recipe, *flags(options), *setting.more), folder / "result.json", after)
+
+    def finetune_job(self, row: Row, measure: str, seed: int) -> Job:
+        setting, folder = self.setting, self.finetuning(row, measure) / f"seed{seed}"
+        pretrained = self.pretraining(row) / f"seed{seed}"
+        dataset = row.sets.get(measure, "")
+        options: dict[str, Any] = {"model": row.options["model"]} | dict(row.finetune_set)
+        if setting.finetune_epochs:
+            options["epochs"] = setting.finetune_epochs
+        if setting.smoke:
+            options |= SMOKE_RUN
+            dataset = dataset if dataset in smoke_data.LAYOUTS else dataset and "folder"
+        if dataset:
+            options["dataset"] = dataset
+        options |= {"init_from": pretrained / "checkpoints" / "last.pth", "seed": seed}
+        options |= {"data_path": self._data(row.sets.get(measure, "")), "output_dir": folder}
+        recipe = ("main_finetune.py", "-c", f"configs/finetune/{row.finetune}.yaml")
+        return Job((*recipe, *flags(options), *setting.more), folder / "result.json", (pretrained / "result.json",))
+
+    def bill_job(self, row: Row) -> Job:
+        setting, output = self.setting, self.bill(row)
+        options = {"size": row.size, "price": setting.price, "devices": setting.nproc, "output": output}
+        how = shlex.split(SMOKE_BILL if setting.smoke else setting.bill)
+        return Job(("benchmarks/bill.py", *how, *flags(options)), output)
+
+    def jobs(self, rows: Iterable[Row]) -> list[Job]:
+        """What the rows need, each job once, in an order in which they can be done."""
+        found: list[Job] = []
+        for row in rows:
+            if row.bill:
+                found.append(self.bill_job(row))
+                continue
+            for seed in self.setting.seeds if row.measures() else ():
+                if row.teacher and self.setting.smoke:
+                    found.append(self._smoke_teacher())
+                found.append(self.pretrain_job(row, seed))
+                found += [self.finetune_job(row, measure, seed) for measure in row.measures()]
+        return list({job.done: job for job in found}.values())
+
+
+def command(job: Job, nproc: int) -> list[str]:
+    """The command that a reader can paste, in the project's folder."""
+    if nproc > 1 and job.words[0].startswith("main_"):
+        return ["torchrun", "--standalone", "--nproc_per_node", str(nproc), *job.words]
+    return ["python", *job.words]
+
+
+def chosen(table: Table, asked: Sequence[str]) -> list[Row]:
+    """The rows that ROWS names, where it names any (`vit-tiny-*` is several); ValueError for a name without a row."""
+    names = [row.name for row in table.rows]
+    for pattern in asked:
+        if not fnmatch.filter(names, pattern):
+            advice = nearest(pattern, names) or f"there are {', '.join(names)}"
+            raise ValueError(f"ROWS: table {table.number} has no row {pattern!r}; {advice}")
+    return [row for row in table.rows if not asked or any(fnmatch.fnmatch(row.name, pattern) for pattern in asked)]
+
+
+def check(rows: Sequence[Row], setting: Setting) -> None:
+    """ValueError where a variable is missing, before any work."""
+    if setting.smoke:
+        return
+    trained = [row for row in rows if not row.bill and row.measures()]
+    if trained and not os.path.isdir(setting.data):
+        raise ValueError(f"DATA must be the folder of the images to pretrain on, found {setting.data!r}")
+    if any(row.sets for row in trained) and not os.path.isdir(setting.transfer):
+        raise ValueError(f"TRANSFER must be the folder that torchvision unpacked its sets in: {setting.transfer!r}")
+    for size in sorted({row.teacher for row in trained if row.teacher}):
+        if not os.path.isfile(setting.teachers.get(size, "")):
+            needy = ", ".join(row.name for row in trained if row.teacher == size)
+            raise ValueError(
+                f"TEACHER_{size.upper()} must be the checkpoint of a trained ViT-{size.capitalize()}/16: {needy} learn "
+                "from it. Name other rows with ROWS to do without"
+            )
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def show(jobs: Sequence[Job], setting: Setting) -> None:
+    """The commands, one a line; those that are done are comments."""
+    say(f"cd {shlex.quote(str(PROJECT))}")
+    for job in jobs:
+        finished = "# finished: " if job.done.exists() else ""
+        say(finished + shlex.join(command(job, setting.nproc)))
+
+
+def carry_out(words: Sequence[str]) -> tuple[int, bool]:
+    """(exit code, whether a stop was asked for meanwhile). The program hears of the signal and saves before it ends."""
+    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    process = subprocess.Popen([*programs[words[0]], *words[1:]], cwd=PROJECT)
+    stopped: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        stopped.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C reaches it from the terminal
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait(), bool(stopped)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(jobs: Sequence[Job], setting: Setting) -> int:
+    """Do what is not done yet; a job that fails costs only those that need it. Answers the exit code."""
+    failed: list[Job] = []
+    for position, job in enumerate(jobs, start=1):
+        title = f"[{position} of {len(jobs)}] {job.done.parent.relative_to(setting.root)}"
+        if job.done.exists():
+            say(f"{title}: finished before")
+            continue
+        if not all(path.exists() for path in job.after):
+            say(f"{title}: left out, because what it needs failed")
+            failed.append(job)
+            continue
+        words = command(job, setting.nproc)
+        say(f"{title}\n  {shlex.join(words)}")
+        code, stopped = carry_out(words)
+        if code == INTERRUPTED or stopped:
+            say("stopped; the same command goes on from here")
+            return INTERRUPTED
+        if code or not job.done.exists():
+            say(f"{title}: failed with exit code {code}")
+            failed.append(job)
+    if failed:
+        say(f"{len(failed)} of {len(jobs)} jobs failed: the same command tries them again")
+    return 1 if failed else 0
+
+
+def report(table: Table, setting: Setting) -> None:
+    """Write the report of all rows, run or not, and say where it is."""
+    plan = Plan(setting)
+    lines = []
+    for row in table.rows:
+        for measure, paper in row.paper.items():
+            place: table_report.Bill | table_report.Runs | None = None
+            if row.bill and measure in BILL_MEASURES:
+                place = table_report.Bill(plan.bill(row), row.bill, measure)
+            elif measure not in row.cited:
+                place = table_report.Runs(plan.pretraining(row), plan.finetuning(row, measure))
+            label = row.labels if len(row.paper) == 1 else (*row.labels, measure)
+            lines.append(table_report.measured(label, paper, row.cited.get(measure, ""), place))
+    columns = table.columns if len(lines) == len(table.rows) else (*table.columns, "Measure")
+    path = setting.root / "reports" / f"table_{table.number}.md"
+    smoke = "Smoke test: tiny models on a handful of tiny images. No number of ours below means anything.\n\n"
+    title = table.title if table.number.startswith("nor") else f"Table {table.number}: {table.title}"
+    text = table_report.markdown(title, columns, lines, (smoke if setting.smoke else "") + table.note)
+    table_report.write(path, text, title, lines)
+    say(f"report: {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    tables = read_tables()
+    parser = argparse.ArgumentParser(description="Run a table of the paper, and report ours beside the paper's.")
+    parser.add_argument("table", metavar="TABLE", help=f"one of {', '.join(tables)}")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
+    parser.add_argument("--report", action="store_true", help="only report what there is")
+    given = parser.parse_args(argv)
+    try:
+        if given.table not in tables:
+            raise ValueError(f"there is no table {given.table!r}; there are {', '.join(tables)}")
+        setting, table = setting_of(os.environ), tables[given.table]
+        rows = chosen(table, setting.rows)
+        jobs = Plan(setting).jobs(rows)
+        if given.dry_run:
+            show(jobs, setting)
+            return 0
+        code = 0
+        if not given.report:
+            check(rows, setting)
+            if setting.smoke:
+                smoke_data.write(setting.root / "data", {name for row in rows for name in row.sets.values()})
+            code = run(jobs, setting)
+        report(table, setting)
+        return code
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
