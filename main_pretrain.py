@@ -34,7 +34,7 @@ from util.data import (
 )
 from util.device_data import DeviceSamples
 from util.distributed import Processes
-from util.logging import talk
+from util.logging import RunLog, talk
 from util.options import PretrainOptions, parse
 from util.run import Run, resolve, run_front_door, share_batches
 from util.watch import Watch
@@ -114,11 +114,19 @@ def make_batches(
     return share_batches(options, samples, processes)
 
 
-def announce(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, device: torch.device) -> None:
+def announce(
+    options: PretrainOptions,
+    model: MaskedAutoencoderViT,
+    source: Source,
+    records: RunLog,
+    step: int,
+    device: torch.device,
+) -> None:
     """What will be trained, before it is, and the loss that a model which learns nothing of the images has."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.method, options.model, weights / 1e6, *model.grid)
     for name, term in terms_of(model):
+        records.scalars(f"strength_{name}", term.scale(model), step)
         scale = ", ".join(f"{what} = {value:.4g}" for what, value in term.scale(model).items())
         log.info("term %s: %s%s", name, options.terms[name], f"; {scale}" if scale else "")
         ranks = distributed.world_size() if term.images_together == "ranks" else 1
@@ -155,8 +163,8 @@ def pretrain(argv: Sequence[str]) -> None:
         run.prepare(model, batches, optim.adamw(groups, lr, device=processes.device))
         watch = Watch(options, model, source, processes, run.autocast)
         with run:
-            if processes.main:
-                announce(options, model, source, processes.device)
+            if run.log:
+                announce(options, model, source, run.log, run.stepper.step, processes.device)
             for epoch, done in run.epochs():
                 train_one_epoch(
                     run.trained,

@@ -39,9 +39,7 @@ DOORS = {  # front door: the options that every run of it begins with
 }
 
 
-def _run(
-    door: str, argv: list[str], said: str, environment: dict[str, str], fault: Callable[[], None] | None
-) -> None:
+def _run(door: str, argv: list[str], said: str, environment: dict[str, str], fault: Callable[[], None] | None) -> None:
     main = importlib.import_module(door).main
     os.environ |= environment
     if fault is not None:
@@ -111,9 +109,7 @@ def start_ranks(count: int, folder: Path, *words: object, door: str = "main_pret
     return [Training(folder, *words, door=door, environment=environment) for environment in ranks]
 
 
-def finish(
-    folder: Path, *words: object, door: str = "main_pretrain", fault: Callable[[], None] | None = None
-) -> str:
+def finish(folder: Path, *words: object, door: str = "main_pretrain", fault: Callable[[], None] | None = None) -> str:
     """Run to the end, which must be a good one; answers what was said."""
     training = Training(folder, *words, door=door, fault=fault)
     code = training.wait()

@@ -131,3 +131,13 @@ def test_bf16_and_compilation_stay_near_full_precision(tmp_path):
     finish(tmp_path / "half", "--epochs", "1", "--amp", "bf16")
     for step, loss in losses(tmp_path / "full").items():
         assert losses(tmp_path / "half")[step] == pytest.approx(loss, rel=2e-2)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path):
+    finish(tmp_path / "plain", "--epochs", "1")
+    finish(tmp_path / "compiled", "--epochs", "1", "--compile")
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    assert plain.keys() == compiled.keys()
+    for step, loss in plain.items():
+        assert compiled[step] == pytest.approx(loss, rel=1e-4), "the masks are drawn outside what is compiled"

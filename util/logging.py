@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -138,7 +139,9 @@ class RunLog:
         log.info("epoch %d done: %s", values["epoch"], shown)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Curves `group/name` in TensorBoard, whose names hold no blanks and signs."""
         for name, value in values.items():
+            name = re.sub(r"[^\w.-]+", "_", name).strip("_")
             self._quietly(lambda name=name, value=value: self._board.add_scalar(f"{group}/{name}", value, step))
 
     def picture(self, name: str, image_HWC: Tensor, step: int) -> None:

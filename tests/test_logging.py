@@ -1,0 +1,40 @@
+"""Records of a run: JSON lines that survive a kill, curves under their names."""
+
+import json
+import math
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from util.logging import JsonLines, RunLog, read_json_lines
+
+
+def test_half_a_line_left_by_a_kill_is_cut_off_and_nothing_else(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.write({"step": 1, "loss": 0.5})
+    with open(path, "a") as file:
+        file.write('{"step": 2, "lo')
+    JsonLines(path).write({"step": 2, "loss": 0.25})
+    assert read_json_lines(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path):
+    JsonLines(tmp_path / "x.jsonl").write({"nan": math.nan, "inf": math.inf, "one": 1.0})
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == {"nan": None, "inf": None, "one": 1.0}
+
+
+def test_a_log_that_cannot_be_written_warns_once_and_stops_nothing(tmp_path, caplog):
+    lines = JsonLines(tmp_path / "gone" / "metrics.jsonl")
+    for step in range(3):
+        lines.write({"step": step})
+    assert caplog.text.count("cannot write") == 1
+
+
+def test_curves_have_plain_names_and_the_values_given(tmp_path):
+    records = RunLog(tmp_path, "run", step=0, total_steps=4)
+    records.step(1, 0, {"loss": 0.5, "lr": 1e-3})
+    records.scalars("strength_neighbor", {"weight x (P-1)": 0.0384}, 0)
+    records.close()
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    assert set(curves.Tags()["scalars"]) == {"train/loss", "train/lr", "strength_neighbor/weight_x_P-1"}
+    assert abs(curves.Scalars("strength_neighbor/weight_x_P-1")[0].value - 0.0384) < 1e-7
