@@ -335,12 +335,12 @@ def test_a_report_of_costs(tmp_path):
     path.parent.mkdir()
     bill = {"nor+compile": {"mb_per_image": 25.0, "minutes": 9.5, "price": 1.25}}
     asked = {"devices": 2, "images": 1_281_167}
-    path.write_text(
-        json.dumps({"bill": bill, "asked": asked, "setting": {"device": "cuda", "batch_size": 512, "amp": "bf16"}})
-    )
+    machine, setting = {"device": "H100", "commit": "0123456"}, {"batch_size": 512, "amp": "bf16"}
+    path.write_text(json.dumps({"bill": bill, "asked": asked, "machine": machine, "setting": setting}))
     tables.report(TABLES["11"], plan.setting)
     text = (tmp_path / "reports" / "table_11.md").read_text()
     assert "| NoR-MAE | GB | 108.00 | 102.40 | -5.60 |" in text
+    assert "| NoR-MAE | GB | 2 x H100 | 512 | bf16 | 1,281,167 | 0123456 |" in text
     assert "| NoR-MAE | minutes | 27.17 | 9.50 | -17.67 |" in text
     assert "| MAE | GB | 102.00 | not run |  |" in text
 

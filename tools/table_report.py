@@ -81,12 +81,13 @@ def _of_bill(labels: tuple[str, ...], paper: float | None, place: Bill) -> Line:
     if bill is None:
         return Line(labels, paper, NOT_RUN)
     value = bill["mb_per_image"] * BATCH / 1000 if place.measure == "GB" else bill[place.measure]
-    setting, asked = found["setting"], found["asked"]
+    setting, asked, machine = found["setting"], found["asked"], found["machine"]
     facts = {
-        "device": f"{asked['devices']} x {setting['device']}",
+        "device": f"{asked['devices']} x {machine['device']}",
         "batch": str(setting["batch_size"]),
         "amp": setting["amp"],
         "images of an epoch": f"{asked['images']:,}",
+        "commit": short_commit(machine["commit"] or ""),
     }
     return Line(labels, paper, values=[value], facts=facts, seeded=False)
 
