@@ -28,6 +28,7 @@ ROOMS = [
     (r"main_\w+", r"engine_\w+|methods|models_\w+|util(\.\w+)?"),
     (r"tools\.figures(\.\w+)?", r"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|util(\.\w+)?"),  # shows their maths
     (r"tools\.encoder", r"tools(\.given)?|methods|models_(classifier|vit)|util(\.\w+)?"),  # takes models apart
+    (r"tools\.(doctor|replay)", r"main_pretrain|tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),  # do what it does
     (r"tools(\.\w+)?", r"tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),
     (r"benchmarks(\.\w+)?", r".*"),
     (r"engine_\w+", r"util(\.\w+)?"),
@@ -91,7 +92,7 @@ def test_the_plan_would_notice_a_wrong_import():
 
 
 def test_every_module_opens_with_what_it_is_for():
-    everywhere = {**MODULES, **{f"tests/{path.name}": path for path in sorted((PROJECT / "tests").glob("*.py"))}}
+    everywhere = {**MODULES, **{str(path): path for path in sorted((PROJECT / "tests").rglob("*.py"))}}
     texts = {name: path.read_text(encoding="utf-8") for name, path in everywhere.items()}
     assert not [name for name, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))]
 
@@ -126,7 +127,7 @@ def test_the_readme_names_only_files_tests_and_methods_that_exist():
     rooms = r"(?:configs|scripts|tools|benchmarks|tests|util|requirements)"
     for file in set(re.findall(rf"\b({rooms}/[\w./-]+\.\w+)|`(\w+\.(?:py|sh))`", readme)):
         assert (PROJECT / "".join(file)).exists(), f"README names {''.join(file)}"
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in PROJECT.glob("tests/*.py"))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in PROJECT.glob("tests/**/*.py"))
     for test in set(re.findall(r"`(test_\w+)`", readme)):
         assert f"def {test}(" in tests, f"README names {test}"
     for method in set(re.findall(r"--method (\w+)", readme)):

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ def talk(main: bool) -> None:
     root.handlers = [handler]
     root.setLevel(logging.INFO if main else logging.WARNING)
     logging.captureWarnings(True)
+    threading.excepthook = _thread_ended
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """A thread that could not write (TensorBoard's, mostly) is worth a line; anything else is a defect."""
+    if isinstance(ended.exc_value, OSError):
+        log.warning("%s cannot write any more (%s)", ended.thread.name if ended.thread else "a thread", ended.exc_value)
+    else:
+        threading.__excepthook__(ended)
 
 
 class _Careful(logging.FileHandler):

@@ -1,0 +1,117 @@
+"""The doctor's findings against rooms of known size, and its estimate against arithmetic."""
+
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_pretrain
+from tests.runs import TINY
+from tools import doctor
+from tools.doctor import DOUBTFUL, GOOD, WRONG, Measured
+from util.sources import open_source
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def options():
+    return main_pretrain.parse_options([*TINY, "--batch_size", "64", "--accum_iter", "4", "--num_workers", "3"])
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Set how much is free everywhere."""
+
+    def set_free(amount):
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, amount))
+
+    return set_free
+
+
+def test_a_healthy_machine_gets_an_estimate_and_nothing_is_written(tmp_path, capsys):
+    output = tmp_path / "run"
+    words = [*TINY, "--output_dir", str(output), "--batch_size", "32", "--batches", "2", "--price", "3"]
+    code = doctor.main(words)
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert "64 of 64 read" in said and "1,352 images of 10 classes" in said
+    assert "an epoch of 5 updates" in said and "price, at 3 an hour" in said
+    assert WRONG not in said
+    assert not output.exists()
+
+
+def test_time_and_price_are_the_arithmetic_of_the_measurement(options):
+    """5 updates of 4 x 90 s are half an hour; two devices for 3 an hour each make 3, and 3 epochs 9."""
+    lines = list(doctor.estimate(options, 5, Measured(seconds=90.0, waiting=0.25, memory=3 * 10**9), 2, 3.0))
+    assert "64 images x 2 processes, 25% of it waiting" in lines[0]
+    assert lines[1].startswith("3.00 GB")
+    assert lines[2] == "an epoch of 5 updates: 30.0 minutes"
+    assert lines[3] == "the run of 3 epochs: 90.0 minutes"
+    assert "3.00 an epoch, 9.00 the run" in lines[4]
+
+
+def test_packages_are_held_against_the_list(tmp_path):
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("# pins\ntorch==0.1\nno-such-package-anywhere==1.0\n")
+    found = [finding for finding in doctor.packages(pins) if finding.what == "packages"]
+    assert [finding.verdict for finding in found] == [WRONG, DOUBTFUL]
+    assert "no-such-package-anywhere" in found[0].said and "tested with 0.1" in found[1].said
+
+
+def test_unreadable_images_are_found_and_weighed(tmp_path):
+    for number in range(10):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "5.png").write_text("not an image")
+    source = open_source("folder", str(tmp_path), "train", in_chans=3)
+    found = doctor.images(source, max_bad_fraction=0.2)
+    assert found.verdict == DOUBTFUL and "9 of 10 read" in found.said and "5.png" in found.said
+    assert doctor.images(source, max_bad_fraction=0.0).verdict == WRONG
+
+
+def test_shared_memory_must_hold_what_workers_have_ready(options, free):
+    """2 processes x 3 workers x 2 batches x 64 images of 8 x 8 bytes and 16 floats of noise."""
+    model = main_pretrain.build_model(options)
+    needed = 2 * 3 * 2 * 64 * (8 * 8 + 4 * 16 * model.noise_rows)
+    for amount, verdict in ((needed, WRONG), (needed + 1, DOUBTFUL), (2 * needed + 1, GOOD)):
+        free(amount)
+        assert doctor.shared_memory(options, model, 2).verdict == verdict
+
+
+def test_the_disk_must_hold_every_checkpoint(options, free):
+    model = main_pretrain.build_model(options)
+    weights = sum(value.numel() for value in model.state_dict().values())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    needed = (options.keep + 3) * 4 * (weights + 2 * trained)
+    for amount, verdict in ((needed, WRONG), (2 * needed + 1, GOOD)):
+        free(amount)
+        assert doctor.disk(options, model).verdict == verdict
+
+
+def test_bad_input_is_told_as_the_run_tells_it(capsys):
+    for words, told in (
+        ([*TINY, "--epoch", "3"], "did you mean"),
+        ([*TINY, "--batches", "0"], "at least 1"),
+        ([*TINY, "--data_path", "/nowhere", "--dataset", "folder"], "/nowhere"),
+    ):
+        assert doctor.main(words) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_memory_that_does_not_suffice_is_advice_and_no_traceback(monkeypatch, capsys):
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(doctor, "train_one_epoch", full)
+    assert doctor.main([*TINY, "--batch_size", "64"]) == 1
+    assert "do not fit on cpu: try --batch_size 32" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_gpus_are_named_and_add_up_together():
+    found = list(doctor.devices(torch.device("cuda"), 1))
+    assert [finding.what for finding in found] == ["GPU", "NCCL"]
+    assert {finding.verdict for finding in found} == {GOOD}

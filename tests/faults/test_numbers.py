@@ -1,0 +1,61 @@
+"""Numbers that are not finite, once and for good; images and batches at the edge."""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.faults import inject
+from tests.runs import Training, final, finish, losses, metrics
+
+STEPS = 5
+
+
+def bad_steps(folder):
+    return [line["bad_steps"] for line in metrics(folder)]
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
+def test_one_bad_step_is_left_out_and_counted(tmp_path, gradient):
+    """The third update does not happen: what follows is computed with the weights of the second."""
+    folder = tmp_path / "run"
+    finish(folder, "--epochs", 1, fault=partial(inject.bad_losses, 3, 3, gradient=gradient))
+    assert bad_steps(folder) == [0, 0, 1, 1, 1]
+    assert json.loads((folder / "result.json").read_text())["bad_steps"] == 1
+    state = final(folder)
+    assert state["step"] == STEPS
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {STEPS - 1}
+
+
+def test_fewer_bad_steps_in_a_row_than_allowed_do_not_stop(tmp_path):
+    folder = tmp_path / "run"
+    finish(folder, "--epochs", 1, "--max_bad_steps", 3, fault=partial(inject.bad_losses, 2, 3))
+    assert bad_steps(folder) == [0, 1, 2, 2, 2]
+
+
+def test_gradients_that_stay_bad_stop_with_3_and_say_that_losses_are_finite(tmp_path):
+    fault = partial(inject.bad_losses, 2, 1000, gradient=True)
+    training = Training(tmp_path / "run", "--epochs", 1, "--max_bad_steps", 2, fault=fault)
+    assert training.wait() == 3, training.said
+    assert "the gradient (every loss is finite) is not finite" in training.said
+    assert list((tmp_path / "run" / "debug").glob("*.pth"))
+
+
+@pytest.mark.parametrize("shade", [0, 127, 255])
+def test_images_of_one_colour_in_batches_of_one_train(tmp_path, shade):
+    """Every patch has no variance, and every neighbour is equally close."""
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        pixels = np.full((8, 8), shade, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    words = ["--dataset", "folder", "--data_path", tmp_path / "images", "--total_batch_size", 1, "--epochs", 1]
+    for name in ("one", "two"):
+        finish(tmp_path / name, *words)
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "one").values())
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert bad_steps(tmp_path / "one") == [0, 0, 0]

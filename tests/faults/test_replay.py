@@ -1,0 +1,125 @@
+"""A dumped bad batch is worked on again, and the place where its numbers go wrong is named."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from tests.faults import inject
+from tests.runs import Training, start_ranks
+from tools import replay
+from util import checkpoint
+
+WORDS = ["--epochs", 1, "--max_bad_steps", 2]
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory):
+    """Of a run whose losses are NaN from its third step on, with two micro-batches a step."""
+    folder = tmp_path_factory.mktemp("bad") / "run"
+    training = Training(folder, *WORDS, "--batch_size", 128, fault=partial(inject.bad_losses, 5, 1000))
+    assert training.wait() == 3, training.said
+    path = next((folder / "debug").glob("*.json"))
+    assert f"python tools/replay.py {path}" in training.said
+    return path
+
+
+def run(capsys, *words):
+    code = replay.main([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def changed(dump, tmp_path, **changes):
+    """A copy of the dump whose named weights are filled with a number."""
+    (tmp_path / dump.name).write_text(dump.read_text())
+    state = checkpoint.load(dump.with_suffix(".pth"))
+    for name, value in changes.items():
+        state["model"][name.replace("__", ".")].fill_(value)
+    checkpoint.save(tmp_path / dump.with_suffix(".pth").name, state)
+    return tmp_path / dump.name
+
+
+def test_the_batch_is_the_runs_to_the_last_mask(dump):
+    """Losses of the replayed micro-batches are those that the run had: its NaN was put there from outside."""
+    again = replay.Replay(dump, device="cpu", amp="", data_path="")
+    with torch.no_grad():
+        losses = [again.model(b.images, b.labels, noise=b.noise) for _, b in again.micro_batches()]
+    recent = json.loads(dump.read_text())["recent_by_process"][0][-2:]
+    assert len(losses) == 2
+    for mine, runs in zip(losses, recent, strict=True):
+        assert float(mine["reconstruction"]) == pytest.approx(runs["losses"]["reconstruction"], rel=1e-6)
+        assert runs["losses"]["loss"] == "nan"
+
+
+def test_what_is_finite_here_is_said_to_be(dump, capsys):
+    code, said = run(capsys, dump, "--device", "cpu")
+    assert code == replay.ALL_FINITE
+    assert "Everything is finite on cpu" in said and "--amp" in said
+
+
+def test_the_first_module_is_named(dump, tmp_path, capsys):
+    code, said = run(capsys, changed(dump, tmp_path, blocks__1__mlp__fc1__weight=3e38), "--device", "cpu")
+    assert code == 0
+    assert "blocks.1.mlp.fc1 (Linear), whose inputs are finite" in said
+    assert "loss reconstruction is nan" in said
+
+
+def test_weights_that_are_bad_already_are_named(dump, tmp_path, capsys):
+    code, said = run(capsys, changed(dump, tmp_path, decoder_embed__bias=math.nan), "--device", "cpu")
+    assert code == 0 and "weights are not finite before the step: decoder_embed.bias" in said
+
+
+def test_a_gradient_that_is_bad_under_finite_losses_is_named(dump, monkeypatch, capsys):
+    class Root(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient / 0
+
+    def spoil(self, *arguments, original=replay.Replay.__init__, **named):
+        original(self, *arguments, **named)
+        self.model.blocks[0].norm2.register_forward_hook(lambda module, inputs, output: Root.apply(output))
+
+    monkeypatch.setattr(replay.Replay, "__init__", spoil)
+    code, said = run(capsys, dump, "--device", "cpu")
+    assert code == 0
+    assert "every output and loss is finite" in said and "that of blocks.0.norm2" in said
+
+
+def test_a_term_whose_weight_is_too_large_is_named(tmp_path, capsys):
+    ranks = start_ranks(2, tmp_path / "run", *WORDS, "--terms.neighbor.weight", "1e300")
+    assert [rank.wait() for rank in ranks] == [3, 3]
+    code, said = run(capsys, next((tmp_path / "run" / "debug").glob("*.json")), "--device", "cpu")
+    assert code == 0
+    assert "process 0" in said and "process 1" in said
+    assert "term neighbor is" in said and "not finite x weight 1e+300" in said
+
+
+def test_what_is_no_dump_is_refused(dump, tmp_path, capsys):
+    (tmp_path / "x.json").write_text("[]")
+    for words, told in (
+        ([tmp_path / "x.json"], "is no dump"),
+        ([tmp_path / "none.json"], "is no dump"),
+        ([dump, "--device", "cpu", "--amp", "fp16"], "--amp fp16 needs"),
+    ):
+        code, said = run(capsys, *words)
+        assert code == 2 and told in said
+    record = json.loads(dump.read_text())
+    record["recent_by_process"][0][-1]["index"][0] += 1
+    other = changed(dump, tmp_path)
+    other.write_text(json.dumps(record))
+    code, said = run(capsys, other, "--device", "cpu")
+    assert code == 2 and "are others than the run had" in said
+
+
+def test_a_dump_that_cannot_be_written_hides_nothing(tmp_path):
+    training = Training(tmp_path / "run", *WORDS, fault=inject.bad_losses_and_full_disk)
+    assert training.wait() == 3, training.said
+    assert "2 steps in a row" in training.said and "could not be written" in training.said
+    assert "No space left" in training.said and "Traceback" not in training.said

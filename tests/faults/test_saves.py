@@ -1,0 +1,116 @@
+"""Saves that fail, are interrupted, or find no folder; signals at bad moments; records that are cut short."""
+
+import json
+import signal
+from functools import partial
+
+import pytest
+
+from tests.faults import inject
+from tests.runs import Training, assert_same_end, final, finish, losses, metrics
+
+STEPS = 5
+ONE = ["--epochs", 1, "--save_steps", 1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(folder, *ONE)
+    return folder
+
+
+def test_a_full_disk_for_one_try_is_tried_again(whole, tmp_path):
+    said = finish(tmp_path / "run", *ONE, fault=partial(inject.full_disk, 2, 2))
+    assert "No space left" in said and "try 1 of 3" in said and "try 2" not in said
+    assert_same_end(whole, tmp_path / "run")
+
+
+def test_a_full_disk_for_a_while_costs_a_save_and_no_step(whole, tmp_path):
+    said = finish(tmp_path / "run", *ONE, fault=partial(inject.full_disk, 3, 5))
+    assert "the last good checkpoint stays, training goes on (1 in a row)" in said
+    assert_same_end(whole, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_4_and_a_whole_checkpoint(whole, tmp_path):
+    training = Training(tmp_path / "run", *ONE, "--max_save_failures", 1, fault=partial(inject.full_disk, 3, 1000))
+    assert training.wait() == 4, training.said
+    assert "2 saves in a row" in training.said and "Traceback" not in training.said
+    assert final(tmp_path / "run")["step"] == 2
+    finish(tmp_path / "run", *ONE)
+    assert_same_end(whole, tmp_path / "run")
+
+
+def test_a_folder_that_vanishes_ends_the_run_with_4_and_words(tmp_path):
+    training = Training(tmp_path / "run", "--epochs", 400, "--save_steps", 1, "--max_save_failures", 1)
+    training.wait_for_step(2)
+    (tmp_path / "run").rename(tmp_path / "gone")
+    assert training.wait() == 4, training.said
+    assert "2 saves in a row" in training.said and "Traceback" not in training.said
+
+
+def test_a_kill_inside_a_save_costs_that_save_only(whole, tmp_path):
+    folder = tmp_path / "run"
+    training = Training(folder, *ONE, fault=partial(inject.signal_inside_save, 3, signal.SIGKILL))
+    assert training.wait() == -signal.SIGKILL
+    assert final(folder)["step"] == 2
+    assert "removed .last.pth.tmp" in finish(folder, *ONE)
+    assert_same_end(whole, folder)
+    assert losses(folder) == losses(whole)
+
+
+def test_a_signal_inside_a_save_lets_it_end_and_saves_the_step_it_stops_after(whole, tmp_path):
+    folder = tmp_path / "run"
+    training = Training(folder, *ONE, fault=partial(inject.signal_inside_save, 2, signal.SIGTERM))
+    assert training.wait() == 75, training.said
+    assert final(folder)["step"] == metrics(folder)[-1]["step"] == 3
+    finish(folder, *ONE)
+    assert_same_end(whole, folder)
+
+
+def test_a_second_interrupt_inside_a_save_leaves_the_last_checkpoint_as_it_was(tmp_path):
+    folder = tmp_path / "run"
+    training = Training(folder, *ONE, fault=partial(inject.interrupted_twice_inside_save, 3))
+    assert training.wait() == 130, training.said
+    assert final(folder)["step"] == 2
+
+
+def test_a_signal_while_workers_start_is_heard(whole, tmp_path):
+    words = [*ONE, "--num_workers", 1]
+    training = Training(tmp_path / "run", *words, fault=partial(inject.signal_at_loader_start, signal.SIGUSR1))
+    assert training.wait() == 75, training.said
+    assert final(tmp_path / "run")["step"] == 1
+    finish(tmp_path / "run", *words)
+    assert_same_end(whole, tmp_path / "run")
+
+
+def test_a_kill_between_an_update_and_its_line_leaves_no_gap(whole, tmp_path):
+    folder = tmp_path / "run"
+    assert Training(folder, *ONE, fault=partial(inject.killed_before_line, 3)).wait() == -signal.SIGKILL
+    assert [line["step"] for line in metrics(folder)] == [1, 2]
+    finish(folder, *ONE)
+    assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
+    assert losses(folder) == losses(whole)
+
+
+def test_a_kill_inside_a_line_leaves_whole_lines_only(whole, tmp_path):
+    folder = tmp_path / "run"
+    assert Training(folder, *ONE, fault=partial(inject.killed_inside_line, 3)).wait() == -signal.SIGKILL
+    assert not (folder / "metrics.jsonl").read_text().endswith("\n")
+    finish(folder, *ONE)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert losses(folder) == losses(whole)
+
+
+def test_tensorboard_without_space_is_one_warning_and_the_lines_are_complete(whole, tmp_path):
+    said = finish(tmp_path / "run", *ONE, fault=inject.broken_tensorboard)
+    assert said.count("TensorBoard cannot be written") == 1
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_clock_that_goes_back_changes_nothing(whole, tmp_path):
+    finish(tmp_path / "run", *ONE, fault=inject.jumping_clock)
+    assert_same_end(whole, tmp_path / "run")

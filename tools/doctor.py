@@ -1,0 +1,283 @@
+"""Look at everything that a long run needs before it begins, and say what the run will take.
+
+    python tools/doctor.py -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET --price 3.19
+
+It takes the options of main_pretrain.py, checks packages, images, shared memory, disk and GPUs, and trains on a few
+batches as the run would, so that time, memory and price of an epoch are measured and not guessed. It writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import numpy as np
+import torch
+
+import main_pretrain
+from engine_pretrain import train_one_epoch
+from methods import MaskedAutoencoderViT
+from util import optim, precision
+from util.data import Batches, Source, allowed_bad, pixel_statistics
+from util.decode import torchcodec_jpeg
+from util.distributed import Processes, pick_device
+from util.images import BadImage
+from util.logging import talk
+from util.meters import Means
+from util.options import PretrainOptions, resolve_batch
+from util.stepper import Stepper
+
+GOOD, DOUBTFUL, WRONG = "ok", "doubtful", "WRONG"
+LOOKED_AT = 64  # images
+WARM_UP = 2  # batches before the clock runs
+PREFETCHED = 2  # batches that each worker holds ready in shared memory
+GB = 1e9
+SHARED_MEMORY = Path("/dev/shm")
+EXIT_WRONG = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    verdict: str
+    what: str
+    said: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<9} {self.what:<14} {self.said}"
+
+
+def packages(requirements: Path = PROJECT / "requirements.txt") -> Iterator[Finding]:
+    """Installed versions against the pinned ones, and the two packages that may fail although they are installed."""
+    missing, other = [], []
+    pinned = re.findall(r"^([\w.-]+)==(\S+)$", requirements.read_text(), re.MULTILINE)
+    for name, wanted in pinned:
+        try:
+            found = version(name).split("+")[0]
+        except PackageNotFoundError:
+            missing.append(name)
+            continue
+        if found != wanted:
+            other.append(f"{name} {found} (tested with {wanted})")
+    if missing:
+        yield Finding(WRONG, "packages", f"missing: {', '.join(missing)}; pip install -r {requirements.name}")
+    if other:
+        yield Finding(DOUBTFUL, "packages", ", ".join(other))
+    if not missing and not other:
+        said = f"Python {platform.python_version()}, all {len(pinned)} of {requirements.name} as pinned"
+        yield Finding(GOOD, "packages", said)
+    if torchcodec_jpeg() is None:
+        yield Finding(DOUBTFUL, "torchcodec", "cannot be used: JPEG files are decoded by Pillow, more slowly")
+    try:
+        import torch.utils.tensorboard  # noqa: F401  may be absent
+    except ImportError as error:
+        yield Finding(DOUBTFUL, "tensorboard", f"no curves there, metrics.jsonl has them ({error})")
+
+
+def images(source: Source, max_bad_fraction: float) -> Finding:
+    """How many there are, and whether some from all over the data can be read."""
+    indices = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
+    bad, began = [], time.monotonic()
+    for index in indices:
+        try:
+            source.read(index)
+        except BadImage as error:
+            bad.append(f"{error.path} ({error.reason})")
+    each = (time.monotonic() - began) / len(indices)
+    said = f"{len(source):,} images"
+    if source.classes is not None:
+        said += f" of {len(source.classes)} classes"
+    said += f"; {len(indices) - len(bad)} of {len(indices)} read, {1000 * each:.1f} ms each"
+    if not bad:
+        return Finding(GOOD, "images", said)
+    verdict = DOUBTFUL if len(bad) <= allowed_bad(max_bad_fraction, len(indices)) else WRONG
+    return Finding(verdict, "images", f"{said}; not read: {'; '.join(bad[:3])}")
+
+
+def shared_memory(options: PretrainOptions, model: MaskedAutoencoderViT, processes: int) -> Finding:
+    """Whether the batches that workers hold ready have room where they are handed over."""
+    rows, columns = options.input_size
+    sample = options.in_chans * rows * columns + 4 * model.noise_rows * model.num_patches
+    workers = 0 if options.data_on_device else options.num_workers
+    needed = processes * workers * PREFETCHED * options.batch_size * sample
+    if not needed:
+        return Finding(GOOD, "shared memory", "not needed: no workers load")
+    if not SHARED_MEMORY.is_dir():
+        return Finding(DOUBTFUL, "shared memory", f"there is no {SHARED_MEMORY} to look at")
+    return room(needed, SHARED_MEMORY, "shared memory", f"{processes} x {workers} workers hold")
+
+
+def disk(options: PretrainOptions, model: MaskedAutoencoderViT) -> Finding:
+    """Whether all checkpoints that lie side by side have room: the kept ones, the last two, and one being written."""
+    state = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    files = options.keep + 3
+    place = Path(options.output_dir).resolve()
+    while not place.exists():
+        place = place.parent
+    said = f"{files} checkpoints of {(state + moments) / GB:.3f} GB take"
+    return room(files * (state + moments), place, "disk", said)
+
+
+def room(needed: int, place: Path, what: str, said: str) -> Finding:
+    free = shutil.disk_usage(place).free
+    verdict = GOOD if free > 2 * needed else DOUBTFUL if free > needed else WRONG
+    return Finding(verdict, what, f"{said} {needed / GB:.3f} GB; {free / GB:.1f} GB are free in {place}")
+
+
+def devices(device: torch.device, processes: int) -> Iterator[Finding]:
+    """What is here to train on, and whether the GPUs can add up numbers together."""
+    if device.type != "cuda":
+        yield Finding(GOOD, "device", f"{device}, {torch.get_num_threads()} threads; no GPU is used")
+        return
+    count = torch.cuda.device_count()
+    cards = [torch.cuda.get_device_properties(number) for number in range(count)]
+    said = ", ".join(f"{card.name} with {card.total_memory / GB:.0f} GB" for card in cards)
+    more = "" if processes <= count else f"; {processes} processes need {processes - count} more on other machines"
+    yield Finding(GOOD if processes <= count else DOUBTFUL, "GPU", said + more)
+    try:
+        ones = [torch.ones(1 << 20, device=f"cuda:{number}") for number in range(count)]
+        torch.cuda.nccl.all_reduce(ones)
+        sums = {float(value.mean()) for value in ones}
+        right = sums == {float(count)}
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        yield Finding(GOOD if right else WRONG, "NCCL", f"{nccl}: a sum over {count} GPUs gave {sums}")
+    except RuntimeError as error:
+        yield Finding(WRONG, "NCCL", str(error).splitlines()[0])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of some micro-batches: seconds for each, the share spent waiting for images, and the peak of memory in bytes."""
+
+    seconds: float
+    waiting: float
+    memory: int
+
+
+def train_a_little(
+    options: PretrainOptions, model: MaskedAutoencoderViT, batches: Batches, device: torch.device, count: int
+) -> Measured:
+    """Train on `count` micro-batches after a warm-up, with an update after each."""
+    model.to(device)
+    if options.compile:
+        model.compile()
+    amp = precision.resolve_amp(options.amp, device)
+    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
+    optimizer = optim.adamw(optim.pretrain_groups(model, options.weight_decay), lr, device=device)
+    schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=1, steps_per_epoch=count, min_lr=0)
+    stepper = Stepper(model, optimizer, schedule, clip_grad=options.clip_grad, fp16=amp == "fp16")
+    stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+
+    def train(number: int) -> float:
+        began = time.monotonic()
+        train_one_epoch(
+            model,
+            itertools.islice(stream, number),
+            stepper,
+            Means(Processes(0, 1, 0, device)),
+            device=device,
+            autocast=precision.autocast(amp, device),
+            note=lambda problems: None,
+            after_step=lambda: None,
+        )
+        stepper.bad_steps()  # waits for the device
+        return time.monotonic() - began
+
+    train(WARM_UP)
+    batches.reset_wait()
+    seconds = train(count)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Measured(seconds / count, min(1.0, batches.wait_seconds / seconds), memory)
+
+
+def estimate(
+    options: PretrainOptions, steps_per_epoch: int, measured: Measured, processes: int, price: float | None
+) -> Iterator[str]:
+    """Time, memory and price of the run in words; `price` is of one device for an hour."""
+    hours = steps_per_epoch * options.accum_iter * measured.seconds / 3600
+    rate = processes * options.batch_size / measured.seconds
+    yield (
+        f"{rate:,.0f} images/s: {measured.seconds:.3f} s for {options.batch_size} images x {processes} processes, "
+        f"{100 * measured.waiting:.0f}% of it waiting for images"
+    )
+    yield f"{measured.memory / GB:.2f} GB of memory at the peak, for each process"
+    yield f"an epoch of {steps_per_epoch} updates: {duration(hours)}"
+    yield f"the run of {options.epochs} epochs: {duration(options.epochs * hours)}"
+    if price is not None:
+        cost = processes * price * hours
+        yield f"price, at {price:g} an hour and device: {cost:.2f} an epoch, {options.epochs * cost:.2f} the run"
+    if processes > 1:
+        yield "(measured on one process: the others are taken to be as fast, and exchanging gradients to be free)"
+
+
+def duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.1f} seconds"
+    return f"{60 * hours:.1f} minutes" if hours < 2 else f"{hours:.1f} hours"
+
+
+def examine(options: PretrainOptions, processes: int, batches: int, price: float | None) -> Iterator[Finding | str]:
+    """Every finding as soon as it is made, then the estimate. ValueError for options that the run would refuse."""
+    mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
+    options = replace(resolve_batch(options, processes), mean=mean, std=std)
+    device = pick_device(options.device)
+    yield from packages()
+    yield from devices(device, processes)
+    model = main_pretrain.build_model(options)
+    source = main_pretrain.open_images(options, model)
+    options = main_pretrain.settle(options, model, source)
+    yield images(source, options.max_bad_fraction)
+    yield shared_memory(options, model, processes)
+    yield disk(options, model)
+    share = main_pretrain.make_batches(options, model, source, Processes(0, processes, 0, device))
+    try:
+        measured = train_a_little(options, model, share, device, batches)
+    except torch.OutOfMemoryError:
+        advice = f"--batch_size {options.batch_size // 2}" if options.batch_size > 1 else "a smaller model"
+        yield Finding(WRONG, "memory", f"{options.batch_size} images at a time do not fit on {device}: try {advice}")
+        return
+    yield from estimate(options, share.steps_per_epoch, measured, processes, price)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="All other options are those of main_pretrain.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--price", type=float, help="of one device for an hour, in any currency")
+    parser.add_argument("--processes", type=int, default=1, help="how many the run will have, one for each device")
+    parser.add_argument("--batches", type=int, default=10, help="on how many to train for the estimate")
+    given, words = parser.parse_known_args(argv)
+    talk(main=True)
+    wrong = False
+    try:
+        if given.processes < 1 or given.batches < 1:
+            raise ValueError("--processes and --batches must be at least 1")
+        for found in examine(main_pretrain.parse_options(words), given.processes, given.batches, given.price):
+            wrong |= isinstance(found, Finding) and found.verdict == WRONG
+            sys.stdout.write(f"{found}\n")
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return EXIT_WRONG if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

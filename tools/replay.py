@@ -1,0 +1,172 @@
+"""Work on a dumped bad batch once more, and name the place where its numbers stop being finite.
+
+    python tools/replay.py output/nor/debug/bad-step-00001234.json
+
+A run that stops because its updates were not finite leaves the weights and the names of its last batches. From these
+the last step is made again, with the same images, masks and random numbers, on a CPU or a GPU: weights, then every
+module's output in the order in which they are worked out, then the losses, then the gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import torch
+from torch import Tensor, nn
+
+import main_pretrain
+from util import checkpoint, precision
+from util.data import Batch, Batches
+from util.distributed import Processes, pick_device
+from util.logging import talk
+from util.options import PretrainOptions
+from util.stepper import seed_micro_step
+
+ALL_FINITE = 1  # the exit code when the trouble does not come back
+
+
+class Replay:
+    """The model, the options and the batches of one dump."""
+
+    def __init__(self, dump: Path, *, device: str, amp: str, data_path: str):
+        try:
+            self.record = json.loads(dump.read_text())
+            self.ranks = [rank[-1] for rank in self.record["recent_by_process"]]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{dump} is no dump of a bad step: give a run's debug/bad-step-NNNNNNNN.json") from error
+        state = checkpoint.load(dump.with_suffix(".pth"))
+        if "method" not in state["options"]:
+            raise ValueError(f"{dump} is of a classifier's run; only pretraining is replayed")
+        options = PretrainOptions(**state["options"])
+        self.options = replace(options, num_workers=0, data_path=data_path or options.data_path)
+        self.device = pick_device(device)
+        self.autocast = precision.autocast(
+            precision.resolve_amp(amp or self.record.get("amp", options.amp), self.device), self.device
+        )
+        model = main_pretrain.build_model(self.options)
+        self.source = main_pretrain.open_images(self.options, model)
+        main_pretrain.settle(self.options, model, self.source)
+        model.load_state_dict(state["model"])
+        self.model = model.to(self.device).train()
+
+    def _batches(self, rank: int) -> Batches:
+        place = Processes(rank, len(self.ranks), 0, self.device)
+        return main_pretrain.make_batches(self.options, self.model, self.source, place)
+
+    def micro_batches(self) -> Iterator[tuple[str, Batch]]:
+        """The last step's batches of every process, ready to be worked on. ValueError where the data has changed."""
+        for rank, newest in enumerate(self.ranks):
+            batches = self._batches(rank)
+            step, accum = newest["step"], self.options.accum_iter
+            epoch, done = divmod(step, batches.steps_per_epoch)
+            found = list(islice(batches.epoch(epoch, done), accum))
+            if newest["index"] != found[-1].index.tolist():
+                raise ValueError(
+                    f"the images of step {step} are others than the run had: "
+                    f"{len(self.source)} images in {self.options.data_path}; name the run's with --data_path"
+                )
+            for number, batch in enumerate(found):
+                seed_micro_step(self.options.seed, step * accum + number, rank)
+                yield f"step {step}, process {rank}, micro-batch {number}", batch.to(self.device)
+
+    def findings(self, batch: Batch) -> list[str]:
+        """What is not finite when the batch is worked on, the first place first; nothing when all is well."""
+        if bad := [name for name, value in self.model.state_dict().items() if not _finite(value)]:
+            return [f"weights are not finite before the step: {', '.join(bad[:5])}"]
+        self.model.zero_grad(set_to_none=True)
+        with _Watch(self.model) as watch, self.autocast():
+            losses = self.model(batch.images, batch.labels, noise=batch.noise)
+        values = {name: value.detach() for name, value in losses.items()}
+        found = [f"first output that is not finite: {watch.first}"] if watch.first else []
+        found += [f"loss {name} is {float(value):g}" for name, value in values.items() if not _finite(value)]
+        for name, term in self.model.terms.items():
+            weighted = term.options.weight * values[name]
+            if _finite(values[name]) and not _finite(weighted):
+                found.append(f"term {name} is {float(values[name]):g}, but not finite x weight {term.options.weight:g}")
+        return found or self._bad_gradients(losses["loss"])
+
+    def _bad_gradients(self, loss: Tensor) -> list[str]:
+        loss.backward()
+        named = [(name, value.grad) for name, value in self.model.named_parameters() if value.grad is not None]
+        bad = [name for name, gradient in named if not _finite(gradient)]
+        if not bad:
+            norm = torch.nn.utils.get_total_norm([gradient for _, gradient in named])
+            return [] if _finite(norm) else ["every gradient is finite, but their norm is not"]
+        return [
+            f"every output and loss is finite, {len(bad)} of {len(named)} gradients are not; going backwards the first "
+            f"is that of {bad[-1]}"
+        ]
+
+
+class _Watch:
+    """Remembers the module whose output was the first that is not finite; inner modules come before outer ones."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.first = model, ""
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Watch:
+        for name, module in self.model.named_modules():
+            if module is not self.model:
+                self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def _hook(self, name: str) -> Any:
+        def look(module: nn.Module, inputs: tuple, output: Any) -> None:
+            if not self.first and not _finite(output):
+                before = "finite" if _finite(inputs) else "not finite either"
+                self.first = f"{name} ({type(module).__name__}), whose inputs are {before}"
+
+        return look
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _finite(value: Any) -> bool:
+    """Whether every number in a tensor, or in whatever holds tensors, is finite."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, Mapping):
+        return all(_finite(part) for part in value.values())
+    return not isinstance(value, tuple | list) or all(_finite(part) for part in value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("dump", type=Path, help="debug/bad-step-NNNNNNNN.json of a run; its .pth lies beside it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--amp", default="", help="none, bf16 or fp16 (default: as in the run)")
+    parser.add_argument("--data_path", default="", help="the images, if they are elsewhere now")
+    given = parser.parse_args(argv)
+    talk(main=True)
+    try:
+        replay = Replay(given.dump, device=given.device, amp=given.amp, data_path=given.data_path)
+        report = [(where, found) for where, batch in replay.micro_batches() for found in replay.findings(batch)]
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    for where, found in report:
+        sys.stdout.write(f"{where}: {found}\n")
+    if not report:
+        ran = replay.record.get("device", "its own device")
+        sys.stdout.write(
+            f"Everything is finite on {replay.device}. The run was on {ran} with precision "
+            f"{replay.record.get('amp', replay.options.amp)}: try --device and --amp\n"
+        )
+    return 0 if report else ALL_FINITE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
