@@ -495,6 +495,10 @@ def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) 
     except CannotSave as error:
         log.error("%s", error)
         return EXIT_CANNOT_SAVE
+    except torch.OutOfMemoryError as error:
+        log.error("error: %s", str(error).split(". ")[0])
+        log.error("Give half the --batch_size and the same --total_batch_size: more is accumulated and the run goes on")
+        return EXIT_BAD_INPUT
     except ValueError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             log.error("error: %s", error)

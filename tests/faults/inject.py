@@ -68,6 +68,15 @@ def bad_losses(first, last, gradient=False):
     count_calls(Stepper, "__call__", act)
 
 
+def out_of_memory(at):
+    def act(number, original, *arguments):
+        if number == at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return original(*arguments)
+
+    count_calls(Stepper, "__call__", act)
+
+
 def bad_losses_and_full_disk():
     bad_losses(1, 1000)
     full_disk(1, 1000)

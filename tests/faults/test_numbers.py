@@ -59,3 +59,14 @@ def test_images_of_one_colour_in_batches_of_one_train(tmp_path, shade):
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "one").values())
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     assert bad_steps(tmp_path / "one") == [0, 0, 0]
+
+
+def test_a_device_without_memory_is_advice_and_half_the_batch_goes_on(tmp_path):
+    words = ["--epochs", 1, "--save_steps", 1]
+    training = Training(tmp_path / "run", *words, fault=partial(inject.out_of_memory, 3))
+    assert training.wait() == 2
+    assert "CUDA out of memory" in training.said and "half the --batch_size" in training.said
+    assert "Traceback" not in training.said
+    assert final(tmp_path / "run")["step"] == 2
+    finish(tmp_path / "run", *words, "--batch_size", 128)
+    assert final(tmp_path / "run")["step"] == STEPS
