@@ -161,6 +161,18 @@ def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path):
     assert not (folder / lock.NAME).exists()
 
 
+def test_a_run_whose_folder_was_taken_over_stops_without_saving(tmp_path):
+    """It slept so long that another machine went on in its place."""
+    folder = tmp_path / "run"
+    training = Training(folder, "--epochs", 400, "--save_steps", 5)
+    training.wait_for_step(2)
+    (folder / "other").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    (folder / "other").rename(folder / lock.NAME)
+    assert training.wait() == 4, training.said
+    assert "another process has taken over" in training.said and "Traceback" not in training.said
+    assert json.loads((folder / lock.NAME).read_text())["host"] == "elsewhere"
+
+
 def test_a_kill_does_not_block_the_next_start_and_a_refusal_leaves_no_lock(tmp_path):
     folder = tmp_path / "run"
     Training(folder, "--epochs", 1, "--save_steps", 1).kill_at(2)
