@@ -100,8 +100,10 @@ class RunLock:
 
     def lost(self) -> bool:
         """Whether another process has put its own file in the place of ours."""
-        now = _read(self.path)
-        return now is not None and self._handle is not None and not os.path.samestat(now[0], os.fstat(self._handle))
+        with contextlib.suppress(OSError):  # a file system that does not answer says nothing about others
+            now = _read(self.path)
+            return now is not None and self._handle is not None and not os.path.samestat(now[0], os.fstat(self._handle))
+        return False
 
     def release(self) -> None:
         """Give the folder free; nothing happens where it is not held."""
@@ -124,7 +126,7 @@ def _read(path: Path) -> tuple[os.stat_result, dict[str, Any]] | None:
         with open(path) as file:  # opening asks a network file system for the newest state, a plain stat may not
             text = file.read()
             state = os.fstat(file.fileno())
-    except OSError:
+    except FileNotFoundError:
         return None
     try:
         return state, dict(json.loads(text))

@@ -138,6 +138,12 @@ def test_of_many_that_start_together_one_wins(tmp_path):
         process.join()
 
 
+def test_a_lock_that_cannot_be_read_is_an_error_and_no_waiting(tmp_path):
+    (tmp_path / lock.NAME).mkdir()
+    with pytest.raises(OSError):
+        RunLock(tmp_path).take()
+
+
 def test_signs_of_life_end_with_the_release(tmp_path):
     held = RunLock(tmp_path)
     held.take()
