@@ -16,6 +16,8 @@
 #   TEACHER_BASE, TEACHER_LARGE    checkpoints that DMAE learns from (Table 2)
 #   BILL, PRICE       options of benchmarks/bill.py and what a device costs an hour (Tables 10 and 11)
 #   SMOKE=1           the whole table with tiny models on a CPU, in OUT/smoke
+#
+# --report reads the runs that the same variables mean: OUT, EPOCHS and FINETUNE_EPOCHS name their folders.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
