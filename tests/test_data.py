@@ -3,6 +3,7 @@
 import collections
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -371,6 +372,18 @@ def test_a_dead_worker_is_replaced_where_it_was(two_workers, caplog, impatient):
     assert_same(found, make_batches(make_samples(bad=[3, 4])).epoch(0))
     assert f"worker died (process {before[0]}, exit code -9); starting all" in caplog.text
     assert not set(before) & {process.pid for process in workers_of(two_workers)}
+
+
+def die_slowly():
+    os.closerange(3, 256)  # as the kernel does it: first the pipes are closed, later there is an exit code
+    time.sleep(0.3)
+
+
+def test_a_worker_whose_pipes_are_closed_is_dead_before_it_has_an_exit_code(two_workers):
+    dying = multiprocessing.get_context("fork").Process(target=die_slowly)
+    dying.start()
+    two_workers._loader._processes.append(dying)
+    assert two_workers._loader._dead_workers() == f"process {dying.pid}, exit code 0"
 
 
 def die(image):

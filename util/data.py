@@ -292,8 +292,10 @@ class Loader:
 
     def _dead_workers(self) -> str:
         """Who is dead, in words; a worker that is just dying has a second for it."""
-        wait([process.sentinel for process in self._processes], timeout=1)
-        dead = [process for process in self._processes if not process.is_alive()]
+        closed = wait([process.sentinel for process in self._processes], timeout=1)
+        dead = [process for process in self._processes if process.sentinel in closed]
+        for process in dead:
+            process.join()  # its pipes close a moment before it is a dead process with an exit code
         return ", ".join(f"process {process.pid}, exit code {process.exitcode}" for process in dead)
 
     def _from_workers(self, keys: Callable[[int], list], start: int, count: int) -> Iterator[Any]:
