@@ -193,14 +193,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
         for epoch, done in run.epochs():
             left = (run.total_steps - run.stepper.step) * options.accum_iter
             train_one_epoch(
-                objective,
-                itertools.islice(batches.epoch(epoch, done), left),
-                run.stepper,
-                run.means,
-                device=processes.device,
-                autocast=run.autocast,
-                note=run.note,
-                after_step=after_step,
+                objective, itertools.islice(batches.epoch(epoch, done), left), **run.loop | {"after_step": after_step}
             )
             run.end_epoch(**judge.after(epoch))
         run.finish(**judge.reckoning())

@@ -160,16 +160,7 @@ def probe(argv: Sequence[str]) -> None:
             knn_acc1 = features.knn()
             log.info("k nearest neighbours (k = 20, T = 0.07), %d test images: %.2f%%", len(found.test), knn_acc1)
             for epoch, done in run.epochs():
-                train_one_epoch(
-                    objective,
-                    batches.epoch(epoch, done),
-                    run.stepper,
-                    run.means,
-                    device=processes.device,
-                    autocast=run.autocast,
-                    note=run.note,
-                    after_step=run.after_step,
-                )
+                train_one_epoch(objective, batches.epoch(epoch, done), **run.loop)
                 run.end_epoch(**judge.after(epoch))
             run.finish(**judge.reckoning(), knn_acc1=knn_acc1)
 

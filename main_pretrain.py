@@ -166,16 +166,7 @@ def pretrain(argv: Sequence[str]) -> None:
             if run.log:
                 announce(options, model, source, run.log, run.stepper.step, processes.device)
             for epoch, done in run.epochs():
-                train_one_epoch(
-                    run.trained,
-                    batches.epoch(epoch, done),
-                    run.stepper,
-                    run.means,
-                    device=processes.device,
-                    autocast=run.autocast,
-                    note=run.note,
-                    after_step=run.after_step,
-                )
+                train_one_epoch(run.trained, batches.epoch(epoch, done), **run.loop)
                 if run.log and watch.picture_is_due(epoch):
                     picture = watch.picture(run.folder / "samples" / f"recon_e{epoch + 1:04d}.png")
                     run.log.picture("reconstruction", picture, epoch + 1)

@@ -275,6 +275,18 @@ class Run:
         while self.epoch < self.options.epochs:
             yield self.epoch, self._epoch_step
 
+    @property
+    def loop(self) -> dict[str, Any]:
+        """What an epoch of training takes from a run, by the names of `engine_pretrain.train_one_epoch`."""
+        return {
+            "stepper": self.stepper,
+            "means": self.means,
+            "device": self.processes.device,
+            "autocast": self.autocast,
+            "note": self.note,
+            "after_step": self.after_step,
+        }
+
     def after_step(self) -> None:
         """Call after every optimizer step: log, save, stop when it is time. Interrupted when a stop was asked for."""
         step = self.stepper.step
