@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from util import checkpoint
 from util.data import Batch
 from util.distributed import Processes
+from util.judge import Judge
 from util.options import ClassifierOptions
 from util.run import Run
-from util.splits import TEST, Splits, metric
-
-log = logging.getLogger(__name__)
+from util.splits import Splits, metric
 
 
 class Objective(nn.Module):
@@ -103,51 +99,14 @@ def in_words(figures: Mapping[str, float]) -> str:
     return ", ".join(f"{word} {figures[name]:.2f}%" for name, word in names.items())
 
 
-class Judge:
-    """Looks at a run's classifier after its epochs, keeps the best, and reckons both at the end.
+def judge_of(
+    options: ClassifierOptions, run: Run, model: nn.Module, found: Splits, batches: Callable[[str], Iterable[Batch]]
+) -> Judge:
+    """Who judges a run's classifier. `batches` gives this process's share of the images "choice" or "test"."""
 
-    `model` is what is judged: the classifier that is trained, or a moving average of it. `batches` gives this process's
-    share of the images that choose ("choice") or of those that judge ("test").
-    """
+    def measure(images: str) -> dict[str, float]:
+        shown = batches(images)
+        return evaluate(model, shown, classes=found.classes, processes=run.processes, autocast=run.autocast)
 
-    def __init__(
-        self,
-        options: ClassifierOptions,
-        run: Run,
-        model: nn.Module,
-        found: Splits,
-        batches: Callable[[str], Iterable[Batch]],
-    ):
-        self.options, self.run, self.model, self.found, self.batches = options, run, model, found, batches
-        self.metric = metric(options)
-
-    def _measure(self, images: str) -> dict[str, float]:
-        run = self.run
-        batches = self.batches(images)
-        return evaluate(self.model, batches, classes=self.found.classes, processes=run.processes, autocast=run.autocast)
-
-    def after(self, epoch: int) -> dict[str, float]:
-        """The epoch's figures on the images that choose, where it is time for them; the best epoch is kept."""
-        if (epoch + 1) % self.options.eval_every and epoch + 1 < self.options.epochs:
-            return {}
-        figures = self._measure("choice")
-        self.run.save_best(self.metric, figures[self.metric])
-        group = "test" if self.found.chosen_on == TEST else "choice"
-        return {f"{group}_{name}": value for name, value in figures.items() if name != "images"}
-
-    def reckoning(self) -> dict[str, Any]:
-        """The last and the best epoch on the test images, for result.json."""
-        run = self.run
-        accuracy = {"last": self._measure("test")}
-        best = run.checkpoints / checkpoint.BEST
-        kept = run.processes.main and best.is_file()  # it is missing where it could not be saved
-        weights = run.processes.broadcast(checkpoint.load_model(best, averaged=True)[0] if kept else None)
-        if weights is not None:
-            self.model.load_state_dict(weights)
-            accuracy["best"] = self._measure("test")
-        for name, figures in accuracy.items():
-            log.info("%s epoch, %d test images: %s", name, figures["images"], in_words(figures))
-        log.info(
-            "the best epoch, number %d, was chosen by %s on %s", run.best["epoch"], self.metric, self.found.chosen_on
-        )
-        return {"accuracy": accuracy, "metric": self.metric, "best_chosen_on": self.found.chosen_on}
+    every = options.eval_every
+    return Judge(run, model, measure, metric=metric(options), chosen_on=found.chosen_on, every=every, in_words=in_words)

@@ -25,7 +25,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 import models_classifier
-from engine_finetune import Judge, Objective, evaluate, in_words
+from engine_finetune import Objective, evaluate, in_words, judge_of
 from engine_pretrain import train_one_epoch
 from models_classifier import Classifier
 from util import checkpoint, distributed, optim, precision, splits
@@ -180,7 +180,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     )
     sources = {"choice": found.choice, "test": found.test}
     judged = ema.module if ema else model
-    judge = Judge(options, run, judged, found, lambda name: image_batches(options, sources[name], processes))
+    judge = judge_of(options, run, judged, found, lambda name: image_batches(options, sources[name], processes))
 
     def after_step() -> None:
         if ema:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import models_classifier
-from engine_finetune import Judge, Objective
+from engine_finetune import Objective, judge_of
 from engine_pretrain import train_one_epoch
 from models_classifier import Classifier, LinearProbe
 from util import checkpoint, distributed, optim, splits
@@ -153,7 +153,7 @@ def probe(argv: Sequence[str]) -> None:
                 return pooled(encoder.encode(images).float(), options.global_pool)
 
         objective = Objective(run.trained, classes=found.classes, prepare=encode if options.augment else None)
-        judge = Judge(options, run, model, found, features.batches)
+        judge = judge_of(options, run, model, found, features.batches)
         with run:
             if processes.main:
                 splits.write_lists(found, run.folder)

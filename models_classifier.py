@@ -52,25 +52,31 @@ def build(
 
     `model` is a name as for pretraining, `mae_vit_tiny_patch16`. ValueError for an unknown or impossible one.
     """
+    sizes = encoder_sizes(model, input_size=input_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    built = Classifier(
+        **sizes, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_path_rate=drop_path
+    )
+    built.set_grad_checkpointing(grad_checkpointing)
+    return built
+
+
+def encoder_sizes(
+    model: str, *, input_size: tuple[int, int], embed_dim: int, depth: int, num_heads: int
+) -> dict[str, Any]:
+    """The sizes that timm's VisionTransformer is told, those of 0 from the model's name; ValueError as for `build`."""
     size, patch_size = parse_name(model)
     patch_grid(input_size, patch_size)
     own = SIZES[size]
     embed_dim, num_heads = embed_dim or own.embed_dim, num_heads or own.num_heads
     if embed_dim % num_heads:
         raise ValueError(f"{num_heads} heads do not divide {embed_dim} channels")
-    built = Classifier(
-        img_size=input_size,
-        patch_size=patch_size,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        global_pool=global_pool,
-        embed_dim=embed_dim,
-        depth=depth or own.depth,
-        num_heads=num_heads,
-        drop_path_rate=drop_path,
-    )
-    built.set_grad_checkpointing(grad_checkpointing)
-    return built
+    return {
+        "img_size": input_size,
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": depth or own.depth,
+        "num_heads": num_heads,
+    }
 
 
 def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:

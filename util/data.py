@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from util.images import BadImage, Transform, eval_transform, pretrain_transform
+from util.images import BadImage, Pair, PairTransform, Transform, eval_transform, pretrain_transform
 from util.sources import Source, open_source
 
 __all__ = [
@@ -82,7 +82,7 @@ class Sample:
     """One row of a batch, as its fields say there."""
 
     image: Tensor
-    label: int | None
+    label: int | Tensor | None
     noise: Tensor | None
     index: int
     problems: list[tuple[str, str]]
@@ -93,7 +93,7 @@ class Batch:
     """Samples side by side.
 
     images    uint8 `[n, C, H, W]` from the loader; float32, normalised, after `to`
-    labels    int64 `[n]`, or None where the source has none
+    labels    int64 `[n]`, or None where the source has none; masks `[n, H, W]` of a source of pairs
     noise     float32 `[n, R, L]` in 0..1, or None
     index     int64 `[n]`: which image was asked for (one that was unreadable is replaced, label and all)
     problems  (path, reason) of the images that were unreadable
@@ -137,13 +137,28 @@ def collate(samples: list[Sample], mean: Floats, std: Floats) -> Batch:
     noise = [sample.noise for sample in samples if sample.noise is not None]
     return Batch(
         images=images_NHWC.permute(0, 3, 1, 2),
-        labels=torch.tensor(labels) if labels else None,
+        labels=_together(labels),
         noise=torch.stack(noise) if noise else None,
         index=torch.tensor([sample.index for sample in samples]),
         problems=[problem for sample in samples for problem in sample.problems],
         mean=mean,
         std=std,
     )
+
+
+def _together(labels: list[Any]) -> Tensor | None:
+    """Numbers or masks of a batch as one tensor."""
+    if not labels:
+        return None
+    return torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
+
+
+def _transformed(source: Source, transform: Transform | PairTransform, image: Any, index: int) -> tuple[Tensor, Any]:
+    """What the model is shown of an image that was read, and its label: the source's, or the mask that came with it."""
+    if isinstance(image, Pair):
+        return transform(image)  # type: ignore[return-value]
+    label = None if source.labels is None else int(source.labels[index])
+    return transform(image), label  # type: ignore[arg-type, return-value]
 
 
 class Samples(Protocol):
@@ -164,7 +179,7 @@ class TrainSamples(Dataset):
     def __init__(
         self,
         source: Source,
-        transform: Transform,
+        transform: Transform | PairTransform,
         seed: int,
         noise_shape: tuple[int, int] | None,
         *,
@@ -186,11 +201,10 @@ class TrainSamples(Dataset):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every accelerator, for each sample
         np.random.seed(seed & 0xFFFFFFFF)
         random.seed(seed)
-        pixels = self.transform(image)
+        pixels, label = _transformed(self.source, self.transform, image, shown)
         noise = None
         if self.noise_shape is not None:  # from a stream of its own: however much the augmentation has drawn
             noise = torch.rand(self.noise_shape, generator=_generator(self.seed, epoch, index, NOISE))
-        label = None if self.source.labels is None else int(self.source.labels[shown])
         return Sample(pixels, label, noise, index, problems)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | NothingReadable:
@@ -199,7 +213,7 @@ class TrainSamples(Dataset):
         except NothingReadable as error:
             return error
 
-    def _read(self, index: int) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
+    def _read(self, index: int) -> tuple[np.ndarray | Pair, int, list[tuple[str, str]]]:
         """(image, its index, problems): the image at `index` or the next readable one."""
         problems: list[tuple[str, str]] = []
         for shown in (number % len(self.source) for number in range(index, index + min(TRIES, len(self.source)))):
@@ -213,7 +227,9 @@ class TrainSamples(Dataset):
 class EvalSamples(Dataset):
     """Images without randomness, by index. Unreadable ones are left out of the batch and reported, never replaced."""
 
-    def __init__(self, source: Source, transform: Transform, *, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self, source: Source, transform: Transform | PairTransform, *, mean: Sequence[float], std: Sequence[float]
+    ):
         self.source, self.transform = source, transform
         self.mean, self.std = tuple(mean), tuple(std)
 
@@ -221,8 +237,8 @@ class EvalSamples(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        label = None if self.source.labels is None else int(self.source.labels[index])
-        return Sample(self.transform(self.source.read(index)), label, None, index, [])
+        pixels, label = _transformed(self.source, self.transform, self.source.read(index), index)
+        return Sample(pixels, label, None, index, [])
 
     def __getitems__(self, keys: Sequence[int]) -> Batch:
         samples, problems = [], []

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,16 @@ CROP_SHARE = 224 / 256  # of the short side, that evaluation shows
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of MAE's random crops, columns to rows
 
 Transform = Callable[[np.ndarray | Image.Image], Tensor]
+
+
+class Pair(NamedTuple):
+    """An image and the class of each of its pixels."""
+
+    image_HWC: np.ndarray
+    mask_HW: np.ndarray
+
+
+PairTransform = Callable[[Pair], tuple[Tensor, Tensor]]
 
 
 class BadImage(Exception):  # noqa: N818 - it says what the file is

@@ -72,7 +72,7 @@ class Source:
     """Images in a fixed order.
 
     names     path (relative to the data folder) or id of each image
-    read      number of an image -> uint8 `[H, W, C]`; raises `util.images.BadImage`
+    read      number of an image -> uint8 `[H, W, C]`, or a Pair with its mask; raises `util.images.BadImage`
     labels    int64 `[n]`, or None
     classes   the labels' names, or None
     selection sha256 of the class list that chose them, or of a pack; or ""
@@ -80,7 +80,7 @@ class Source:
     """
 
     names: Sequence[str]
-    read: Callable[[int], np.ndarray]
+    read: Callable[[int], Any]
     labels: np.ndarray | None = None
     classes: list[str] | None = None
     selection: str = ""
@@ -195,9 +195,9 @@ def _open_folder(data_path: str, split: str, in_chans: int, class_list: str | Se
         why = f"class list {class_list if isinstance(class_list, str) else 'as given'}, sha256 {selection}"
     else:
         selection = ""
-        names = sorted(_images_below(root))
+        names = sorted(images_below(root))
         if not names:
-            raise ValueError(f"no images in {root}: it holds {_contents(root)} (images are .jpg .png .tif .npy ...)")
+            raise ValueError(f"no images in {root}: it holds {contents_of(root)} (images are .jpg .png .tif .npy ...)")
         labels, found, why = label_by_folder(names)
     compact = Names(names)
     read = functools.partial(_read_file, root, compact, in_chans)
@@ -218,7 +218,7 @@ def _split_folder(data_path: str, split: str) -> str:
             return os.path.join(data_path, name)
     if split == "train":
         return data_path
-    held = _contents(data_path)
+    held = contents_of(data_path)
     raise ValueError(f"no {split} images: {data_path} has no folder {' or '.join(names)}; it holds {held}")
 
 
@@ -227,7 +227,7 @@ def class_folders_without_images(data_path: str, split: str) -> list[str]:
     root = _split_folder(data_path, split)
     with os.scandir(root) as entries:
         folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    return sorted(entry.name for entry in folders if not _images_below(entry.path))
+    return sorted(entry.name for entry in folders if not images_below(entry.path))
 
 
 def _is_a_class(data_path: str, name: str) -> bool:
@@ -243,7 +243,7 @@ def _holds_images(folder: str) -> bool:
         return any(is_image_name(entry.name) for entry in entries)
 
 
-def _images_below(root: str) -> list[str]:
+def images_below(root: str) -> list[str]:
     """Names of all image files below `root`, relative to it, with / between folders. Hidden names are skipped, links
     followed (a link that leads nowhere counts as an image: it is reported when it is read)."""
     found: list[str] = []
@@ -285,7 +285,7 @@ def _selected_classes(root: str, classes: list[str]) -> tuple[list[str], np.ndar
         raise ValueError(
             f"{len(missing)} of the {len(classes)} listed classes have no folder in {root}: {_some(missing)}"
         )
-    images = [[f"{name}/{image}" for image in sorted(_images_below(os.path.join(root, name)))] for name in classes]
+    images = [[f"{name}/{image}" for image in sorted(images_below(os.path.join(root, name)))] for name in classes]
     empty = [name for name, inside in zip(classes, images, strict=True) if not inside]
     if empty:
         raise ValueError(f"{len(empty)} of the {len(classes)} listed classes have no images in {root}: {_some(empty)}")
@@ -317,7 +317,7 @@ def _file(root: str, names: Sequence[str], index: int) -> str:
     return os.path.join(root, names[index])
 
 
-def _contents(folder: str) -> str:
+def contents_of(folder: str) -> str:
     """What lies in a folder, for an error message."""
     with os.scandir(folder) as entries:
         kinds = collections.Counter(

@@ -113,7 +113,7 @@ def take(source: Source, indices: np.ndarray) -> Source:
         source,
         names=Names(source.names[index] for index in indices),
         read=functools.partial(_taken, source.read, indices),
-        labels=_labels(source)[indices],
+        labels=None if source.labels is None else source.labels[indices],
         path=source.path and functools.partial(_taken, source.path, indices),
     )
 

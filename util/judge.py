@@ -1,0 +1,61 @@
+"""Looks at a run's model after its epochs, keeps the best, and reckons the last and the best at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from util import checkpoint
+from util.run import Run
+from util.splits import TEST
+
+log = logging.getLogger(__name__)
+
+
+class Judge:
+    """Judges `model`: the one that is trained, or a moving average of it.
+
+    `measure` answers its figures on the images that choose ("choice") or on those that judge ("test"), all processes
+    together; `metric` is the figure that counts. `every` is the number of epochs between two looks.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        measure: Callable[[str], dict[str, Any]],
+        *,
+        metric: str,
+        chosen_on: str,
+        every: int,
+        in_words: Callable[[Mapping[str, Any]], str],
+    ):
+        self.run, self.model, self.measure, self.in_words = run, model, measure, in_words
+        self.metric, self.chosen_on, self.every = metric, chosen_on, every
+
+    def after(self, epoch: int) -> dict[str, float]:
+        """The epoch's figures on the images that choose, where it is time for them; the best epoch is kept."""
+        if (epoch + 1) % self.every and epoch + 1 < self.run.options.epochs:
+            return {}
+        figures = self.measure("choice")
+        self.run.save_best(self.metric, figures[self.metric])
+        group = "test" if self.chosen_on == TEST else "choice"
+        return {f"{group}_{name}": value for name, value in figures.items() if isinstance(value, float)}
+
+    def reckoning(self) -> dict[str, Any]:
+        """The last and the best epoch on the test images, for result.json."""
+        run = self.run
+        accuracy = {"last": self.measure("test")}
+        best = run.checkpoints / checkpoint.BEST
+        kept = run.processes.main and best.is_file()  # it is missing where it could not be saved
+        weights = run.processes.broadcast(checkpoint.load_model(best, averaged=True)[0] if kept else None)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+            accuracy["best"] = self.measure("test")
+        for name, figures in accuracy.items():
+            log.info("%s epoch, %d test images: %s", name, figures["images"], self.in_words(figures))
+        log.info("the best epoch, number %d, was chosen by %s on %s", run.best["epoch"], self.metric, self.chosen_on)
+        return {"accuracy": accuracy, "metric": self.metric, "best_chosen_on": self.chosen_on}
