@@ -204,14 +204,6 @@ def test_unknown_augmentation_is_refused():
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """A checkpoint of pretraining, with a decoder."""
-    folder = tmp_path_factory.mktemp("pretrained") / "run"
-    finish(folder, "--epochs", "1")
-    return folder / "checkpoints" / "last.pth"
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory, pretrained):
     """An uninterrupted run with mixing, erasing, drop path and a moving average."""
     folder = tmp_path_factory.mktemp("whole") / "run"

@@ -64,13 +64,6 @@ def test_pooling():
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pretrained") / "run"
-    finish(folder, "--epochs", "1")
-    return folder / "checkpoints" / "last.pth"
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory, pretrained):
     folder = tmp_path_factory.mktemp("whole") / "run"
     finish(folder, "--init_from", pretrained, "--lr", 20, "--epochs", 12, door=DOOR)

@@ -1,11 +1,8 @@
 """The masked autoencoder against a plain restatement, published counts, and what a term or a decoder may rely on."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +19,7 @@ from models_mae import (
     unpatchify,
 )
 from models_vit import SIZES, VisionTransformer, position_table
+from tests.published import assert_as_published, model_of, needs_vectors, read
 
 SMALL = {
     "img_size": (24, 32),
@@ -493,35 +491,17 @@ def test_another_decoder_overrides_two_methods():
 
 # ---- the published implementation -----------------------------------------------------------------------------------
 
-VECTORS = os.environ.get("NOR_MAE_VECTORS")
 
-
-@pytest.mark.skipif(not VECTORS, reason="NOR_MAE_VECTORS names no folder with reference outputs")
+@needs_vectors
 def test_the_published_outputs():
-    vectors = {k: torch.as_tensor(v) for k, v in np.load(Path(str(VECTORS), "mae.npz")).items()}
-    size, patch, dim, depth, heads, *decoder = vectors["cfg"].tolist()
-    model = MaskedAutoencoderViT(
-        size,
-        patch,
-        3,
-        dim,
-        depth,
-        heads,
-        *decoder,
-        norm_pix_loss=bool(vectors["norm_pix_loss"]),
-        mask_ratio=float(vectors["mask_ratio"]),
-    )
-    state = {name.removeprefix("state:"): value for name, value in vectors.items() if name.startswith("state:")}
-    for table in ("pos_embed", "decoder_pos_embed"):
-        torch.testing.assert_close(model.state_dict()[table], state[table], rtol=0, atol=2e-6)
-    model.load_state_dict(state)
+    vectors = read("mae")
+    model, tables = model_of(vectors)
+    for name, table in tables.items():
+        torch.testing.assert_close(table, vectors[f"state:{name}"], rtol=0, atol=2e-6)
     images, noise = vectors["imgs"], vectors["noise"]
     view, loss = model.observe(images, noise=noise), model(images, noise=noise)["loss"]
     loss.backward()
     torch.testing.assert_close(loss, vectors["loss"], rtol=1e-5, atol=0)
     assert torch.equal(view.mask, vectors["mask"])
-    found = {"latent": view.latent, "pred": view.pred}
-    found |= {f"grad:{name}": p.grad for name, p in model.named_parameters() if f"grad:{name}" in vectors}
-    for name, value in found.items():
-        assert (value - vectors[name]).norm() <= 1e-5 * vectors[name].norm(), name
-    assert len(found) == 5 and F.mse_loss(view.pred, vectors["pred"]) < 1e-10
+    assert assert_as_published({"latent": view.latent, "pred": view.pred}, model, vectors) == 5
+    assert F.mse_loss(view.pred, vectors["pred"]) < 1e-10

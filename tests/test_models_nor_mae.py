@@ -1,11 +1,8 @@
 """Neighbours against a loop, relations against the matrices that they are sums of, and the term in a model."""
 
-import os
 from datetime import timedelta
 from itertools import product
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +18,7 @@ from models_nor_mae import (
     neighbor_table,
     released_neighbors,
 )
+from tests.published import assert_as_published, model_of, needs_vectors, read
 
 RELATIONS = ("off_diagonal", "off_diagonal_squared", "diagonal", "token_off_diagonal", "alignment")
 GRIDS = [(1, 2), (2, 1), (2, 2), (1, 5), (3, 5), (4, 4), (14, 14)]
@@ -604,28 +602,15 @@ def test_two_processes_are_one(tmp_path):
 
 # ---- the published implementation -----------------------------------------------------------------------------------
 
-VECTORS = os.environ.get("NOR_MAE_VECTORS")
 
-
-@pytest.mark.skipif(not VECTORS, reason="NOR_MAE_VECTORS names no folder with reference outputs")
+@needs_vectors
 def test_the_published_outputs():
-    vectors = {k: torch.as_tensor(v) for k, v in np.load(Path(str(VECTORS), "nor_mae_released.npz")).items()}
-    size, patch, dim, depth, heads, *decoder = vectors["cfg"].tolist()
+    vectors = read("nor_mae_released")
     relation = ("token_" if vectors["token_reg"] else "") + "off_diagonal" if vectors["off_diag"] else "diagonal"
     weight = float(vectors["lam"])
-    model = MaskedAutoencoderViT(
-        size,
-        patch,
-        3,
-        dim,
-        depth,
-        heads,
-        *decoder,
-        norm_pix_loss=bool(vectors["norm_pix_loss"]),
-        mask_ratio=float(vectors["mask_ratio"]),
-        terms={"neighbor": NeighborTerm(NeighborOptions(weight=weight, cnp="released", relation=relation))},
+    model, _ = model_of(
+        vectors, neighbor=NeighborTerm(NeighborOptions(weight=weight, cnp="released", relation=relation))
     )
-    model.load_state_dict({k.removeprefix("state:"): v for k, v in vectors.items() if k.startswith("state:")})
     images, noise = vectors["imgs"], vectors["noise"]
     losses = model(images, noise=noise)
     losses["loss"].backward()
@@ -637,10 +622,7 @@ def test_the_published_outputs():
         "pred": view.pred,
         "pred_cnp": model.terms["neighbor"].second_pass(model, view),
     }
-    found |= {f"grad:{name}": p.grad for name, p in model.named_parameters() if f"grad:{name}" in vectors}
-    assert len(found) == 8
-    for name, value in found.items():
-        assert (value - vectors[name]).norm() <= 1e-5 * vectors[name].norm(), name
+    assert assert_as_published(found, model, vectors) == 8
 
 
 def test_the_true_neighbour_is_another_loss():

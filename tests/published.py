@@ -1,0 +1,39 @@
+"""Outputs of the published programs, where a folder of them is at hand: NOR_MAE_VECTORS names it."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models_mae import MaskedAutoencoderViT
+
+FOLDER = os.environ.get("NOR_MAE_VECTORS", "")
+
+needs_vectors = pytest.mark.skipif(not FOLDER, reason="NOR_MAE_VECTORS names no folder with reference outputs")
+
+
+def read(name):
+    """The arrays of one file, as tensors."""
+    return {key: torch.as_tensor(value) for key, value in np.load(Path(FOLDER, f"{name}.npz")).items()}
+
+
+def model_of(vectors, **terms):
+    """The model that the arrays come from, with their weights, and what its position tables were before."""
+    size, patch, dim, depth, heads, *decoder = vectors["cfg"].tolist()
+    norm_pix_loss, mask_ratio = bool(vectors["norm_pix_loss"]), float(vectors["mask_ratio"])
+    model = MaskedAutoencoderViT(
+        size, patch, 3, dim, depth, heads, *decoder, norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio, terms=terms
+    )
+    tables = {name: model.state_dict()[name].clone() for name in ("pos_embed", "decoder_pos_embed")}
+    model.load_state_dict({k.removeprefix("state:"): v for k, v in vectors.items() if k.startswith("state:")})
+    return model, tables
+
+
+def assert_as_published(found, model, vectors):
+    """What was found by name, and every gradient that the arrays hold, within 1e-5; how many these were."""
+    found = found | {f"grad:{name}": p.grad for name, p in model.named_parameters() if f"grad:{name}" in vectors}
+    for name, value in found.items():
+        assert (value - vectors[name]).norm() <= 1e-5 * vectors[name].norm(), name
+    return len(found)
