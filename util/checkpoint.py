@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.schema import OptionError
+
 FORMAT = 1  # raised when a newer file can no longer be read by older code
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 TEMPORARY = ".tmp"
@@ -173,6 +175,19 @@ def options_of(path: str | Path, *names: str) -> dict[str, Any]:
     """Those of the named options that the run which wrote a checkpoint had; {} where it is not ours, or path is ""."""
     made_with = load_model(path)[1] if str(path) else {}
     return {name: made_with[name] for name in names if name in made_with}
+
+
+def to_judge(given: Mapping[str, Any]) -> str:
+    """The checkpoint that `--eval` means by the options given. OptionError where there is none."""
+    named = given.get("resume", "auto")
+    if named != "auto":
+        return str(named)
+    if given.get("init_from"):
+        return str(given["init_from"])
+    last = Path(given.get("output_dir", "output")) / "checkpoints" / LAST
+    if not last.is_file():
+        raise OptionError(f"eval needs a checkpoint: there is no {last}; name one with --resume", "eval")
+    return str(last)
 
 
 def _describe(state: object) -> str:

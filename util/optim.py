@@ -1,14 +1,15 @@
 """Optimizers, learning rates and the schedule, as MAE trains: one place for every front door.
 
 timm and torch do the work. Pretraining: AdamW with (0.9, 0.95), no decay on biases and norms. Fine-tuning: AdamW with
-(0.9, 0.999), each layer at its own rate. Linear probes: LARS. A linear warm-up and half a cosine for all, per step.
+(0.9, 0.999), each layer at its own rate. Linear probes: LARS. A linear warm-up and half a cosine for all, per step; for
+segmentation a power of what is left.
 """
 
 from __future__ import annotations
 
 import torch
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import nn
 
 
@@ -73,6 +74,22 @@ def warmup_cosine(
     return CosineLRScheduler(
         optimizer,
         t_initial=max(1, steps - warmup_steps),
+        lr_min=min_lr,
+        warmup_t=warmup_steps,
+        warmup_lr_init=0.0,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+
+
+def warmup_poly(
+    optimizer: torch.optim.Optimizer, *, steps: int, warmup_steps: int, power: float, min_lr: float
+) -> PolyLRScheduler:
+    """0 to the group's rate over the warm-up, then `min_lr` as (1 - share done) ** power; used as `warmup_cosine`."""
+    return PolyLRScheduler(
+        optimizer,
+        t_initial=max(1, steps - warmup_steps),
+        power=power,
         lr_min=min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=0.0,

@@ -40,6 +40,7 @@ __all__ = [
     "PretrainOptions",
     "ProbeOptions",
     "RunOptions",
+    "SegmentOptions",
     "differences",
     "from_dict",
     "machine",
@@ -121,6 +122,8 @@ class RunOptions:
     """Processes that load images, for each device; 0 loads in the training process. The batches are the same."""
     pin_mem: bool = machine(True)
     """Load into page-locked memory, from where copies to a GPU are faster."""
+    worker_timeout: float = machine(300.0)
+    """Seconds without a batch from the loading processes after which they are started anew; 0 waits for ever."""
 
     total_batch_size: int = result(0, section="Batch and optimizer")
     """Images of one optimizer step over all devices; 0: batch_size x accum_iter x processes."""
@@ -164,7 +167,7 @@ class RunOptions:
             object.__setattr__(self, name, read(getattr(self, name), expected, name))
         self._at_least(1, "in_chans", "epochs", "save_every", "keep", "log_every", "max_bad_steps", "max_save_failures")
         self._at_least(0, "save_minutes", "save_steps", "num_workers", "total_batch_size", "batch_size", "accum_iter")
-        self._at_least(0, "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad")
+        self._at_least(0, "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad", "worker_timeout")
         self._between(0, 1, "max_bad_fraction")
         self._between(0, 2**32 - 1, "seed")  # what NumPy takes
         require(min(self.input_size) > 0, f"must be at least 1 pixel, found {show(self.input_size)}", "input_size")
@@ -184,8 +187,8 @@ class RunOptions:
         )
         require(self.device != "cpu" or self.amp != "fp16", "fp16 is for GPUs; use bf16 or none", "amp", "device")
         require(
-            self.dataset != "digits" or self.data_path in ("", "digits"),
-            f"dataset digits reads no folder, found {self.data_path!r}",
+            self.dataset not in ("digits", "scenes") or self.data_path in ("", self.dataset),
+            f"dataset {self.dataset} reads no folder, found {self.data_path!r}",
             "data_path",
             "dataset",
         )
@@ -400,6 +403,96 @@ class ProbeOptions(ClassifierOptions):
 
     augment: bool = result(False, section="Probe")
     """Encode a new random crop of every image in every epoch, as MAE does; otherwise each image is encoded once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions(EncoderOptions):
+    """Train UPerNet to tell the class of every pixel, from a pretrained encoder (`--init_from`) or from scratch."""
+
+    ALIASES: ClassVar[dict[str, str]] = {**RunOptions.ALIASES, "finetune": "init_from", "nb_classes": "num_classes"}
+
+    data_path: str = machine("")
+    """Folder with `images` and `masks` (or `annotations`), each with `train` and `val` or without; or `scenes`."""
+    dataset: Literal["auto", "folder", "ade20k", "scenes"] = result("auto")
+    """How data_path is read; `ade20k`: ADEChallengeData2016 with its 150 classes; `scenes`: generated, no folder."""
+    class_list: str = result("")
+    """File with a class's name a line, in the order of the masks' numbers; empty: `classes.txt` in data_path."""
+    input_size: tuple[int, int] = shape((512, 512))
+    """Pixels of a training crop and of a window of evaluation: one number, or rows and columns as `160x96`."""
+    blr: float = result(1.6e-3)
+    min_scale: float = result(0.5)
+    """Least factor by which a training image is resized before it is cropped."""
+
+    eval: bool = machine(False, section="Segmentation")
+    """Train nothing: print the figures of the checkpoint that `resume` or `init_from` names, or of the run's last."""
+    from_scratch: bool = result(False)
+    """Take the sizes of the encoder in `init_from` and none of its weights, for a comparison with what it learned."""
+    num_classes: int = shape(0)
+    """Classes; 0, as it should be: as many as the class list has."""
+    drop_path: float = result(0.1)
+    """Stochastic depth: share of the images that skip the last block; earlier blocks are skipped less."""
+    auxiliary: float = result(0.4)
+    """Weight of the auxiliary head's loss."""
+    layer_decay: float = result(0.65)
+    """Each block learns at this times the rate of the one above it; 1: all alike."""
+    steps: int = result(0)
+    """Optimizer steps of the whole run, in place of epochs; 0: as epochs say."""
+    warmup_steps: int = result(0)
+    """Steps over which the learning rate rises from 0, in place of warmup_epochs; 0: as warmup_epochs says."""
+    power: float = result(1.0)
+    """After the warm-up the rate falls as (1 - done) to this power: 1 is a straight line."""
+
+    reduce_zero_label: bool = result(False, section="Masks")
+    """In a mask 0 is no class and 1 the first one, as in ADE20K (where it is so without saying)."""
+    ignore_label: int = result(255)
+    """The number of pixels that count for nothing, neither in training nor in a figure."""
+    check_masks: bool = machine(True)
+    """Look at every mask before training. Off: what is wrong counts among the unreadable images as it is met."""
+    test_share: float = result(0.1)
+    """Share of the images that is set aside to judge, where there is no folder `val` or `test`."""
+    holdout: float = result(0.02)
+    """Share of the training images that is set aside to choose `best` on, where there is no `val` beside `test`; 0: it
+    is chosen on the test images themselves, as everyone does on ADE20K, and flattered by that."""
+    subset_seed: int = result(0)
+    """Decides which images are set aside, whatever `seed` is."""
+
+    short_side: int = result(0, section="Scaling")
+    """Pixels of an image's short side when it is judged; 0: the crop's. The long side is at most four times that."""
+    max_scale: float = result(2.0)
+    """Largest factor by which a training image is resized; the least is min_scale."""
+    max_class_share: float = result(0.75)
+    """A crop of which one class fills more is drawn again, ten times at most; 1: any crop will do."""
+    photometric: bool = result(True)
+    """Distort brightness, contrast, saturation and hue."""
+
+    window: Literal["slide", "whole"] = result("slide", section="Evaluation")
+    """Judge images by overlapping windows of the crop's size, or whole, with positions resampled to their size."""
+    stride: int = result(0)
+    """Pixels between two windows; 0: two thirds of the crop."""
+    flip: bool = result(False)
+    """Judge by the average of an image and its mirror image."""
+    eval_every: int = result(10)
+    """Epochs between evaluations; the last epoch has one anyway."""
+    picture_every: int = machine(10)
+    """Epochs between pictures of predicted masks, in `samples/` and TensorBoard; 0 never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(0, "num_classes", "auxiliary", "steps", "warmup_steps", "power", "ignore_label")
+        self._at_least(0, "short_side", "stride", "picture_every")
+        self._at_least(1, "eval_every")
+        self._between(0, 1, "drop_path", "layer_decay", "test_share", "holdout", "max_class_share")
+        self._between(0, 2**32 - 1, "subset_seed")
+        require(self.num_classes != 1, "one class leaves nothing to tell apart", "num_classes")
+        for name in ("drop_path", "holdout", "test_share"):
+            require(getattr(self, name) < 1, "must be less than 1", name)
+        require(self.test_share > 0, "must be more than 0, or no image is left to judge", "test_share")
+        require(self.layer_decay > 0, "must be more than 0, or nothing but the heads learns", "layer_decay")
+        require(self.max_scale >= self.min_scale, "must be at least min_scale", "max_scale", "min_scale")
+        require(bool(self.init_from) or not self.from_scratch, "goes with init_from", "from_scratch", "init_from")
+        most = min(self.input_size)
+        require(self.stride <= most, f"{self.stride} leaves gaps between windows of {most} pixels", "stride")
+        require(not self.steps or self.warmup_steps < self.steps, "must be less than steps", "warmup_steps", "steps")
 
 
 def resolve_batch(options: Run, processes: int) -> Run:

@@ -28,6 +28,7 @@ import torchvision.datasets
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from util import scenes
 from util.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_image
 from util.packs import Pack, is_pack, open_pack
 
@@ -109,6 +110,7 @@ def open_source(
     auto              anything       digits, a list (.txt), a tar shard (.tar) or a folder, by the look of data_path
     folder            DATA           DATA/train/<class>/*, DATA/<class>/*, or images in any other order, unlabelled
     digits            -              scikit-learn's 1797 handwritten digits, 8 x 8 pixels
+    scenes            -              generated scenes of util/scenes.py, 64 x 96 pixels, unlabelled
     LIST.txt          "" or DATA     a path a line, perhaps with a label; relative to DATA, or else to the list
     torch/cifar10 ... DATA           one of torchvision's data sets, already unpacked there
     hfds/NAME         "" or a cache  a Hugging Face data set (package `datasets`), which downloads what it lacks
@@ -130,6 +132,8 @@ def open_source(
             raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     elif dataset == "digits":
         source = _open_digits(split, in_chans)
+    elif dataset == "scenes":
+        source = _open_scenes(split, in_chans)
     elif dataset.endswith(".txt"):
         source = _open_list(dataset, data_path, split, in_chans)
     elif kind == "torch" and name:
@@ -146,11 +150,11 @@ def open_source(
             "random access), wds (tar shards, indexed at the start) or a folder"
         )
     else:
-        known = ["auto", "folder", "digits", "wds", "pack", *(f"torch/{name}" for name in TORCHVISION)]
+        known = ["auto", "folder", "digits", "scenes", "wds", "pack", *(f"torch/{name}" for name in TORCHVISION)]
         close = get_close_matches(dataset, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"unknown dataset {dataset!r}{hint} (auto, folder, digits, LIST.txt, torch/, hfds/, wds/, pack)"
+            f"unknown dataset {dataset!r}{hint} (auto, folder, digits, scenes, LIST.txt, torch/, hfds/, wds/, pack)"
         )
     if (
         dataset != "pack"
@@ -165,8 +169,8 @@ def _guess(data_path: str) -> tuple[str, str]:
     """The dataset and data path that dataset "auto" stands for."""
     if not data_path:
         raise ValueError("no data: give --data_path FOLDER (or the word `digits`)")
-    if data_path == "digits":
-        return "digits", ""
+    if data_path in ("digits", "scenes"):
+        return data_path, ""
     if data_path.endswith(".txt"):
         return data_path, ""
     if data_path.endswith(".tar"):
@@ -458,6 +462,14 @@ def _open_digits(split: str, in_chans: int) -> Source:
     classes = [str(digit) for digit in range(10)]
     source = Source(Names(names), functools.partial(_read_digit, images, in_chans), labels, classes)
     return _said(source, "digits", f"{split} split of scikit-learn's handwritten digits")
+
+
+def _open_scenes(split: str, in_chans: int) -> Source:
+    if split not in scenes.SIZES:
+        raise ValueError(f"the scenes have the splits train and val, not {split!r}")
+    names = Names(f"scenes/{split}/{number:04d}" for number in range(scenes.SIZES[split]))
+    source = Source(names, functools.partial(scenes.image, split, in_chans))
+    return _said(source, "scenes", f"{split} split of the generated scenes")
 
 
 def _read_digit(images: np.ndarray, in_chans: int, index: int) -> np.ndarray:

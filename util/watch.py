@@ -107,6 +107,7 @@ class Watch:
             device=self.processes.device,
             batch_size=max(1, options.batch_size),
             num_workers=options.num_workers,
+            worker_timeout=options.worker_timeout,
             autocast=self.autocast,
             indices=index[rank::world_size],
         )
@@ -138,10 +139,15 @@ class Watch:
         caption = f"rows: {', '.join(ROWS[:3])}, hidden patches pasted into the original"
         if options.norm_pix_loss:
             caption += "; predictions are of standardised patches, undone with each patch's true mean and deviation"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = with_caption(sheet, caption)
-        picture.save(path)
-        return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
+        return written(sheet, caption, path)
+
+
+def written(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
+    """The picture with its caption, written to `path` and answered as uint8 `[H, W, 3]`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = with_caption(sheet_HWC, caption)
+    picture.save(path)
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
 
 
 def contact_sheet(rows: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -1,0 +1,175 @@
+"""Images with masks as a segmenter learns from them: scaled, cropped, mirrored, in distorted colours.
+
+The recipe that published ADE20K numbers share (MMSegmentation's): resized at random between half and twice the size at
+which images are judged, cropped so that no class fills most of the crop where that can be had, mirrored, distorted in
+brightness, contrast, saturation and hue as for SSD, and padded on the right and below. Everything is drawn from torch's
+generator, which the sample's seed has set.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as pixels
+
+from util.images import Pair, PairTransform
+from util.masks import IGNORE
+
+LONG = 4  # the longer side's limit, in short sides: images are resized to fit 2048 x 512
+CROPS = 10  # tries for a crop that no class fills
+BRIGHTNESS, CONTRAST, HUE = 32.0, (0.5, 1.5), 0.1  # grey levels, factors (of the saturation too), part of the circle
+
+
+def fitted(size: Sequence[int], short_side: float) -> tuple[int, int]:
+    """Rows and columns so that the short side is `short_side`, or less where the long one would exceed four of them."""
+    factor = min(short_side / min(size), LONG * short_side / max(size))
+    rows, columns = (max(1, int(side * factor + 0.5)) for side in size)
+    return rows, columns
+
+
+def train_transform(
+    input_size: tuple[int, int],
+    *,
+    short_side: int,
+    min_scale: float,
+    max_scale: float,
+    max_class_share: float,
+    hflip: float,
+    photometric: bool,
+    mean: Sequence[float],
+) -> PairTransform:
+    """Pairs to uint8 `[C, rows, columns]` and int16 masks `[rows, columns]`; padding is the mean colour and IGNORE."""
+    return functools.partial(
+        _train,
+        size=input_size,
+        short_side=short_side,
+        scales=(min_scale, max_scale),
+        max_class_share=max_class_share,
+        hflip=hflip,
+        photometric=photometric,
+        mean=tuple(mean),
+    )
+
+
+def eval_transform(short_side: int) -> PairTransform:
+    """Pairs to the image resized, uint8 `[C, rows, columns]`, and its mask as it is."""
+    return functools.partial(_eval, short_side=short_side)
+
+
+def _eval(pair: Pair, *, short_side: int) -> tuple[Tensor, Tensor]:
+    image_CHW, mask_HW = _tensors(pair)
+    return resize_image(image_CHW, fitted(mask_HW.shape, short_side)), mask_HW
+
+
+def _train(
+    pair: Pair,
+    *,
+    size: tuple[int, int],
+    short_side: int,
+    scales: tuple[float, float],
+    max_class_share: float,
+    hflip: float,
+    photometric: bool,
+    mean: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:
+    image_CHW, mask_HW = _tensors(pair)
+    wanted = fitted(mask_HW.shape, short_side * uniform(*scales))
+    image_CHW, mask_HW = resize_image(image_CHW, wanted), resize_mask(mask_HW, wanted)
+    top, left = place_crop(mask_HW, size, max_class_share)
+    image_CHW = image_CHW[:, top : top + size[0], left : left + size[1]]
+    mask_HW = mask_HW[top : top + size[0], left : left + size[1]]
+    if torch.rand(()) < hflip:
+        image_CHW, mask_HW = image_CHW.flip(-1), mask_HW.flip(-1)
+    if photometric:
+        image_CHW = distort(image_CHW)
+    return padded(image_CHW, mask_HW, size, mean)
+
+
+def _tensors(pair: Pair) -> tuple[Tensor, Tensor]:
+    image_HWC, mask_HW = (torch.from_numpy(np.require(part, requirements=["C", "W"])) for part in pair)
+    return image_HWC.permute(2, 0, 1), mask_HW
+
+
+def uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+def resize_image(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
+    if image_CHW.shape[1:] == size:
+        return image_CHW
+    return pixels.resize(image_CHW, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
+def resize_mask(mask_HW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class at the middle of each new pixel."""
+    rows, columns = (
+        ((torch.arange(new) + 0.5) * (old / new)).long() for new, old in zip(size, mask_HW.shape, strict=True)
+    )
+    return mask_HW[rows][:, columns]
+
+
+def place_crop(mask_HW: Tensor, size: tuple[int, int], max_class_share: float) -> tuple[int, int]:
+    """Top and left of a random crop; one that a class fills by more than that share, or alone, is drawn again.
+
+    After ten tries the last one counts.
+    """
+    for _ in range(CROPS):
+        room = [max(0, length - crop) + 1 for length, crop in zip(mask_HW.shape, size, strict=True)]
+        top, left = (int(torch.randint(each, ())) for each in room)
+        if max_class_share >= 1:
+            break
+        crop_HW = mask_HW[top : top + size[0], left : left + size[1]]
+        pixels_of_class = torch.bincount((crop_HW - IGNORE).flatten().long())[1:]
+        if (pixels_of_class > 0).sum() > 1 and pixels_of_class.max() < max_class_share * pixels_of_class.sum():
+            break
+    return top, left
+
+
+def distort(image_CHW: Tensor) -> Tensor:
+    """Each by a coin: brightness, contrast (before or after the colours, by another coin), saturation, hue.
+
+    Saturation and hue are those of HSV, and for 3 channels only.
+    """
+
+    def coin() -> bool:
+        return bool(torch.rand(()) < 0.5)
+
+    image = image_CHW.float()
+    if coin():
+        image = (image + uniform(-BRIGHTNESS, BRIGHTNESS)).clamp(0, 255)
+    contrast_first = coin()
+    if contrast_first and coin():
+        image = (image * uniform(*CONTRAST)).clamp(0, 255)
+    if len(image) == 3:
+        if coin():
+            image = saturate(image, uniform(*CONTRAST))
+        if coin():
+            image = pixels.adjust_hue(image / 255, uniform(-HUE, HUE)) * 255
+    if not contrast_first and coin():
+        image = (image * uniform(*CONTRAST)).clamp(0, 255)
+    return image.round().to(torch.uint8)
+
+
+def saturate(image_CHW: Tensor, factor: float) -> Tensor:
+    """HSV's saturation times a factor, at most 1: hue and value stay, what each channel lacks to the highest grows."""
+    highest_HW = image_CHW.amax(dim=0)
+    lacking = highest_HW - image_CHW
+    most_HW = highest_HW / lacking.amax(dim=0).clamp(min=1e-6)  # the factor that makes the saturation 1
+    return highest_HW - lacking * most_HW.clamp(max=factor)
+
+
+def padded(image_CHW: Tensor, mask_HW: Tensor, size: tuple[int, int], mean: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """The crop in the upper left of an image of `size`."""
+    rows, columns = mask_HW.shape
+    if (rows, columns) == size:
+        return image_CHW, mask_HW
+    colour = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
+    whole_CHW = colour[:, None, None].expand(-1, *size).clone()
+    whole_HW = torch.full(size, IGNORE, dtype=mask_HW.dtype)
+    whole_CHW[:, :rows, :columns], whole_HW[:rows, :columns] = image_CHW, mask_HW
+    return whole_CHW, whole_HW
