@@ -105,7 +105,7 @@ def judge_of(
     """Who judges a run's classifier. `batches` gives this process's share of the images "choice" or "test"."""
 
     def measure(images: str) -> dict[str, float]:
-        shown = batches(images)
+        shown = run.until_stopped(batches(images))
         return evaluate(model, shown, classes=found.classes, processes=run.processes, autocast=run.autocast)
 
     every = options.eval_every

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import nn
 
 import models_classifier
 from engine_finetune import Objective, evaluate, in_words, judge_of
@@ -69,6 +70,22 @@ def checkpoint_to_judge(given: Mapping[str, Any]) -> str:
     if not last.is_file():
         raise OptionError(f"eval needs a checkpoint: there is no {last}; name one with --resume", "eval")
     return str(last)
+
+
+def require_pairs(options: FinetuneOptions) -> None:
+    """ValueError where (resolved) batches that are to be mixed have an odd image."""
+    if options.mixes and options.batch_size % 2:
+        raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
+
+
+def objective_of(options: FinetuneOptions, model: nn.Module) -> Objective:
+    return Objective(
+        model,
+        classes=options.num_classes,
+        mixup=options.mixup,
+        cutmix=options.cutmix,
+        smoothing=options.smoothing,
+    )
 
 
 def build_model(options: FinetuneOptions, classes: int) -> Classifier:
@@ -120,14 +137,15 @@ def image_batches(options: FinetuneOptions, source: Source, processes: Processes
         batch_size=options.batch_size,
         num_workers=options.num_workers,
         pin_memory=options.pin_mem and processes.device.type == "cuda",
+        worker_timeout=options.worker_timeout,
         indices=range(processes.rank, len(source), processes.world_size),
     )
 
 
 def finetune(argv: Sequence[str]) -> None:
     options = resolve(parse_options(argv))
-    if options.mixes and not options.eval and options.batch_size % 2:
-        raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
+    if not options.eval:
+        require_pairs(options)
     torch.manual_seed(options.seed)
     with distributed.start(options.device) as processes:
         talk(processes.main)
@@ -171,13 +189,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     ema = ModelEmaV3(model, decay=options.ema) if options.ema else None
     others = {"ema": ema.module} if ema else {}
     run.prepare(model, batches, optimizer, total_steps=options.steps, **others)
-    objective = Objective(
-        run.trained,
-        classes=found.classes,
-        mixup=options.mixup,
-        cutmix=options.cutmix,
-        smoothing=options.smoothing,
-    )
+    objective = objective_of(options, run.trained)
     sources = {"choice": found.choice, "test": found.test}
     judged = ema.module if ema else model
     judge = judge_of(options, run, judged, found, lambda name: image_batches(options, sources[name], processes))

@@ -99,6 +99,7 @@ class Features:
             device=processes.device,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
+            worker_timeout=options.worker_timeout,
             autocast=self.run.autocast,
             indices=range(processes.rank, len(source), processes.world_size),
             pool=self.pool,

@@ -3,6 +3,7 @@
 A run is then a real process, which a test can kill or signal, at a tenth of a second instead of five seconds each.
 """
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -19,7 +20,7 @@ import torch
 from util import checkpoint
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["main_pretrain", "main_finetune", "main_linprobe"])
+context.set_forkserver_preload(["main_pretrain", "main_finetune", "main_linprobe", "main_segment"])
 
 TINY = (
     "--data_path digits --input_size 8 --in_chans 1 --model mae_vit_tiny_patch2 --embed_dim 24 --depth 2 --num_heads 2 "
@@ -31,15 +32,22 @@ TINY_CLASSIFIER = (
     "--data_path digits --input_size 8 --in_chans 1 --model mae_vit_tiny_patch2 --embed_dim 24 --depth 2 --num_heads 2 "
     "--total_batch_size 256 --epochs 3 --warmup_epochs 1 --num_workers 0 --device cpu --log_every 1 --save_minutes 0"
 ).split()
+TINY_SEGMENTER = (
+    "--input_size 16 --model mae_vit_tiny_patch4 --embed_dim 24 --depth 2 --num_heads 2 --total_batch_size 8 "
+    "--epochs 3 --warmup_epochs 1 --lr 1e-3 --holdout 0.08 --eval_every 1 --num_workers 0 --device cpu --log_every 1 "
+    "--save_minutes 0"
+).split()
 LIGHT = ["--aa", "", *"--hflip 0 --min_scale 0.6 --reprob 0.25 --drop_path 0.1".split()]
 DOORS = {  # front door: the options that every run of it begins with
     "main_pretrain": TINY,
     "main_finetune": [*TINY_CLASSIFIER, *LIGHT],
     "main_linprobe": TINY_CLASSIFIER,
+    "main_segment": TINY_SEGMENTER,
 }
 
 
 def _run(door: str, argv: list[str], said: str, environment: dict[str, str], fault: Callable[[], None] | None) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a process that was started plainly
     main = importlib.import_module(door).main
     os.environ |= environment
     if fault is not None:
@@ -75,6 +83,10 @@ class Training:
     def send(self, number: int) -> None:
         os.kill(self._process.pid, number)
 
+    def workers(self) -> list[int]:
+        """The process ids of those that load its images."""
+        return children(self._process.pid)
+
     def wait_for_step(self, step: int, seconds: float = 300) -> None:
         """Until the step's line stands in metrics.jsonl."""
         deadline = time.monotonic() + seconds
@@ -82,6 +94,14 @@ class Training:
             assert self._process.is_alive(), f"ended before step {step}: {self.said}"
             assert time.monotonic() < deadline, f"no step {step} after {seconds} s: {self.said}"
             time.sleep(0.002)
+
+    def reaches(self, step: int) -> bool:
+        """Wait for the step's line; False when the process ended before."""
+        while not any(line["step"] >= step for line in metrics(self.folder)):
+            if not self._process.is_alive():
+                return False
+            time.sleep(0.002)
+        return True
 
     def wait(self, seconds: float = 300) -> int:
         """The exit code; negative for a signal."""
@@ -99,14 +119,33 @@ class Training:
         return self._said.read_text() if self._said.exists() else ""
 
 
-def start_ranks(count: int, folder: Path, *words: object, door: str = "main_pretrain") -> list[Training]:
-    """`count` processes that train together as under torchrun."""
+def start_ranks(
+    count: int,
+    folder: Path,
+    *words: object,
+    door: str = "main_pretrain",
+    faults: dict[int, Callable[[], None]] | None = None,
+) -> list[Training]:
+    """`count` processes that train together as under torchrun; `faults` by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [Training(folder, *words, door=door, environment=environment) for environment in ranks]
+    return [
+        Training(folder, *words, door=door, environment=environment, fault=(faults or {}).get(rank))
+        for rank, environment in enumerate(ranks)
+    ]
+
+
+def children(of: int) -> list[int]:
+    """The process ids of a process's children."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(path.read_text().rpartition(")")[2].split()[1]) == of:
+                found.append(int(path.parent.name))
+    return sorted(found)
 
 
 def finish(folder: Path, *words: object, door: str = "main_pretrain", fault: Callable[[], None] | None = None) -> str:

@@ -28,12 +28,13 @@ ROOMS = [
     (r"main_\w+", r"engine_\w+|methods|models_\w+|util(\.\w+)?"),
     (r"tools\.figures(\.\w+)?", r"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|util(\.\w+)?"),  # shows their maths
     (r"tools\.encoder", r"tools(\.given)?|methods|models_(classifier|vit)|util(\.\w+)?"),  # takes models apart
-    (r"tools\.(doctor|replay)", r"main_pretrain|tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),  # do what it does
+    (r"tools\.(doctor|replay)", r"main_(pretrain|finetune)|tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),  # like it
     (r"tools(\.\w+)?", r"tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),
     (r"benchmarks(\.\w+)?", r".*"),
     (r"engine_\w+", r"util(\.\w+)?"),
     (r"methods", r"models_\w+|util(\.\w+)?"),
     (r"models_vit", r"nothing"),
+    (r"models_upernet", r"models_classifier|models_vit"),  # segments with the encoder that classifies
     (r"models_mae", r"models_vit"),
     (r"models_\w+", r"models_mae|models_vit"),  # one paper a file: terms do not import each other
     (r"util(\.\w+)?", r"util(\.\w+)?"),

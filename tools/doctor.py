@@ -2,42 +2,48 @@
 
     python tools/doctor.py -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET --price 3.19
 
-It takes the options of main_pretrain.py, checks packages, images, shared memory, disk and GPUs, and trains on a few
-batches as the run would, so that time, memory and price of an epoch are measured and not guessed. It writes nothing.
+It takes the options of main_pretrain.py, or with --program those of main_finetune.py, checks packages, images, shared
+memory, disk and GPUs, and trains on a few batches as the run would, so that time, memory and price of an epoch are
+measured and not guessed. It writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import os
 import platform
 import re
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import numpy as np
 import torch
+from torch import nn
 
+import main_finetune
 import main_pretrain
 from engine_pretrain import train_one_epoch
-from methods import MaskedAutoencoderViT
-from util import optim, precision
+from util import optim, precision, splits
 from util.data import Batches, Source, allowed_bad, pixel_statistics
 from util.decode import torchcodec_jpeg
 from util.distributed import Processes, pick_device
 from util.images import BadImage
 from util.logging import talk
 from util.meters import Means
-from util.options import PretrainOptions, resolve_batch
+from util.options import FinetuneOptions, PretrainOptions, RunOptions, resolve_batch
+from util.run import share_batches
 from util.stepper import Stepper
 
 GOOD, DOUBTFUL, WRONG = "ok", "doubtful", "WRONG"
@@ -47,6 +53,70 @@ PREFETCHED = 2  # batches that each worker holds ready in shared memory
 GB = 1e9
 SHARED_MEMORY = Path("/dev/shm")
 EXIT_WRONG = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run to come. `model` is saved and `trained` is called, with `optimizer`; the bytes are those of one image as a
+    worker hands it over, and of all checkpoints that lie side by side."""
+
+    options: RunOptions
+    source: Source
+    model: nn.Module
+    trained: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    image_bytes: int
+    checkpoint_bytes: int
+    checkpoints: int
+
+
+def pretraining(options: PretrainOptions, processes: int, device: torch.device) -> Plan:
+    model = main_pretrain.build_model(options)
+    source = main_pretrain.open_images(options, model)
+    options = main_pretrain.settle(options, model, source)
+    model.to(device)
+    batches = main_pretrain.make_batches(options, model, source, Processes(0, processes, 0, device))
+    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
+    optimizer = optim.adamw(optim.pretrain_groups(model, options.weight_decay), lr, device=device)
+    rows, columns = options.input_size
+    image = options.in_chans * rows * columns + 4 * model.noise_rows * model.num_patches
+    file = bytes_of(model.state_dict()) + 2 * bytes_of(learned(model))
+    # The kept ones, the last two, and one being written.
+    return Plan(options, source, model, model, optimizer, batches, image, file, options.keep + 3)
+
+
+def finetuning(options: FinetuneOptions, processes: int, device: torch.device) -> Plan:
+    main_finetune.require_pairs(options)
+    found = splits.open_splits(options)
+    options = replace(options, num_classes=found.classes)
+    model = main_finetune.build_model(options, found.classes).to(device)
+    samples = main_finetune.training_images(options, found.train)
+    batches = share_batches(options, samples, Processes(0, processes, 0, device))
+    if options.steps:
+        options = replace(options, epochs=math.ceil(options.steps / batches.steps_per_epoch))
+    optimizer = main_finetune.make_optimizer(options, model, device)
+    floats = bool(options.aa or options.color_jitter or options.reprob)
+    image = options.in_chans * math.prod(options.input_size) * (4 if floats else 1) + 8
+    moments = 2 if options.optimizer == "adamw" else 1
+    file = bytes_of(model.state_dict()) * (2 if options.ema else 1) + moments * bytes_of(learned(model))
+    objective = main_finetune.objective_of(options, model)
+    # As for pretraining, and the best.
+    return Plan(options, found.train, model, objective, optimizer, batches, image, file, options.keep + 4)
+
+
+PROGRAMS = {
+    "main_pretrain.py": (main_pretrain.parse_options, pretraining),
+    "main_finetune.py": (main_finetune.parse_options, finetuning),
+}
+
+
+def learned(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
 @dataclass(frozen=True)
@@ -106,12 +176,10 @@ def images(source: Source, max_bad_fraction: float) -> Finding:
     return Finding(verdict, "images", f"{said}; not read: {'; '.join(bad[:3])}")
 
 
-def shared_memory(options: PretrainOptions, model: MaskedAutoencoderViT, processes: int) -> Finding:
+def shared_memory(options: RunOptions, image_bytes: int, processes: int) -> Finding:
     """Whether the batches that workers hold ready have room where they are handed over."""
-    rows, columns = options.input_size
-    sample = options.in_chans * rows * columns + 4 * model.noise_rows * model.num_patches
-    workers = 0 if options.data_on_device else options.num_workers
-    needed = processes * workers * PREFETCHED * options.batch_size * sample
+    workers = 0 if getattr(options, "data_on_device", False) else options.num_workers
+    needed = processes * workers * PREFETCHED * options.batch_size * image_bytes
     if not needed:
         return Finding(GOOD, "shared memory", "not needed: no workers load")
     if not SHARED_MEMORY.is_dir():
@@ -119,16 +187,15 @@ def shared_memory(options: PretrainOptions, model: MaskedAutoencoderViT, process
     return room(needed, SHARED_MEMORY, "shared memory", f"{processes} x {workers} workers hold")
 
 
-def disk(options: PretrainOptions, model: MaskedAutoencoderViT) -> Finding:
-    """Whether all checkpoints that lie side by side have room: the kept ones, the last two, and one being written."""
-    state = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    files = options.keep + 3
-    place = Path(options.output_dir).resolve()
+def disk(output_dir: str, checkpoint_bytes: int, checkpoints: int) -> Finding:
+    """Whether the run's folder can be written, and has room for all checkpoints that lie side by side."""
+    place = Path(output_dir).resolve()
     while not place.exists():
         place = place.parent
-    said = f"{files} checkpoints of {(state + moments) / GB:.3f} GB take"
-    return room(files * (state + moments), place, "disk", said)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return Finding(WRONG, "disk", f"{place} is no folder that can be written; name another --output_dir")
+    said = f"{checkpoints} checkpoints of {checkpoint_bytes / GB:.3f} GB take"
+    return room(checkpoints * checkpoint_bytes, place, "disk", said)
 
 
 def room(needed: int, place: Path, what: str, said: str) -> Finding:
@@ -167,24 +234,20 @@ class Measured:
     memory: int
 
 
-def train_a_little(
-    options: PretrainOptions, model: MaskedAutoencoderViT, batches: Batches, device: torch.device, count: int
-) -> Measured:
+def train_a_little(plan: Plan, device: torch.device, count: int) -> Measured:
     """Train on `count` micro-batches after a warm-up, with an update after each."""
-    model.to(device)
+    options, batches = plan.options, plan.batches
     if options.compile:
-        model.compile()
+        plan.model.compile()
     amp = precision.resolve_amp(options.amp, device)
-    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
-    optimizer = optim.adamw(optim.pretrain_groups(model, options.weight_decay), lr, device=device)
-    schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=1, steps_per_epoch=count, min_lr=0)
-    stepper = Stepper(model, optimizer, schedule, clip_grad=options.clip_grad, fp16=amp == "fp16")
+    schedule = optim.warmup_cosine(plan.optimizer, epochs=2, warmup_epochs=1, steps_per_epoch=count, min_lr=0)
+    stepper = Stepper(plan.model, plan.optimizer, schedule, clip_grad=options.clip_grad, fp16=amp == "fp16")
     stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
     def train(number: int) -> float:
         began = time.monotonic()
         train_one_epoch(
-            model,
+            plan.trained,
             itertools.islice(stream, number),
             stepper,
             Means(Processes(0, 1, 0, device)),
@@ -207,7 +270,7 @@ def train_a_little(
 
 
 def estimate(
-    options: PretrainOptions, steps_per_epoch: int, measured: Measured, processes: int, price: float | None
+    options: RunOptions, steps_per_epoch: int, measured: Measured, processes: int, price: float | None
 ) -> Iterator[str]:
     """Time, memory and price of the run in words; `price` is of one device for an hour."""
     hours = steps_per_epoch * options.accum_iter * measured.seconds / 3600
@@ -232,35 +295,40 @@ def duration(hours: float) -> str:
     return f"{60 * hours:.1f} minutes" if hours < 2 else f"{hours:.1f} hours"
 
 
-def examine(options: PretrainOptions, processes: int, batches: int, price: float | None) -> Iterator[Finding | str]:
+def examine(
+    options: RunOptions,
+    plan_of: Callable[[Any, int, torch.device], Plan],
+    processes: int,
+    batches: int,
+    price: float | None,
+) -> Iterator[Finding | str]:
     """Every finding as soon as it is made, then the estimate. ValueError for options that the run would refuse."""
     mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
     options = replace(resolve_batch(options, processes), mean=mean, std=std)
     device = pick_device(options.device)
     yield from packages()
     yield from devices(device, processes)
-    model = main_pretrain.build_model(options)
-    source = main_pretrain.open_images(options, model)
-    options = main_pretrain.settle(options, model, source)
-    yield images(source, options.max_bad_fraction)
-    yield shared_memory(options, model, processes)
-    yield disk(options, model)
-    share = main_pretrain.make_batches(options, model, source, Processes(0, processes, 0, device))
+    plan = plan_of(options, processes, device)
+    options = plan.options
+    yield images(plan.source, options.max_bad_fraction)
+    yield shared_memory(options, plan.image_bytes, processes)
+    yield disk(options.output_dir, plan.checkpoint_bytes, plan.checkpoints)
     try:
-        measured = train_a_little(options, model, share, device, batches)
+        measured = train_a_little(plan, device, batches)
     except torch.OutOfMemoryError:
         advice = f"--batch_size {options.batch_size // 2}" if options.batch_size > 1 else "a smaller model"
         yield Finding(WRONG, "memory", f"{options.batch_size} images at a time do not fit on {device}: try {advice}")
         return
-    yield from estimate(options, share.steps_per_epoch, measured, processes, price)
+    yield from estimate(options, plan.batches.steps_per_epoch, measured, processes, price)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        epilog="All other options are those of main_pretrain.py.",
+        epilog="All other options are those of the program.",
         allow_abbrev=False,
     )
+    parser.add_argument("--program", choices=PROGRAMS, default="main_pretrain.py", help="what is to run")
     parser.add_argument("--price", type=float, help="of one device for an hour, in any currency")
     parser.add_argument("--processes", type=int, default=1, help="how many the run will have, one for each device")
     parser.add_argument("--batches", type=int, default=10, help="on how many to train for the estimate")
@@ -270,7 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.processes < 1 or given.batches < 1:
             raise ValueError("--processes and --batches must be at least 1")
-        for found in examine(main_pretrain.parse_options(words), given.processes, given.batches, given.price):
+        parse, plan_of = PROGRAMS[given.program]
+        for found in examine(parse(words), plan_of, given.processes, given.batches, given.price):
             wrong |= isinstance(found, Finding) and found.verdict == WRONG
             sys.stdout.write(f"{found}\n")
     except ValueError as error:

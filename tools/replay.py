@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 import torch
 from torch import Tensor, nn
 
+import main_finetune
 import main_pretrain
-from util import checkpoint, precision
-from util.data import Batch, Batches
+from util import checkpoint, precision, splits
+from util.data import Batch, Batches, Source
 from util.distributed import Processes, pick_device
 from util.logging import talk
-from util.options import PretrainOptions
+from util.options import FinetuneOptions, PretrainOptions
+from util.run import share_batches
 from util.stepper import seed_micro_step
 
 ALL_FINITE = 1  # the exit code when the trouble does not come back
@@ -45,28 +48,38 @@ class Replay:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{dump} is no dump of a bad step: give a run's debug/bad-step-NNNNNNNN.json") from error
         state = checkpoint.load(dump.with_suffix(".pth"))
-        if "method" not in state["options"]:
-            raise ValueError(f"{dump} is of a classifier's run; only pretraining is replayed")
-        options = PretrainOptions(**state["options"])
+        options = _options(state["options"], dump)
         self.options = replace(options, num_workers=0, data_path=data_path or options.data_path)
         self.device = pick_device(device)
         self.autocast = precision.autocast(
             precision.resolve_amp(amp or self.record.get("amp", options.amp), self.device), self.device
         )
-        model = main_pretrain.build_model(self.options)
-        self.source = main_pretrain.open_images(self.options, model)
-        main_pretrain.settle(self.options, model, self.source)
-        model.load_state_dict(state["model"])
-        self.model = model.to(self.device).train()
+        self.model, self.trained, self.source, self._batches = self._parts()
+        self.model.load_state_dict(state["model"])
+        self.model.to(self.device).train()
 
-    def _batches(self, rank: int) -> Batches:
-        place = Processes(rank, len(self.ranks), 0, self.device)
-        return main_pretrain.make_batches(self.options, self.model, self.source, place)
+    def _parts(self) -> tuple[nn.Module, nn.Module, Source, Callable[[Processes], Batches]]:
+        """The model, what the run called with a batch (the model, or an objective around it), images, and batches."""
+        options = self.options
+        if isinstance(options, PretrainOptions):
+            pretrained = main_pretrain.build_model(options)
+            source = main_pretrain.open_images(options, pretrained)
+            main_pretrain.settle(options, pretrained, source)
+            return pretrained, pretrained, source, partial(main_pretrain.make_batches, options, pretrained, source)
+        source = splits.open_splits(options).train
+        classifier = main_finetune.build_model(options, options.num_classes)
+        samples = main_finetune.training_images(options, source)
+        return (
+            classifier,
+            main_finetune.objective_of(options, classifier),
+            source,
+            partial(share_batches, options, samples),
+        )
 
     def micro_batches(self) -> Iterator[tuple[str, Batch]]:
         """The last step's batches of every process, ready to be worked on. ValueError where the data has changed."""
         for rank, newest in enumerate(self.ranks):
-            batches = self._batches(rank)
+            batches = self._batches(Processes(rank, len(self.ranks), 0, self.device))
             step, accum = newest["step"], self.options.accum_iter
             epoch, done = divmod(step, batches.steps_per_epoch)
             found = list(islice(batches.epoch(epoch, done), accum))
@@ -85,11 +98,11 @@ class Replay:
             return [f"weights are not finite before the step: {', '.join(bad[:5])}"]
         self.model.zero_grad(set_to_none=True)
         with _Watch(self.model) as watch, self.autocast():
-            losses = self.model(batch.images, batch.labels, noise=batch.noise)
+            losses = self.trained(batch.images, batch.labels, noise=batch.noise)
         values = {name: value.detach() for name, value in losses.items()}
         found = [f"first output that is not finite: {watch.first}"] if watch.first else []
         found += [f"loss {name} is {float(value):g}" for name, value in values.items() if not _finite(value)]
-        for name, term in self.model.terms.items():
+        for name, term in getattr(self.model, "terms", {}).items():
             weighted = term.options.weight * values[name]
             if _finite(values[name]) and not _finite(weighted):
                 found.append(f"term {name} is {float(values[name]):g}, but not finite x weight {term.options.weight:g}")
@@ -106,6 +119,13 @@ class Replay:
             f"every output and loss is finite, {len(bad)} of {len(named)} gradients are not; going backwards the first "
             f"is that of {bad[-1]}"
         ]
+
+
+def _options(made_with: Mapping[str, Any], dump: Path) -> PretrainOptions | FinetuneOptions:
+    for schema, own in ((PretrainOptions, "method"), (FinetuneOptions, "mixup")):
+        if own in made_with:
+            return schema(**made_with)
+    raise ValueError(f"{dump} is of a program whose steps are not replayed: pretraining and fine-tuning are")
 
 
 class _Watch:

@@ -39,11 +39,17 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 TRIES = 100  # unreadable images in a row before a sample gives up
+LOOK_SECONDS = 5.0  # between two looks whether the workers that are waited for live
+WORKER_TIMEOUT = 300.0  # seconds without a batch, after which living workers count as hung
 IGNORED_BY_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the main process handles them
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of red, green, blue
 ORDER, AUGMENTATION, NOISE = range(3)  # independent streams of random numbers
 
 Floats = tuple[float, ...]
+
+
+class _WorkersLost(Exception):
+    """The workers give no more batches: what happened to them, the details, and what mostly causes it."""
 
 
 class NothingReadable(ValueError):  # noqa: N818 - it says what happened
@@ -256,12 +262,12 @@ class EvalSamples(Dataset):
 class Loader:
     """Batches by their keys, from worker processes or (num_workers 0) in this one, in the order of the keys.
 
-    Workers live until `stop`, ignore the signals that the main process handles, and hold no state: one that dies is
-    replaced, together with the others, and loading goes on where it was.
+    Workers live until `stop`, ignore the signals that the main process handles, and hold no state: when one dies, or no
+    batch comes for `timeout` seconds (0: any time is fine), all are replaced, and loading goes on where it was.
     """
 
-    def __init__(self, samples: Samples, num_workers: int, pin_memory: bool):
-        self.samples, self.num_workers = samples, num_workers
+    def __init__(self, samples: Samples, num_workers: int, pin_memory: bool, timeout: float = WORKER_TIMEOUT):
+        self.samples, self.num_workers, self.timeout = samples, num_workers, timeout
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self._processes: list[Any] = []
         self._loader: DataLoader | None = None
@@ -278,37 +284,51 @@ class Loader:
                     batch = _unless_error(self.samples.__getitems__(keys(n)))
                 yield batch.pin_memory() if self.pin_memory else batch
             return
-        done, retried = 0, False
-        stream = self._from_workers(keys, 0, count)
+        done, retried, stream = 0, False, None
         while done < count:
             try:
-                batch = next(stream)
-            except Exception as error:  # what a death looks like from here depends on the moment: ask who is dead
-                dead = self._dead_workers()
-                if not dead:
-                    raise
+                if stream is None:
+                    stream = self._from_workers(keys, done, count)
+                batch = self._next(stream)
+            except _WorkersLost as lost:
+                what, details, advice = lost.args
                 self.stop()
                 if retried:
                     raise RuntimeError(
-                        f"data loading workers died twice in one epoch ({dead}). Most often memory ran out: try fewer "
-                        f"than num_workers {self.num_workers} or a larger /dev/shm; with num_workers 0 this process "
-                        "loads, and shows the error itself"
-                    ) from error
-                retried = True
-                log.warning("a data loading worker died (%s); starting all of them again where they were", dead)
-                stream = self._from_workers(keys, done, count)
+                        f"data loading workers {what} twice in one epoch ({details}). {advice}; "
+                        "with num_workers 0 this process loads, and shows the error itself"
+                    ) from lost
+                retried, stream = True, None
+                log.warning("a data loading worker %s (%s); starting all of them again where they were", what, details)
                 continue
             done += 1
             yield _unless_error(batch)
+
+    def _next(self, stream: Iterator[Any]) -> Any:
+        """The next batch. _WorkersLost when one of them is dead, or all have been silent for too long."""
+        began = time.monotonic()
+        while True:
+            try:
+                return next(stream)
+            except Exception as error:  # what a death looks like from here depends on the moment: ask who is dead
+                late = str(error).startswith("DataLoader timed out")
+                if dead := self._dead_workers(0.0 if late else 1.0):
+                    advice = f"try fewer than num_workers {self.num_workers} or a larger /dev/shm"
+                    raise _WorkersLost("died", dead, f"Most often memory ran out: {advice}") from error
+                if not late:
+                    raise
+                if 0 < self.timeout <= time.monotonic() - began:
+                    advice = "Most often a file system does not answer; worker_timeout says how long to wait for it"
+                    raise _WorkersLost("hung", f"no batch for {self.timeout:g} s", advice) from error
 
     def stop(self) -> None:
         """End the workers. They hold nothing that would be lost."""
         self._loader = None
         _kill(self._processes)
 
-    def _dead_workers(self) -> str:
-        """Who is dead, in words; a worker that is just dying has a second for it."""
-        closed = wait([process.sentinel for process in self._processes], timeout=1)
+    def _dead_workers(self, patience: float) -> str:
+        """Who is dead, in words; a worker that is just dying has `patience` seconds for it."""
+        closed = wait([process.sentinel for process in self._processes], timeout=patience)
         dead = [process for process in self._processes if process.sentinel in closed]
         for process in dead:
             process.join()  # its pipes close a moment before it is a dead process with an exit code
@@ -324,6 +344,7 @@ class Loader:
                 pin_memory=self.pin_memory,
                 worker_init_fn=_ignore_signals,
                 persistent_workers=True,
+                timeout=LOOK_SECONDS,  # its iterator can be asked again after that
                 generator=torch.Generator(),  # or each epoch's start would draw from the main process's random numbers
             )
         self._feed.keys = (keys(n) for n in range(start, count))
@@ -331,7 +352,7 @@ class Loader:
             before = set(multiprocessing.active_children())
             iterator = iter(self._loader)
             self._processes += set(multiprocessing.active_children()) - before
-        yield from iterator
+        return iterator
 
 
 class _Feed:
@@ -347,7 +368,7 @@ def _kill(processes: list[Any]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
-        process.join()
+        process.join(10)  # one that waits for a dead file system does not even end when it is killed
     processes.clear()
 
 
@@ -417,6 +438,7 @@ class Batches:
         seed: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
+        worker_timeout: float = WORKER_TIMEOUT,
     ):
         self.total = batch_size * accum * world_size
         self.steps_per_epoch = len(samples) // self.total
@@ -428,7 +450,7 @@ class Batches:
         self.images, self.batch_size, self.accum = len(samples), batch_size, accum
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.wait_seconds = 0.0  # spent waiting for data
-        self._loader = Loader(samples, num_workers, pin_memory)
+        self._loader = Loader(samples, num_workers, pin_memory, worker_timeout)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The epoch's micro-batches from optimizer step `start_step` on, `accum` a step; skipped ones are not read."""
@@ -464,12 +486,13 @@ def eval_batches(
     batch_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
+    worker_timeout: float = WORKER_TIMEOUT,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """All samples once, or those of `indices` (a rank's share, say), in order. Unreadable images are left out, with a
     line in the log; a batch with no other image is not given."""
     chosen = np.arange(len(samples)) if indices is None else np.asarray(indices)
-    loader = Loader(samples, num_workers, pin_memory)
+    loader = Loader(samples, num_workers, pin_memory, worker_timeout)
     problems: list[tuple[str, str]] = []
     try:
         count = math.ceil(len(chosen) / batch_size)

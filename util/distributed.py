@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar
@@ -179,14 +179,19 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def listen(self) -> StopRequest:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+        on_stop_signals(self._remember)
         return self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is signal.SIGINT and number == signal.SIGINT:
             os._exit(EXIT_AT_ONCE)  # the newest checkpoint is whole: it was renamed into place
         self.signal = signal.Signals(number)
+
+
+def on_stop_signals(act: Callable[[int, FrameType | None], None]) -> None:
+    """From now on `act(number, frame)` happens at SIGTERM, SIGUSR1 and Ctrl-C."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, act)
 
 
 def world_size() -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from util.data import Batch, EvalSamples, Source, eval_batches, eval_transform
+from util.data import WORKER_TIMEOUT, Batch, EvalSamples, Source, eval_batches, eval_transform
 
 
 def encode_source(
@@ -27,6 +27,7 @@ def encode_source(
     device: torch.device | str,
     batch_size: int = 64,
     num_workers: int = 0,
+    worker_timeout: float = WORKER_TIMEOUT,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     indices: Sequence[int] | None = None,
     pool: str = "avg",
@@ -45,7 +46,9 @@ def encode_source(
     was_training = model.training
     model.eval()
     try:
-        return _vectors(features, source, input_size, mean, std, device, batch_size, num_workers, indices)
+        return _vectors(
+            features, source, input_size, mean, std, device, batch_size, num_workers, worker_timeout, indices
+        )
     finally:
         model.train(was_training)
 
@@ -102,7 +105,7 @@ def pixels_of_source(
     def flat(images: Tensor) -> Tensor:
         return images.flatten(1)
 
-    return _vectors(flat, source, input_size, mean, std, "cpu", batch_size, num_workers, indices)
+    return _vectors(flat, source, input_size, mean, std, "cpu", batch_size, num_workers, WORKER_TIMEOUT, indices)
 
 
 @torch.no_grad()
@@ -115,6 +118,7 @@ def _vectors(
     device: torch.device | str,
     batch_size: int,
     num_workers: int,
+    worker_timeout: float,
     indices: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor | None]:
     samples = EvalSamples(source, eval_transform(input_size), mean=mean, std=std)
@@ -124,6 +128,7 @@ def _vectors(
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=torch.device(device).type == "cuda",
+        worker_timeout=worker_timeout,
         indices=indices,
     ):
         vectors.append(embed(batch.to(device).images).cpu())

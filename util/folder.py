@@ -63,12 +63,12 @@ class RunFolder:
         """
         self._check()
         with contextlib.ExitStack() as undo:
-            self._take(undo)
+            self._take(undo, data)
             start = self._begin(data, facts)
             undo.pop_all()
         return start
 
-    def _take(self, undo: contextlib.ExitStack) -> None:
+    def _take(self, undo: contextlib.ExitStack, data: str) -> None:
         """Lock the folder, which is made where there is none; `undo` leaves what was found."""
         new = not self.path.exists()
         try:
@@ -78,6 +78,8 @@ class RunFolder:
             undo.callback(self.lock.release)
             self.lock.take()
         except OSError as error:
+            if not self.options.overwrite:
+                self._look(data)  # a finished run needs no writing
             raise ValueError(f"--output_dir {self.path} cannot be made or written ({error.strerror})") from error
 
     def _remove_if_empty(self) -> None:
@@ -87,16 +89,21 @@ class RunFolder:
     def _begin(self, data: str, facts: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
         if self.options.overwrite:
             self._clear()
-        chosen, state = self._choose()
-        if state is not None:
-            self._compare(state, data)
-            if self.result.exists() and state["epoch"] >= self.options.epochs:
-                raise AlreadyFinished(f"the run in {self.path} is finished ({self.result}); --overwrite starts it anew")
+        chosen, state = self._look(data)
         self._prepare()
         starts = self.path / "environment.json"
         earlier = json.loads(starts.read_text()) if starts.exists() else []
         write_whole(starts, json.dumps([*earlier, {**facts, **environment()}], indent=1))
         return str(chosen or ""), state
+
+    def _look(self, data: str) -> tuple[Path | None, dict[str, Any] | None]:
+        """As `_choose`; AlreadyFinished when nothing is left to do; ValueError when it is another run's."""
+        chosen, state = self._choose()
+        if state is not None:
+            self._compare(state, data)
+            if self.result.exists() and state["epoch"] >= self.options.epochs:
+                raise AlreadyFinished(f"the run in {self.path} is finished ({self.result}); --overwrite starts it anew")
+        return chosen, state
 
     def _check(self) -> None:
         """ValueError unless the folder is new, empty, or holds a run."""

@@ -36,11 +36,17 @@ class Judge:
         self.run, self.model, self.measure, self.in_words = run, model, measure, in_words
         self.metric, self.chosen_on, self.every = metric, chosen_on, every
 
+    def _figures(self, images: str) -> dict[str, Any]:
+        """What `measure` answers. A run that was asked to stop leaves: they may be of some of the images only."""
+        figures = self.measure(images)
+        self.run.leave_if_stopped()
+        return figures
+
     def after(self, epoch: int) -> dict[str, float]:
         """The epoch's figures on the images that choose, where it is time for them; the best epoch is kept."""
         if (epoch + 1) % self.every and epoch + 1 < self.run.options.epochs:
             return {}
-        figures = self.measure("choice")
+        figures = self._figures("choice")
         self.run.save_best(self.metric, figures[self.metric])
         group = "test" if self.chosen_on == TEST else "choice"
         return {f"{group}_{name}": value for name, value in figures.items() if isinstance(value, float)}
@@ -48,13 +54,13 @@ class Judge:
     def reckoning(self) -> dict[str, Any]:
         """The last and the best epoch on the test images, for result.json."""
         run = self.run
-        accuracy = {"last": self.measure("test")}
+        accuracy = {"last": self._figures("test")}
         best = run.checkpoints / checkpoint.BEST
         kept = run.processes.main and best.is_file()  # it is missing where it could not be saved
         weights = run.processes.broadcast(checkpoint.load_model(best, averaged=True)[0] if kept else None)
         if weights is not None:
             self.model.load_state_dict(weights)
-            accuracy["best"] = self.measure("test")
+            accuracy["best"] = self._figures("test")
         for name, figures in accuracy.items():
             log.info("%s epoch, %d test images: %s", name, figures["images"], self.in_words(figures))
         log.info("the best epoch, number %d, was chosen by %s on %s", run.best["epoch"], self.metric, self.chosen_on)

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
+import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import checkpoint, distributed, optim, precision
-from util.data import Batches, NothingReadable, Samples, Source, allowed_bad, pixel_statistics
+from util.data import Batch, Batches, NothingReadable, Samples, Source, allowed_bad, pixel_statistics
 from util.distributed import CONTINUE, SAVE, STOP, Agreement, Processes, StopRequest
 from util.folder import AlreadyFinished, RunFolder, write_whole
 from util.logging import RunLog, log_file, talk
@@ -36,6 +41,8 @@ log = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=RunOptions)
 
 SAVE_TRIES = 3
+SPIKE = 10  # times the usual loss, which is the median of that many lines of the log
+USUAL_OF, USUAL_FROM = 50, 5
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_UNSTABLE, EXIT_CANNOT_SAVE, EXIT_INTERRUPTED = 0, 2, 3, 4, 75
 
 
@@ -75,6 +82,7 @@ class Run:
         self._problems: dict[str, str] = {}  # unreadable images and why
         self._listed = 0
         self._save_failures = 0
+        self._losses: deque[float] = deque(maxlen=USUAL_OF)
         self._stop = StopRequest()
         self._agree = Agreement(processes)
         facts = {"run_id": self.run_id, "processes": processes.world_size, "device": str(processes.device)}
@@ -303,6 +311,25 @@ class Run:
         minutes = self.options.save_minutes
         return self.processes.main and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
 
+    def until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of an evaluation, cut short when this process is asked to stop. `leave_if_stopped` comes next."""
+        for batch in batches:
+            yield batch
+            if self._stop.signal:
+                return
+
+    def leave_if_stopped(self) -> None:
+        """After an evaluation: Interrupted when a stop was asked for; the same command begins the evaluation again."""
+        stop = self._is_asked_to_stop()
+        if stop and self.epoch < self.options.epochs:  # after the last epoch everything is saved
+            self.save()
+        self._leave_if(stop)
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any process has got a signal by now; all must ask together."""
+        mine = STOP if self._stop.signal else CONTINUE
+        return STOP in (self._agree.settle(), self._agree(mine), self._agree.settle())
+
     def _leave_if(self, stop: bool) -> None:
         if stop and self._save_failures:
             raise CannotSave(f"stopped after step {self.stepper.step}, which could not be saved")
@@ -315,6 +342,7 @@ class Run:
         now = time.monotonic()
         seconds, steps = now - self._logged_at, self.stepper.step - self._logged_step
         values = self.means.recent()
+        self._warn_of_spike(values["loss"])
         bad_total, bad_in_a_row = self.stepper.bad_steps()
         values |= {
             "lr": self.stepper.lr,
@@ -330,6 +358,23 @@ class Run:
         self._logged_at, self._logged_step = now, self.stepper.step
         self.batches.reset_wait()
         self._check(bad_in_a_row)
+
+    def _warn_of_spike(self, mean: float) -> None:
+        """Compare the highest loss since the last line with what the lines before said."""
+        highest = self.stepper.highest_loss()
+        usual = statistics.median(self._losses) if len(self._losses) >= USUAL_FROM else 0.0
+        if 0 < SPIKE * usual < highest:
+            log.warning(
+                "step %d: a loss of %.4g since the last line, %.0f times the usual %.4g, gradient norm %.3g; if this "
+                "stays, try a lower learning rate or --clip_grad",
+                self.stepper.step,
+                highest,
+                highest / usual,
+                usual,
+                float(self.stepper.grad_norm),
+            )
+        if math.isfinite(mean):
+            self._losses.append(mean)
 
     def _check(self, bad_in_a_row: int) -> None:
         """Unstable, with a dump, after too many refused updates in a row; TooManyBadImages after too many of those."""
@@ -402,7 +447,6 @@ class Run:
 
     def end_epoch(self, **values: Any) -> None:
         """Record the epoch, begin the next, save. `values` go into its line of log.txt. Interrupted as after a step."""
-        stop = self._agree.settle() == STOP
         self._check(self.stepper.bad_steps()[1])
         overall = {f"train_{name}": value for name, value in self.means.overall().items()}
         self.last = {"epoch": self.epoch, "step": self.stepper.step, **overall, "train_lr": self.stepper.lr, **values}
@@ -419,9 +463,8 @@ class Run:
         if self.processes.main:
             for path in sorted(self.checkpoints.glob("epoch-*.pth"))[: -self.options.keep]:
                 path.unlink()
-        # One more round, so that a signal during evaluation is heard by all even when no step follows.
-        stop |= STOP in (self._agree(STOP if self._stop.signal else CONTINUE), self._agree.settle())
-        self._leave_if(stop and self.epoch < self.options.epochs)
+        # A signal since the last step must be heard by all even when no step follows.
+        self._leave_if(self._is_asked_to_stop() and self.epoch < self.options.epochs)
 
     def finish(self, **values: Any) -> None:
         """Write result.json, which exists only for a finished run."""
@@ -483,7 +526,12 @@ def share_batches(options: RunOptions, samples: Samples, processes: Processes) -
         seed=options.seed,
         num_workers=options.num_workers,
         pin_memory=options.pin_mem and processes.device.type == "cuda",
+        worker_timeout=options.worker_timeout,
     )
+
+
+def _stopped_early(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name} before the first step; nothing is lost")
 
 
 def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
@@ -494,6 +542,7 @@ def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) 
     keeps its traceback.
     """
     talk(main=int(os.environ.get("RANK", "0")) == 0)
+    distributed.on_stop_signals(_stopped_early)  # until a run begins and listens itself
     try:
         train(argv)
     except AlreadyFinished as message:

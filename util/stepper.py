@@ -53,6 +53,7 @@ class Stepper:
         self._scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self._decides_on_device = bool(optimizer.defaults.get("fused"))
         self.grad_norm = torch.zeros((), device=device)
+        self._highest = torch.full((), -torch.inf, device=device)
         self._bad = torch.zeros(2, dtype=torch.int64, device=device)  # all, in a row
         self._recent: deque[tuple[int, dict[str, Tensor], Tensor]] = deque(maxlen=RECENT_STEPS)
 
@@ -76,6 +77,7 @@ class Stepper:
     def __call__(self, losses: Mapping[str, Tensor], index: Tensor) -> bool:
         """Back-propagate `losses["loss"]`; True when an update was due, made or refused. `index`: the samples."""
         loss = losses["loss"]
+        self._highest = torch.fmax(self._highest, loss.detach().float())  # NaN is counted elsewhere
         self._recent.append((self.step, {name: value.detach() for name, value in losses.items()}, index))
         if self._micro == 0:
             self.optimizer.zero_grad(set_to_none=True)
@@ -108,6 +110,12 @@ class Stepper:
             self.optimizer.step()
         self._bad = torch.stack([self._bad[0] + bad, (self._bad[1] + 1) * bad])
         self.step += 1
+
+    def highest_loss(self) -> float:
+        """The highest loss of this process since the last call. Waits for the device."""
+        highest = float(self._highest)
+        self._highest = torch.full_like(self._highest, -torch.inf)
+        return highest
 
     def bad_steps(self) -> tuple[int, int]:
         """How many updates were refused, in all and in a row up to now. Waits for the device."""

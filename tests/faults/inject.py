@@ -1,14 +1,19 @@
 """Faults to put into a training process before it begins: `Training(..., fault=partial(FAULT, ...))`."""
 
 import errno
+import io
 import os
 import signal
+import sys
 import time
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from util import data
+import main_finetune
+import main_pretrain
+from util import data, features
+from util.lock import NAME as LOCK
 from util.logging import JsonLines, RunLog
 from util.stepper import Stepper
 
@@ -26,16 +31,39 @@ def count_calls(owner, name, act):
     setattr(owner, name, instead)
 
 
-def full_disk(first, last):
-    """Saves `first` to `last` end after some bytes: no space is left."""
+def full_disk(first, last, number=errno.ENOSPC):
+    """Saves `first` to `last` end after some bytes: no space is left, or another number of an error."""
 
-    def act(number, original, state, file):
-        if first <= number <= last:
+    def act(now, original, state, file):
+        if first <= now <= last:
             file.write(b"x" * 1000)
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         original(state, file)
 
     count_calls(torch, "save", act)
+
+
+def full_device(first, last):
+    """Saves `first` to `last` go to a device that is full, and fail in the way that torch makes of it."""
+
+    def act(now, original, state, file):
+        if first <= now <= last:
+            with open("/dev/full", "wb") as full:
+                original(state, full)
+        original(state, file)
+
+    count_calls(torch, "save", act)
+
+
+def read_only_folder():
+    """The run's folder is on a file system that cannot be written."""
+
+    def act(number, original, path, *arguments, **named):
+        if os.path.basename(path) == LOCK:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return original(path, *arguments, **named)
+
+    count_calls(os, "open", act)
 
 
 def signal_inside_save(number, which):
@@ -51,6 +79,85 @@ def signal_inside_save(number, which):
         original(state, file)
 
     count_calls(torch, "save", act)
+
+
+def killed_inside_save(number, share):
+    """SIGKILL when that share of a save's bytes is written."""
+
+    def act(now, original, state, file):
+        if now == number:
+            whole = io.BytesIO()
+            original(state, whole)
+            file.write(whole.getvalue()[: int(share * whole.tell())])
+            file.flush()
+            _kill()
+        original(state, file)
+
+    count_calls(torch, "save", act)
+
+
+def killed_at_rename(number, after):
+    """SIGKILL just before, or just `after`, a file is renamed into its place."""
+
+    def act(now, original, *arguments):
+        if now == number and not after:
+            _kill()
+        original(*arguments)
+        if now == number:
+            _kill()
+
+    count_calls(os, "replace", act)
+
+
+def signals_inside_evaluation(number, *which):
+    """Signals at the first batch of the evaluation, or of the nearest neighbours, with this number."""
+
+    def act(now, original, *arguments, **named):
+        for position, batch in enumerate(original(*arguments, **named)):
+            if now == number and position == 0:
+                send_to_self(*which)
+            yield batch
+
+    for module in (features, main_finetune):
+        count_calls(module, "eval_batches", act)
+
+
+def signals_inside_step(number, *which):
+    def act(now, original, *arguments):
+        if now == number:
+            send_to_self(*which)
+        return original(*arguments)
+
+    count_calls(Stepper, "__call__", act)
+
+
+def signals_before_training(*which):
+    """Signals while the data is being opened."""
+
+    def act(now, original, *arguments):
+        send_to_self(*which)
+        return original(*arguments)
+
+    count_calls(main_pretrain, "open_images", act)
+
+
+def send_to_self(*which):
+    for number in which:
+        os.kill(os.getpid(), number)
+
+
+def loss_spike(at, times):
+    def act(number, original, stepper, losses, index):
+        if number == at:
+            losses = losses | {"loss": losses["loss"] * times}
+        return original(stepper, losses, index)
+
+    count_calls(Stepper, "__call__", act)
+
+
+def impatient_loader():
+    """Look for dead and hanging workers every fifth of a second."""
+    data.LOOK_SECONDS = 0.2
 
 
 def bad_losses(first, last, gradient=False):
@@ -111,6 +218,10 @@ def broken_tensorboard():
         return original(*arguments, **named)
 
     count_calls(SummaryWriter, "add_scalar", act)
+
+
+def missing_tensorboard():
+    sys.modules["torch.utils.tensorboard"] = None
 
 
 def jumping_clock():

@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+import main_finetune
 import main_pretrain
-from tests.runs import TINY
+from tests.runs import DOORS, TINY
 from tools import doctor
 from tools.doctor import DOUBTFUL, GOOD, WRONG, Measured
+from util.run import resolve
 from util.sources import open_source
 
+CPU = torch.device("cpu")
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -73,22 +76,45 @@ def test_unreadable_images_are_found_and_weighed(tmp_path):
 
 
 def test_shared_memory_must_hold_what_workers_have_ready(options, free):
-    """2 processes x 3 workers x 2 batches x 64 images of 8 x 8 bytes and 16 floats of noise."""
-    model = main_pretrain.build_model(options)
-    needed = 2 * 3 * 2 * 64 * (8 * 8 + 4 * 16 * model.noise_rows)
+    """2 processes x 3 workers x 2 batches x 64 images of 8 x 8 bytes and 16 floats of noise, one row of it."""
+    image = doctor.pretraining(resolve(options), 2, CPU).image_bytes
+    needed = 2 * 3 * 2 * 64 * (8 * 8 + 4 * 16)
     for amount, verdict in ((needed, WRONG), (needed + 1, DOUBTFUL), (2 * needed + 1, GOOD)):
         free(amount)
-        assert doctor.shared_memory(options, model, 2).verdict == verdict
+        assert doctor.shared_memory(options, image, 2).verdict == verdict
 
 
-def test_the_disk_must_hold_every_checkpoint(options, free):
-    model = main_pretrain.build_model(options)
-    weights = sum(value.numel() for value in model.state_dict().values())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def test_the_disk_must_hold_every_checkpoint(options, free, tmp_path):
+    plan = doctor.pretraining(resolve(options), 1, CPU)
+    weights = sum(value.numel() for value in plan.model.state_dict().values())
+    trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
     needed = (options.keep + 3) * 4 * (weights + 2 * trained)
+    assert plan.checkpoints * plan.checkpoint_bytes == needed
     for amount, verdict in ((needed, WRONG), (2 * needed + 1, GOOD)):
         free(amount)
-        assert doctor.disk(options, model).verdict == verdict
+        assert doctor.disk(str(tmp_path / "run"), plan.checkpoint_bytes, plan.checkpoints).verdict == verdict
+
+
+def test_a_folder_that_cannot_be_written_is_found(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    found = doctor.disk(str(tmp_path / "file" / "run"), 1, 1)
+    assert found.verdict == WRONG and str(tmp_path / "file") in found.said and "--output_dir" in found.said
+
+
+def test_a_classifier_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
+    """Erasing hands out floats, a moving average is a second set of weights, SGD has one moment, the best is kept."""
+    words = [*DOORS["main_finetune"], "--batch_size", "64", "--num_workers", "1", "--ema", "0.9", "--optimizer", "sgd"]
+    plan = doctor.finetuning(resolve(main_finetune.parse_options(words)), 1, CPU)
+    weights = sum(value.numel() for value in plan.model.state_dict().values())
+    trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
+    assert plan.image_bytes == 4 * 8 * 8 + 8
+    assert (plan.checkpoints, plan.checkpoint_bytes) == (plan.options.keep + 4, 4 * (2 * weights + trained))
+    more = ["--program", "main_finetune.py", "--batches", "1", "--output_dir", str(tmp_path / "run")]
+    assert doctor.main([*words, *more, "--num_workers", "0"]) == 0
+    assert "of 10 classes" in (said := capsys.readouterr().out) and "an epoch of 5 updates" in said
+    assert doctor.main([*words, *more, "--batch_size", "1", "--total_batch_size", "1"]) == 2
+    assert "batch_size must be even" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_input_is_told_as_the_run_tells_it(capsys):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from tests.faults import inject
 from tests.runs import Training, finish, start_ranks
 from util import lock
 from util.lock import FolderInUse, RunLock
@@ -190,6 +191,10 @@ def test_a_kill_does_not_block_the_next_start_and_a_refusal_leaves_no_lock(tmp_p
     assert not (folder / lock.NAME).exists()
     assert "is finished" in finish(folder, "--epochs", 1)
     assert not (folder / lock.NAME).exists()
+    assert "is finished" in finish(folder, "--epochs", 1, fault=inject.read_only_folder), "nothing need be written"
+    refused = Training(folder, "--epochs", 1, "--overwrite", fault=inject.read_only_folder)
+    assert refused.wait() == 2 and "cannot be made or written (Read-only file system)" in refused.said
+    assert (folder / "result.json").exists()
     new = Training(tmp_path / "new", "--resume", "nowhere.pth")
     assert new.wait() == 2
     assert not (tmp_path / "new").exists(), "a start that is refused leaves nothing"

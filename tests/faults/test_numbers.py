@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests.faults import inject
+from tests.faults.few import few
 from tests.runs import Training, final, finish, losses, metrics
 
 STEPS = 5
@@ -36,6 +37,17 @@ def test_fewer_bad_steps_in_a_row_than_allowed_do_not_stop(tmp_path):
     folder = tmp_path / "run"
     finish(folder, "--epochs", 1, "--max_bad_steps", 3, fault=partial(inject.bad_losses, 2, 3))
     assert bad_steps(folder) == [0, 1, 2, 2, 2]
+
+
+def test_a_loss_that_jumps_is_told_and_trained_on(tmp_path):
+    """Twenty times the loss in the second of two micro-batches of step 9: 10.5 times, says the step's line."""
+    words = [*few(tmp_path / "few"), "--batch_size", 4]
+    said = finish(tmp_path / "run", *words, fault=partial(inject.loss_spike, 18, 20))
+    told = [line for line in said.splitlines() if "times the usual" in line]
+    assert len(told) == 1 and told[0].startswith("step 9: a loss of") and "--clip_grad" in told[0]
+    assert bad_steps(tmp_path / "run")[-1] == 0 and all("grad_norm" in line for line in metrics(tmp_path / "run"))
+    said = finish(tmp_path / "calm", *words, fault=partial(inject.loss_spike, 18, 5))
+    assert "times the usual" not in said
 
 
 def test_gradients_that_stay_bad_stop_with_3_and_say_that_losses_are_finite(tmp_path):

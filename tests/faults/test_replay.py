@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.faults import inject
+from tests.faults.few import CLASSIFIER, few
 from tests.runs import Training, start_ranks
 from tools import replay
 from util import checkpoint
@@ -99,6 +100,26 @@ def test_a_term_whose_weight_is_too_large_is_named(tmp_path, capsys):
     assert code == 0
     assert "process 0" in said and "process 1" in said
     assert "term neighbor is" in said and "not finite x weight 1e+300" in said
+
+
+def test_a_classifiers_batch_is_mixed_again_as_it_was(tmp_path, capsys):
+    """Images, mixing and drop path are the run's; what was put into its gradients from outside is missing."""
+    fault = partial(inject.bad_losses, 3, 1000, gradient=True)
+    words = [*few(tmp_path / "few"), *CLASSIFIER, "--batch_size", 4, "--max_bad_steps", 2]
+    training = Training(tmp_path / "run", *words, door="main_finetune", fault=fault)
+    assert training.wait() == 3, training.said
+    path = next((tmp_path / "run" / "debug").glob("*.json"))
+    recent = json.loads(path.read_text())["recent_by_process"][0][-2:]
+    again = replay.Replay(path, device="cpu", amp="", data_path="")
+    with torch.no_grad():
+        losses = [float(again.trained(batch.images, batch.labels)["loss"]) for _, batch in again.micro_batches()]
+    assert losses == pytest.approx([entry["losses"]["loss"] for entry in recent], rel=1e-6)
+    code, said = run(capsys, path, "--device", "cpu")
+    assert code == replay.ALL_FINITE and "Everything is finite on cpu" in said
+    code, said = run(capsys, changed(path, tmp_path, head__bias=math.nan), "--device", "cpu")
+    assert code == 0 and "weights are not finite before the step: head.bias" in said
+    code, said = run(capsys, changed(path, tmp_path, blocks__0__mlp__fc1__weight=3e38), "--device", "cpu")
+    assert code == 0 and "blocks.0.mlp.fc1 (Linear), whose inputs are finite" in said
 
 
 def test_what_is_no_dump_is_refused(dump, tmp_path, capsys):

@@ -1,13 +1,18 @@
 """Saves that fail, are interrupted, or find no folder; signals at bad moments; records that are cut short."""
 
+import errno
 import json
+import logging
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from tests.faults import inject
+from tests.faults.few import few
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics
+from util.logging import log_file
 
 STEPS = 5
 ONE = ["--epochs", 1, "--save_steps", 1]
@@ -25,6 +30,28 @@ def test_a_full_disk_for_one_try_is_tried_again(whole, tmp_path):
     said = finish(tmp_path / "run", *ONE, fault=partial(inject.full_disk, 2, 2))
     assert "No space left" in said and "try 1 of 3" in said and "try 2" not in said
     assert_same_end(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EDQUOT])
+def test_other_failures_of_the_disk_are_tried_again_too(tmp_path, number):
+    words = [*few(tmp_path / "few"), "--epochs", 1]
+    said = finish(tmp_path / "run", *words, fault=partial(inject.full_disk, 1, 1, number))
+    assert f"[Errno {number}]" in said and "try 1 of 3" in said
+
+
+def test_a_device_that_is_really_full_costs_a_save_and_no_step(tmp_path):
+    """What torch makes of a write that fails within its archive is the error of the disk."""
+    words = [*few(tmp_path / "few"), "--save_steps", 1]
+    finish(tmp_path / "whole", *words)
+    said = finish(tmp_path / "run", *words, fault=partial(inject.full_device, 2, 4))
+    assert said.count("No space left on device") == 3 and "not saved; the last good checkpoint stays" in said
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_log_file_without_space_is_silent(caplog, capsys):
+    with log_file(Path("/dev/full")):
+        logging.getLogger("run").error("a line that cannot be written")
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_full_disk_for_a_while_costs_a_save_and_no_step(whole, tmp_path):
@@ -109,6 +136,13 @@ def test_tensorboard_without_space_is_one_warning_and_the_lines_are_complete(who
     said = finish(tmp_path / "run", *ONE, fault=inject.broken_tensorboard)
     assert said.count("TensorBoard cannot be written") == 1
     assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_without_tensorboard_a_run_says_so_once_and_has_its_lines(whole, tmp_path):
+    said = finish(tmp_path / "run", *ONE, fault=inject.missing_tensorboard)
+    assert said.count("no TensorBoard curves") == 1 and "metrics.jsonl has the same numbers" in said
+    assert losses(tmp_path / "run") == losses(whole)
+    assert not list((tmp_path / "run").glob("events.*"))
 
 
 def test_a_clock_that_goes_back_changes_nothing(whole, tmp_path):

@@ -1,0 +1,90 @@
+"""torchrun on two nodes, for which two agents stand: one is lost and comes back. And torchrun that is asked to stop."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.few import LAST_STEP, few
+from tests.runs import TINY, assert_same_end, children, final, losses, metrics, start_ranks
+
+pytestmark = pytest.mark.slow
+PROJECT = Path(__file__).resolve().parent.parent.parent
+STEPS = LAST_STEP["main_pretrain"]
+
+
+def torchrun(folder, words, *place):
+    command = [sys.executable, "-m", "torch.distributed.run", *place, "main_pretrain.py", *TINY]
+    command += ["--output_dir", folder, "--save_steps", 1, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=PROJECT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(folder, step, *agents):
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in metrics(folder)):
+        for agent in agents:
+            assert agent.poll() is None, agent.communicate()[1][-6000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def ended(agent):
+    _, said = agent.communicate(timeout=180)
+    assert agent.returncode == 0, said[-6000:]
+
+
+def assert_equals_an_undisturbed_run(folder, words, tmp_path):
+    ranks = start_ranks(2, tmp_path / "whole", *words)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    assert_same_end(tmp_path / "whole", folder)
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert len(losses(folder)) == STEPS
+
+
+def test_a_node_that_is_lost_and_comes_back_ends_in_the_same_curve(tmp_path):
+    """The second node is killed whole: its agent and its worker. The first one's agent waits for it, and both go on."""
+    folder, words = tmp_path / "run", few(tmp_path / "few")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    place = "--nnodes=2 --nproc_per_node=1 --max-restarts=3 --rdzv_backend=c10d --rdzv_id=two --local-addr=127.0.0.1"
+    place = [*place.split(), f"--rdzv_endpoint={meet}", "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3"]
+    first, second = torchrun(folder, words, *place), torchrun(folder, words, *place)
+    wait_for_step(folder, 4, first, second)
+    for pid in (second.pid, *children(second.pid)):
+        os.kill(pid, signal.SIGKILL)
+    second.communicate()
+    kept = final(folder)["step"]
+    again = torchrun(folder, words, *place)
+    ended(first)
+    ended(again)
+    assert 4 <= kept < STEPS, "it was killed on the way"
+    assert len(json.loads((folder / "environment.json").read_text())) >= 2, "it was started twice"
+    assert_equals_an_undisturbed_run(folder, words, tmp_path)
+
+
+def test_torchrun_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path):
+    folder, words = tmp_path / "run", few(tmp_path / "few")
+    place = ["--standalone", "--nproc_per_node=2"]
+    launcher = torchrun(folder, words, *place)
+    wait_for_step(folder, 3, launcher)
+    launcher.terminate()
+    launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    assert 3 <= final(folder)["step"] == metrics(folder)[-1]["step"] < STEPS
+    assert not (folder / "run.lock").exists(), "the processes left in order"
+    ended(torchrun(folder, words, *place))
+    assert_equals_an_undisturbed_run(folder, words, tmp_path)

@@ -1,0 +1,127 @@
+"""Signals at every moment of a run: before the first step, inside a step, inside an evaluation; and a second Ctrl-C."""
+
+import json
+import signal
+from functools import partial
+
+import pytest
+
+from tests.faults import inject
+from tests.faults.few import CLASSIFIER, LAST_STEP, STEPS_PER_EPOCH, few
+from tests.runs import Training, assert_same_end, final, finish, losses
+
+PRETRAIN, FINETUNE, PROBE = "main_pretrain", "main_finetune", "main_linprobe"
+STEPS = STEPS_PER_EPOCH[FINETUNE]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return {PRETRAIN: few(tmp_path_factory.mktemp("few"))}
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """Undisturbed runs by front door."""
+    folder = tmp_path_factory.mktemp("whole")
+    words[PRETRAIN] += ["--knn_every", 1]
+    finish(folder / PRETRAIN, *words[PRETRAIN])
+    trained = ["--init_from", folder / PRETRAIN / "checkpoints" / "last.pth"]
+    plain = words[PRETRAIN][:-2]
+    words |= {FINETUNE: [*plain, *CLASSIFIER, *trained, "--ema", 0.9], PROBE: [*plain, *CLASSIFIER, *trained]}
+    for door in (FINETUNE, PROBE):
+        finish(folder / door, *words[door], door=door)
+    return folder
+
+
+def epochs(folder):
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "run_id"} for line in lines]
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def assert_same_run(whole, folder):
+    """Weights, losses and the figures of every epoch."""
+    assert_same_end(whole, folder)
+    assert losses(folder) == losses(whole)
+    assert epochs(folder) == epochs(whole)
+    assert result(folder).get("accuracy") == result(whole).get("accuracy")
+
+
+def test_a_signal_inside_an_evaluation_abandons_it_and_it_is_begun_again(whole, words, tmp_path):
+    """The epoch's steps are done and saved, its figures are not written: they would be of some images only."""
+    folder = tmp_path / "run"
+    fault = partial(inject.signals_inside_evaluation, 2, signal.SIGTERM)
+    training = Training(folder, *words[FINETUNE], door=FINETUNE, fault=fault)
+    assert training.wait() == 75, training.said
+    state = final(folder)
+    assert (state["epoch"], state["sampler"]["offset"], state["step"]) == (1, STEPS, 2 * STEPS)
+    assert len(epochs(folder)) == 1
+    finish(folder, *words[FINETUNE], door=FINETUNE)
+    assert_same_run(whole / FINETUNE, folder)
+
+
+def test_a_signal_inside_the_last_evaluation_leaves_the_last_weights_as_they_are(whole, words, tmp_path):
+    """The fifth is that of the best epoch: its weights are in the model then, and must not be saved as the last."""
+    folder = tmp_path / "run"
+    fault = partial(inject.signals_inside_evaluation, 5, signal.SIGUSR1)
+    training = Training(folder, *words[FINETUNE], door=FINETUNE, fault=fault)
+    assert training.wait() == 75, training.said
+    assert not (folder / "result.json").exists()
+    assert_same_end(whole / FINETUNE, folder)
+    finish(folder, *words[FINETUNE], door=FINETUNE)
+    assert_same_run(whole / FINETUNE, folder)
+
+
+def test_a_signal_while_neighbours_are_counted_is_heard_after_them(whole, words, tmp_path):
+    folder = tmp_path / "run"
+    fault = partial(inject.signals_inside_evaluation, 1, signal.SIGTERM)
+    training = Training(folder, *words[PRETRAIN], fault=fault)
+    assert training.wait() == 75, training.said
+    assert final(folder)["epoch"] == 1 and len(epochs(folder)) == 1
+    finish(folder, *words[PRETRAIN])
+    assert_same_run(whole / PRETRAIN, folder)
+
+
+@pytest.mark.parametrize(("door", "number"), [(FINETUNE, 2), (PRETRAIN, 3)])
+def test_a_second_interrupt_inside_an_evaluation_leaves_at_once(whole, words, tmp_path, door, number):
+    """That of the second epoch; counting neighbours goes through two sets of images."""
+    folder = tmp_path / "run"
+    fault = partial(inject.signals_inside_evaluation, number, signal.SIGINT, signal.SIGINT)
+    training = Training(folder, *words[door], door=door, fault=fault)
+    assert training.wait() == 130, training.said
+    assert final(folder)["epoch"] == 1
+    finish(folder, *words[door], door=door)
+    assert_same_run(whole / door, folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_second_interrupt_inside_a_step_leaves_at_once(whole, words, tmp_path, workers):
+    folder, more = tmp_path / "run", ["--save_steps", 2, "--num_workers", workers]
+    fault = partial(inject.signals_inside_step, 6, signal.SIGINT, signal.SIGINT)
+    training = Training(folder, *words[PRETRAIN], *more, fault=fault)
+    assert training.wait() == 130, training.said
+    assert final(folder)["step"] == 4, "the newest checkpoint is whole"
+    finish(folder, *words[PRETRAIN], *more)
+    assert_same_run(whole / PRETRAIN, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_before_the_first_step_leaves_nothing_and_asks_to_be_queued_again(words, tmp_path, number):
+    fault = partial(inject.signals_before_training, number)
+    training = Training(tmp_path / "run", *words[PRETRAIN], fault=fault)
+    assert training.wait() == 75, training.said
+    assert "before the first step" in training.said and "Traceback" not in training.said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_features_are_encoded_ends_the_probe_for_now(whole, words, tmp_path):
+    fault = partial(inject.signals_inside_evaluation, 2, signal.SIGTERM)
+    training = Training(tmp_path / "run", *words[PROBE], door=PROBE, fault=fault)
+    assert training.wait() == 75, training.said
+    assert "Traceback" not in training.said
+    finish(tmp_path / "run", *words[PROBE], door=PROBE)
+    assert_same_run(whole / PROBE, tmp_path / "run")
+    assert final(tmp_path / "run")["step"] == LAST_STEP[PROBE]

@@ -1,0 +1,88 @@
+"""Data loading workers that hang: noticed, replaced where they were, and an error with advice when it happens again."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.faults import inject
+from tests.faults.few import few
+from tests.runs import Training, assert_same_end, finish, losses
+from util import data
+from util.data import Batches, TrainSamples, pretrain_transform
+from util.sources import Source
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(data, "LOOK_SECONDS", 0.1)
+
+
+def make_batches(transform=None, num_workers=2, **more):
+    source = Source([str(number) for number in range(12)], lambda index: np.full((8, 8, 3), index, np.uint8))
+    samples = TrainSamples(source, transform or pretrain_transform(8), 0, None, mean=[0] * 3, std=[1] * 3)
+    return Batches(samples, batch_size=2, num_workers=num_workers, **more)
+
+
+def stop(batches, number=0):
+    pid = batches._loader._processes[number].pid
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def images(stream):
+    return torch.cat([batch.images for batch in stream])
+
+
+def test_workers_that_hang_are_replaced_where_they_were(caplog):
+    batches = make_batches(worker_timeout=0.3)
+    stream = batches.epoch(0)
+    found = [next(stream)]
+    before = [process.pid for process in batches._loader._processes]
+    stop(batches)
+    found += stream
+    assert torch.equal(images(found), images(make_batches(num_workers=0).epoch(0)))
+    assert "worker hung (no batch for 0.3 s); starting all" in caplog.text
+    after = [process.pid for process in batches._loader._processes]
+    assert not set(before) & set(after) and not any(os.path.exists(f"/proc/{pid}") for pid in before)
+    batches.close()
+
+
+def sleep(image):
+    time.sleep(60)
+
+
+def test_workers_that_hang_again_are_an_error_with_advice():
+    with pytest.raises(RuntimeError, match="hung twice .*no batch for 0.2 s.*worker_timeout .*num_workers 0"):
+        next(make_batches(sleep, num_workers=1, worker_timeout=0.2).epoch(0))
+
+
+def test_without_a_limit_a_slow_worker_is_waited_for(caplog):
+    batches = make_batches(num_workers=1, worker_timeout=0)
+    stream = batches.epoch(0)
+    found = [next(stream)]
+    pid = stop(batches)
+    threading.Timer(1.0, os.kill, (pid, signal.SIGCONT)).start()
+    found += stream
+    assert torch.equal(images(found), images(make_batches(num_workers=0).epoch(0)))
+    assert not caplog.records and batches._loader._processes[0].pid == pid
+    batches.close()
+
+
+def test_a_run_whose_worker_hangs_or_is_killed_ends_where_a_whole_one_ends(tmp_path):
+    words = few(tmp_path / "few")
+    finish(tmp_path / "whole", *words)
+    training = Training(
+        tmp_path / "run", *words, "--num_workers", 2, "--worker_timeout", 0.5, fault=inject.impatient_loader
+    )
+    for step, number in ((2, signal.SIGSTOP), (9, signal.SIGKILL)):  # of two epochs: once in each is forgiven
+        training.wait_for_step(step)
+        os.kill(training.workers()[0], number)
+    assert training.wait() == 0, training.said
+    assert "worker hung (no batch for 0.5 s)" in training.said and "worker died" in training.said
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
