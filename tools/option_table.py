@@ -17,16 +17,21 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import methods
-from util.options import FinetuneOptions, PretrainOptions, ProbeOptions, option_table
+from util.options import FinetuneOptions, PretrainOptions, ProbeOptions, SegmentOptions, option_table
 
 BEGIN, END = "<!-- options:begin -->\n", "<!-- options:end -->\n"
 COMMAND = "python tools/option_table.py --write"
 
 
 def table() -> str:
-    """Every option of pretraining, and of every term; then what the commands for classifiers have beside those."""
+    """Every option of pretraining, and of every term; then what the other commands have beside those."""
     parts = [option_table(PretrainOptions, {name: term.Options for name, term in methods.TERMS.items()})]
-    for command, schema in {"main_finetune.py": FinetuneOptions, "main_linprobe.py": ProbeOptions}.items():
+    commands = {
+        "main_finetune.py": FinetuneOptions,
+        "main_linprobe.py": ProbeOptions,
+        "main_segment.py": SegmentOptions,
+    }
+    for command, schema in commands.items():
         parts.append(f"`{command}` has these beside those, or with another default:\n")
         parts.append(option_table(schema, beside=PretrainOptions))
     return "\n".join(parts)

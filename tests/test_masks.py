@@ -1,0 +1,297 @@
+"""Images with masks: layouts, numbers in files of every kind, splits, scenes; and what is refused before training."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util import masks, scenes
+from util.distributed import Processes
+from util.images import BadImage
+from util.masks import IGNORE, Coding, read_mask
+from util.options import SegmentOptions
+from util.sources import open_source
+
+ALONE = Processes(0, 1, 0, torch.device("cpu"))
+NAMES = ("sky", "grass", "a cat")
+
+
+def save(path, array, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array)
+    if mode == "P":
+        image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.save(path)
+
+
+def paint(root, split="", count=4, size=(10, 14), masks="masks", start=0, suffix=".jpg"):
+    """Pairs whose masks hold the numbers 0 to 2, in `images/split` and `masks/split`."""
+    for number in range(start, start + count):
+        drawn = np.random.default_rng(number)
+        save(root / "images" / split / f"{number}{suffix}", drawn.integers(0, 255, (*size, 3), dtype=np.uint8))
+        save(root / masks / split / f"{number}.png", drawn.integers(0, 3, size, dtype=np.uint8))
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in NAMES))
+    return root
+
+
+def options(root, **changes):
+    return SegmentOptions(data_path=str(root), num_workers=2, **changes)
+
+
+def opened(root, **changes):
+    return masks.open_splits(options(root, **changes), ALONE)
+
+
+# ---- numbers in files
+
+
+def test_numbers_are_read_from_files_of_every_kind(tmp_path):
+    numbers = np.array([[0, 1, 2], [3, 1, 0]], np.uint8)
+    palette, deep = tmp_path / "p.png", tmp_path / "deep.png"
+    save(palette, numbers, "P")
+    Image.fromarray(numbers.astype(np.uint16) * 300).save(deep)
+    found, kind = read_mask(str(palette))
+    assert kind == "palette" and np.array_equal(found, numbers), "the numbers count, not the colours"
+    found, kind = read_mask(str(deep))
+    assert kind == "16 bit" and found.tolist() == (numbers.astype(int) * 300).tolist()
+    for suffix in (".bmp", ".tif", ".gif"):
+        save(tmp_path / f"m{suffix}", numbers)
+        assert np.array_equal(read_mask(str(tmp_path / f"m{suffix}"))[0], numbers)
+    Image.fromarray(numbers[:1, :2] > 0).save(tmp_path / "bit.png")
+    assert read_mask(str(tmp_path / "bit.png"))[0].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_png_of_few_bits_keeps_its_numbers(tmp_path, bits):
+    """Pillow spreads them over 0 to 255. Pillow writes no such file, so this one is made of its parts."""
+    import struct
+    import zlib
+
+    per_byte = 8 // bits
+    row = [0, 1, 2, 3]
+    packed = bytearray()
+    for first in range(0, 4, per_byte):
+        byte = 0
+        for value in row[first : first + per_byte]:
+            byte = byte << bits | value
+        packed.append(byte)
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + bytes(packed))) + chunk(b"IEND", b"")
+    (tmp_path / "m.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    assert read_mask(str(tmp_path / "m.png"))[0].tolist() == [row]
+
+
+def test_colours_and_jpeg_are_no_masks(tmp_path):
+    save(tmp_path / "c.png", np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(BadImage, match="in colour .RGB. where each pixel's class number belongs"):
+        read_mask(str(tmp_path / "c.png"))
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "j.png", format="JPEG")
+    with pytest.raises(BadImage, match="JPEG"):
+        read_mask(str(tmp_path / "j.png"))
+
+
+def test_numbers_become_classes_as_ade20k_counts_them():
+    ade, plain = Coding(150, 255, True), Coding(3, 255, False)
+    found = ade.classes_of(np.array([[0, 1, 150, 255]], np.uint8))
+    assert found.tolist() == [[IGNORE, 0, 149, IGNORE]] and found.dtype == np.int16
+    assert plain.classes_of(np.array([[0, 2, 255]], np.uint8)).tolist() == [[0, 2, IGNORE]]
+    with pytest.raises(ValueError, match="it holds 3, 7; the 3 classes are 0 to 2, and 255 is no class"):
+        plain.classes_of(np.array([[3, 0], [7, 3]], np.uint8))
+    with pytest.raises(ValueError, match="it holds 151; the 150 classes are 1 to 150"):
+        ade.classes_of(np.array([[151]], np.uint8))
+
+
+# ---- layouts and splits
+
+
+def test_splits_of_folders(tmp_path):
+    """val alone judges, and a seeded slice of train chooses; with test beside it, val chooses."""
+    root = paint(paint(tmp_path / "two", "train", 10), "val", 3, start=50)
+    found = opened(root, holdout=0.2)
+    assert [len(part) for part in (found.train, found.choice, found.test)] == [8, 2, 3]
+    assert not {*found.train.names} & {*found.choice.names} and found.chosen_on == "held-out training images"
+    assert found.classes == 3 and found.train.classes == list(NAMES)
+    image, mask = found.test.read(1)
+    assert image.shape == (10, 14, 3)
+    assert np.array_equal(mask, np.asarray(Image.open(root / "masks" / "val" / "51.png")))
+    assert found.test.path(1) == str(root / "images" / "val" / "51.jpg")
+    assert [*opened(root, holdout=0.2).choice.names] == [*found.choice.names]
+    assert [*opened(root, holdout=0.2, subset_seed=1).choice.names] != [*found.choice.names]
+    assert opened(root, holdout=0.0).chosen_on == "the test images"
+    paint(root, "test", 2, start=70)
+    assert opened(root).chosen_on == "the split val"
+    assert len(opened(root).train) == 10 and [*opened(root).test.names] == ["images/test/70.jpg", "images/test/71.jpg"]
+
+
+def test_without_splits_a_seeded_slice_judges(tmp_path):
+    root = paint(tmp_path, count=10)
+    found = opened(root, test_share=0.3, holdout=0.2)
+    parts = [{*part.names} for part in (found.train, found.choice, found.test)]
+    assert list(map(len, parts)) == [6, 1, 3] and len(set.union(*parts)) == 10
+    assert [*masks.open_test(options(root, test_share=0.3), ALONE).names] == [*found.test.names]
+
+
+def test_ade20k_as_it_is_unpacked(tmp_path):
+    """Also from the folder that ADEChallengeData2016 lies in; 0 is no class, and the names are known."""
+    root = tmp_path / "ADEChallengeData2016"
+    for split in ("training", "validation"):
+        paint(root, split, 3, masks="annotations")
+    (root / "classes.txt").unlink()
+    for place in (root, tmp_path):
+        found = opened(place, dataset="ade20k", holdout=0.0)
+        assert found.classes == 150 and found.train.classes[:3] == ["wall", "building", "sky"]
+        assert found.train.classes[149] == "flag" and found.chosen_on == "the test images"
+        file = np.asarray(Image.open(root / "annotations" / "training" / "0.png")).astype(int)
+        assert np.array_equal(found.train.read(0).mask_HW, file - 1)
+
+
+def test_the_fingerprint_tells_other_classes_and_images(tmp_path):
+    root = paint(tmp_path, count=6)
+    first = opened(root).train.fingerprint
+    assert opened(root).train.fingerprint == first
+    assert opened(root, ignore_label=254).train.fingerprint != first
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    assert opened(root).train.fingerprint != first
+
+
+def test_masks_without_images_are_told_and_left_out(tmp_path, caplog):
+    root = paint(tmp_path, count=4)
+    (root / "images" / "2.jpg").unlink()
+    with caplog.at_level("INFO"):
+        assert len(opened(root, holdout=0.0).train) == 2
+    assert "1 masks" in caplog.text and "have no image and are left out: 2.png" in caplog.text
+
+
+# ---- bad input
+
+
+def broken(root, what):
+    """A folder with one thing wrong."""
+    paint(root, "train"), paint(root, "val")
+    mask = root / "masks" / "train" / "1.png"
+    if what == "no mask":
+        mask.unlink()
+    elif what == "size":
+        save(mask, np.zeros((10, 15), np.uint8))
+    elif what == "label":
+        save(mask, np.full((10, 14), 9, np.uint8))
+    elif what == "colour":
+        save(mask, np.zeros((10, 14, 3), np.uint8))
+    elif what == "damaged":
+        mask.write_bytes(mask.read_bytes()[:60])
+    elif what == "empty":
+        for path in (root / "images" / "val").iterdir():
+            path.unlink()
+    elif what == "void":
+        for path in (root / "masks" / "train").iterdir():
+            save(path, np.full((10, 14), 255, np.uint8))
+    elif what == "no classes":
+        (root / "classes.txt").unlink()
+    elif what == "twice":
+        save(root / "images" / "train" / "1.png", np.zeros((10, 14, 3), np.uint8))
+    elif what == "no train":
+        for kind in ("images", "masks"):
+            (root / kind / "train").rename(root / kind / "elsewhere")
+    elif what == "no masks":
+        (root / "masks").rename(root / "labels")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("no mask", r"1 of 4 images in .* have no mask: 1\.jpg \(there is no masks/train/1\.png\)"),
+        ("size", r"1 of 4 masks .*: masks/train/1\.png: it has 10 x 15 pixels, and its image 10 x 14"),
+        ("label", r"masks/train/1\.png: it holds 9; the 3 classes are 0 to 2, and 255 is no class"),
+        ("colour", r"masks/train/1\.png: a picture in colour \(RGB\).* a grey PNG or one with a palette"),
+        ("damaged", r"1 of 4 masks in .* cannot be trained on: masks/train/1\.png"),
+        ("empty", r"no images in .*val: it holds nothing"),
+        ("void", r"not one pixel of the 4 masks in .* has a class"),
+        ("no classes", r"classes\.txt does not exist: give --class_list FILE"),
+        ("twice", r"holds 1\.jpg and 1\.png: which of them is meant"),
+        ("no train", r"has val images with masks, and none in a folder train"),
+        ("no masks", r"must hold a folder images, and a folder masks or annotations; it holds .*labels"),
+    ],
+)
+def test_what_is_wrong_is_named_before_training(tmp_path, what, words):
+    with pytest.raises(ValueError, match=words):
+        opened(broken(tmp_path, what))
+
+
+def test_options_that_do_not_fit_the_masks_are_refused(tmp_path):
+    root = paint(tmp_path, count=6)
+    with pytest.raises(ValueError, match="ignore_label 2 is the number of the class a cat"):
+        opened(root, ignore_label=2)
+    with pytest.raises(ValueError, match="num_classes 7: the class list has 3"):
+        opened(root, num_classes=7)
+    with pytest.raises(ValueError, match="does not exist"):
+        opened(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nothing.txt does not exist"):
+        opened(root, class_list="nothing.txt")
+    with pytest.raises(ValueError, match="test_share: there is 1 image"):
+        opened(paint(tmp_path / "one", count=1))
+
+
+def test_unchecked_a_bad_mask_is_an_unreadable_image(tmp_path):
+    found = opened(broken(tmp_path, "size"), check_masks=False, holdout=0.0)
+    with pytest.raises(BadImage, match="10 x 15 pixels, and its image 10 x 14"):
+        found.train.read(1)
+    assert found.train.read(0).mask_HW.shape == (10, 14)
+
+
+def test_processes_share_the_check_and_all_hear_of_it(tmp_path):
+    """Each looks at every second mask; what one finds is told by both."""
+    looked = []
+
+    class Pretend(Processes):
+        def gather(self, value):
+            looked.append(value)
+            return [value]
+
+    root = paint(tmp_path, "train", 5)
+    folder = masks._open_folder(options(root))
+    source, names = folder.open("train")
+    for rank in range(2):
+        masks._check(folder, source, names, Pretend(rank, 2, 0, torch.device("cpu")), threads=2)
+    assert list(map(len, looked)) == [3, 2]
+
+
+# ---- scenes
+
+
+def test_scenes_are_the_same_on_every_machine():
+    digest = hashlib.sha256()
+    for index in range(3):
+        digest.update(scenes.scene.__wrapped__("val", index)[1].tobytes())
+    assert digest.hexdigest() == MASKS_OF_THREE_SCENES
+    image, mask = scenes.scene("train", 5)
+    assert image.shape == (64, 96, 3) and image.dtype == np.uint8 and mask.shape == (64, 96)
+    assert np.array_equal(image, scenes.scene.__wrapped__("train", 5)[0])
+    assert not np.array_equal(mask, scenes.scene("val", 5)[1])
+
+
+MASKS_OF_THREE_SCENES = "TO BE FILLED"
+
+
+def test_to_say_ground_everywhere_has_the_mean_iou_that_is_told():
+    counts = np.bincount(np.concatenate([scenes.scene("val", n)[1].ravel() for n in range(200)]), minlength=6)
+    ground = counts[0] / counts.sum()
+    assert (counts > 0.02 * counts.sum()).all()
+    assert ground == pytest.approx(0.79, abs=0.02) and 100 * ground / 6 == pytest.approx(13, abs=0.5)
+
+
+def test_scenes_open_with_masks_and_without():
+    found = opened("scenes", holdout=0.1)
+    assert [len(part) for part in (found.train, found.choice, found.test)] == [900, 100, 200]
+    pair = found.test.read(3)
+    assert np.array_equal(pair.image_HWC, open_source("scenes", "", "val").read(3))
+    assert np.array_equal(pair.mask_HW, scenes.scene("val", 3)[1]) and pair.mask_HW.dtype == np.int16
+    assert open_source("auto", "scenes", in_chans=1).read(0).shape == (64, 96, 1)
+    assert open_source("scenes", "").labels is None
+    assert len(masks.open_test(options("scenes"), ALONE)) == 200

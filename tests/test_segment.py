@@ -1,0 +1,397 @@
+"""Segmentation: figures against a loop over pixels, windows against the whole image, real runs from start to end."""
+
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import jaccard_score
+from torch import nn
+
+import main_segment
+import models_upernet
+from engine_segment import (
+    Objective,
+    Windows,
+    cross_entropy,
+    evaluate,
+    figures_of,
+    picture,
+    predict,
+    predicted_masks,
+    starts,
+    table,
+)
+from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
+from util import checkpoint, optim
+from util.data import Batch, EvalSamples
+from util.distributed import Processes
+from util.images import Pair
+from util.masks import IGNORE
+from util.overlay import TILE, colours, overlay
+from util.segment_augment import eval_transform
+from util.sources import Source
+
+DOOR = "main_segment"
+ALONE = Processes(0, 1, 0, torch.device("cpu"))
+NAMES = ("ground", "red", "green")
+
+
+class Painter(nn.Module):
+    """Answers fixed logits for each pixel's colour, at full size, in the place of both heads."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        self.conv = nn.Conv2d(3, classes, 1)
+
+    def forward(self, images):
+        return self.conv(images), self.conv(images)
+
+
+def random_batches(classes=4, sizes=((9, 7), (5, 12), (8, 8))):
+    generator = torch.Generator().manual_seed(0)
+    for number, size in enumerate(sizes):
+        labels = torch.randint(-1, classes - 1, (1, *size), generator=generator).to(torch.int16)
+        yield Batch(torch.randn(1, 3, *size, generator=generator), labels, None, torch.tensor([number]))
+
+
+# ---- objective
+
+
+def test_the_loss_is_the_mean_over_pixels_with_a_class():
+    logits, masks = torch.randn(2, 3, 4, 4), torch.randint(-1, 3, (2, 4, 4))
+    terms = [-logits.log_softmax(dim=1)[n, masks[n, y, x], y, x]
+             for n in range(2) for y in range(4) for x in range(4) if masks[n, y, x] != IGNORE]  # fmt: skip
+    torch.testing.assert_close(cross_entropy(logits, masks), torch.stack(terms).mean())
+    assert cross_entropy(logits, torch.full((2, 4, 4), IGNORE)) == 0, "no pixel, no loss, and not NaN"
+
+
+def test_the_auxiliary_head_counts_with_its_weight_and_logits_grow_to_the_mask():
+    model = models_upernet.build("mae_vit_tiny_patch4", num_classes=3, input_size=(16, 16), embed_dim=8, depth=1,
+                                 num_heads=2).eval()  # fmt: skip
+    images, masks = torch.randn(2, 3, 16, 16), torch.randint(-1, 3, (2, 16, 16)).to(torch.int16)
+    found = Objective(model, auxiliary=0.4)(images, masks)
+    parts = [F.cross_entropy(F.interpolate(each, (16, 16), mode="bilinear"), masks.long(), ignore_index=-1)
+             for each in model(images)]  # fmt: skip
+    torch.testing.assert_close(found["segmentation"], parts[0])
+    torch.testing.assert_close(found["loss"], parts[0] + 0.4 * parts[1])
+
+
+# ---- figures
+
+
+def test_figures_are_what_a_loop_over_pixels_counts():
+    """Four classes, of which the last is in no mask; images of several sizes, pixels without a class."""
+    torch.manual_seed(1)
+    model = Painter()
+    windows = Windows(None, (1, 1), 1)
+    found = evaluate(model, random_batches(), names="abcd", windows=windows, processes=ALONE, autocast=torch.no_grad)
+    true, said = [], []
+    for batch in random_batches():
+        logits = model(batch.images)[0]
+        rows, columns = batch.labels.shape[1:]
+        for y in range(rows):
+            for x in range(columns):
+                if batch.labels[0, y, x] >= 0:
+                    true.append(int(batch.labels[0, y, x]))
+                    said.append(int(logits[0, :, y, x].argmax()))
+    ious, accuracies = {}, {}
+    for k, name in enumerate("abcd"):
+        both = sum(t == k == s for t, s in zip(true, said, strict=True))
+        either = sum(k in (t, s) for t, s in zip(true, said, strict=True))
+        ious[name] = 100 * both / either if either else None
+        accuracies[name] = 100 * both / true.count(k) if true.count(k) else None
+        assert found["per_class"][name] == {"iou": ious[name], "acc": accuracies[name], "pixels": true.count(k)}
+    there = [value for value in ious.values() if value is not None]
+    assert found["miou"] == pytest.approx(sum(there) / len(there))
+    assert found["miou"] == pytest.approx(100 * jaccard_score(true, said, average="macro"))
+    assert accuracies["d"] is None and ious["d"] == 0.0, "it is predicted where it is not"
+    assert found["mean_acc"] == pytest.approx(sum(accuracies[name] for name in "abc") / 3)
+    assert found["pixel_acc"] == pytest.approx(100 * sum(t == s for t, s in zip(true, said, strict=True)) / len(true))
+    assert found["images"] == 3
+
+
+def test_a_class_that_is_nowhere_is_in_no_mean():
+    found = figures_of(torch.tensor([[6, 2, 0], [0, 2, 0], [0, 0, 0]]), ["a", "b", "c"])
+    assert found["miou"] == pytest.approx(100 * (6 / 8 + 2 / 4) / 2) and found["per_class"]["c"]["iou"] is None
+    assert found["mean_acc"] == pytest.approx(100 * (6 / 8 + 1) / 2) and found["pixel_acc"] == 80
+    assert table(found).splitlines()[1:] == [
+        "a       75.00   75.00  80.00%",
+        "b       50.00  100.00  20.00%",
+        "c           -       -   0.00%",
+    ]
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize(
+    ("length", "crop", "stride", "expected"),
+    [(512, 512, 341, [0]), (683, 512, 341, [0, 171]), (1024, 512, 341, [0, 341, 512]), (1194, 512, 341, [0, 341, 682]),
+     (100, 512, 341, [0])],
+)  # fmt: skip
+def test_windows_cover_the_length(length, crop, stride, expected):
+    assert starts(length, crop, stride) == expected
+    covered = {place for start in expected for place in range(start, start + crop)}
+    assert covered >= set(range(length))
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    size = {"input_size": (16, 16), "embed_dim": 8, "depth": 2, "num_heads": 2}
+    return models_upernet.build("mae_vit_tiny_patch4", num_classes=3, **size).eval()
+
+
+def test_one_window_is_the_whole_image(small):
+    images = torch.randn(2, 3, 16, 16)
+    slide, whole = (
+        predict(small, images, Windows((16, 16), (10, 10), 4)),
+        predict(small, images, Windows(None, (1, 1), 4)),
+    )
+    assert torch.equal(slide, whole)
+    assert torch.equal(whole, F.interpolate(small(images)[0], (16, 16), mode="bilinear"))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_windows_are_averaged_where_they_overlap(small, batch):
+    """One window after another, one pixel after another."""
+    images = torch.randn(1, 3, 23, 18)
+    total, seen = torch.zeros(1, 3, 23, 18), torch.zeros(23, 18)
+    for top in (0, 7):
+        for left in (0, 2):
+            logits = small(images[..., top : top + 16, left : left + 16])[0]
+            total[..., top : top + 16, left : left + 16] += F.interpolate(logits, (16, 16), mode="bilinear")
+            seen[top : top + 16, left : left + 16] += 1
+    found = predict(small, images, Windows((16, 16), (10, 10), 4, batch=batch))
+    torch.testing.assert_close(found, total / seen, atol=1e-5, rtol=1e-5)
+
+
+def test_small_images_are_padded_and_cut_again(small):
+    images = torch.randn(1, 3, 10, 13)
+    padded = F.pad(images, (0, 3, 0, 6))
+    expected = predict(small, padded, Windows((16, 16), (10, 10), 4))[..., :10, :13]
+    assert torch.equal(predict(small, images, Windows((16, 16), (10, 10), 4)), expected)
+    whole = predict(small, images, Windows(None, (1, 1), 4))
+    padded = F.pad(images, (0, 3, 0, 2))  # to whole patches of 4
+    assert torch.equal(whole, F.interpolate(small(padded)[0], (12, 16), mode="bilinear")[..., :10, :13])
+
+
+def test_flipping_averages_both_views(small):
+    images = torch.randn(1, 3, 16, 20)
+    how = Windows((16, 16), (10, 10), 4)
+    both = (predict(small, images, how) + predict(small, images.flip(-1), how).flip(-1)) / 2
+    assert torch.equal(predict(small, images, Windows((16, 16), (10, 10), 4, flip=True)), both)
+
+
+# ---- schedule and pictures
+
+
+def test_the_rate_rises_in_a_line_and_falls_by_a_power():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = optim.warmup_poly(optimizer, steps=50, warmup_steps=10, power=0.9, min_lr=0.5)
+    for step in range(50):
+        schedule.step_update(step)
+        expected = 2.0 * step / 10 if step < 10 else 0.5 + 1.5 * (1 - (step - 10) / 40) ** 0.9
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_colours_differ_and_overlays_show_what_has_no_class():
+    palette = colours(150)[:-1].tolist()
+    assert len({tuple(colour) for colour in palette}) == 150 and [0, 0, 0] not in palette
+    mask = torch.tensor([[0, 1], [IGNORE, 2]])
+    found = overlay(torch.ones(3, 2, 2), mask, 3)
+    assert found[:, 1, 0].tolist() == [0, 0, 0]
+    expected = 0.4 + 0.6 * colours(3)[1] / 255
+    torch.testing.assert_close(found[:, 0, 1], expected)
+
+
+def test_a_picture_shows_image_truth_and_prediction(tmp_path, small):
+    def read(index):
+        drawn = np.random.default_rng(index)
+        return Pair(
+            drawn.integers(0, 255, (20, 30, 3), dtype=np.uint8), drawn.integers(0, 3, (20, 30)).astype(np.int16)
+        )
+
+    samples = EvalSamples(Source(list("abc"), read), eval_transform(16), mean=(0.0,) * 3, std=(1.0,) * 3)
+    windows = Windows((16, 16), (10, 10), 4)
+    made = predicted_masks(small, samples, [0, 2], windows=windows, device=ALONE.device, autocast=torch.no_grad)
+    assert [each[1].shape == each[2].shape == (20, 30) for each in made] == [True, True]
+    assert torch.equal(made[1][1], torch.from_numpy(read(2).mask_HW))
+    sheet = picture(made, 3, tmp_path / "samples" / "m.png")
+    assert sheet.shape[1] == 2 * (TILE + 2) + 2 and sheet.shape[0] > 3 * (TILE + 2)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "m.png")), sheet.numpy())
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """26 images to train on and 5 to judge by, 24 x 32: a red and a green box on grey, and pixels without a class."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 26), ("val", 5)):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(count):
+            drawn = np.random.default_rng([number, count])
+            image, mask = drawn.integers(90, 140, (24, 32, 3), dtype=np.uint8), np.zeros((24, 32), np.uint8)
+            for label in (1, 2):
+                top, left = drawn.integers(0, 14), drawn.integers(0, 20)
+                image[top : top + 9, left : left + 11] = np.eye(3, dtype=np.uint8)[label - 1] * 200
+                mask[top : top + 9, left : left + 11] = label
+            mask[:2] = 255
+            Image.fromarray(image).save(root / "images" / split / f"{number}.png")
+            Image.fromarray(mask).save(root / "masks" / split / f"{number}.png")
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    return root
+
+
+def true_pixels(data):
+    masks = [np.asarray(Image.open(path)) for path in (data / "masks" / "val").iterdir()]
+    return [sum(int((mask == label).sum()) for mask in masks) for label in range(3)]
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(folder, "--data_path", data, door=DOOR)
+    return folder
+
+
+def test_a_finished_run_tells_the_last_the_best_and_every_class(whole, data):
+    found = result(whole)
+    assert found["best_chosen_on"] == "held-out training images" and found["metric"] == "miou"
+    assert found["accuracy"].keys() == {"last", "best"}
+    last = found["accuracy"]["last"]
+    assert last["images"] == 5 and list(last["per_class"]) == list(NAMES)
+    assert [row["pixels"] for row in last["per_class"].values()] == true_pixels(data)
+    lines = [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]
+    assert {"choice_miou", "choice_mean_acc", "choice_pixel_acc", "train_segmentation"} <= set(lines[-1])
+    best = max(lines, key=lambda line: line["choice_miou"])
+    assert found["best"] == {"name": "miou", "value": best["choice_miou"], "epoch": best["epoch"]}
+    assert (whole / "classes.txt").read_text().split() == list(NAMES)
+    assert len((whole / "images_train.txt").read_text().splitlines()) == 24
+    assert [path.name for path in (whole / "samples").iterdir()] == ["masks_e0003.png"]
+    said = (whole / "train.log").read_text()
+    assert "UPerNet on the outputs of blocks (0, 0, 0, 1)" in said and "masks: 26 grey" in said
+
+
+def test_a_run_killed_anywhere_ends_where_a_whole_one_ends(whole, data, tmp_path):
+    folder, words = tmp_path / "run", ["--data_path", data, "--save_steps", "2"]
+    for kill in (2, 5):
+        Training(folder, *words, door=DOOR).kill_at(kill)
+    finish(folder, *words, "--num_workers", "1", door=DOOR)
+    assert_same_end(whole, folder)
+    assert losses(folder) == losses(whole)
+    assert result(folder)["accuracy"] == result(whole)["accuracy"]
+
+
+def test_a_signal_saves_and_exits_with_75(data, tmp_path):
+    training = Training(tmp_path / "run", "--data_path", data, door=DOOR)
+    training.wait_for_step(2)
+    training.send(signal.SIGTERM)
+    assert training.wait() == 75
+    assert final(tmp_path / "run")["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_eval_says_what_training_said(whole, data, tmp_path):
+    """Of a checkpoint, by the windows it was judged by; and by others where that is asked for."""
+    path = whole / "checkpoints" / "last.pth"
+    said = finish(tmp_path / "none", "--eval", "--resume", path, "--data_path", data, door=DOOR)
+    last = result(whole)["accuracy"]["last"]
+    assert f"mIoU {last['miou']:.2f}%, mean accuracy {last['mean_acc']:.2f}%" in said
+    assert not (tmp_path / "none").exists(), "an evaluation writes nothing"
+    words = ["--window", "whole", "--flip"]
+    other = finish(tmp_path / "none", "--eval", "--resume", path, "--data_path", data, *words, door=DOOR)
+    assert "on 5 test images: mIoU" in other
+
+
+def test_two_ranks_count_every_pixel_once(data, tmp_path):
+    """Five images for two processes; and one process finds the same figures in their checkpoint."""
+    words = ["--data_path", data, "--epochs", 1]
+    ranks = start_ranks(2, tmp_path / "two", *words, door=DOOR)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    last = result(tmp_path / "two")["accuracy"]["last"]
+    assert last["images"] == 5 and [row["pixels"] for row in last["per_class"].values()] == true_pixels(data)
+    options = main_segment.parse_options(
+        ["--eval", "--resume", str(tmp_path / "two/checkpoints/last.pth"), "--data_path", str(data), "--device", "cpu"]
+    )
+    options = main_segment.resolve(options)
+    weights, made_with = checkpoint.load_model(options.resume)
+    model = main_segment.build_model(options, 3, ALONE)
+    models_upernet.load_segmenter(model, weights, made_with)
+    alone = evaluate(
+        model,
+        main_segment.image_batches(options, main_segment.masks.open_test(options, ALONE), ALONE),
+        names=NAMES,
+        windows=main_segment.windows_of(options, model),
+        processes=ALONE,
+        autocast=torch.no_grad,
+    )
+    assert alone == last
+
+
+def test_steps_and_their_warmup_end_a_run_within_an_epoch(data, tmp_path):
+    words = ["--steps", 7, "--warmup_steps", 2, "--layer_decay", 1, "--picture_every", 0]
+    finish(tmp_path / "run", "--data_path", data, *words, door=DOOR)
+    assert result(tmp_path / "run")["steps"] == 7
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    top = rates[2]
+    assert rates == pytest.approx([0, top / 2, top, *(top * (1 - step / 5) for step in range(1, 5))])
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "segmenter"])
+def test_a_checkpoint_begins_a_run_and_need_not_be_described(kind, whole, data, tmp_path):
+    if kind == "pretrained":
+        words = ["--data_path", "scenes", "--in_chans", 3, "--input_size", 32, "--model", "mae_vit_tiny_patch8"]
+        finish(tmp_path / "pre", *words, "--epochs", 1, "--total_batch_size", 500, door="main_pretrain")
+    start = (tmp_path / "pre" if kind == "pretrained" else whole) / "checkpoints" / "last.pth"
+    options = main_segment.parse_options(["--init_from", str(start)])
+    assert (options.embed_dim, options.depth, options.num_heads) == (24, 2, 2) and options.input_size == (512, 512)
+    words = ["--init_from", start, "--data_path", data, "--input_size", 16, "--total_batch_size", 8, "--steps", 1]
+    machine = ["--device", "cpu", "--num_workers", 0, "--picture_every", 0]
+    said = finish(tmp_path / "run", *words, *machine, door=DOOR, tiny=False)
+    assert "tensors loaded" in said
+    assert ("resampled to this model's grid: pos_embed" in said) == (kind == "pretrained")
+
+
+def test_bad_input_is_told_before_any_epoch(whole, data, tmp_path):
+    torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "headless.pth")
+    last = whole / "checkpoints" / "last.pth"
+    (tmp_path / "four.txt").write_text("a\nb\nc\nd\n")
+    at = ["--data_path", data]
+    cases = [
+        ([], "no data: give --data_path FOLDER"),
+        (["--data_path", tmp_path], "must hold a folder images"),
+        ([*at, "--batch_size", 1, "--total_batch_size", 4], "batch norm compares the images"),
+        ([*at, "--init_from", tmp_path / "headless.pth"], "no encoder"),
+        ([*at, "--init_from", last, "--num_heads", 4], "2 attention heads, the model has 4"),
+        ([*at, "--eval"], "eval needs a checkpoint"),
+        ([*at, "--eval", "--resume", last, "--class_list", tmp_path / "four.txt"], "3 classes apart, the data have 4"),
+        ([*at, "--stride", 17], "17 leaves gaps between windows of 16 pixels"),
+        ([*at, "--input_size", 18], "patches of 4 x 4 pixels do not fill images of 18 x 18"),
+        ([*at, "--dataset", "ade"], "dataset"),
+    ]
+    runs = [(Training(tmp_path / f"run{n}", *words, door=DOOR), told) for n, (words, told) in enumerate(cases)]
+    for number, (training, told) in enumerate(runs):
+        assert training.wait() == 2, training.said
+        assert told in training.said and "Traceback" not in training.said
+        assert not (tmp_path / f"run{number}").exists()
+
+
+@pytest.mark.slow
+def test_the_quickstart_is_far_above_chance(tmp_path):
+    """To say "ground" everywhere has 13%."""
+    words = ["-c", "configs/segment/quickstart.yaml", "--device", "cpu"]
+    finish(tmp_path / "run", *words, door=DOOR, tiny=False)
+    assert result(tmp_path / "run")["accuracy"]["last"]["miou"] > 40
+    assert not math.isnan(result(tmp_path / "run")["last"]["train_loss"])
