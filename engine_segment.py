@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.data import Batch, EvalSamples, eval_batches
+from util.data import Batch, EvalSamples, Source, eval_batches
 from util.distributed import Processes
 from util.masks import IGNORE
+from util.options import SegmentOptions
 from util.overlay import overlay, shown, tile
+from util.segment_augment import eval_transform
 from util.watch import contact_sheet, written
 
 METRIC = "miou"
@@ -74,6 +76,25 @@ class Windows:
     patch: int
     flip: bool = False
     batch: int = 1
+
+
+def short_side(options: SegmentOptions) -> int:
+    """Pixels of the short side of an image that is judged."""
+    return options.short_side or min(options.input_size)
+
+
+def judged_images(options: SegmentOptions, source: Source) -> EvalSamples:
+    """The images of a source as they are judged, with their masks."""
+    return EvalSamples(source, eval_transform(short_side(options)), mean=options.mean, std=options.std)
+
+
+def windows_of(options: SegmentOptions, patch: int) -> Windows:
+    """How a model with patches of so many pixels looks at them."""
+    rows, columns = options.input_size
+    stride = (options.stride, options.stride) if options.stride else (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
+    return Windows(
+        (rows, columns) if options.window == "slide" else None, stride, patch, options.flip, options.batch_size
+    )
 
 
 def starts(length: int, crop: int, stride: int) -> list[int]:

@@ -25,17 +25,29 @@ from torch import nn
 import models_classifier
 import models_upernet
 from engine_pretrain import train_one_epoch
-from engine_segment import METRIC, PICTURES, Objective, Windows, evaluate, in_words, picture, predicted_masks, table
+from engine_segment import (
+    METRIC,
+    PICTURES,
+    Objective,
+    evaluate,
+    in_words,
+    judged_images,
+    picture,
+    predicted_masks,
+    short_side,
+    table,
+    windows_of,
+)
 from models_upernet import Segmenter
 from util import checkpoint, distributed, masks, optim, precision
 from util.checkpoint import ENCODER
-from util.data import Batch, Batches, EvalSamples, Source, TrainSamples, eval_batches
+from util.data import Batch, Batches, Source, TrainSamples, eval_batches
 from util.distributed import Processes
 from util.judge import Judge
 from util.logging import talk
 from util.options import SegmentOptions, parse
 from util.run import Run, resolve, run_front_door, share_batches
-from util.segment_augment import eval_transform, train_transform
+from util.segment_augment import train_transform
 from util.splits import Splits
 
 log = logging.getLogger("segment")
@@ -61,17 +73,7 @@ def of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def build_model(options: SegmentOptions, classes: int, processes: Processes) -> Segmenter:
     """On CUDA and with several processes, batch norm takes the images of all of them together."""
-    model = models_upernet.build(
-        options.model,
-        num_classes=classes,
-        input_size=options.input_size,
-        in_chans=options.in_chans,
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.num_heads,
-        drop_path=options.drop_path,
-        grad_checkpointing=options.grad_checkpointing,
-    )
+    model = models_upernet.from_options(vars(options), classes)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if norms_together(processes) else model
 
 
@@ -93,14 +95,6 @@ def training_images(options: SegmentOptions, source: Source) -> TrainSamples:
     return TrainSamples(source, transform, options.seed, None, mean=options.mean, std=options.std)
 
 
-def short_side(options: SegmentOptions) -> int:
-    return options.short_side or min(options.input_size)
-
-
-def judged_images(options: SegmentOptions, source: Source) -> EvalSamples:
-    return EvalSamples(source, eval_transform(short_side(options)), mean=options.mean, std=options.std)
-
-
 def image_batches(options: SegmentOptions, source: Source, processes: Processes) -> Iterator[Batch]:
     """This process's share of a whole source, image by image, since each has a size of its own."""
     return eval_batches(
@@ -110,21 +104,6 @@ def image_batches(options: SegmentOptions, source: Source, processes: Processes)
         pin_memory=options.pin_mem and processes.device.type == "cuda",
         worker_timeout=options.worker_timeout,
         indices=range(processes.rank, len(source), processes.world_size),
-    )
-
-
-def windows_of(options: SegmentOptions, model: Segmenter) -> Windows:
-    """How the model looks at an image that is larger than a crop."""
-    crop = options.input_size
-    stride = (
-        (options.stride, options.stride) if options.stride else (max(1, crop[0] * 2 // 3), max(1, crop[1] * 2 // 3))
-    )
-    return Windows(
-        crop if options.window == "slide" else None,
-        stride,
-        model.patch_embed.patch_size[0],
-        options.flip,
-        options.batch_size,
     )
 
 
@@ -165,7 +144,7 @@ def judge_checkpoint(options: SegmentOptions, processes: Processes) -> None:
     models_upernet.load_segmenter(model, weights, made_with)
     model.to(processes.device)
     autocast = precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
-    batches, windows = image_batches(options, test, processes), windows_of(options, model)
+    batches, windows = image_batches(options, test, processes), windows_of(options, model.patch)
     figures = evaluate(model, batches, names=names, windows=windows, processes=processes, autocast=autocast)
     log.info("%s on %d test images: %s\n%s", path, figures["images"], in_words(figures), table(figures))
     if processes.main:
@@ -198,7 +177,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
     )
     run.prepare(model, batches, optimizer, schedule, total_steps=total_steps)
     objective = Objective(run.trained, auxiliary=options.auxiliary)
-    windows = windows_of(options, model)
+    windows = windows_of(options, model.patch)
     sources = {"choice": found.choice, "test": found.test}
 
     def measure(images: str) -> dict[str, Any]:
@@ -222,7 +201,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
             left = (run.total_steps - run.stepper.step) * options.accum_iter
             train_one_epoch(objective, itertools.islice(batches.epoch(epoch, done), left), **run.loop)
             if run.log and picture_is_due(options, epoch):
-                draw(options, model, found, windows, run, epoch)
+                draw(options, model, found, run, epoch)
             run.end_epoch(**judge.after(epoch))
         reckoning = judge.reckoning()
         log.info("classes, last epoch:\n%s", table(reckoning["accuracy"]["last"]))
@@ -234,13 +213,19 @@ def picture_is_due(options: SegmentOptions, epoch: int) -> bool:
     return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == options.epochs)
 
 
-def draw(options: SegmentOptions, model: Segmenter, found: Splits, windows: Windows, run: Run, epoch: int) -> None:
+def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, epoch: int) -> None:
     """Masks of the same few test images, beside the true ones, in the run's folder and in TensorBoard."""
     assert run.log is not None
     count = min(PICTURES, len(found.test))
     index = [number * len(found.test) // count for number in range(count)]
-    samples, device = judged_images(options, found.test), run.processes.device
-    made = predicted_masks(model, samples, index, windows=windows, device=device, autocast=run.autocast)
+    made = predicted_masks(
+        model,
+        judged_images(options, found.test),
+        index,
+        windows=windows_of(options, model.patch),
+        device=run.processes.device,
+        autocast=run.autocast,
+    )
     path = run.folder / "samples" / f"masks_e{epoch + 1:04d}.png"
     run.log.picture("masks", picture(made, found.classes, path), epoch + 1)
 

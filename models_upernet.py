@@ -38,6 +38,11 @@ class Segmenter(Classifier):
         self.decode = UPerHead(self.embed_dim, classes)
         self.auxiliary = FCNHead(self.embed_dim, classes)
 
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_embed.patch_size[0]
+
     def maps(self, images: Tensor) -> list[Tensor]:
         """The outputs of the four tapped blocks at strides of 1/4, 1/2, 1 and 2 patches, `[N, D, H, W]` each."""
         blocks = sorted(set(self.taps))
@@ -80,6 +85,12 @@ def build(
     built = Segmenter(**sizes, classes=num_classes, in_chans=in_chans, drop_path_rate=drop_path)
     built.set_grad_checkpointing(grad_checkpointing)
     return built
+
+
+def from_options(options: Mapping[str, Any], classes: int) -> Segmenter:
+    """The model of a run's options, from scratch."""
+    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "drop_path", "grad_checkpointing")
+    return build(num_classes=classes, **{name: options[name] for name in names})
 
 
 def begin_with(model: Segmenter, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:

@@ -26,6 +26,7 @@ MODULES = {module_name(path): path for path in SOURCES}
 # What a module of each room may import from this project. The first pattern that fits a module's name is its room.
 ROOMS = [
     (r"main_\w+", r"engine_\w+|methods|models_\w+|util(\.\w+)?"),
+    (r"tools\.figures\.figure9", r"tools(\.\w+)*|engine_segment|models_upernet|util(\.\w+)?"),  # shows what it predicts
     (r"tools\.figures(\.\w+)?", r"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|util(\.\w+)?"),  # shows their maths
     (r"tools\.encoder", r"tools(\.given)?|methods|models_(classifier|vit)|util(\.\w+)?"),  # takes models apart
     (r"tools\.(doctor|replay)", r"main_(pretrain|finetune)|tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),  # like it

@@ -38,7 +38,7 @@ def test_weights_are_as_many_as_counted_by_hand(size, D, blocks):
     encoder = (3 * 16 * 16 + 1) * D + D + (patches + 1) * D + blocks * block
     total = weights_of(model)
     assert total == encoder + sum(map(weights_of, (model.neck, model.decode, model.auxiliary)))
-    assert total / 1e6 == pytest.approx({"tiny": 10.95, "small": 41.75, "base": 163.0}[size], rel=5e-3)
+    assert total / 1e6 == pytest.approx({"tiny": 10.88, "small": 41.70, "base": 163.29}[size], abs=5e-3)
 
 
 @pytest.mark.parametrize(("depth", "blocks"), [(12, (3, 5, 7, 11)), (24, (7, 11, 15, 23)), (4, (0, 1, 2, 3)),

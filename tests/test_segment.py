@@ -2,12 +2,16 @@
 
 import json
 import math
+import shlex
 import signal
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from sklearn.metrics import jaccard_score
 from torch import nn
@@ -32,10 +36,14 @@ from util.data import Batch, EvalSamples
 from util.distributed import Processes
 from util.images import Pair
 from util.masks import IGNORE
+from util.options import SegmentOptions, resolve_batch
 from util.overlay import TILE, colours, overlay
+from util.schema import default_of
 from util.segment_augment import eval_transform
 from util.sources import Source
 
+PROJECT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(PROJECT.glob("configs/segment/*.yaml"))
 DOOR = "main_segment"
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
 NAMES = ("ground", "red", "green")
@@ -333,7 +341,7 @@ def test_two_ranks_count_every_pixel_once(data, tmp_path):
         model,
         main_segment.image_batches(options, main_segment.masks.open_test(options, ALONE), ALONE),
         names=NAMES,
-        windows=main_segment.windows_of(options, model),
+        windows=main_segment.windows_of(options, model.patch),
         processes=ALONE,
         autocast=torch.no_grad,
     )
@@ -386,6 +394,44 @@ def test_bad_input_is_told_before_any_epoch(whole, data, tmp_path):
         assert training.wait() == 2, training.said
         assert told in training.said and "Traceback" not in training.said
         assert not (tmp_path / f"run{number}").exists()
+
+
+# ---- recipes
+
+
+def recipe(name, *words):
+    return main_segment.parse_options(["-c", str(PROJECT / f"configs/segment/{name}.yaml"), *words])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipes_command_runs_it_and_it_holds_only_what_differs(path, whole):
+    (command,) = [line for line in path.read_text().splitlines() if line.startswith("#   ")]
+    given = shlex.split(command.lstrip("# "))
+    given = given[given.index("main_segment.py") + 1 :]
+    assert given[:2] == ["-c", str(path.relative_to(PROJECT))]
+    weights = str(whole / "checkpoints" / "last.pth")
+    assert recipe(path.stem, *(weights if word == "CHECKPOINT" else word for word in given[2:])).data_path
+    defaults = {field.name: default_of(field) for field in fields(SegmentOptions)}
+    resolved = recipe(path.stem)
+    assert not [name for name in yaml.safe_load(path.read_text()) if getattr(resolved, name) == defaults[name]]
+
+
+def test_ade20k_is_trained_as_published():
+    epochs, steps = recipe("ade20k"), recipe("ade20k_160k")
+    for found in (epochs, steps):
+        rate = optim.absolute_lr(found.lr, found.blr, found.total_batch_size)
+        assert (rate, found.total_batch_size, found.warmup_steps, found.holdout) == (pytest.approx(1e-4), 16, 1500, 0)
+        assert (found.layer_decay, found.drop_path, found.weight_decay, found.power) == (0.65, 0.1, 0.05, 1.0)
+        assert (found.input_size, found.min_scale, found.max_scale, found.max_class_share) == (
+            (512, 512),
+            0.5,
+            2.0,
+            0.75,
+        )
+        assert main_segment.windows_of(found, 16) == Windows((512, 512), (341, 341), 16)
+        for processes in (1, 2, 4, 8):
+            assert resolve_batch(found, processes).batch_size == 16 // processes
+    assert (epochs.epochs, epochs.steps, steps.steps) == (100, 0, 160_000)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from tools.figures import models, similarity, style
 from tools.figures.attention import attention
 from tools.figures.collapse import collapse
 from tools.figures.figure1 import figure1
+from tools.figures.figure9 import figure9
 from tools.figures.models import Shown
 from tools.figures.neighbors import closeup, neighbors
 from tools.figures.reconstruction import reconstruction
@@ -120,6 +121,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
     made = command("relations", relations)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    made = command("figure9", figure9)
+    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs or checkpoints of main_segment.py")
+    made.add_argument("--count", type=positive, default=4, help="how many of the test images (default: 4)")
+    made.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    made.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    made.add_argument("--data_path", default="", help="where images and masks are (default: where the run had them)")
     return result
 
 
@@ -180,6 +187,9 @@ def draw(words: argparse.Namespace) -> list[Path]:
     with style.house_style():
         if words.picture == "relations":
             figure = relations(words.runs)
+        elif words.picture == "figure9":
+            how = {"count": words.count, "seed": words.seed, "device": words.device, "data_path": words.data_path}
+            figure = figure9(words.runs, **how)
         else:
             found = load_models(words)
             figure = (of_stream if words.picture == "similarity" else of_subject)(words, found)

@@ -1,0 +1,98 @@
+"""Figure 9: what segmenters make of the same images, beside the true masks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+import models_upernet
+from engine_segment import judged_images, predicted_masks, windows_of
+from tools import given
+from tools.figures.style import note, picture, short_name
+from tools.figures.subject import chosen
+from util import checkpoint, masks
+from util.distributed import Processes, pick_device
+from util.options import SegmentOptions, from_dict
+from util.overlay import colours, overlay
+from util.sources import Source
+
+MOST_NAMES = 24  # in the legend, those with the most pixels
+
+
+def figure9(
+    runs: Sequence[Path], *, count: int = 4, seed: int = 0, device: str = "auto", data_path: str = ""
+) -> Figure:
+    """Image, true mask, and the mask that each run's newest checkpoint predicts, of test images drawn by the seed."""
+    processes = Processes(0, 1, 0, pick_device(device))
+    shown: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+    said, labels = [], []
+    source: Source | None = None
+    for path in runs:
+        file = given.checkpoint_of(path)
+        weights, made_with = checkpoint.load_model(file)
+        if "max_class_share" not in made_with:
+            raise ValueError(f"{file} is no segmenter of main_segment.py")
+        options = replace(from_dict(SegmentOptions, made_with), check_masks=False)
+        options = replace(options, data_path=data_path or options.data_path)
+        if source is None:
+            source = masks.open_test(options, processes)
+            numbers = chosen(source, count, seed)
+        elif options.num_classes != len(source.classes or []):
+            raise ValueError(
+                f"{file} tells {options.num_classes} classes apart, the first run {len(source.classes or [])}"
+            )
+        model = models_upernet.from_options(made_with, options.num_classes)
+        models_upernet.load_segmenter(model, weights, made_with)
+        model.to(processes.device)
+        windows = windows_of(options, model.patch)
+        shown.append(
+            predicted_masks(
+                model,
+                judged_images(options, source),
+                numbers,
+                windows=windows,
+                device=processes.device,
+                autocast=contextlib.nullcontext,
+            )
+        )
+        labels.append(given.run_of(file).resolve().name)
+        said.append(f"{labels[-1]}: {options.model}, {checkpoint.load(file)['step']:,} updates.")
+    assert source is not None, "one run at least"
+    return _drawn(shown, labels, [source.names[number] for number in numbers], source.classes or [], said)
+
+
+def _drawn(
+    shown: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]],
+    labels: Sequence[str],
+    names: Sequence[str],
+    classes: Sequence[str],
+    said: Sequence[str],
+) -> Figure:
+    rows, columns = len(names), 2 + len(shown)
+    inches = 1.9 * columns
+    heights = [image.shape[1] / image.shape[2] for image, _, _ in shown[0]]
+    figure = Figure(figsize=(inches, 1.9 * sum(heights) + 1.1), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    pixels = torch.zeros(len(classes), dtype=torch.int64)
+    for row, (image, true, _) in enumerate(shown[0]):
+        predicted = [each[row][2] for each in shown]
+        pictures = [image, *(overlay(image, mask, len(classes)) for mask in (true, *predicted))]
+        for column, each in enumerate(pictures):
+            picture(axes[row, column], each.permute(1, 2, 0).numpy())
+        axes[row, 0].set_ylabel(short_name(names[row]))
+        for mask in (true, *predicted):
+            pixels += torch.bincount(mask[mask != masks.IGNORE].long(), minlength=len(classes))
+    for column, title in enumerate(("image", "true classes", *labels)):
+        axes[0, column].set_title(title)
+    most = [number for number in pixels.argsort(descending=True).tolist() if pixels[number]][:MOST_NAMES]
+    patches = [Patch(color=(colours(len(classes))[number] / 255).tolist(), label=classes[number]) for number in most]
+    figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(inches / 1.3)))
+    note(figure, [*said, "Black: no class."], inches)
+    return figure
