@@ -228,6 +228,7 @@ def test_a_finished_run_tells_the_last_and_the_best(whole):
     assert not set(train) & set(choice) and len(train) + len(choice) == 1352 and len(test) == 445
     said = (whole / "train.log").read_text()
     assert "held-out training images" in said
+    assert all(words in said for words in ("digits: 1352 images", "weights from", "x 0.650000): blocks.1"))
 
 
 def test_a_run_killed_anywhere_ends_where_a_whole_one_ends(whole, pretrained, tmp_path):

@@ -1,11 +1,12 @@
 """Records of a run: JSON lines that survive a kill, curves under their names."""
 
 import json
+import logging
 import math
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util.logging import JsonLines, RunLog, read_json_lines
+from util.logging import JsonLines, RunLog, log_file, read_json_lines, talk
 
 
 def test_half_a_line_left_by_a_kill_is_cut_off_and_nothing_else(tmp_path):
@@ -38,3 +39,21 @@ def test_curves_have_plain_names_and_the_values_given(tmp_path):
     curves = EventAccumulator(str(tmp_path)).Reload()
     assert set(curves.Tags()["scalars"]) == {"train/loss", "train/lr", "strength_neighbor/weight_x_P-1"}
     assert abs(curves.Scalars("strength_neighbor/weight_x_P-1")[0].value - 0.0384) < 1e-7
+
+
+def test_the_log_file_begins_with_what_was_said_before_it(tmp_path, monkeypatch):
+    """And with nothing of an attempt that was refused before it had a file."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    for said in ("refused", "data"):
+        talk(main=True, keep=True)
+        logging.info(said)
+    talk(main=True)
+    with log_file(tmp_path / "train.log"):
+        logging.info("epoch")
+    logging.info("later")
+    with log_file(tmp_path / "other.log"):
+        pass
+    assert [line.split()[-1] for line in (tmp_path / "train.log").read_text().splitlines()] == ["data", "epoch"]
+    assert (tmp_path / "other.log").read_text() == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.metadata
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import os
 import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
+DECODERS = ("pillow", "torchcodec", "nvidia-nvimgcodec-cu13")  # packages; the last two may be missing
+
 
 class _AboveTheBar(logging.StreamHandler):
     """Writes lines above a progress bar instead of through it."""
@@ -30,12 +34,27 @@ class _AboveTheBar(logging.StreamHandler):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-def talk(main: bool) -> None:
-    """Lines to the terminal: everything from the main process, warnings from the others."""
+class _Kept(logging.Handler):
+    """Keeps lines until there is a file for them: much is said before it is settled which folder is the run's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def talk(main: bool, *, keep: bool = False) -> None:
+    """Lines to the terminal: everything from the main process, warnings from the others.
+
+    `keep` keeps the lines from here on for the next `log_file`.
+    """
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger()
-    root.handlers = [handler]
+    kept = [_Kept()] if keep else [other for other in root.handlers if isinstance(other, _Kept)]
+    root.handlers = [handler, *kept]
     root.setLevel(logging.INFO if main else logging.WARNING)
     logging.captureWarnings(True)
     threading.excepthook = _thread_ended
@@ -58,10 +77,14 @@ class _Careful(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Also write every line, with its time, to `path`."""
+    """Also write every line, with its time, to `path`; first those that `talk` kept."""
     handler = _Careful(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
+    for kept in [other for other in root.handlers if isinstance(other, _Kept)]:
+        root.removeHandler(kept)
+        for record in kept.records:
+            handler.handle(record)
     root.addHandler(handler)
     try:
         yield
@@ -215,10 +238,19 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "commit": commit,
-        "versions": versions(torch=torch, torchvision=torchvision, timm=timm, numpy=numpy),
+        "versions": versions(torch=torch, torchvision=torchvision, timm=timm, numpy=numpy) | installed(*DECODERS),
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The versions of those that are there, whether they can be imported or not."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def versions(**modules: Any) -> dict[str, str]:

@@ -541,7 +541,7 @@ def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) 
     signal with everything saved ("requeue me"). A second Ctrl-C leaves at once with 130. Anything else is a defect and
     keeps its traceback.
     """
-    talk(main=int(os.environ.get("RANK", "0")) == 0)
+    talk(main=int(os.environ.get("RANK", "0")) == 0, keep=True)
     distributed.on_stop_signals(_stopped_early)  # until a run begins and listens itself
     try:
         train(argv)
