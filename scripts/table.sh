@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A table of the paper: train, fine-tune or profile what is not done yet, then report ours beside the paper's.
-# The scripts table1.sh to table11.sh and table_nor_explained.sh call it.
+# The scripts table1.sh to table11.sh, table_nor_explained.sh and small_data.sh call it.
 #
-#   DATA=IMAGENET NPROC=8 bash scripts/table1.sh [--dry-run | --report]
+#   DATA=IMAGENET NPROC=8 bash scripts/table1.sh [--dry-run | --report] [--collect FOLDER [--models]]
 #
 #   DATA              folder of the images to pretrain on: ImageNet, of which tables of ImageNet-100 take their classes
 #   TRANSFER          folder that torchvision unpacked the transfer sets of Table 4 in (default: DATA)
@@ -11,13 +11,16 @@
 #   ROWS              rows to run, all without it: "vit-tiny-mae-200 vit-tiny-nor-*"; --dry-run shows what they mean
 #   SEEDS             seeds to run each row with (default: 0)
 #   EPOCHS            epochs of pretraining in place of each row's, a fifth of them warm-up
-#   FINETUNE_EPOCHS   epochs of fine-tuning
+#   FINETUNE_EPOCHS   epochs of fine-tuning in place of the recipe's, a twentieth of them warm-up
+#   JOBS              runs side by side, on one card for instance (default: 1); what they say goes to OUT/logs
+#   MINUTES           after which runs are asked to save and to end; the same command goes on (default: no limit)
 #   MORE              further options of every run, meant for the machine: "--num_workers 12 --batch_size 64"
 #   TEACHER_BASE, TEACHER_LARGE    checkpoints that DMAE learns from (Table 2)
 #   BILL, PRICE       options of benchmarks/bill.py and what a device costs an hour (Tables 10 and 11)
 #   SMOKE=1           the whole table with tiny models on a CPU, in OUT/smoke
 #
-# --report reads the runs that the same variables mean: OUT, EPOCHS and FINETUNE_EPOCHS name their folders.
+# --dry-run prints the commands that are left. --report reads the runs that the same variables mean: OUT, EPOCHS and
+# FINETUNE_EPOCHS name their folders. --collect gathers curves, results and report in a folder, --models each row's model.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

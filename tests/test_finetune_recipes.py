@@ -89,6 +89,14 @@ def test_mae_lites_settings(options):
     assert (found.mixup, found.cutmix, found.smoothing, found.drop_path, found.reprob) == (0.2, 0, 0, 0, 0)
 
 
+def test_mae_lites_first_settings(options):
+    found, base = options("finetune/mae_lite_tiny_in1k_100epochs"), options("finetune/mae_base_in1k")
+    assert (found.epochs, found.blr, found.layer_decay, found.warmup_epochs) == (100, 1e-3, 0.85, 5)
+    assert (found.aa, found.global_pool) == ("rand-m9-mstd0.5-inc1", "avg")
+    for name in ("mixup", "cutmix", "smoothing", "drop_path", "reprob", "min_lr", "total_batch_size", "aa"):
+        assert getattr(found, name) == getattr(base, name)
+
+
 def test_the_supplements_transfer(options):
     found = options("finetune/transfer_sgd")
     assert (found.optimizer, found.steps, found.lr, found.total_batch_size) == ("sgd", 10_000, 0.1, 64)

@@ -37,6 +37,7 @@ RELEASES = {
     "simmim": {"norm_pix_loss": False, "mask_ratio": 0.6, "blr": 5e-5, "clip_grad": 5, "min_scale": 0.67},
 }
 RELEASED = ("sup_mae_vit_base_in1k_released", *(f"{method}_vit" for method in RELEASES if method != "sup_mae"))
+OWN = ("quickstart", "my_images", "mae_vit_cpu_cifar10")  # with settings of ours
 OTHERS = [name for name in NAMES if name.startswith(RELEASED)]
 
 # Fine-tuning accuracy after 200 epochs of pretraining, as the paper prints it.
@@ -107,7 +108,9 @@ def test_there_is_a_recipe_for_every_row():
     expected |= {f"nor_mae_vit_tiny_patch{patch}_in100{kind}" for patch in (2, 4, 8, 32) for kind in ("", "_matched")}
     expected |= {"noa_mae_vit_tiny_in100", "random_asymmetry_mae_vit_tiny_in100"}
     expected |= {"mae_lite_vit_tiny_in1k", "mae_lite_vit_small_in1k"}
-    expected |= {"mae_vit_tiny_cifar10", "nor_mae_vit_tiny_cifar10", "my_images", "quickstart"}
+    small, sets = ("tiny", "tiny8"), ("cifar10", "cifar100")
+    expected |= {f"{method}_vit_{size}_{data}" for method in ("mae", "nor_mae") for size in small for data in sets}
+    expected |= {"mae_vit_cpu_cifar10", "my_images", "quickstart"}
     assert expected <= set(NAMES)
 
 
@@ -169,13 +172,13 @@ def test_the_settings_are_those_of_the_methods_release(name):
     assert recipe(name).class_list == ("imagenet100" if "in100" in name else "")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("quickstart", "my_images", *OTHERS)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*OWN, *OTHERS)])
 def test_the_settings_are_the_papers(name):
     options = recipe(name)
     assert options.norm_pix_loss and options.mask_ratio == 0.75
     assert (options.blr, options.weight_decay, options.warmup_epochs) == (1.5e-4, 0.05, 40)
     if "lite" in name or "cifar" in name:
-        assert options.epochs == 400
+        assert options.epochs == (1600 if "tiny8" in name else 400)
         return
     assert options.epochs == 200 and options.decoder_depth == 12 and options.input_size == (224, 224)
     assert options.total_batch_size == (4096 if name.endswith("_in1k") else 2048)
@@ -191,7 +194,7 @@ def test_the_strength_of_the_neighbour_term(name):
     weight = options.terms["neighbor"]["weight"]
     if options.method == "noa_mae":
         assert weight == pytest.approx(5e-5 * P / 2)
-    elif name.endswith(("_matched", "_cifar10")):
+    elif name.endswith(("_matched", "_cifar10", "_cifar100")):
         assert weight * (P - 1) == pytest.approx(STRENGTH, rel=1e-3)
     else:
         assert weight == 5e-5

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,11 @@ class Bill:
     measure: str
 
 
+def named(labels: Sequence[str]) -> str:
+    """Labels as a word of a command or a file's name: `vit-tiny-mae-200`."""
+    return re.sub(r"[^a-z0-9.]+", "-", " ".join(labels).lower()).strip("-")
+
+
 @dataclass
 class Line:
     """A line of the report."""
@@ -52,8 +58,13 @@ class Line:
     """Why there is no number of ours."""
     values: list[float] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
-    seeded: bool = True
-    """Whether each value is of a seed; costs have none."""
+    place: Runs | Bill | None = None
+    """Where ours was looked for."""
+
+    @property
+    def name(self) -> str:
+        """The labels as a word: `vit-tiny-mae-200`."""
+        return named(self.labels)
 
     @property
     def mean(self) -> float | None:
@@ -69,7 +80,9 @@ def measured(labels: tuple[str, ...], paper: float | None, cited: str, place: Ru
     """The line of one number of the paper, with what lies at `place`."""
     if place is None:
         return Line(labels, paper, f"cited: {cited}")
-    return _of_bill(labels, paper, place) if isinstance(place, Bill) else _of_runs(labels, paper, place)
+    line = _of_bill(labels, paper, place) if isinstance(place, Bill) else _of_runs(labels, paper, place)
+    line.place = place
+    return line
 
 
 def _of_bill(labels: tuple[str, ...], paper: float | None, place: Bill) -> Line:
@@ -89,28 +102,35 @@ def _of_bill(labels: tuple[str, ...], paper: float | None, place: Bill) -> Line:
         "images of an epoch": f"{asked['images']:,}",
         "commit": short_commit(machine["commit"] or ""),
     }
-    return Line(labels, paper, values=[value], facts=facts, seeded=False)
+    return Line(labels, paper, values=[value], facts=facts)
 
 
 def _of_runs(labels: tuple[str, ...], paper: float | None, place: Runs) -> Line:
-    seeds = sorted(path.parent for path in place.finetuning.glob("seed*/result.json"))
+    seeds = seeds_of(place)
     if not seeds:
         begun = any(list(folder.glob("seed*/options.yaml")) for folder in (place.pretraining, place.finetuning))
         pretrained = any(place.pretraining.glob("seed*/result.json"))
         state = f"{UNFINISHED} (pretrained)" if pretrained else UNFINISHED if begun else NOT_RUN
         return Line(labels, paper, state)
     values, last, facts = [], [], []
-    for tuned in seeds:
+    for seed in seeds:
+        tuned = place.finetuning / seed
         result = json.loads((tuned / "result.json").read_text())
         accuracy, metric = result["accuracy"], result["metric"]
         values.append(accuracy.get("best", accuracy["last"])[metric])
         last.append(accuracy["last"][metric])
-        facts.append(facts_of_run(place.pretraining / tuned.name, "") | facts_of_run(tuned, "fine-tuning "))
+        facts.append(facts_of_run(place.pretraining / seed, "") | facts_of_run(tuned, "fine-tuning "))
         facts[-1]["best chosen on"] = result["best_chosen_on"]
         facts[-1]["metric"] = metric
     joined = {name: " / ".join(dict.fromkeys(each.get(name, "") for each in facts)) for name in facts[0]}
     joined = {"last epoch %": f"{statistics.mean(last):.2f}"} | joined
     return Line(labels, paper, values=values, facts=joined)
+
+
+def seeds_of(place: Runs) -> list[str]:
+    """The folders of the seeds that are finished: `seed0`, `seed1`, ..."""
+    found = [path.parent.name for path in place.finetuning.glob("seed*/result.json")]
+    return sorted(found, key=lambda name: (len(name), name))
 
 
 def facts_of_run(folder: Path, prefix: str) -> dict[str, str]:
@@ -168,7 +188,8 @@ def ours(line: Line) -> str:
     if line.mean is None:
         return line.state
     spread = "" if line.deviation is None else f" ± {line.deviation:.2f}"
-    seeds = f" ({len(line.values)} seed{'s' if len(line.values) > 1 else ''})" if line.seeded else ""
+    seeded = not isinstance(line.place, Bill)
+    seeds = f" ({len(line.values)} seed{'s' if len(line.values) > 1 else ''})" if seeded else ""
     return f"{line.mean:.2f}{spread}{seeds}"
 
 
@@ -182,13 +203,13 @@ def rows_to_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def markdown(title: str, columns: Sequence[str], lines: Sequence[Line], note: str) -> str:
+def markdown(title: str, columns: Sequence[str], lines: Sequence[Line], note: str, source: str) -> str:
     """The report: numbers first, then what the runs were."""
     numbers = [[*line.labels, number(line.paper), ours(line), difference(line)] for line in lines]
     text = f"# {title}\n\n"
     if note:
         text += f"{note}\n\n"
-    text += rows_to_text([*columns, "paper", "ours", "difference"], numbers)
+    text += rows_to_text([*columns, source, "ours", "difference"], numbers)
     text += "\n± is the standard deviation over seeds. Numbers compare only where updates and images seen are alike.\n"
     names = list(dict.fromkeys(name for line in lines for name in line.facts))
     if names:
@@ -197,13 +218,13 @@ def markdown(title: str, columns: Sequence[str], lines: Sequence[Line], note: st
     return text
 
 
-def picture(title: str, lines: Sequence[Line]) -> Figure:
-    """The paper's numbers as rings, ours as squares with the standard deviation."""
+def picture(title: str, lines: Sequence[Line], source: str) -> Figure:
+    """The numbers of `source` as rings, ours as squares with the standard deviation."""
     figure = Figure(figsize=(6, 0.8 + 0.19 * len(lines)), layout="constrained")
     axis = figure.subplots()
     for place, line in enumerate(lines):
         if line.paper is not None:
-            axis.plot(line.paper, place, "o", mfc="none", color=BLUE, label="paper")
+            axis.plot(line.paper, place, "o", mfc="none", color=BLUE, label=source)
         if line.mean is not None:
             axis.errorbar(line.mean, place, xerr=line.deviation, fmt="s", ms=4, color=VERMILION, label="ours")
     axis.set_yticks(range(len(lines)), [", ".join(line.labels) for line in lines])
@@ -217,9 +238,11 @@ def picture(title: str, lines: Sequence[Line]) -> Figure:
     return figure
 
 
-def write(path: Path, text: str, title: str, lines: Sequence[Line]) -> None:
-    """The text and, beside it, the picture."""
+def write(
+    path: Path, title: str, columns: Sequence[str], lines: Sequence[Line], note: str = "", source: str = "paper"
+) -> None:
+    """The text and, beside it, the picture. `source` is whose numbers ours stand beside."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{text}\n![paper and ours]({path.stem}.png)\n")
+    path.write_text(f"{markdown(title, columns, lines, note, source)}\n![{source} and ours]({path.stem}.png)\n")
     with house_style():
-        save(picture(title, lines), path.with_suffix(".png"))
+        save(picture(title, lines, source), path.with_suffix(".png"))

@@ -15,10 +15,7 @@ import argparse
 import fnmatch
 import functools
 import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,15 +28,19 @@ sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 import yaml
 
 import methods
-from tools import smoke_data, table_report
+from tools import smoke_data, table_collect, table_jobs, table_report
+from tools.table_jobs import Job, command, say
 from util.options import nearest
 
 TABLES = PROJECT / "configs" / "tables.yaml"
-INTERRUPTED = 75  # the front doors' exit code for "stopped by a signal, everything saved"
 
 ACCURACY = "accuracy"
 BILL_MEASURES = ("GB", "minutes", "price")
 WARMUP = 0.2  # of the epochs, as the paper's 40 of 200, where EPOCHS changes them
+FINETUNE_WARMUP = 0.05  # as the paper's 5 of 100, where FINETUNE_EPOCHS does
+UNPACKED = {"torch/cifar10": "cifar-10-batches-py", "torch/cifar100": "cifar-100-python"}  # folders of torchvision's
+
+SEGMENTED = "ade20k"  # the set that main_segment.py is for
 
 SMOKE_RUN = {
     "total_batch_size": 8,
@@ -68,6 +69,8 @@ class Setting:
     finetune_epochs: int = 0
     smoke: bool = False
     more: tuple[str, ...] = ()
+    jobs: int = 1
+    minutes: float = 0
     teachers: Mapping[str, str] = field(default_factory=dict)
     price: float = 3.19
     bill: str = "--device cuda --amp bf16 --batch_size 512"
@@ -81,11 +84,17 @@ class Setting:
 def setting_of(given: Mapping[str, str]) -> Setting:
     """The setting that variables give; ValueError for one that cannot be."""
 
-    def number(name: str, default: int) -> int:
+    def number(name: str, default: int, least: int = 0) -> int:
         text = given.get(name) or str(default)
-        if not text.isdecimal():
-            raise ValueError(f"{name} is {text!r}; it is a whole number")
+        if not text.isdecimal() or int(text) < least:
+            raise ValueError(f"{name} is {text!r}; it is a whole number, at least {least}")
         return int(text)
+
+    def amount(name: str, default: float, what: str) -> float:
+        try:
+            return float(given.get(name) or default)
+        except ValueError as error:
+            raise ValueError(f"{name} is {given[name]!r}; it is {what}, a number") from error
 
     def path(name: str, default: str) -> str:
         return os.path.abspath(given[name]) if given.get(name) else default
@@ -95,26 +104,22 @@ def setting_of(given: Mapping[str, str]) -> Setting:
         raise ValueError(f"SEEDS is {given.get('SEEDS')!r}; it is whole numbers, such as '0 1 2'")
     if given.get("SMOKE", "0") not in ("", "0", "1"):
         raise ValueError(f"SMOKE is {given['SMOKE']!r}; it is 1 or nothing")
-    if number("NPROC", 1) < 1:
-        raise ValueError("NPROC is 0; it is the number of processes, one for each GPU")
-    try:
-        price = float(given.get("PRICE") or Setting.price)
-    except ValueError as error:
-        raise ValueError(f"PRICE is {given['PRICE']!r}; it is what a device costs for an hour, a number") from error
     data = path("DATA", Setting.data)
     return Setting(
         data=data,
         transfer=path("TRANSFER", data if given.get("DATA") else Setting.transfer),
         out=Path(path("OUT", str(Setting.out))),
-        nproc=number("NPROC", 1),
+        nproc=number("NPROC", Setting.nproc, least=1),
         rows=tuple(given.get("ROWS", "").split()),
         seeds=tuple(int(seed) for seed in seeds),
         epochs=number("EPOCHS", 0),
         finetune_epochs=number("FINETUNE_EPOCHS", 0),
         smoke=given.get("SMOKE", "0") == "1",
         more=tuple(shlex.split(given.get("MORE", ""))),
+        jobs=number("JOBS", Setting.jobs, least=1),
+        minutes=amount("MINUTES", Setting.minutes, "how long runs may take"),
         teachers={size: path(f"TEACHER_{size.upper()}", "") for size in ("base", "large")},
-        price=price,
+        price=amount("PRICE", Setting.price, "what a device costs for an hour"),
         bill=given.get("BILL") or Setting.bill,
     )
 
@@ -137,7 +142,12 @@ class Row:
     set: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = ""
     finetune: str = ""
+    finetune_all: Mapping[str, Any] = field(default_factory=dict)
+    """What fine-tuning of every row of the table has beside the recipe,"""
     finetune_set: Mapping[str, Any] = field(default_factory=dict)
+    """and of this one."""
+    dataset: str = ""
+    """The name of the images to pretrain on, for a DATA that torchvision unpacked."""
     sets: Mapping[str, str] = field(default_factory=dict)
     """Of a measure, the data set that its number is of, where that is another one than pretraining's."""
     bill: str = ""
@@ -145,7 +155,7 @@ class Row:
     @property
     def name(self) -> str:
         """What ROWS calls it: `vit-tiny-mae-200`."""
-        return re.sub(r"[^a-z0-9.]+", "-", " ".join(self.labels).lower()).strip("-")
+        return table_report.named(self.labels)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -167,6 +177,8 @@ class Table:
     title: str
     columns: tuple[str, ...]
     note: str
+    source: str
+    """Whose numbers ours stand beside."""
     rows: tuple[Row, ...]
 
 
@@ -178,7 +190,8 @@ def read_tables(path: Path = TABLES) -> dict[str, Table]:
 
 def _table(number: str, said: Mapping[str, Any]) -> Table:
     rows = [_row(said, each) for each in said["rows"]]
-    return Table(number, said["title"], tuple(said["columns"]), said.get("note", ""), tuple(rows))
+    columns, source = tuple(said["columns"]), said.get("source", "paper")
+    return Table(number, said["title"], columns, said.get("note", ""), source, tuple(rows))
 
 
 def _row(table: Mapping[str, Any], said: Mapping[str, Any]) -> Row:
@@ -189,30 +202,25 @@ def _row(table: Mapping[str, Any], said: Mapping[str, Any]) -> Row:
     if reason := said.pop("cited", ""):
         cited = dict.fromkeys(paper, reason)
     said.setdefault("finetune", table.get("finetune", ""))
-    shared = {name: table[name] for name in ("finetune_set", "sets") if name in table}
+    shared = {name: table[name] for name in ("sets", "dataset") if name in table}
+    shared["finetune_all"] = table.get("finetune_set", {})
     return Row(labels=tuple(said.pop("row")), paper=paper, cited=cited, **shared, **said)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Job:
-    """A program of the project and its words; `done` exists when it is finished."""
-
-    words: tuple[str, ...]
-    done: Path
-    after: tuple[Path, ...] = ()
-    """What must be done before."""
-
-
 def with_options(name: str, options: Mapping[str, Any]) -> str:
     """A name that tells what differs: `mae_vit_tiny_in100-epochs1000`."""
-    return "-".join([name, *(f"{option.split('.')[-1]}{value}" for option, value in options.items())])
+    return "-".join([name, *(f"{option.split('.')[-1]}{_text(value)}" for option, value in options.items())])
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in options.items() for word in (f"--{name}", _text(value))]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Plan:
@@ -231,9 +239,13 @@ class Plan:
         return self.setting.root / "pretrain" / with_options(row.recipe, self._changes(row))
 
     def finetuning(self, row: Row, measure: str) -> Path:
-        changes = {"epochs": self.setting.finetune_epochs} if self.setting.finetune_epochs else {}
+        changes = dict(row.finetune_set) | self._finetune_epochs()
         whose = row.sets[measure].split("/")[-1] if measure in row.sets else row.finetune
         return self.setting.root / "finetune" / self.pretraining(row).name / with_options(whose, changes)
+
+    def _finetune_epochs(self) -> dict[str, Any]:
+        epochs = self.setting.finetune_epochs
+        return {"epochs": epochs, "warmup_epochs": f"{FINETUNE_WARMUP * epochs:g}"} if epochs else {}
 
     def bill(self, row: Row) -> Path:
         return self.setting.root / "bill" / f"{row.size}.json"
@@ -250,9 +262,17 @@ class Plan:
         return Job(words, folder / "result.json")
 
     def _data(self, dataset: str = "") -> str:
+        """The folder of a set to transfer to; without one, of the images to pretrain on."""
         if self.setting.smoke:
             return str(self.setting.root / "data" / smoke_data.folder_of(dataset))
         return self.setting.transfer if dataset else self.setting.data
+
+    def _dataset(self, row: Row, measure: str = "") -> dict[str, str]:
+        """How the folder is read, where its look does not tell."""
+        if measure in row.sets:
+            return {"dataset": row.sets[measure]}
+        unpacked = row.dataset and os.path.isdir(os.path.join(self._data(), UNPACKED[row.dataset]))
+        return {"dataset": row.dataset} if unpacked else {}
 
     def pretrain_job(self, row: Row, seed: int) -> Job:
         setting, folder = self.setting, self.pretraining(row) / f"seed{seed}"
@@ -265,26 +285,27 @@ class Plan:
             decoder = methods.METHODS[row.options["method"]].decoder
             options |= SMOKE_MODEL | SMOKE_RUN
             options |= {name: value for name, value in SMOKE_DECODER.items() if name in decoder.choices}
-        options |= {"seed": seed, "data_path": self._data(), "output_dir": folder}
+        options |= self._dataset(row) | {"seed": seed, "data_path": self._data(), "output_dir": folder}
         recipe = ("main_pretrain.py", "-c", f"configs/pretrain/{row.recipe}.yaml")
         return Job((*recipe, *flags(options), *setting.more), folder / "result.json", after)
 
     def finetune_job(self, row: Row, measure: str, seed: int) -> Job:
         setting, folder = self.setting, self.finetuning(row, measure) / f"seed{seed}"
         pretrained = self.pretraining(row) / f"seed{seed}"
-        dataset = row.sets.get(measure, "")
-        options: dict[str, Any] = {"model": row.options["model"]} | dict(row.finetune_set)
-        if setting.finetune_epochs:
-            options["epochs"] = setting.finetune_epochs
-        if setting.smoke:
-            options |= SMOKE_RUN
-            dataset = dataset if dataset in smoke_data.LAYOUTS else dataset and "folder"
-        if dataset:
-            options["dataset"] = dataset
+        door, recipe = "main_finetune.py", f"finetune/{row.finetune}"
+        options: dict[str, Any] = {"model": row.options["model"]} | dict(row.finetune_all) | dict(row.finetune_set)
+        changes = self._finetune_epochs() | (SMOKE_RUN if setting.smoke else {})
+        if row.sets.get(measure) == SEGMENTED:
+            door, recipe = "main_segment.py", f"segment/{SEGMENTED}"
+            options = {"model": row.options["model"]}
+            changes |= {"warmup_steps": 0} if changes else {}  # they would go before the epochs of warm-up
+            changes |= {"input_size": SMOKE_MODEL["input_size"]} if setting.smoke else {}
+        options |= changes | self._dataset(row, measure)
         options |= {"init_from": pretrained / "checkpoints" / "last.pth", "seed": seed}
         options |= {"data_path": self._data(row.sets.get(measure, "")), "output_dir": folder}
-        recipe = ("main_finetune.py", "-c", f"configs/finetune/{row.finetune}.yaml")
-        return Job((*recipe, *flags(options), *setting.more), folder / "result.json", (pretrained / "result.json",))
+        words = (door, "-c", f"configs/{recipe}.yaml", *flags(options), *setting.more)
+        program = smoke_data.opener(row.sets.get(measure, "")) if setting.smoke else ()
+        return Job((*program, *words), folder / "result.json", (pretrained / "result.json",))
 
     def bill_job(self, row: Row) -> Job:
         setting, output = self.setting, self.bill(row)
@@ -295,23 +316,16 @@ class Plan:
     def jobs(self, rows: Iterable[Row]) -> list[Job]:
         """What the rows need, each job once, in an order in which they can be done."""
         found: list[Job] = []
-        for row in rows:
-            if row.bill:
-                found.append(self.bill_job(row))
-                continue
-            for seed in self.setting.seeds if row.measures() else ():
-                if row.teacher and self.setting.smoke:
-                    found.append(self._smoke_teacher())
-                found.append(self.pretrain_job(row, seed))
-                found += [self.finetune_job(row, measure, seed) for measure in row.measures()]
+        rows = list(rows)
+        for seed in self.setting.seeds:  # what is cut short has all rows with one seed before any with two
+            for row in rows:
+                if row.bill:
+                    found.append(self.bill_job(row))
+                elif row.measures():
+                    found += [self._smoke_teacher()] if row.teacher and self.setting.smoke else []
+                    found.append(self.pretrain_job(row, seed))
+                    found += [self.finetune_job(row, measure, seed) for measure in row.measures()]
         return list({job.done: job for job in found}.values())
-
-
-def command(job: Job, nproc: int) -> list[str]:
-    """The command that a reader can paste, in the project's folder."""
-    if nproc > 1 and job.words[0].startswith("main_"):
-        return ["torchrun", "--standalone", "--nproc_per_node", str(nproc), *job.words]
-    return ["python", *job.words]
 
 
 def chosen(table: Table, asked: Sequence[str]) -> list[Row]:
@@ -345,11 +359,6 @@ def check(rows: Sequence[Row], setting: Setting) -> None:
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
 def show(jobs: Sequence[Job], setting: Setting) -> None:
     """The commands, one a line; those that are done are comments."""
     say(f"cd {shlex.quote(str(PROJECT))}")
@@ -358,53 +367,8 @@ def show(jobs: Sequence[Job], setting: Setting) -> None:
         say(finished + shlex.join(command(job, setting.nproc)))
 
 
-def carry_out(words: Sequence[str]) -> tuple[int, bool]:
-    """(exit code, whether a stop was asked for meanwhile). The program hears of the signal and saves before it ends."""
-    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    process = subprocess.Popen([*programs[words[0]], *words[1:]], cwd=PROJECT)
-    stopped: list[int] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        stopped.append(number)
-        if number == signal.SIGTERM:  # Ctrl-C reaches it from the terminal
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return process.wait(), bool(stopped)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run(jobs: Sequence[Job], setting: Setting) -> int:
-    """Do what is not done yet; a job that fails costs only those that need it. Answers the exit code."""
-    failed: list[Job] = []
-    for position, job in enumerate(jobs, start=1):
-        title = f"[{position} of {len(jobs)}] {job.done.parent.relative_to(setting.root)}"
-        if job.done.exists():
-            say(f"{title}: finished before")
-            continue
-        if not all(path.exists() for path in job.after):
-            say(f"{title}: left out, because what it needs failed")
-            failed.append(job)
-            continue
-        words = command(job, setting.nproc)
-        say(f"{title}\n  {shlex.join(words)}")
-        code, stopped = carry_out(words)
-        if code == INTERRUPTED or stopped:
-            say("stopped; the same command goes on from here")
-            return INTERRUPTED
-        if code or not job.done.exists():
-            say(f"{title}: failed with exit code {code}")
-            failed.append(job)
-    if failed:
-        say(f"{len(failed)} of {len(jobs)} jobs failed: the same command tries them again")
-    return 1 if failed else 0
-
-
-def report(table: Table, setting: Setting) -> None:
-    """Write the report of all rows, run or not, and say where it is."""
+def report(table: Table, setting: Setting, bring: Path | None = None, models: bool = False) -> None:
+    """Write the report of all rows, run or not, and say where it is; with `bring`, what they came to goes there."""
     plan = Plan(setting)
     lines = []
     for row in table.rows:
@@ -420,9 +384,12 @@ def report(table: Table, setting: Setting) -> None:
     path = setting.root / "reports" / f"table_{table.number}.md"
     smoke = "Smoke test: tiny models on a handful of tiny images. No number of ours below means anything.\n\n"
     title = table.title if table.number.startswith("nor") else f"Table {table.number}: {table.title}"
-    text = table_report.markdown(title, columns, lines, (smoke if setting.smoke else "") + table.note)
-    table_report.write(path, text, title, lines)
+    note = (smoke if setting.smoke else "") + table.note
+    table_report.write(path, title, columns, lines, note, table.source)
     say(f"report: {path}")
+    if bring:
+        table_collect.collect(bring, path, title, lines, models)
+        say(f"collected in {bring}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -431,8 +398,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("table", metavar="TABLE", help=f"one of {', '.join(tables)}")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
     parser.add_argument("--report", action="store_true", help="only report what there is")
+    parser.add_argument("--collect", metavar="FOLDER", type=Path, help="also gather curves and results in a folder")
+    parser.add_argument("--models", action="store_true", help="with --collect: each row's model in half precision, too")
     given = parser.parse_args(argv)
     try:
+        if given.models and not given.collect:
+            raise ValueError("--models goes with --collect FOLDER")
         if given.table not in tables:
             raise ValueError(f"there is no table {given.table!r}; there are {', '.join(tables)}")
         setting, table = setting_of(os.environ), tables[given.table]
@@ -446,8 +417,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(rows, setting)
             if setting.smoke:
                 smoke_data.write(setting.root / "data", {name for row in rows for name in row.sets.values()})
-            code = run(jobs, setting)
-        report(table, setting)
+            start = table_jobs.Fork if setting.smoke else table_jobs.Process
+            limits = {"nproc": setting.nproc, "at_once": setting.jobs, "minutes": setting.minutes}
+            code = table_jobs.run(jobs, setting.root, start=start, **limits)
+        report(table, setting, given.collect, given.models)
         return code
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

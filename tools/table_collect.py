@@ -1,0 +1,77 @@
+"""What a table's runs came to, in one small folder: to keep, or to bring back from a machine that is only lent.
+
+`table_NAME.json` has of each row and seed what the runs were, their curves and results. Beside it lie the report and,
+if wanted, each row's pretrained model of its first seed in half precision, which `--init_from` and every tool can read.
+Nothing in the JSON tells of the machine's folders.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tools.card import MACHINE
+from tools.report import read_records
+from tools.table_report import Line, Runs, data_of, seeds_of
+from util import checkpoint
+
+FACTS = ("started", "device", "gpus", "cpu_threads", "processes", "python", "versions", "commit")
+
+
+def collect(folder: Path, report: Path, title: str, lines: Sequence[Line], models: bool) -> None:
+    """Write the folder. `report` is the Markdown file, with its picture beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for line in lines:
+        row: dict[str, Any] = {"row": line.labels, "published": line.paper}
+        place = line.place
+        if isinstance(place, Runs):
+            seeds = seeds_of(place)
+            row["seeds"] = {
+                seed: {"pretraining": run(place.pretraining / seed), "finetuning": run(place.finetuning / seed)}
+                for seed in seeds
+            }
+            if models and seeds:
+                halve(place.pretraining / seeds[0] / "checkpoints" / checkpoint.LAST, folder / f"{line.name}.pth")
+        elif line.values:
+            row |= {"value": line.mean} | line.facts
+        else:
+            row["state"] = line.state
+        rows.append(row)
+    text = json.dumps({"title": title, "rows": rows}, indent=1)
+    (folder / f"{report.stem}.json").write_text(f"{text}\n")
+    for path in (report, report.with_suffix(".png")):
+        shutil.copyfile(path, folder / path.name)
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """A finished run: what it was, its curve (of each figure the values by epoch), its result."""
+    options = yaml.safe_load((folder / "options.yaml").read_text())
+    starts = json.loads((folder / "environment.json").read_text())
+    epochs = read_records(folder / "log.txt", "epoch")
+    names = list(dict.fromkeys(name for epoch in epochs for name in epoch))
+    return {
+        "options": {name: value for name, value in options.items() if name not in MACHINE | {"init_from"}},
+        "data": data_of(folder),
+        "starts": [{name: start[name] for name in FACTS if name in start} for start in starts],
+        "curve": {name: [_short(epoch.get(name)) for epoch in epochs] for name in names},
+        "result": json.loads((folder / "result.json").read_text()),
+    }
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def halve(source: Path, path: Path) -> None:
+    """The model of a checkpoint in half precision, with its options: half its weights' size, and no optimizer."""
+    state = checkpoint.load(source)
+    model: Mapping[str, Any] = state["model"]
+    halved = {name: value.half() if value.is_floating_point() else value for name, value in model.items()}
+    kept = {name: state[name] for name in ("format", "options", "data", "epoch", "step")}
+    checkpoint.save(path, kept | {"model": halved})
