@@ -278,7 +278,7 @@ def test_scenes_are_the_same_on_every_machine():
 
 
 def test_to_say_ground_everywhere_has_the_mean_iou_that_is_told():
-    counts = np.bincount(np.concatenate([scenes.scene("val", n)[1].ravel() for n in range(200)]), minlength=6)
+    counts = np.bincount(np.concatenate([scenes.scene("val", n)[1].ravel() for n in range(100)]), minlength=6)
     ground = counts[0] / counts.sum()
     assert (counts > 0.02 * counts.sum()).all()
     assert ground == pytest.approx(0.79, abs=0.02) and 100 * ground / 6 == pytest.approx(13, abs=0.5)
@@ -286,10 +286,10 @@ def test_to_say_ground_everywhere_has_the_mean_iou_that_is_told():
 
 def test_scenes_open_with_masks_and_without():
     found = opened("scenes", holdout=0.1)
-    assert [len(part) for part in (found.train, found.choice, found.test)] == [900, 100, 200]
+    assert [len(part) for part in (found.train, found.choice, found.test)] == [900, 100, 100]
     pair = found.test.read(3)
     assert np.array_equal(pair.image_HWC, open_source("scenes", "", "val").read(3))
     assert np.array_equal(pair.mask_HW, scenes.scene("val", 3)[1]) and pair.mask_HW.dtype == np.int16
     assert open_source("auto", "scenes", in_chans=1).read(0).shape == (64, 96, 1)
     assert open_source("scenes", "").labels is None
-    assert len(masks.open_test(options("scenes"), ALONE)) == 200
+    assert len(masks.open_test(options("scenes"), ALONE)) == 100

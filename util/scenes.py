@@ -16,7 +16,7 @@ from util.images import picture_pixels
 
 ROWS, COLUMNS = 64, 96
 CLASSES = ("ground", "disc", "square", "triangle", "ring", "cross")
-SIZES = {"train": 1000, "val": 200}
+SIZES = {"train": 1000, "val": 100}
 _KEYS = {"train": 0, "val": 1}
 
 
