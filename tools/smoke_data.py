@@ -156,7 +156,7 @@ def flowers(root: Path, images: list[list[Image.Image]]) -> None:
 
 
 def ade20k(root: Path, images: list[list[Image.Image]]) -> None:
-    """Masks: 0, no class, in the first row; 1 where there is no ink, and where there is, a number of the digit's own."""
+    """Masks: 0, no class, in the first row; 1 where there is no ink; where there is, a number of the digit's own."""
     base = root / "ADEChallengeData2016"
     for split, digit, number, image in splits(images):
         folder, prefix = {"train": ("training", "train"), "test": ("validation", "val")}[split]
