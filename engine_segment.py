@@ -35,6 +35,7 @@ class Objective(nn.Module):
     """`(images, masks) -> {"loss", "segmentation", "auxiliary"}`: mean cross-entropy of the pixels that have a class.
 
     loss = segmentation + weight x auxiliary. Masks are `[N, H, W]`, of the images' size; pixels of IGNORE do not count.
+    Where the loss is not finite, batch norm's running statistics stay as they were, as the weights will.
     """
 
     def __init__(self, model: nn.Module, *, auxiliary: float):
@@ -43,8 +44,12 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, masks: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         masks = masks.long()
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        before = [buffer.clone() for buffer in statistics]
         segmentation, auxiliary = (cross_entropy(logits, masks) for logits in self.model(images))
         loss = segmentation + self.auxiliary * auxiliary
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(torch.isfinite(loss.detach()), buffer, value))
         return {"loss": loss, "segmentation": segmentation, "auxiliary": auxiliary}
 
 

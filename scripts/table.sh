@@ -5,7 +5,8 @@
 #   DATA=IMAGENET NPROC=8 bash scripts/table1.sh [--dry-run | --report] [--collect FOLDER [--models]]
 #
 #   DATA              folder of the images to pretrain on: ImageNet, of which tables of ImageNet-100 take their classes
-#   TRANSFER          folder that torchvision unpacked the transfer sets of Table 4 in (default: DATA)
+#   TRANSFER          folder that torchvision unpacked the transfer sets of Table 4 in, with ADEChallengeData2016 beside
+#                     them (default: DATA)
 #   OUT               where the runs go (default: output/tables); tables share the runs that they have in common
 #   NPROC             processes, one for each GPU (default: 1)
 #   ROWS              rows to run, all without it: "vit-tiny-mae-200 vit-tiny-nor-*"; --dry-run shows what they mean

@@ -1,5 +1,6 @@
 """Segmentation: figures against a loop over pixels, windows against the whole image, real runs from start to end."""
 
+import copy
 import json
 import math
 import shlex
@@ -31,6 +32,7 @@ from engine_segment import (
     table,
 )
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
+from tools import visualize
 from util import checkpoint, optim
 from util.data import Batch, EvalSamples
 from util.distributed import Processes
@@ -87,6 +89,17 @@ def test_the_auxiliary_head_counts_with_its_weight_and_logits_grow_to_the_mask()
              for each in model(images)]  # fmt: skip
     torch.testing.assert_close(found["segmentation"], parts[0])
     torch.testing.assert_close(found["loss"], parts[0] + 0.4 * parts[1])
+
+
+def test_a_loss_that_is_not_finite_leaves_no_trace_in_the_running_statistics(small):
+    model = copy.deepcopy(small).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    images, masks = torch.randn(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int16)
+    objective = Objective(model, auxiliary=0.4)
+    assert objective(images * torch.inf, masks)["loss"].isnan()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers() if name in before)
+    objective(images, masks)
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers() if name in before)
 
 
 # ---- figures
@@ -409,6 +422,21 @@ def test_bad_input_is_told_before_any_epoch(whole, data, tmp_path):
         assert training.wait() == 2, training.said
         assert told in training.said and "Traceback" not in training.said
         assert not (tmp_path / f"run{number}").exists()
+
+
+# ---- figure 9
+
+
+def test_figure_9_shows_runs_side_by_side(whole, data, tmp_path, capsys):
+    words = ["--count", "2", "--device", "cpu", "--no_tensorboard"]
+    output = tmp_path / "figure9.png"
+    best = str(whole / "checkpoints" / "best.pth")
+    assert visualize.main(["figure9", str(whole), best, *words, "--output", str(output)]) == 0
+    with Image.open(output) as drawn:
+        assert drawn.width > drawn.height and np.asarray(drawn.convert("RGB")).std() > 20
+    torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "other.pth")
+    assert visualize.main(["figure9", str(tmp_path / "other.pth"), *words]) == 2
+    assert "is no segmenter of main_segment.py" in capsys.readouterr().err
 
 
 # ---- recipes
