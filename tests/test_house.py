@@ -29,7 +29,7 @@ ROOMS = [
     (r"tools\.figures\.figure9", r"tools(\.\w+)*|engine_segment|models_upernet|util(\.\w+)?"),  # shows what it predicts
     (r"tools\.figures(\.\w+)?", r"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|util(\.\w+)?"),  # shows their maths
     (r"tools\.encoder", r"tools(\.given)?|methods|models_(classifier|vit)|util(\.\w+)?"),  # takes models apart
-    (r"tools\.(doctor|replay)", r"main_(pretrain|finetune)|tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),  # like it
+    (r"tools\.(doctor|replay)", r"main_\w+|tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),  # like it
     (r"tools(\.\w+)?", r"tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),
     (r"benchmarks(\.\w+)?", r".*"),
     (r"engine_\w+", r"util(\.\w+)?"),

@@ -32,7 +32,7 @@ from engine_segment import (
     table,
 )
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
-from tools import visualize
+from tools import encoder, replay, visualize
 from util import checkpoint, optim
 from util.data import Batch, EvalSamples
 from util.distributed import Processes
@@ -424,6 +424,14 @@ def test_bad_input_is_told_before_any_epoch(whole, data, tmp_path):
         assert not (tmp_path / f"run{number}").exists()
 
 
+def test_a_run_that_became_unstable_is_replayed(data, tmp_path, capsys):
+    training = Training(tmp_path / "run", "--data_path", data, "--lr", "1e30", "--max_bad_steps", 2, door=DOOR)
+    assert training.wait() == 3, training.said
+    (dump,) = (tmp_path / "run" / "debug").glob("*.json")
+    assert replay.main([str(dump), "--device", "cpu"]) == 0
+    assert "not finite" in capsys.readouterr().out
+
+
 # ---- figure 9
 
 
@@ -437,6 +445,8 @@ def test_figure_9_shows_runs_side_by_side(whole, data, tmp_path, capsys):
     torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "other.pth")
     assert visualize.main(["figure9", str(tmp_path / "other.pth"), *words]) == 2
     assert "is no segmenter of main_segment.py" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is a segmenter, whose encoder has no last norm"):
+        encoder.load(whole / "checkpoints" / "last.pth")
 
 
 # ---- recipes

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 import main_finetune
 import main_pretrain
-from util import checkpoint, precision, splits
+import main_segment
+from util import checkpoint, masks, precision, splits
 from util.data import Batch, Batches, Source
 from util.distributed import Processes, pick_device
 from util.logging import talk
-from util.options import FinetuneOptions, PretrainOptions
+from util.options import FinetuneOptions, PretrainOptions, SegmentOptions
 from util.run import share_batches
 from util.stepper import seed_micro_step
 
@@ -66,6 +67,13 @@ class Replay:
             source = main_pretrain.open_images(options, pretrained)
             main_pretrain.settle(options, pretrained, source)
             return pretrained, pretrained, source, partial(main_pretrain.make_batches, options, pretrained, source)
+        if isinstance(options, SegmentOptions):
+            alone = Processes(0, 1, 0, self.device)
+            source = masks.open_splits(options, alone).train
+            segmenter = main_segment.build_model(options, options.num_classes, alone)
+            samples = main_segment.training_images(options, source)
+            objective = main_segment.Objective(segmenter, auxiliary=options.auxiliary)
+            return segmenter, objective, source, partial(share_batches, options, samples)
         source = splits.open_splits(options).train
         classifier = main_finetune.build_model(options, options.num_classes)
         samples = main_finetune.training_images(options, source)
@@ -121,11 +129,11 @@ class Replay:
         ]
 
 
-def _options(made_with: Mapping[str, Any], dump: Path) -> PretrainOptions | FinetuneOptions:
-    for schema, own in ((PretrainOptions, "method"), (FinetuneOptions, "mixup")):
+def _options(made_with: Mapping[str, Any], dump: Path) -> PretrainOptions | FinetuneOptions | SegmentOptions:
+    for schema, own in ((PretrainOptions, "method"), (FinetuneOptions, "mixup"), (SegmentOptions, "max_class_share")):
         if own in made_with:
             return schema(**made_with)
-    raise ValueError(f"{dump} is of a program whose steps are not replayed: pretraining and fine-tuning are")
+    raise ValueError(f"{dump} is of a program whose steps are not replayed, such as a linear probe")
 
 
 class _Watch:
