@@ -49,7 +49,8 @@ class Objective(nn.Module):
         segmentation, auxiliary = (cross_entropy(logits, masks) for logits in self.model(images))
         loss = segmentation + self.auxiliary * auxiliary
         for buffer, value in zip(statistics, before, strict=True):
-            buffer.copy_(torch.where(torch.isfinite(loss.detach()), buffer, value))
+            # By way of `data`, since autograd guards them although the backward pass reads the batch's own statistics.
+            buffer.data.copy_(torch.where(torch.isfinite(loss.detach()), buffer, value))
         return {"loss": loss, "segmentation": segmentation, "auxiliary": auxiliary}
 
 

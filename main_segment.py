@@ -52,7 +52,8 @@ from util.splits import Splits
 
 log = logging.getLogger("segment")
 
-OF_THE_DATA = ("dataset", "class_list", "reduce_zero_label", "ignore_label", "short_side", "window", "stride", "flip")
+OF_THE_DATA = ("dataset", "class_list", "reduce_zero_label", "ignore_label", "test_share", "subset_seed")
+OF_JUDGING = ("short_side", "window", "stride", "flip")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +68,7 @@ def parse_options(argv: Sequence[str]) -> SegmentOptions:
 def of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the options inherit from the checkpoint that they name, if it is one of ours."""
     if str(given.get("eval", "false")).lower() == "true":
-        return checkpoint.options_of(checkpoint.to_judge(given), *ENCODER, *OF_THE_DATA)
+        return checkpoint.options_of(checkpoint.to_judge(given), *ENCODER, *OF_THE_DATA, *OF_JUDGING)
     return checkpoint.options_of(given.get("init_from", ""), *(name for name in ENCODER if name != "input_size"))
 
 
