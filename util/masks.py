@@ -223,7 +223,7 @@ def _check(folder: _Folder, source: Source, masks: Names, processes: Processes, 
             return f"{masks[index]}: {error.reason}", "", []
         except ValueError as error:
             return f"{masks[index]}: {error}", "", []
-        return "", kind, np.unique(classes_HW).tolist()
+        return "", kind, (np.flatnonzero(np.bincount((classes_HW - IGNORE).ravel())) + IGNORE).tolist()
 
     with ThreadPoolExecutor(max(1, threads)) as pool:  # decoding lets go of Python's lock
         found = [each for share in processes.gather(list(pool.map(look, mine))) for each in share]
