@@ -261,6 +261,16 @@ def test_a_kill_after_the_last_epoch_still_ends_in_a_result(whole, pretrained, t
     assert result(folder)["accuracy"] == result(whole)["accuracy"]
 
 
+def test_a_kill_before_the_best_has_its_name_costs_nothing(tmp_path):
+    words = ["--epochs", 2, "--eval_every", 2]
+    finish(tmp_path / "run", *words, door=DOOR)
+    accuracy = result(tmp_path / "run")["accuracy"]
+    for name in ("result.json", "checkpoints/best.pth"):
+        (tmp_path / "run" / name).unlink()
+    finish(tmp_path / "run", *words, door=DOOR)
+    assert result(tmp_path / "run")["accuracy"] == accuracy and accuracy["best"]
+
+
 def test_two_ranks_are_one_process_without_mixup(tmp_path):
     words = ["--mixup", 0, "--cutmix", 0, "--drop_path", 0, "--epochs", 2, "--holdout", 0.013, "--optimizer", "sgd"]
     finish(tmp_path / "one", *words, door=DOOR)

@@ -141,6 +141,7 @@ class Run:
         if self._start:
             self._restore(self._start_state or checkpoint.load(self._start))
             self._start_state = None
+            self._complete_best()
 
     def _warmup_cosine(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         return optim.warmup_cosine(
@@ -171,6 +172,13 @@ class Run:
                 then,
             )
         log.info("going on from %s: epoch %d, step %d", self._start, self.epoch, self.stepper.step)
+
+    def _complete_best(self) -> None:
+        """A kill may have come when `last.pth` was written and not yet named `best.pth` too."""
+        newest = self.checkpoints / checkpoint.LAST
+        just_saved = self._epoch_step == 0 and self.best and self.best["epoch"] == self.epoch - 1
+        if self.processes.main and just_saved and Path(self._start) == newest:
+            _copy(newest, self.checkpoints / checkpoint.BEST)
 
     def _state(self) -> dict[str, Any]:
         stepper = self.stepper.state_dict()
