@@ -99,6 +99,8 @@ def test_sets_have_the_splits_of_the_literature(tmp_path, caplog, monkeypatch, n
     said = " ".join(caplog.messages)
     expected = "mean_class_acc" if name == "oxford_iiit_pet" else "acc1"
     assert f"best is chosen by {expected}" in said and "'split': 'test'" in said
+    settled = {"dtd": "'partition': 1", "fgvc_aircraft": "'annotation_level': 'variant'"}
+    assert settled.get(name, "") in said
 
 
 def caltech(root, counts):

@@ -480,6 +480,13 @@ _TRAIN_FLAG: dict[str, list[dict[str, Any]]] = {"train": [{"train": True}], "val
 _TRAIN_TEST: dict[str, list[dict[str, Any]]] = {"train": [{"split": "train"}], "val": [{"split": "test"}]}
 _TRAINVAL_TEST: dict[str, list[dict[str, Any]]] = {"train": [{"split": "trainval"}], "val": [{"split": "test"}]}
 _BOTH_TEST: dict[str, list[dict[str, Any]]] = _TRAIN_TEST | {"train": [{"split": "train"}, {"split": "val"}]}
+
+
+def _with(splits: dict[str, list[dict[str, Any]]], **more: Any) -> dict[str, list[dict[str, Any]]]:
+    """The same splits, asked for with something that torchvision would otherwise settle unsaid."""
+    return {split: [ask | more for ask in asks] for split, asks in splits.items()}
+
+
 # name: (torchvision class, what each of our splits asks of it: the splits that the literature uses)
 TORCHVISION: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
     "cifar10": ("CIFAR10", _TRAIN_FLAG),
@@ -492,9 +499,9 @@ TORCHVISION: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
     "stl10": ("STL10", _TRAIN_TEST),
     "flowers102": ("Flowers102", _BOTH_TEST),
     "oxford_iiit_pet": ("OxfordIIITPet", _TRAINVAL_TEST),
-    "dtd": ("DTD", _BOTH_TEST),
+    "dtd": ("DTD", _with(_BOTH_TEST, partition=1)),
     "food101": ("Food101", _TRAIN_TEST),
-    "fgvc_aircraft": ("FGVCAircraft", _TRAINVAL_TEST),
+    "fgvc_aircraft": ("FGVCAircraft", _with(_TRAINVAL_TEST, annotation_level="variant")),
     "caltech101": ("Caltech101", {"train": [{}], "val": [{}]}),  # it has no splits of its own: see _caltech101_split
 }
 
