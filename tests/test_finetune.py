@@ -286,7 +286,8 @@ def test_two_ranks_are_one_process_without_mixup(tmp_path):
 
 
 def test_steps_end_a_run_within_an_epoch(tmp_path):
-    finish(tmp_path / "run", "--steps", "7", "--warmup_epochs", 0, "--min_lr", 0, door=DOOR)
+    said = finish(tmp_path / "run", "--steps", "7", "--warmup_epochs", 0, "--min_lr", 0, door=DOOR)
+    assert "2 epochs x 5 steps, the last epoch cut short, = 7 updates" in said
     assert result(tmp_path / "run")["steps"] == 7 and len(metrics(tmp_path / "run")) == 7
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     assert rates == pytest.approx([rates[0] * 0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)])

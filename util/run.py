@@ -263,10 +263,11 @@ class Run:
         options, steps = self.options, self.batches.steps_per_epoch
         log.info("run %s in %s, on %s", self.run_id, self.folder, self.processes.device)
         log.info(
-            "%d images: %d epochs x %d steps = %d updates",
+            "%d images: %d epochs x %d steps%s = %d updates",
             len(self.source),
             options.epochs,
             steps,
+            "" if options.epochs * steps == self.total_steps else ", the last epoch cut short,",
             self.total_steps,
         )
         log.info(
