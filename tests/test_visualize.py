@@ -209,6 +209,8 @@ def test_a_fine_tuned_classifier_shows_its_encoder_and_cannot_reconstruct(run, t
     assert collapse.measure(shown, pixels)[1][0] > 1
     assert visualize.main(["reconstruction", str(folder), "--output", str(tmp_path / "x.png")]) == 2
     assert "without a decoder" in capsys.readouterr().err
+    assert visualize.main(["relations", str(folder)]) == 2
+    assert "no finished epoch of pretraining in tuned" in capsys.readouterr().err
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def relations(folders: Sequence[Path]) -> Figure:
     ]
     panels = [(title, curves) for title, curves in panels if any(values for _, values in curves)]
     if not panels:
-        raise ValueError(f"no curves to draw: {', '.join(run.name for run in runs)} finished no epoch yet")
+        raise ValueError(f"no curves to draw: no finished epoch of pretraining in {', '.join(run.name for run in runs)}")
     labels = labels_of(runs)
     figure = Figure(figsize=(WIDTH, 2.9 + 0.16 * len(runs)), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
