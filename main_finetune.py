@@ -157,9 +157,9 @@ def finetune(argv: Sequence[str]) -> None:
 
 def judge_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     """Say the accuracy of a checkpoint on the test images; nothing is written."""
-    test = splits.open_test(options)
-    classes = max(len(test.classes or []), options.num_classes)
     path = checkpoint_to_judge(vars(options))
+    test = splits.open_test(options, splits.read_classes(checkpoint.run_of(Path(path))))
+    classes = max(len(test.classes or []), options.num_classes)
     weights, made_with = checkpoint.load_model(path, averaged=True)
     model = build_model(options, classes)
     models_classifier.load_classifier(model, weights, made_with)

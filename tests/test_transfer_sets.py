@@ -183,6 +183,15 @@ def test_a_slice_is_held_out_where_there_is_only_one_other_split(tmp_path):
     assert splits.open_splits(FinetuneOptions(data_path=str(tmp_path), holdout=0.0)).chosen_on == splits.TEST
 
 
+def test_a_class_that_is_missing_among_the_images_that_judge_shifts_no_number(tmp_path):
+    folder(tmp_path, "val", "bc")
+    options = FinetuneOptions(data_path=str(tmp_path))
+    test = splits.open_test(options, ["a", "b", "c"])
+    assert test.classes == ["a", "b", "c"] and test.labels.tolist() == [1] * 4 + [2] * 4
+    for other in ([], ["x", "y"]):
+        assert splits.open_test(options, other).labels.tolist() == [0] * 4 + [1] * 4
+
+
 def test_labels_outside_the_range_are_refused(tmp_path):
     for number in range(4):
         paint(tmp_path / f"{number}.png", number)

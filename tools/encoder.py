@@ -28,7 +28,7 @@ from tools import given
 from util import checkpoint
 from util.data import pixel_statistics
 from util.images import CROP_SHARE, classifier_crop_share
-from util.splits import CLASSES
+from util.splits import read_classes
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ class Encoder:
     @property
     def class_names(self) -> list[str]:
         """In the order of the logits; empty where they are not known."""
-        file = self.run / CLASSES
-        names = file.read_text(encoding="utf-8").splitlines() if self.options and file.is_file() else []
+        names = read_classes(self.run) if self.options else []
         return names if len(names) == self.classes else []
 
     @property
@@ -96,7 +95,7 @@ class Encoder:
     @property
     def run(self) -> Path:
         """The folder of its run, or the one in which its checkpoint lies."""
-        return given.run_of(self.checkpoint)
+        return checkpoint.run_of(self.checkpoint)
 
     @property
     def crop_share(self) -> float:

@@ -33,12 +33,7 @@ class Trained:
 
     @property
     def run(self) -> Path:
-        return run_of(self.checkpoint)
-
-
-def run_of(file: Path) -> Path:
-    """The folder of a checkpoint's run; for a checkpoint that lies alone, the folder it lies in."""
-    return file.parent.parent if file.parent.name == "checkpoints" else file.parent
+        return checkpoint.run_of(self.checkpoint)
 
 
 def checkpoint_of(given: Path) -> Path:

@@ -190,6 +190,11 @@ def to_judge(given: Mapping[str, Any]) -> str:
     return str(last)
 
 
+def run_of(file: Path) -> Path:
+    """The folder of a checkpoint's run; for a checkpoint that lies alone, the folder it lies in."""
+    return file.parent.parent if file.parent.name == "checkpoints" else file.parent
+
+
 def _describe(state: object) -> str:
     if isinstance(state, dict):
         return f"a dict with {sorted(map(str, state))[:8]}"

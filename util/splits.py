@@ -69,9 +69,21 @@ def open_splits(options: ClassifierOptions) -> Splits:
     return Splits(replace(train, classes=_enough(classes, options.num_classes)), choice, chosen_on, test)
 
 
-def open_test(options: ClassifierOptions) -> Source:
-    """The images that judge, alone, with their own numbering of classes."""
-    return _labelled(options, _test_split(options))
+def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
+    """The images that judge, alone.
+
+    Their classes are numbered as the `trained` ones of the same names, because a class may be missing here; where names
+    are others, in their own order.
+    """
+    test = _labelled(options, _test_split(options))
+    by_name = test.classes and set(test.classes) <= set(trained)
+    return _like(replace(test, classes=trained), test) if by_name else test
+
+
+def read_classes(folder: Path) -> list[str]:
+    """The names of a classifier's classes, from its run's folder; none where it does not tell."""
+    file = folder / CLASSES
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
 
 
 def metric(options: ClassifierOptions) -> str:

@@ -164,7 +164,7 @@ def _of_run(path: Path, device: str) -> Shown:
         found = encoder.load(file)
         model, about, updates = found.model, "classifier", found.updates or 0
     statistics = pixel_statistics(options["in_chans"], options["mean"], options["std"])
-    origin = Origin(given.run_of(file), options, updates)
+    origin = Origin(checkpoint.run_of(file), options, updates)
     name = origin.run.resolve().name
     if file.name != checkpoint.LAST:
         name += f" ({file.name})"
