@@ -119,6 +119,17 @@ def test_a_restored_stepper_goes_on_bit_for_bit():
     assert (other.step, other.lr) == (stepper.step, stepper.lr)
 
 
+def test_what_is_asked_for_now_counts_and_not_what_was_saved():
+    model, stepper = make()
+    run(model, stepper, batches(5))
+    saved, lr = stepper.state_dict(), stepper.lr
+    _, other = make()
+    other.optimizer.param_groups[1]["weight_decay"] = 0.3
+    other.load_state_dict(saved)
+    assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.0, 0.3]
+    assert other.lr == lr
+
+
 def test_device_randomness_depends_on_seed_step_and_process_only():
     def draw(seed, step, rank):
         model, stepper = make()

@@ -140,7 +140,10 @@ class Stepper:
     def load_state_dict(self, state: Mapping) -> None:
         self.step = state["step"]
         self._bad = torch.tensor(state["bad"], dtype=torch.int64, device=self._bad.device)
+        asked = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, now in zip(self.optimizer.param_groups, asked, strict=True):  # torch takes all of them from the file
+            group.update({name: value for name, value in now.items() if name not in ("params", "lr")})
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
 
