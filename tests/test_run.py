@@ -158,6 +158,41 @@ def test_a_change_that_is_accepted_by_name_goes_on(tmp_path):
     assert yaml.safe_load((folder / "options.yaml").read_text())["epochs"] == 2
 
 
+def test_another_total_batch_size_goes_on_after_as_many_images(tmp_path):
+    accepted = ["--total_batch_size", "512", "--allow_change", "total_batch_size"]
+    Training(tmp_path / "run", "--save_steps", 1).kill_at(8)
+    step = final(tmp_path / "run")["step"] - STEPS_PER_EPOCH  # of the second epoch
+    said = finish(tmp_path / "run", *accepted)
+    finish(tmp_path / "whole", *accepted)
+    first = 1352 // 512 + step * 256 // 512
+    assert f"step {STEPS_PER_EPOCH + step} counts as {first}" in said
+    rates = {line["step"]: line["lr"] for line in metrics(tmp_path / "whole")}
+    run_id = metrics(tmp_path / "run")[-1]["run_id"]
+    there = {line["step"]: line["lr"] for line in metrics(tmp_path / "run") if line["run_id"] == run_id}
+    assert there == {step: rate for step, rate in rates.items() if step > first}
+    assert max(there) == 3 * (1352 // 512)
+
+
+def test_a_term_of_another_shape_is_refused_in_words(tmp_path):
+    words = ["--method", "sup_mae", "--epochs"]
+    finish(tmp_path / "run", *words, 1, "--terms.label.hidden", 16)
+    accepted = ["--terms.label.hidden", 8, "--allow_change", "epochs", "terms.label.hidden"]
+    training = Training(tmp_path / "run", *words, 2, *accepted)
+    assert training.wait() == 2
+    assert "is of another model" in training.said and "terms.label.head" in training.said
+
+
+def test_a_run_stopped_just_before_its_result_has_the_same_result(tmp_path):
+    finish(tmp_path / "run", "--epochs", 1)
+    path = tmp_path / "run" / "result.json"
+    before = json.loads(path.read_text())
+    path.unlink()
+    finish(tmp_path / "run", "--epochs", 1)
+    after = json.loads(path.read_text())
+    assert after["last"] == before["last"] and after["last"]["epoch"] == 0
+    assert after["steps"] == before["steps"]
+
+
 def test_overwrite_starts_anew_and_leaves_other_files(whole, tmp_path):
     folder = tmp_path / "run"
     finish(folder, "--epochs", "1", "--seed", "7")

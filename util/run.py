@@ -77,6 +77,7 @@ class Run:
         self.folder, self.checkpoints, self._lock = folder.path, folder.checkpoints, folder.lock
         self.run_id = processes.broadcast(f"{int(time.time()):x}-{os.getpid():x}")
         self.best: dict[str, Any] = {}
+        self.last: dict[str, Any] | None = None  # the figures of the newest finished epoch
         self.epoch, self._epoch_step = 0, 0
         self.log: RunLog | None = None
         self._problems: dict[str, str] = {}  # unreadable images and why
@@ -152,7 +153,25 @@ class Run:
             min_lr=self.options.min_lr,
         )
 
+    def _fitting(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state; for batches of another size, at the step after as many images. CheckpointError if it fits not."""
+        if lacks := [name for name in self.others if name not in state]:
+            raise checkpoint.CheckpointError(f"{self._start} holds no {', '.join(lacks)} to go on with")
+        own, theirs = (
+            {name: value.shape for name, value in part.items()} for part in (self.model.state_dict(), state["model"])
+        )
+        if different := sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name)):
+            raise checkpoint.CheckpointError(f"{self._start} is of another model: {', '.join(different[:5])} differ")
+        sampler, now = state["sampler"], self.options.total_batch_size
+        if sampler["batch"] == now:
+            return state
+        offset = sampler["offset"] * sampler["batch"] // now
+        step = state["epoch"] * self.batches.steps_per_epoch + offset
+        log.warning("%d images a step, not %d: step %d counts as %d", now, sampler["batch"], state["step"], step)
+        return {**state, "step": step, "sampler": {**sampler, "offset": offset}}
+
     def _restore(self, state: Mapping[str, Any]) -> None:
+        state = self._fitting(state)
         self.model.load_state_dict(state["model"])
         self.stepper.load_state_dict(
             {"step": state["step"], "bad": state["bad"], "optimizer": state["optimizer"], "scaler": state["scaler"]}
@@ -162,7 +181,7 @@ class Run:
         self.epoch, self._epoch_step = state["epoch"], state["sampler"]["offset"]
         if state["means"]:
             self.means.load_state_dict(state["means"])
-        self.best = state["best"]
+        self.best, self.last = state["best"], state.get("last")
         self._problems = dict(state["problems"])
         then = state["sampler"]["world_size"]
         if then != self.processes.world_size:
@@ -199,6 +218,7 @@ class Run:
             },
             "means": self.means.state_dict() if self._epoch_step else None,
             "best": self.best,
+            "last": self.last,
             "problems": dict(self._problems),
             "options": to_dict(self.options),
             "data": self.source.fingerprint,
@@ -488,7 +508,7 @@ class Run:
             "bad_images": len(self._problems),
             "seconds_since_start": time.monotonic() - self._began,
             "seconds_saving": self._save_seconds,
-            "last": getattr(self, "last", None),
+            "last": self.last,
             "best": self.best,
             **values,
         }
