@@ -1,6 +1,8 @@
 """The pretraining front door: real images in folders, bad input, and what may change without changing the result."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +91,17 @@ def test_unreadable_images_are_replaced_and_listed_up_to_a_limit(tmp_path):
     training = Training(tmp_path / "strict", *words, "--max_bad_fraction", "0.05")
     assert training.wait() == 2
     assert "--max_bad_fraction" in training.said and "text.jpg" in training.said
+
+
+def test_an_unreadable_image_may_have_any_name(tmp_path):
+    folder = tmp_path / "photos"
+    for seed in range(8):
+        paint(folder / f"{seed}.png", seed)
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9 \xff.jpg")).write_text("not an image")  # no UTF-8
+    (folder / "Käse.jpg").write_text("not an image")
+    finish(tmp_path / "run", *PHOTOS, "--data_path", folder, "--epochs", "4", "--max_bad_fraction", "0.5")
+    listed = (tmp_path / "run" / "bad_images.txt").read_text(encoding="utf-8")
+    assert "Käse.jpg" in listed and "caf\\udce9 \\udcff.jpg" in listed
 
 
 def test_other_images_are_another_run(tmp_path, photos):

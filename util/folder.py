@@ -38,9 +38,9 @@ class AlreadyFinished(Exception):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that readers find the old text or the new, never a part."""
+    """Write a small file so that readers find the old text or the new, never a part. UTF-8 in any locale, whatever names hold."""
     temporary = path.with_name(f".{path.name}{checkpoint.TEMPORARY}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
 
 

@@ -461,7 +461,7 @@ class Run:
         path = self.folder / "bad_images.txt"
         if self.processes.main and (before != len(self._problems) or len(self._problems) != self._listed):
             try:
-                path.write_text("".join(f"{name}\t{why}\n" for name, why in sorted(self._problems.items())))
+                write_whole(path, "".join(f"{name}\t{why}\n" for name, why in sorted(self._problems.items())))
             except OSError as error:
                 log.warning("cannot write %s (%s)", path, error)
             log.warning("%d unreadable images so far, replaced by others: see %s", len(self._problems), path)
