@@ -1,5 +1,6 @@
 """A run's folder and its promises, with real processes: kills, signals, damage, other options."""
 
+import errno
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import util.folder
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics
 from util import checkpoint
 
@@ -210,6 +212,42 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert training.wait() == 2
     assert "cat.jpg" in training.said
     assert os.listdir(tmp_path / "photos") == ["cat.jpg"]
+
+
+def test_a_start_that_was_killed_at_once_is_not_in_the_way(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".options.yaml.tmp").write_text("seed: ")  # before anything else is written
+    finish(folder, "--epochs", "1")
+
+
+def test_a_power_cut_that_empties_the_records_does_not_end_a_run(tmp_path):
+    finish(tmp_path / "run", "--epochs", "1")
+    (tmp_path / "run" / "environment.json").write_text("")
+    finish(tmp_path / "run", "--epochs", "2", "--allow_change", "epochs")
+    assert len(json.loads((tmp_path / "run" / "environment.json").read_text())) == 1
+
+
+def no_space():
+    def refuse(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    util.folder.write_whole = refuse
+
+
+def test_a_disk_that_is_full_at_the_start_is_told(tmp_path):
+    training = Training(tmp_path / "run", fault=no_space)
+    assert training.wait() == 2
+    assert "--output_dir" in training.said and "No space left" in training.said
+    assert "Traceback" not in training.said
+
+
+def test_weights_alone_are_no_run_to_resume(whole, tmp_path):
+    saved = final(whole)
+    checkpoint.save(tmp_path / "weights.pth", {name: saved[name] for name in ("format", "model", "options")})
+    training = Training(tmp_path / "run", "--resume", tmp_path / "weights.pth")
+    assert training.wait() == 2
+    assert "try --init_from" in training.said and "Traceback" not in training.said
 
 
 def test_a_wrong_resume_lists_what_there_is(whole):

@@ -26,8 +26,9 @@ from util.options import RunOptions, differences, to_dict
 
 log = logging.getLogger(__name__)
 
+STARTS = "environment.json"
 FILES = (
-    *("options.yaml", "environment.json", "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json"),
+    *("options.yaml", STARTS, "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json"),
     *("classes.txt", "images_*.txt", "events.out.tfevents.*", "knn.json", "report.html", "curves.png"),
 )
 FOLDERS = ("checkpoints", "samples", "debug", "figures")
@@ -38,7 +39,7 @@ class AlreadyFinished(Exception):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that readers find the old text or the new, never a part. UTF-8 in any locale, whatever names hold."""
+    """Write a small file so that readers find the old text or the new, never a part; UTF-8, whatever the text holds."""
     temporary = path.with_name(f".{path.name}{checkpoint.TEMPORARY}")
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
@@ -61,11 +62,14 @@ class RunFolder:
         environment.json. AlreadyFinished when nothing is left to do; ValueError when the folder is not this run's, is
         in use, or cannot be used.
         """
-        self._check()
-        with contextlib.ExitStack() as undo:
-            self._take(undo, data)
-            start = self._begin(data, facts)
-            undo.pop_all()
+        try:
+            self._check()
+            with contextlib.ExitStack() as undo:
+                self._take(undo, data)
+                start = self._begin(data, facts)
+                undo.pop_all()
+        except OSError as error:
+            raise ValueError(f"--output_dir {self.path} cannot be read or written ({error.strerror})") from error
         return start
 
     def _take(self, undo: contextlib.ExitStack, data: str) -> None:
@@ -91,9 +95,8 @@ class RunFolder:
             self._clear()
         chosen, state = self._look(data)
         self._prepare()
-        starts = self.path / "environment.json"
-        earlier = json.loads(starts.read_text()) if starts.exists() else []
-        write_whole(starts, json.dumps([*earlier, {**facts, **environment()}], indent=1))
+        starts = [*self._earlier_starts(), {**facts, **environment()}]
+        write_whole(self.path / STARTS, json.dumps(starts, indent=1))
         return str(chosen or ""), state
 
     def _look(self, data: str) -> tuple[Path | None, dict[str, Any] | None]:
@@ -105,13 +108,21 @@ class RunFolder:
                 raise AlreadyFinished(f"the run in {self.path} is finished ({self.result}); --overwrite starts it anew")
         return chosen, state
 
+    def _earlier_starts(self) -> list[dict[str, Any]]:
+        """What environment.json says of this run's earlier starts; nothing where a power cut has emptied it."""
+        try:
+            return list(json.loads((self.path / STARTS).read_text()))
+        except (OSError, ValueError):
+            return []
+
     def _check(self) -> None:
         """ValueError unless the folder is new, empty, or holds a run."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--output_dir {self.path} is a file; name a folder")
         ours = (self.path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
         found = self.path.iterdir() if self.path.is_dir() and not ours else []
-        others = sorted(path.name for path in found if path.name != LOCK)
+        begun = (LOCK, f".options.yaml{checkpoint.TEMPORARY}")  # all that a start that was killed may have left
+        others = sorted(path.name for path in found if path.name not in begun)
         if others:
             raise ValueError(
                 f"--output_dir {self.path} holds no run but other files ({', '.join(others[:5])}); "
@@ -135,7 +146,10 @@ class RunFolder:
                 there = ", ".join(str(path) for path in found) or "none"
                 raise ValueError(f"--resume {named}: no such checkpoint; in this run's folder: {there}")
             if not found or named.resolve().parent == self.checkpoints.resolve():
-                return named, checkpoint.load(named)
+                state = checkpoint.load(named)
+                if "sampler" not in state:
+                    raise ValueError(f"--resume {named}: it holds weights and no run to go on with; try --init_from")
+                return named, state
             log.info("this run has checkpoints of its own and goes on from them, not from --resume %s", named)
         damage: list[CheckpointError] = []
         for path in found:
@@ -171,13 +185,11 @@ class RunFolder:
             log.warning("going on with another %s: %r -> %r", difference.name, difference.old, difference.new)
 
     def _prepare(self) -> None:
+        # First of all, because by this file a folder is known as a run's.
+        write_whole(self.path / "options.yaml", yaml.safe_dump(to_dict(self.options), sort_keys=False))
         self.result.unlink(missing_ok=True)
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--output_dir {self.path} cannot be made ({error.strerror})") from error
+        self.checkpoints.mkdir(exist_ok=True)
         if not os.access(self.checkpoints, os.W_OK):
             raise ValueError(f"--output_dir {self.path} cannot be written")
         for name in checkpoint.remove_leftovers(self.checkpoints):
             log.info("removed %s, left behind by an interrupted save", name)
-        write_whole(self.path / "options.yaml", yaml.safe_dump(to_dict(self.options), sort_keys=False))
