@@ -48,6 +48,14 @@ def test_the_previous_file_stays_beside_the_last(tmp_path):
     assert checkpoint.load(tmp_path / "previous.pth")["model"]["weight"][0] == 2.0
 
 
+def test_the_newest_epochs_are_kept_and_come_first_whatever_their_number(tmp_path):
+    for epoch in (9980, 9999, 10000, 10020):
+        checkpoint.save(tmp_path / f"epoch-{epoch:04d}.pth", state())
+    checkpoint.drop_old_epochs(tmp_path, 3)
+    names = [path.name for path in checkpoint.candidates(tmp_path)]
+    assert names == ["epoch-10020.pth", "epoch-10000.pth", "epoch-9999.pth"]
+
+
 def test_the_rest_of_an_interrupted_save_is_removed_by_name(tmp_path):
     (tmp_path / ".last.pth.tmp").write_bytes(b"half")
     checkpoint.save(tmp_path / "last.pth", state())

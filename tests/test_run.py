@@ -242,6 +242,24 @@ def test_a_disk_that_is_full_at_the_start_is_told(tmp_path):
     assert "Traceback" not in training.said
 
 
+def last_save_fails():
+    def refuse(path, state):
+        if state["epoch"] == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, state)
+
+    save, checkpoint.save = checkpoint.save, refuse
+
+
+def test_a_run_whose_end_could_not_be_saved_is_not_finished(tmp_path):
+    training = Training(tmp_path / "run", "--epochs", "1", "--save_steps", 2, fault=last_save_fails)
+    assert training.wait() == 4
+    assert "its end could not be saved" in training.said
+    assert not (tmp_path / "run" / "result.json").exists()
+    finish(tmp_path / "run", "--epochs", "1")
+    assert final(tmp_path / "run")["epoch"] == 1
+
+
 def test_weights_alone_are_no_run_to_resume(whole, tmp_path):
     saved = final(whole)
     checkpoint.save(tmp_path / "weights.pth", {name: saved[name] for name in ("format", "model", "options")})

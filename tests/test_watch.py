@@ -12,7 +12,7 @@ from tests.runs import Training, assert_same_end, finish
 from util.features import encode_source
 from util.knn import knn_accuracy
 from util.sources import open_source
-from util.watch import contact_sheet
+from util.watch import contact_sheet, written
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,12 @@ def test_a_sheet_undoes_the_normalisation_and_repeats_pixels():
     assert sheet.shape == (96 + 4, 2 * 98 + 2, 3)
     assert sheet[50, 50].tolist() == [255, 0, 51]
     assert sheet[0, 0].tolist() == [255, 255, 255], "white between the images"
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "samples").write_text("a file in the folder's place")
+    picture = written(torch.zeros(10, 30, 3, dtype=torch.uint8), "black", tmp_path / "samples" / "recon.png")
+    assert picture.shape[1:] == (30, 3) and "cannot write" in caplog.text
 
 
 def test_online_knn_without_labels_is_refused(tmp_path):

@@ -83,8 +83,19 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 def candidates(folder: Path) -> list[Path]:
     """The checkpoints a run may continue from, the newest first."""
-    epochs = sorted(folder.glob("epoch-*.pth"), reverse=True)
-    return [path for path in [folder / LAST, folder / PREVIOUS, *epochs] if path.exists()]
+    return [path for path in [folder / LAST, folder / PREVIOUS, *reversed(kept_epochs(folder))] if path.exists()]
+
+
+def kept_epochs(folder: Path) -> list[Path]:
+    """The files of epochs, the oldest first; beyond 9999 their numbers have another length."""
+    return sorted(folder.glob("epoch-*.pth"), key=lambda path: (len(path.name), path.name))
+
+
+def drop_old_epochs(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` files of epochs, as far as the file system lets us."""
+    for path in kept_epochs(folder)[:-keep]:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def verify(path: Path) -> None:

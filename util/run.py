@@ -490,15 +490,18 @@ class Run:
             also.append(checkpoint.BEST)
         self.save(*also)
         if self.processes.main:
-            for path in sorted(self.checkpoints.glob("epoch-*.pth"))[: -self.options.keep]:
-                path.unlink()
+            checkpoint.drop_old_epochs(self.checkpoints, self.options.keep)
         # A signal since the last step must be heard by all even when no step follows.
         self._leave_if(self._is_asked_to_stop() and self.epoch < self.options.epochs)
 
     def finish(self, **values: Any) -> None:
-        """Write result.json, which exists only for a finished run."""
+        """Write result.json, which exists only for a finished run. CannotSave where its end is not on the disk."""
         if not self.processes.main:
             return
+        if self._save_failures:
+            raise CannotSave(
+                "training is done, but its end could not be saved: start again to go on from the last save"
+            )
         result = {
             "run_id": self.run_id,
             "epochs": self.options.epochs,
@@ -512,7 +515,10 @@ class Run:
             "best": self.best,
             **values,
         }
-        write_whole(self.folder / "result.json", json.dumps(_finite(result), indent=1))
+        try:
+            write_whole(self.folder / "result.json", json.dumps(_finite(result), indent=1))
+        except OSError as error:
+            raise CannotSave(f"training is done, but result.json is not written ({error}): start again") from error
         log.info("finished: %s", self.folder / "result.json")
 
 

@@ -143,10 +143,13 @@ class Watch:
 
 
 def written(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
-    """The picture with its caption, written to `path` and answered as uint8 `[H, W, 3]`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The picture with its caption, written to `path` if that can be, and answered as uint8 `[H, W, 3]`."""
     picture = with_caption(sheet_HWC, caption)
-    picture.save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        log.warning("cannot write %s (%s); training goes on", path, error)
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
 
 
