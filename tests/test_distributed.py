@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import TINY, assert_same_end, final, finish, losses, metrics, start_ranks
-from util.distributed import Agreement, Processes, StopRequest, pick_device
+from tests.runs import TINY, Training, assert_same_end, final, finish, losses, metrics, start_ranks
+from util.distributed import Agreement, Processes, StopRequest, pick_device, start, world_size
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -127,6 +127,23 @@ def test_a_signal_is_remembered_and_not_acted_on():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_rank_without_a_device_says_so_itself(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    second = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    training = Training(tmp_path / "run", "--device", "cuda", environment=second)
+    assert training.wait() == 2
+    assert "process 1 of this machine has no GPU" in training.said
+
+
+def test_a_rank_without_an_address_is_a_process_alone(monkeypatch):
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with start("cpu") as processes:
+        assert processes.world_size == world_size() == 1
 
 
 def test_devices_are_checked(monkeypatch):

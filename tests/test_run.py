@@ -205,6 +205,23 @@ def test_overwrite_starts_anew_and_leaves_other_files(whole, tmp_path):
     assert len(metrics(folder)) == LAST_STEP
 
 
+def test_a_launcher_that_starts_again_does_not_overwrite_again(whole, tmp_path):
+    folder = tmp_path / "run"
+    finish(folder, "--epochs", "1", "--seed", "7")
+
+    def attempt(number, job="a"):
+        environment = {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_RESTART_COUNT": str(number)}
+        return Training(folder, "--overwrite", "--save_steps", 1, environment=environment)
+
+    attempt(0).kill_at(7)
+    second = attempt(1)
+    assert second.wait() == 0 and "going on from" in second.said
+    assert_same_end(whole, folder)
+    assert losses(folder) == losses(whole)
+    third = attempt(1, job="b")
+    assert third.wait() == 0 and "going on from" not in third.said, "another job's words are meant as they stand"
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"jpg")

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar
@@ -28,6 +28,7 @@ T = TypeVar("T")
 CONTINUE, SAVE, STOP = 0, 1, 2  # what a rank asks for at a step's end; the highest request wins
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_AT_ONCE = 130  # a second Ctrl-C
+LAUNCHERS = (("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,23 @@ class Processes:
         return boxes  # type: ignore[return-value]
 
 
+class NoDevice(ValueError):  # noqa: N818 - it says what is wrong
+    """The device asked for is not there for this process, though perhaps for others."""
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `mps`; ValueError when it is not there."""
+    """The device for `auto`, `cpu`, `cuda` or `mps`; NoDevice when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or local_rank >= count:
-            raise ValueError(
+            raise NoDevice(
                 f"--device cuda: process {local_rank} of this machine has no GPU (found {count}); use --device cpu"
             )
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: this machine has no Metal device; use --device cpu")
+        raise NoDevice("--device mps: this machine has no Metal device; use --device cpu")
     return torch.device(name)
 
 
@@ -96,7 +101,7 @@ def start(device: str, timeout_minutes: float = 10.0) -> Iterator[Processes]:
     own = pick_device(device, local_rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+    if not is_one_of_several():
         yield Processes(0, 1, 0, own)
         return
     if own.type == "mps" and int(os.environ["WORLD_SIZE"]) > 1:
@@ -194,6 +199,22 @@ def on_stop_signals(act: Callable[[int, FrameType | None], None]) -> None:
         signal.signal(number, act)
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun, or somebody in its way, has told this process its rank and where the others are."""
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
 def world_size() -> int:
     """How many processes torchrun started (1 without it), known before they have joined."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE", "1")) if is_one_of_several() else 1
+
+
+def launches() -> list[str]:
+    """The job that this process is of, for each launcher that starts the same words again by itself."""
+    return [f"{job}={os.environ[job]}" for job, _ in LAUNCHERS if job in os.environ]
+
+
+def is_restart(earlier: Sequence[str]) -> bool:
+    """Whether a launcher has started this process again after one whose `launches` were `earlier`."""
+    again = [job for job, count in LAUNCHERS if int(os.environ.get(count) or 0) > 0]
+    return any(f"{job}={os.environ.get(job)}" in earlier for job in again)

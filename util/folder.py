@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from util import checkpoint
+from util import checkpoint, distributed
 from util.checkpoint import CheckpointError
 from util.lock import NAME as LOCK
 from util.lock import RunLock
@@ -91,12 +91,16 @@ class RunFolder:
             self.path.rmdir()
 
     def _begin(self, data: str, facts: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
-        if self.options.overwrite:
+        earlier = self._earlier_starts()
+        if self.options.overwrite and distributed.is_restart(earlier[-1].get("launches", []) if earlier else []):
+            log.info("started again by the launcher: --overwrite has been done, and the run goes on")
+        elif self.options.overwrite:
             self._clear()
+            earlier = []
         chosen, state = self._look(data)
         self._prepare()
-        starts = [*self._earlier_starts(), {**facts, **environment()}]
-        write_whole(self.path / STARTS, json.dumps(starts, indent=1))
+        start = {**facts, "launches": distributed.launches(), **environment()}
+        write_whole(self.path / STARTS, json.dumps([*earlier, start], indent=1))
         return str(chosen or ""), state
 
     def _look(self, data: str) -> tuple[Path | None, dict[str, Any] | None]:

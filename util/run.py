@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util import checkpoint, distributed, optim, precision
 from util.data import Batch, Batches, NothingReadable, Samples, Source, allowed_bad, pixel_statistics
-from util.distributed import CONTINUE, SAVE, STOP, Agreement, Processes, StopRequest
+from util.distributed import CONTINUE, SAVE, STOP, Agreement, NoDevice, Processes, StopRequest
 from util.folder import AlreadyFinished, RunFolder, write_whole
 from util.logging import RunLog, log_file, talk
 from util.meters import Means
@@ -596,7 +596,8 @@ def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) 
         log.error("Give half the --batch_size and the same --total_batch_size: more is accumulated and the run goes on")
         return EXIT_BAD_INPUT
     except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        # What is wrong for all, one process of each machine says; what is wrong for one alone, that one.
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0 or isinstance(error, NoDevice | NothingReadable):
             log.error("error: %s", error)
         return EXIT_BAD_INPUT
     return EXIT_DONE
