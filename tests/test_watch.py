@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import methods
-from tests.runs import Training, assert_same_end, finish
+from tests.runs import Training, assert_same_end, finish, start_ranks
 from util.features import encode_source
 from util.knn import knn_accuracy
 from util.sources import open_source
@@ -55,6 +55,37 @@ def test_a_sheet_undoes_the_normalisation_and_repeats_pixels():
     assert sheet[0, 0].tolist() == [255, 255, 255], "white between the images"
 
 
+def paint(path, red, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 90, (16, 16, 3), dtype=np.uint8)
+    noise[..., 0] += 150 * red
+    Image.fromarray(noise).save(path)
+
+
+def test_the_val_list_beside_a_train_list_is_asked_by_the_training_classes_names(tmp_path):
+    lines = {"train": [], "val": []}
+    for split, kinds in (("train", ("cats", "dogs")), ("val", ("dogs",))):  # alone, dogs would be number 0
+        for number, kind in [(number, kind) for kind in kinds for number in range(10)]:
+            paint(tmp_path / "data" / f"{split} {kind} {number}.png", kind == "cats", number)
+            lines[split].append(f"{split} {kind} {number}.png\t{kind}\n")
+        (tmp_path / f"{split}.txt").write_text("".join(lines[split]))
+    words = ["--dataset", tmp_path / "train.txt", "--data_path", tmp_path / "data", "--in_chans", 3]
+    said = finish(tmp_path / "run", *words, "--total_batch_size", 10, "--epochs", 1, "--knn_every", 1)
+    assert "20 training images classify the 10 images of the val split" in said
+    assert "knn_acc1 100" in said
+
+
+def test_a_val_split_smaller_than_the_number_of_processes_is_shared(tmp_path):
+    for number in range(8):
+        paint(tmp_path / "data" / "train" / "ab"[number % 2] / f"{number}.png", number % 2, number)
+    for number in range(2):
+        paint(tmp_path / "data" / "val" / "ab"[number] / "0.png", number, number + 8)
+    words = ["--dataset", "folder", "--data_path", tmp_path / "data", "--in_chans", 3, "--total_batch_size", 6]
+    ranks = start_ranks(3, tmp_path / "run", *words, "--epochs", 1, "--knn_every", 1)
+    assert [rank.wait() for rank in ranks] == [0, 0, 0], ranks[0].said
+    assert "classify the 2 images of the val split" in ranks[0].said
+
+
 def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "samples").write_text("a file in the folder's place")
     picture = written(torch.zeros(10, 30, 3, dtype=torch.uint8), "black", tmp_path / "samples" / "recon.png")
@@ -72,11 +103,8 @@ def test_online_knn_without_labels_is_refused(tmp_path):
 
 def test_without_a_validation_split_every_tenth_image_is_asked(tmp_path):
     for name in ("cats", "dogs"):
-        (tmp_path / "data" / name).mkdir(parents=True)
         for number in range(10):
-            noise = np.random.default_rng(number).integers(0, 90, (16, 16, 3), dtype=np.uint8)
-            noise[..., 0] += 150 if name == "cats" else 0
-            Image.fromarray(noise).save(tmp_path / "data" / name / f"{number}.png")
+            paint(tmp_path / "data" / name / f"{number}.png", name == "cats", number)
     words = ["--dataset", "folder", "--data_path", tmp_path / "data", "--in_chans", "3", "--total_batch_size", "10"]
     said = finish(tmp_path / "run", *words, "--knn_every", "3")
     assert "18 training images classify every tenth training image (2)" in said

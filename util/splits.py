@@ -50,10 +50,10 @@ def open_splits(options: ClassifierOptions) -> Splits:
     classes = whole.classes or []
     if options.num_classes and len(classes) > options.num_classes:
         raise ValueError(f"num_classes {options.num_classes}: the training images have labels 0 to {len(classes) - 1}")
-    test = _like(whole, _labelled(options, _test_split(options), classes))
+    test = like(whole, _labelled(options, _test_split(options), classes))
     train = take(whole, subset(_labels(whole), options.label_share, options.labels_per_class, options.subset_seed))
     if _has_both(options):
-        choice, chosen_on = _like(whole, _labelled(options, "val", classes)), VAL
+        choice, chosen_on = like(whole, _labelled(options, "val", classes)), VAL
     elif options.holdout:
         kept, held = hold_out(_labels(train), options.holdout, options.subset_seed)
         train, choice, chosen_on = take(train, kept), take(train, held), HELD_OUT
@@ -77,7 +77,7 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
     """
     test = _labelled(options, _test_split(options))
     by_name = test.classes and set(test.classes) <= set(trained)
-    return _like(replace(test, classes=trained), test) if by_name else test
+    return like(replace(test, classes=trained), test) if by_name else test
 
 
 def read_classes(folder: Path) -> list[str]:
@@ -183,7 +183,7 @@ def _labelled(options: ClassifierOptions, split: str, classes: list[str] | None 
     return source
 
 
-def _like(known: Source, other: Source) -> Source:
+def like(known: Source, other: Source) -> Source:
     """`other` with the class numbers of `known`: a class that it lacks must not shift the numbers of the others."""
     classes, labels = known.classes or [], _labels(other)
     if other.classes and other.classes != classes:

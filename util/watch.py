@@ -21,6 +21,7 @@ from util.distributed import Processes
 from util.features import encode_source
 from util.knn import knn_accuracy
 from util.options import PretrainOptions
+from util.splits import like
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ class Watch:
             self.shown = self.queries
 
     def _held_out(self, train: Source) -> Source | None:
-        """The val split, its labels numbered as in training; None where there is none."""
+        """The val split; None where there is none."""
         options = self.options
-        by_folder = train.classes is not None and Path(options.data_path).is_dir()
+        by_folder = options.dataset in ("auto", "folder", "pack") and Path(options.data_path).is_dir()
         classes = train.classes if by_folder and train.classes else options.class_list
         try:
             return open_source(options.dataset, options.data_path, "val", in_chans=options.in_chans, class_list=classes)
@@ -66,7 +67,7 @@ class Watch:
     def _split(self, train: Source) -> None:
         held_out = self._held_out(train)
         if held_out is not None and held_out.labels is not None:
-            self.queries, self.query_index = held_out, list(range(len(held_out)))
+            self.queries, self.query_index = like(train, held_out), list(range(len(held_out)))
             what = f"the {len(held_out)} images of the val split"
         else:
             self.query_index = self.bank_index[::10]
@@ -95,8 +96,12 @@ class Watch:
         return self.processes.broadcast(accuracy)
 
     def _encode(self, source: Source, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features and labels, from every process its share."""
-        rank, world_size = self.processes.rank, self.processes.world_size
+        """Features and labels, from every process its share, if there is one for it."""
+        share = index[self.processes.rank :: self.processes.world_size]
+        found = [both for both in self.processes.gather(self._encode_share(source, share) if share else None) if both]
+        return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
+
+    def _encode_share(self, source: Source, share: Sequence[int]) -> tuple[Tensor, Tensor]:
         options = self.options
         features, labels = encode_source(
             self.model,
@@ -109,11 +114,10 @@ class Watch:
             num_workers=options.num_workers,
             worker_timeout=options.worker_timeout,
             autocast=self.autocast,
-            indices=index[rank::world_size],
+            indices=share,
         )
         assert labels is not None
-        shares = self.processes.gather((features, labels))
-        return torch.cat([share[0] for share in shares]), torch.cat([share[1] for share in shares])
+        return features, labels
 
     def picture_is_due(self, epoch: int) -> bool:
         every = self.options.picture_every
