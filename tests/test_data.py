@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,20 @@ def test_images_are_normalised_on_the_device_as_mae_does_beforehand():
     assert batch.images.dtype == torch.uint8  # the batch itself is left alone
     assert torch.equal(moved.to("cpu").images, moved.images)  # once normalised is enough
     assert same(batch, Batch(batch.images, moved.labels, moved.noise, moved.index))
+
+
+@pytest.mark.parametrize(("device", "without_waiting"), [("cuda", True), ("mps", False)])
+def test_only_copies_to_cuda_are_not_waited_for(monkeypatch, device, without_waiting):
+    batch, asked = next(make_batches().epoch(0)), []
+
+    def to(tensor, where, non_blocking=False):
+        asked.append((where.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(Batch, "_each", lambda batch, change: change(torch.ones(1)) and batch)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    replace(batch, images=batch.images.float()).to(device)
+    assert asked == [(device, without_waiting)]
 
 
 def test_statistics_of_another_number_of_channels_are_a_mistake():

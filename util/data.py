@@ -119,7 +119,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on the device, its images normalised there: bytes travel, a quarter of the floats."""
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        device = torch.device(device)
+        without_waiting = device.type == "cuda"  # Metal would read the memory when it may hold something else
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=without_waiting))
         if moved.images.dtype == torch.uint8:
             assert len(self.mean) == len(self.std) == moved.images.shape[1], "they would be broadcast to other channels"
             images = moved.images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)

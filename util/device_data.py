@@ -7,10 +7,13 @@ and no loop over its samples. The law of crops, mirroring and masks is that of t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from util.images import ASPECT_RATIOS, BadImage
 
 log = logging.getLogger(__name__)
 
+MEMORY = Path("/proc/meminfo")
 SHARE_OF_MEMORY = 0.5  # of what is free, that images may take
 LOOKED_AT = 64  # images whose size tells whether all have room, before all are read
 RESIZE_BYTES = 2**28  # of float pixels at a time
@@ -248,7 +252,10 @@ def _require_room(pictures: Sequence[np.ndarray], n: int, device: torch.device) 
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody uses."""
+    """Memory of the device that can be had; where the system does not tell, all that it has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):  # what is free and what holds only copies of files: Linux lets little lie idle
+        if found := re.search(r"^MemAvailable:\s*(\d+) kB", MEMORY.read_text(), re.MULTILINE):
+            return 1024 * int(found[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
