@@ -19,7 +19,7 @@ import torch
 import methods
 from engine_pretrain import train_one_epoch
 from models_mae import MaskedAutoencoderViT, Term
-from models_vit import load_matching
+from models_vit import load_from_run
 from util import checkpoint, distributed, optim
 from util.data import (
     Batches,
@@ -154,7 +154,7 @@ def pretrain(argv: Sequence[str]) -> None:
         options = settle(options, model, source)
         batches = make_batches(options, model, source, processes)
         if options.init_from:
-            report = load_matching(model, checkpoint.load_weights(options.init_from))
+            report = load_from_run(model, *checkpoint.load_model(options.init_from))
             log.info("weights from %s: %s", options.init_from, report)
         run = Run(options, processes, source)
         model.to(processes.device)

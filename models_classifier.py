@@ -13,7 +13,7 @@ from typing import Any, Literal
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models_vit import SIZES, LoadReport, VisionTransformer, load_matching, parse_name, patch_grid
+from models_vit import SIZES, LoadReport, VisionTransformer, load_from_run, parse_name, patch_grid
 
 HEAD_STD, PROBE_STD = 2e-5, 0.01  # MAE's initial weights of the head, fine-tuned and probed
 
@@ -85,16 +85,11 @@ def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Ma
     `made_with` are the options of the run that wrote it, or empty where they are not known. ValueError where it holds
     no encoder of this model, or one with another number of heads, which no weight's shape would tell.
     """
-    heads = model.blocks[0].attn.num_heads  # type: ignore[union-attr]
-    if made_with:
-        theirs = made_with["num_heads"] or SIZES[parse_name(made_with["model"])[0]].num_heads
-        if theirs != heads:
-            raise ValueError(f"these weights are of an encoder with {theirs} attention heads, the model has {heads}")
     other_head = "head.weight" in weights and weights["head.weight"].shape[0] != model.num_classes
     fitting = {
         name: value for name, value in weights.items() if not (other_head and name in ("head.weight", "head.bias"))
     }
-    report = load_matching(model, fitting, grid=_grid(made_with))
+    report = load_from_run(model, fitting, made_with)
     if model.num_classes and "head.weight" in report.missing:
         trunc_normal_(model.head.weight, std=HEAD_STD)
         nn.init.zeros_(model.head.bias)  # type: ignore[arg-type]
@@ -111,14 +106,6 @@ def load_classifier(model: Classifier, weights: Mapping[str, Tensor], made_with:
     if report.missing:
         pool = " (another global_pool?)" if any("norm" in name for name in report.missing) else ""
         raise ValueError(f"these weights are of another classifier{pool}: without {', '.join(report.missing[:5])}")
-
-
-def _grid(made_with: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of patches of the run that made a checkpoint."""
-    if not made_with:
-        return None
-    rows, columns = made_with["input_size"]
-    return patch_grid((rows, columns), parse_name(made_with["model"])[1])
 
 
 class LinearProbe(nn.Module):

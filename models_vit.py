@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers.mlp import Mlp
@@ -25,6 +26,7 @@ __all__ = [
     "Size",
     "VisionTransformer",
     "initialize",
+    "load_from_run",
     "load_matching",
     "parse_name",
     "patch_grid",
@@ -160,6 +162,21 @@ def load_matching(
     model.load_state_dict(fitting, strict=False)
     unused = [name for name in weights if name not in own]
     return LoadReport([name for name in own if name in fitting], sorted(resampled), missing, unused)
+
+
+def load_from_run(model: VisionTransformer, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
+    """`load_matching` for a checkpoint of which the run's options are known; `made_with` is empty where they are not.
+
+    ValueError, too, for an encoder with another number of heads, which no weight's shape would tell.
+    """
+    if not made_with:
+        return load_matching(model, weights)
+    size, patch_size = parse_name(made_with["model"])
+    heads, theirs = model.blocks[0].attn.num_heads, made_with["num_heads"] or SIZES[size].num_heads  # type: ignore[union-attr]
+    if theirs != heads:
+        raise ValueError(f"these weights are of an encoder with {theirs} attention heads, the model has {heads}")
+    rows, columns = made_with["input_size"]
+    return load_matching(model, weights, grid=patch_grid((rows, columns), patch_size))
 
 
 def _resampled(name: str, table: Tensor, old_grid: tuple[int, int] | None, new_grid: tuple[int, int]) -> Tensor:

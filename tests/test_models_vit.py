@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 import models_vit
-from models_vit import SIZES, VisionTransformer, initialize, load_matching, parse_name, patch_grid, position_table
+from models_vit import (
+    SIZES,
+    VisionTransformer,
+    initialize,
+    load_from_run,
+    load_matching,
+    parse_name,
+    patch_grid,
+    position_table,
+)
 
 
 def loop_positions(grid, dim):
@@ -138,6 +147,16 @@ def test_positions_of_another_size_are_resampled_without_antialiasing():
     with pytest.raises(ValueError, match="12"):
         load_matching(square, rectangle.state_dict())
     assert load_matching(square, rectangle.state_dict(), grid=(2, 6)).resampled == ["pos_embed"]
+
+
+def test_weights_of_a_run_come_with_its_grid_and_its_heads():
+    source, upright = vit(img_size=(16, 48)), vit(img_size=(48, 16))  # as many patches, otherwise laid out
+    heads = source.blocks[0].attn.num_heads
+    made_with = {"model": "mae_vit_tiny_patch8", "num_heads": heads, "input_size": [16, 48]}
+    assert load_from_run(upright, source.state_dict(), made_with).resampled == ["pos_embed"]
+    assert load_from_run(upright, source.state_dict(), {}).resampled == [], "nothing is known"
+    with pytest.raises(ValueError, match=f"12 attention heads, the model has {heads}"):
+        load_from_run(upright, source.state_dict(), made_with | {"num_heads": 0})  # a ViT-Tiny's own
 
 
 @pytest.mark.parametrize("changes", [{"embed_dim": 32}, {"patch_size": 16}, {"in_chans": 1}, {"depth": 3}])
