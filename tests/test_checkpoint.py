@@ -97,6 +97,9 @@ def test_a_missing_foreign_or_newer_file_is_refused_with_advice(tmp_path):
     torch.save({"format": 99}, tmp_path / "future.pth")
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.load(tmp_path / "future.pth")
+    torch.save({"format": "another's"}, tmp_path / "foreign.pth")
+    with pytest.raises(CheckpointError, match="format another's"):
+        checkpoint.load(tmp_path / "foreign.pth")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(CheckpointError, match="text.pth"):
         checkpoint.load(tmp_path / "text.pth")

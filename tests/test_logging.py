@@ -41,6 +41,12 @@ def test_curves_have_plain_names_and_the_values_given(tmp_path):
     assert abs(curves.Scalars("strength_neighbor/weight_x_P-1")[0].value - 0.0384) < 1e-7
 
 
+def test_the_log_file_takes_any_name(tmp_path):
+    with log_file(tmp_path / "train.log"):
+        logging.getLogger("test").warning("K\u00e4se and \udcff.jpg")
+    assert "Käse and \\udcff.jpg" in (tmp_path / "train.log").read_text(encoding="utf-8")
+
+
 def test_the_log_file_begins_with_what_was_said_before_it(tmp_path, monkeypatch):
     """And with nothing of an attempt that was refused before it had a file."""
     root = logging.getLogger()

@@ -260,6 +260,12 @@ def test_class_lists_that_do_not_fit(tmp_path, names, message):
         open_source("auto", str(tmp_path), class_list=names)
 
 
+def test_a_class_list_may_hold_any_name_and_begin_with_a_mark(tmp_path):
+    put(tmp_path, "a/1.png", "Käse/1.png")
+    (tmp_path / "list.txt").write_bytes("\ufeffKäse\r\na\r\n".encode())
+    assert open_source("auto", str(tmp_path), class_list=str(tmp_path / "list.txt")).classes == ["Käse", "a"]
+
+
 def test_an_empty_class_list_file(tmp_path):
     (tmp_path / "list.txt").write_text("\n")
     with pytest.raises(ValueError, match="is empty"):

@@ -122,7 +122,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is no checkpoint of this project; to start from its weights use --init_from {path}"
         )
-    if state["format"] > FORMAT:
+    if not isinstance(state["format"], int) or state["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {state['format']}, this code reads up to {FORMAT}: update the code")
     return state
 

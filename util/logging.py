@@ -78,7 +78,7 @@ class _Careful(logging.FileHandler):
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Also write every line, with its time, to `path`; first those that `talk` kept."""
-    handler = _Careful(path)
+    handler = _Careful(path, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     for kept in [other for other in root.handlers if isinstance(other, _Kept)]:

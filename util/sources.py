@@ -303,14 +303,15 @@ def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
         path = IMAGENET100 if class_list == "imagenet100" else Path(class_list)
         if not path.is_file():
             raise ValueError(f"class_list {class_list!r} is neither the word imagenet100 nor a file of folder names")
-        classes = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        classes = [line.strip() for line in lines if line.strip()]
     else:
         classes = list(class_list)
     twice = [name for name, count in collections.Counter(classes).items() if count > 1]
     if twice or not classes:
         what = f"names {_some(twice)} more than once" if twice else "is empty"
         raise ValueError(f"class_list {class_list!r} {what}")
-    return classes, hashlib.sha256("".join(f"{name}\n" for name in classes).encode()).hexdigest()
+    return classes, hashlib.sha256(os.fsencode("".join(f"{name}\n" for name in classes))).hexdigest()
 
 
 def _read_file(root: str, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
