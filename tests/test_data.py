@@ -463,7 +463,7 @@ PROGRAM = """
 
 def test_workers_end_with_the_process_however_it_ends():
     program = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
-    done = subprocess.run(program, cwd=PROJECT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(program, cwd=PROJECT, capture_output=True, text=True, timeout=300)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line for line in lines if line[0] != "workers"] == [["end", "0"], ["exit", "3"], ["kill", "-9"]], (
         done.stderr

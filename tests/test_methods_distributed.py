@@ -59,7 +59,7 @@ def ranks(tmp_path_factory):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
     return [torch.load(folder / f"{rank}.pth") for rank in range(RANKS)]
 

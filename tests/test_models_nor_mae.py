@@ -571,7 +571,7 @@ def loss_and_gradients(model, images, noise):
 
 def half_of_the_batch(rank, folder):
     """The mean loss of two processes and their gradients in DistributedDataParallel, for each of TOGETHER."""
-    meet = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2, "timeout": timedelta(seconds=60)}
+    meet = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2, "timeout": timedelta(minutes=5)}
     torch.distributed.init_process_group("gloo", **meet)
     results = []
     for options in TOGETHER:

@@ -50,7 +50,7 @@ def test_a_job_that_is_preempted_requeues_itself_and_goes_on(cluster, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=180)
     assert job.returncode == 0, err
     assert "goes back into the queue" in out
     assert "requeue 17" in (tmp_path / "scontrol.log").read_text()
@@ -67,7 +67,7 @@ def test_a_job_that_is_preempted_requeues_itself_and_goes_on(cluster, tmp_path):
 
 def test_a_job_that_fails_is_not_requeued(cluster, tmp_path):
     job = submit(cluster, tmp_path / "run", "--epochs", "nonsense")
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=180)
     assert job.returncode == 2
     assert "nonsense" in err
     assert "requeue" not in (tmp_path / "scontrol.log").read_text()
