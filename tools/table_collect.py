@@ -30,18 +30,16 @@ def collect(folder: Path, report: Path, title: str, lines: Sequence[Line], model
     for line in lines:
         row: dict[str, Any] = {"row": line.labels, "published": line.paper}
         place = line.place
-        if isinstance(place, Runs):
-            seeds = seeds_of(place)
-            row["seeds"] = {
-                seed: {"pretraining": run(place.pretraining / seed), "finetuning": run(place.finetuning / seed)}
-                for seed in seeds
-            }
-            if models and seeds:
-                halve(place.pretraining / seeds[0] / "checkpoints" / checkpoint.LAST, folder / f"{line.name}.pth")
-        elif line.values:
-            row |= {"value": line.mean} | line.facts
-        else:
+        if not line.values:
             row["state"] = line.state
+        elif isinstance(place, Runs):
+            seeds, parts = seeds_of(place), {"finetuning": place.finetuning}
+            parts |= {} if place.scratch else {"pretraining": place.pretraining}
+            row["seeds"] = {seed: {part: run(runs / seed) for part, runs in parts.items()} for seed in seeds}
+            if models and not place.scratch:
+                halve(place.pretraining / seeds[0] / "checkpoints" / checkpoint.LAST, folder / f"{line.name}.pth")
+        else:
+            row |= {"value": line.mean} | line.facts
         rows.append(row)
     text = json.dumps({"title": title, "rows": rows}, indent=1)
     (folder / f"{report.stem}.json").write_text(f"{text}\n")

@@ -32,6 +32,8 @@ class Runs:
 
     pretraining: Path
     finetuning: Path
+    scratch: bool = False
+    """Whether fine-tuning takes none of the pretrained weights."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def _of_runs(labels: tuple[str, ...], paper: float | None, place: Runs) -> Line:
         accuracy, metric = result["accuracy"], result["metric"]
         values.append(accuracy.get("best", accuracy["last"])[metric])
         last.append(accuracy["last"][metric])
-        facts.append(facts_of_run(place.pretraining / seed, "") | facts_of_run(tuned, "fine-tuning "))
+        pretraining = {} if place.scratch else facts_of_run(place.pretraining / seed, "")
+        facts.append(pretraining | facts_of_run(tuned, "fine-tuning "))
         facts[-1]["best chosen on"] = result["best_chosen_on"]
         facts[-1]["metric"] = metric
     joined = {name: " / ".join(dict.fromkeys(each.get(name, "") for each in facts)) for name in facts[0]}

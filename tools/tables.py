@@ -17,7 +17,7 @@ import functools
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -377,13 +377,14 @@ def report(table: Table, setting: Setting, bring: Path | None = None, models: bo
             if row.bill and measure in BILL_MEASURES:
                 place = table_report.Bill(plan.bill(row), row.bill, measure)
             elif measure not in row.cited:
-                place = table_report.Runs(plan.pretraining(row), plan.finetuning(row, measure))
+                scratch = row.finetune_set.get("from_scratch", False)
+                place = table_report.Runs(plan.pretraining(row), plan.finetuning(row, measure), scratch)
             label = row.labels if len(row.paper) == 1 else (*row.labels, measure)
             lines.append(table_report.measured(label, paper, row.cited.get(measure, ""), place))
     columns = table.columns if len(lines) == len(table.rows) else (*table.columns, "Measure")
     path = setting.root / "reports" / f"table_{table.number}.md"
     smoke = "Smoke test: tiny models on a handful of tiny images. No number of ours below means anything.\n\n"
-    title = table.title if table.number.startswith("nor") else f"Table {table.number}: {table.title}"
+    title = f"Table {table.number}: {table.title}" if table.number.isdecimal() else table.title
     note = (smoke if setting.smoke else "") + table.note
     table_report.write(path, title, columns, lines, note, table.source)
     say(f"report: {path}")
@@ -417,9 +418,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(rows, setting)
             if setting.smoke:
                 smoke_data.write(setting.root / "data", {name for row in rows for name in row.sets.values()})
-            start = table_jobs.Fork if setting.smoke else table_jobs.Process
-            limits = {"nproc": setting.nproc, "at_once": setting.jobs, "minutes": setting.minutes}
-            code = table_jobs.run(jobs, setting.root, start=start, **limits)
+            start: Callable[..., table_jobs.Program] = table_jobs.Fork if setting.smoke else table_jobs.Process
+            code = table_jobs.run(
+                jobs,
+                setting.root,
+                start=start,
+                nproc=setting.nproc,
+                at_once=setting.jobs,
+                minutes=setting.minutes,
+            )
         report(table, setting, given.collect, given.models)
         return code
     except (ValueError, OSError) as error:
