@@ -62,7 +62,7 @@ def figure9(
                 autocast=contextlib.nullcontext,
             )
         )
-        labels.append(given.run_of(file).resolve().name)
+        labels.append(checkpoint.run_of(file).resolve().name)
         said.append(f"{labels[-1]}: {options.model}, {checkpoint.load(file)['step']:,} updates.")
     assert source is not None, "one run at least"
     return _drawn(shown, labels, [source.names[number] for number in numbers], source.classes or [], said)
