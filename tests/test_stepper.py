@@ -13,13 +13,13 @@ from util.stepper import Stepper, names_of_bad_losses
 INDEX = torch.arange(4)
 
 
-def make(accum=1, clip_grad=0.0, epochs=10, fused=True):
+def make(accum=1, clip_grad=0.0, epochs=10, fused=True, **more):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 1))
     groups = optim.pretrain_groups(model, 0.05)
     optimizer = optim.adamw(groups, 1e-2) if fused else torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     schedule = optim.warmup_cosine(optimizer, epochs=epochs, warmup_epochs=2, steps_per_epoch=3, min_lr=0.0)
-    return model, Stepper(model, optimizer, schedule, accum=accum, clip_grad=clip_grad)
+    return model, Stepper(model, optimizer, schedule, accum=accum, clip_grad=clip_grad, **more)
 
 
 def batches(count, seed=1):
@@ -103,6 +103,27 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_refused():
     stepper({"loss": loss}, INDEX)
     assert torch.equal(weights(model), before)
     assert stepper.bad_steps() == (1, 1)
+
+
+def test_an_update_far_beyond_the_usual_is_left_out():
+    """Held against a loop: the usual norm is a running mean over 20 updates, and the first 20 are never spikes."""
+    model, stepper = make(epochs=20, skip_spikes=5.0)
+    data = batches(40)
+    for number in (3, 30, 31, 36):
+        data[number] = 6 * data[number]  # 36 times the loss
+    usual, refused = 0.0, []
+    for number, images in enumerate(data):
+        before = weights(model)
+        run(model, stepper, [images])
+        norm = float(stepper.grad_norm)
+        spike = number >= 20 and norm > 5 * usual
+        refused += [number] * spike
+        if not spike:
+            usual = usual + (norm - usual) / 20 if number else norm
+        assert torch.equal(before, weights(model)) == (spike or number == 0), "the first rate is 0"
+    assert refused == [30, 31, 36]
+    assert stepper.bad_steps() == (3, 0)
+    assert stepper.state_dict()["usual_norm"] == pytest.approx(usual, rel=1e-5)
 
 
 def test_a_restored_stepper_goes_on_bit_for_bit():

@@ -145,6 +145,8 @@ class RunOptions:
     """Weight decay; biases and norms have none."""
     clip_grad: float = result(0.0)
     """Largest norm of the gradient, scaled down beyond it; 0: no limit."""
+    skip_spikes: float = result(0.0)
+    """Leave out an update whose gradient has more than this many times the usual norm; 0: none. Not with fp16."""
     seed: int = result(0)
     """Decides initial weights, order of images, crops, masks: two runs of one seed are the same run."""
 
@@ -167,7 +169,8 @@ class RunOptions:
             object.__setattr__(self, name, read(getattr(self, name), expected, name))
         self._at_least(1, "in_chans", "epochs", "save_every", "keep", "log_every", "max_bad_steps", "max_save_failures")
         self._at_least(0, "save_minutes", "save_steps", "num_workers", "total_batch_size", "batch_size", "accum_iter")
-        self._at_least(0, "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad", "worker_timeout")
+        self._at_least(0, "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad", "skip_spikes")
+        self._at_least(0, "worker_timeout")
         self._between(0, 1, "max_bad_fraction")
         self._between(0, 2**32 - 1, "seed")  # what NumPy takes
         require(min(self.input_size) > 0, f"must be at least 1 pixel, found {show(self.input_size)}", "input_size")

@@ -72,6 +72,8 @@ class Run:
         """
         self.options, self.processes, self.source = options, processes, source
         self.amp = precision.resolve_amp(options.amp, processes.device)
+        if options.skip_spikes and self.amp == "fp16":
+            raise ValueError("--skip_spikes goes with bf16 and full precision, this device takes fp16: see --amp")
         self.autocast = precision.autocast(self.amp, processes.device)
         folder = RunFolder(options)
         self.folder, self.checkpoints, self._lock = folder.path, folder.checkpoints, folder.lock
@@ -134,6 +136,7 @@ class Run:
             schedule or self._warmup_cosine(optimizer),
             accum=options.accum_iter,
             clip_grad=options.clip_grad,
+            skip_spikes=options.skip_spikes,
             fp16=self.amp == "fp16",
             seed=options.seed,
             rank=processes.rank,
@@ -174,7 +177,13 @@ class Run:
         state = self._fitting(state)
         self.model.load_state_dict(state["model"])
         self.stepper.load_state_dict(
-            {"step": state["step"], "bad": state["bad"], "optimizer": state["optimizer"], "scaler": state["scaler"]}
+            {
+                "step": state["step"],
+                "bad": state["bad"],
+                "usual_norm": state.get("usual_norm", 0.0),  # older files have none
+                "optimizer": state["optimizer"],
+                "scaler": state["scaler"],
+            }
         )
         for name, part in self.others.items():
             part.load_state_dict(state[name])
@@ -209,6 +218,7 @@ class Run:
             "epoch": self.epoch,
             "step": stepper["step"],
             "bad": stepper["bad"],
+            "usual_norm": stepper["usual_norm"],
             "sampler": {
                 "epoch": self.epoch,
                 "offset": self._epoch_step,
@@ -419,6 +429,8 @@ class Run:
         bad = names_of_bad_losses([entry for r in recents for entry in r])
         what = f"the loss ({', '.join(bad)})" if bad else "the gradient (every loss is finite)"
         message = f"{bad_in_a_row} steps in a row up to step {step} had no finite update: {what} is not finite"
+        if not bad and math.isfinite(float(self.stepper.grad_norm)):
+            message = f"{bad_in_a_row} updates in a row up to step {step} were left out by --skip_spikes"
         if self.processes.main:
             path = self.folder / "debug" / f"bad-step-{step:08d}.json"
             record = {
@@ -573,8 +585,8 @@ def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) 
     """Run a front door and turn how it ended into words and an exit code.
 
     0 done (or nothing left to do), 2 bad input, 3 no finite updates, 4 checkpoints cannot be written, 75 stopped by a
-    signal with everything saved ("requeue me"). A second Ctrl-C leaves at once with 130. Anything else is a defect and
-    keeps its traceback.
+    signal with everything saved, or before the first step ("requeue me"). A second Ctrl-C leaves at once with 130.
+    Anything else is a defect and keeps its traceback.
     """
     talk(main=int(os.environ.get("RANK", "0")) == 0, keep=True)
     distributed.on_stop_signals(_stopped_early)  # until a run begins and listens itself
