@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 RECENT_STEPS = 32  # how many micro-batches a dump can look back on
+USUAL_STEPS = 20  # updates over which the norm of the gradient is averaged, and before which none is a spike
 
 
 class Unstable(RuntimeError):
@@ -28,7 +29,8 @@ class Stepper:
     """Call it with the loss of every micro-batch; it answers True when that ended an optimizer step.
 
     An update that would not be finite is left out: weights and optimizer state stay as they were, the step number and
-    the learning rate go on, and `bad_steps` counts it.
+    the learning rate go on, and `bad_steps` counts it. So is one whose gradient has more than `skip_spikes` times the
+    usual norm, which is a running mean of those before it (0: none; not with fp16, whose scaler decides alone).
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class Stepper:
         *,
         accum: int = 1,
         clip_grad: float = 0.0,
+        skip_spikes: float = 0.0,
         fp16: bool = False,
         seed: int = 0,
         rank: int = 0,
     ):
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.accum, self.clip_grad = accum, clip_grad
+        assert not (fp16 and skip_spikes), "the scaler would not hear of it"
+        self.accum, self.clip_grad, self.skip_spikes = accum, clip_grad, skip_spikes
         self.step = 0
         self._micro = 0
         self._seed, self._rank = seed, rank
@@ -53,6 +57,7 @@ class Stepper:
         self._scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self._decides_on_device = bool(optimizer.defaults.get("fused"))
         self.grad_norm = torch.zeros((), device=device)
+        self._usual_norm = torch.zeros((), device=device)
         self._highest = torch.full((), -torch.inf, device=device)
         self._bad = torch.zeros(2, dtype=torch.int64, device=device)  # all, in a row
         self._recent: deque[tuple[int, dict[str, Tensor], Tensor]] = deque(maxlen=RECENT_STEPS)
@@ -98,7 +103,7 @@ class Stepper:
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip_grad > 0:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip_grad, self.grad_norm)
-        bad = ~torch.isfinite(self.grad_norm)
+        bad = self._refused()
         if self._scaler.is_enabled():
             self._scaler.step(self.optimizer)
             self._scaler.update()
@@ -110,6 +115,16 @@ class Stepper:
             self.optimizer.step()
         self._bad = torch.stack([self._bad[0] + bad, (self._bad[1] + 1) * bad])
         self.step += 1
+
+    def _refused(self) -> Tensor:
+        """Whether the update must not happen, on the device; the norm is the same on every rank."""
+        bad, usual = ~torch.isfinite(self.grad_norm), self._usual_norm
+        if self.skip_spikes:
+            if self.step >= USUAL_STEPS:
+                bad = bad | (self.grad_norm > self.skip_spikes * usual)
+            mean = torch.where(usual > 0, usual.lerp(self.grad_norm.to(usual.dtype), 1 / USUAL_STEPS), self.grad_norm)
+            self._usual_norm = torch.where(bad, usual, mean)
+        return bad
 
     def highest_loss(self) -> float:
         """The highest loss of this process since the last call. Waits for the device."""
@@ -133,6 +148,7 @@ class Stepper:
         return {
             "step": self.step,
             "bad": list(self.bad_steps()),
+            "usual_norm": float(self._usual_norm),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
@@ -140,6 +156,7 @@ class Stepper:
     def load_state_dict(self, state: Mapping) -> None:
         self.step = state["step"]
         self._bad = torch.tensor(state["bad"], dtype=torch.int64, device=self._bad.device)
+        self._usual_norm = torch.tensor(state["usual_norm"], device=self._usual_norm.device)
         asked = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, now in zip(self.optimizer.param_groups, asked, strict=True):  # torch takes all of them from the file
