@@ -272,6 +272,11 @@ def test_finished_jobs_are_skipped_and_an_interrupted_one_is_started_again(shell
     assert shell("9")[::2] == (0, [])
 
 
+def test_smoke_tests_on_several_processes_start_them(shell):
+    code, _, started = shell("9", SMOKE=1, NPROC=2, ROWS="mae")
+    assert code == 0 and len(started) == 2 and all(words.startswith("torchrun") for words in started)
+
+
 def test_a_failure_costs_what_needs_it_and_nothing_else(shell, tmp_path):
     code, said, started = shell("9", codes=[2], ROWS="mae nor-mae", DATA=tmp_path, SEEDS="0 1")
     assert code == 1 and len(started) == 7

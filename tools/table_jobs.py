@@ -18,11 +18,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Protocol
 
 PROJECT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 75  # the front doors' exit code for "stopped by a signal, everything saved"
-PRELOAD = ["main_pretrain", "main_finetune", "benchmarks.bill", "tools.tables", "torch.utils.tensorboard"]
+PRELOAD = [
+    "main_pretrain",
+    "main_finetune",
+    "main_segment",
+    "benchmarks.bill",
+    "tools.tables",
+    "torch.utils.tensorboard",
+]
 LOOK = 0.05  # seconds between two looks at what is running
 TAIL = 10  # lines of a failed program's output that are shown
 
@@ -59,7 +66,6 @@ class Process:
 
     def __init__(self, words: Sequence[str], said: Path | None):
         programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-        self.words = words
         with _opened(said) as file:
             self._process = subprocess.Popen(
                 [*programs[words[0]], *words[1:]], cwd=PROJECT, stdout=file, stderr=subprocess.STDOUT if file else None
@@ -93,24 +99,21 @@ class Fork:
 
 def run_program(words: Sequence[str], said: Path | None = None) -> None:
     """Become one of the project's programs."""
-    if said:
-        with _opened(said) as file:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
+    with _opened(said) as file:
+        if file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
     os.chdir(PROJECT)
     sys.argv = list(words)
     runpy.run_path(words[0], run_name="__main__")
 
 
-@contextlib.contextmanager
-def _opened(path: Path | None) -> Iterator[Any]:
+def _opened(path: Path | None) -> contextlib.AbstractContextManager[IO[str] | None]:
     """The file to add to; None where there is none."""
     if path is None:
-        yield None
-        return
+        return contextlib.nullcontext()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        yield file
+    return open(path, "a")
 
 
 def say(text: str) -> None:

@@ -418,7 +418,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(rows, setting)
             if setting.smoke:
                 smoke_data.write(setting.root / "data", {name for row in rows for name in row.sets.values()})
-            start: Callable[..., table_jobs.Program] = table_jobs.Fork if setting.smoke else table_jobs.Process
+            quick = setting.smoke and setting.nproc == 1
+            start: Callable[..., table_jobs.Program] = table_jobs.Fork if quick else table_jobs.Process
             code = table_jobs.run(
                 jobs,
                 setting.root,
