@@ -32,8 +32,10 @@ from util.data import (
     open_source,
     pretrain_transform,
 )
+from util.decode import lacks_parts
 from util.device_data import DeviceSamples
 from util.distributed import Processes
+from util.images import for_crops
 from util.logging import RunLog, talk
 from util.options import PretrainOptions, parse
 from util.run import Run, resolve, run_front_door, share_batches
@@ -110,6 +112,10 @@ def make_batches(
         samples = DeviceSamples(source, **crops, **shared, device=processes.device, num_workers=options.num_workers)
         options = replace(options, num_workers=0, pin_mem=False)  # nothing is left to load
     else:
+        if options.region_decode and not (lack := lacks_parts()):
+            source = replace(source, read=for_crops(source.read))
+        elif options.region_decode:
+            log.warning("data: JPEG files are decoded whole, which takes longer: %s", lack)
         samples = TrainSamples(source, pretrain_transform(**crops), **shared)
     return share_batches(options, samples, processes)
 

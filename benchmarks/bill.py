@@ -10,7 +10,6 @@ measured with its loader; its GPUs did half a percent of what they can, so they 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,20 +19,37 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
-from benchmarks.measure import RESULTS, machine, paired_ratios, progress, publish, quartiles, spread, table, where
-from benchmarks.step import AMP, Setting, measure
+import yaml
+
+from benchmarks.measure import progress, publish, quartiles, spread, table, where
+from benchmarks.step import Setting, measure, setting_from, setting_parser
 
 IMAGENET = 1_281_167  # training images
 ROWS = ("mae", "mae_mask50", "nor", "nor_r20", "dmae")  # ours, as rows of Tables 10 and 11
-PAPER = (  # where, what, minutes an epoch, GB in all at batch 4096 (None: not stated)
-    ("Table 11: 2 x H100, ViT-Tiny", "MAE, 75 % hidden", 25 + 20 / 60, 102),
-    ("Table 11: 2 x H100, ViT-Tiny", "MAE, 50 % hidden", 33 + 7 / 60, None),
-    ("Table 11: 2 x H100, ViT-Tiny", "NoR-MAE", 27 + 10 / 60, 108),
-    ("Table 10: 4 x RTX 6000, ViT-Tiny", "MAE", 35.0, None),
-    ("Table 10: 4 x RTX 6000, ViT-Tiny", "NoR-MAE", 36.0, None),
-    ("Table 10: 4 x RTX 6000, ViT-Small", "MAE", 45.0, None),
-    ("Table 10: 4 x RTX 6000, ViT-Small", "NoR-MAE", 47.0, None),
-)
+TABLES = PROJECT / "configs" / "tables.yaml"  # where the paper's figures stand
+DEVICES = {"10": "4 x RTX 6000", "11": "2 x H100"}
+
+
+def papers_rows() -> list[list[str]]:
+    """Tables 10 and 11 in the columns of ours."""
+    tables, rows = yaml.safe_load(TABLES.read_text()), []
+    for number, devices in DEVICES.items():
+        baseline: dict[str, float] = {}  # minutes of each model's first row, MAE
+        for row in tables[number]["rows"]:
+            *model, method = row["row"]
+            figures = row["paper"]
+            minutes, price = figures["minutes"], figures.get("price")
+            rows.append(
+                [
+                    f"Table {number}, {devices}: {', '.join(model) or 'ViT-Tiny'}, {method}",
+                    f"{IMAGENET / minutes / 60:.0f}",
+                    f"{minutes:.1f}",
+                    "-" if price is None else f"{price:.2f} USD",
+                    f"{1000 * figures['GB'] / 4096:.1f}",
+                    f"{minutes / baseline.setdefault(' '.join(model), minutes):.3f}",
+                ]
+            )
+    return rows
 
 
 def epoch(seconds_a_step: float, batch_size: int, images: int, devices: int, price: float) -> dict[str, float]:
@@ -43,18 +59,17 @@ def epoch(seconds_a_step: float, batch_size: int, images: int, devices: int, pri
     return {"images_per_s": rate, "minutes": minutes, "price": devices * price * minutes / 60}
 
 
-def bill(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def bill(setting: Setting, asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Of each variant: what an epoch takes, and the megabytes that a step holds for each image."""
-    batch_size, asked = result["setting"]["batch_size"], result["asked"]
     return {
-        name: epoch(quartiles(times)["median"], batch_size, asked["images"], asked["devices"], asked["price"])
-        | {"mb_per_image": result["peak_bytes"][name] / batch_size / 1e6}
-        for name, times in result["seconds"].items()
+        name: epoch(quartiles(times)["median"], setting.batch_size, asked["images"], asked["devices"], asked["price"])
+        | {"mb_per_image": found["peak_bytes"][name] / setting.batch_size / 1e6}
+        for name, times in found["seconds"].items()
     }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    setting, asked, bills = result["setting"], result["asked"], result["bill"]
+    setting, asked, bills = Setting(**result["setting"]), result["asked"], result["bill"]
     baseline = next(iter(bills))
     ours = [
         [
@@ -67,55 +82,28 @@ def markdown(result: Mapping[str, Any]) -> str:
         ]
         for name, each in bills.items()
     ]
-    first = {place: minutes for place, _, minutes, _ in reversed(PAPER)}  # of each place its first row, MAE
-    paper = [
-        [
-            place,
-            what,
-            f"{IMAGENET / minutes / 60:.0f}",
-            f"{minutes:.1f}",
-            "-" if memory is None else f"{1000 * memory / 4096:.1f}",
-            f"{minutes / first[place]:.3f}",
-        ]
-        for place, what, minutes, memory in PAPER
-    ]
     return (
-        f"# The bill: ViT-{setting['size'].capitalize()}/{setting['patch_size']}, decoder depth "
-        f"{setting['decoder_depth']}, an epoch of {asked['images']:,} images\n\n"
-        f"{where(result['machine'])} {asked['devices']} device(s) at {asked['price']:g} an hour each, batch "
-        f"{setting['batch_size']}, amp {setting['amp']}, CPU threads: {setting['threads']}, {result['clock']}.\n\n"
+        f"# The bill for an epoch of {asked['images']:,} images: {setting.words}\n\n"
+        f"{where(result['machine'])} {asked['devices']} device(s) at {asked['price']:g} an hour each, {setting.rounds} "
+        f"rounds, {result['clock']}. Memory is what a step takes beyond weights and optimizer.\n\n"
         + table(["ours", "images / s", "minutes", "price", "MB / image", f"time / {baseline}"], ours)
-        + "\nThe paper's, as printed there:\n\n"
-        + table(["where", "method", "images / s", "minutes", "MB / image", "time / its MAE"], paper)
+        + "\nThe paper's, loader included; memory of 4096 images, in all:\n\n"
+        + table(["where", "images / s", "minutes", "price", "MB / image", "time / its MAE"], papers_rows())
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    default = Setting()
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = setting_parser(__doc__)
     parser.add_argument("--price", type=float, required=True, help="of one device for an hour, in any currency")
     parser.add_argument("--devices", type=int, default=1, help="how many work together")
     parser.add_argument("--images", type=int, default=IMAGENET, help="images of an epoch")
     parser.add_argument("--compile", action="store_true", help="our steps compiled")
-    parser.add_argument("--size", default=default.size, choices=["tiny", "small", "base", "large", "huge"])
-    parser.add_argument("--device", default=default.device, help="cpu or cuda")
-    parser.add_argument("--amp", default=default.amp, choices=AMP)
-    for name in ("decoder_depth", "batch_size", "threads", "rounds", "input_size", "patch_size"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help="as in step.py")
-    parser.add_argument("--output", type=Path, help="JSON file, the table beside it; None: in benchmarks/results/")
-    given = vars(parser.parse_args(argv))
-    asked = {name: given.pop(name) for name in ("price", "devices", "images")}
-    names = [f"{name}+compile" if given["compile"] else name for name in ROWS]
-    del given["compile"]
-    output = given.pop("output") or RESULTS / f"bill_{given['device'].split(':')[0]}_{given['size']}.json"
-    setting = Setting(**given)
-    result = {"setting": asdict(setting), "asked": asked, "machine": machine(setting.device)}
-    result |= measure(setting, names, say=progress)
-    result |= {"ratios": paired_ratios(result["seconds"])}
-    result["bill"] = bill(result)
-    publish(result, markdown(result), output)
+    given = parser.parse_args(argv)
+    setting = setting_from(given)
+    asked = {name: getattr(given, name) for name in ("price", "devices", "images")}
+    found = measure(setting, [f"{name}+compile" if given.compile else name for name in ROWS], say=progress)
+    found |= {"asked": asked, "bill": bill(setting, asked, found)}
+    publish(f"bill_{setting.file}", found, markdown, setting=asdict(setting), output=given.output)
 
 
 if __name__ == "__main__":

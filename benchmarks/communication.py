@@ -1,7 +1,7 @@
 """The share of a training step that several processes on this machine lose to exchanging gradients.
 
     python benchmarks/communication.py                       # ViT-Tiny/16, 2 gloo processes
-    python benchmarks/communication.py --processes 4 --batch 16
+    python benchmarks/communication.py --processes 4 --batch_size 16
 
 Every round takes one step with the exchange and one without it (DDP's `no_sync`), in random order, on the same batch;
 the share is 1 - without / with, round by round. Without several processes there is nothing to exchange: both steps
@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
+import functools
 import json
-import platform
-import random
-import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
@@ -31,6 +30,7 @@ import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import methods
+from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
 from util import optim
 
 
@@ -47,60 +47,58 @@ def seconds_of_a_step(
     return time.perf_counter() - began
 
 
-def measure(rank: int, words: argparse.Namespace, meeting: str, output: str) -> None:
-    """One process; rank 0 writes the seconds of every round, with and without the exchange."""
-    torch.set_num_threads(max(1, (torch.get_num_threads()) // words.processes))
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=words.processes)
+def measure(rank: int, given: argparse.Namespace, meeting: str, output: str) -> None:
+    """One process of several, which all draw the same order of turns; rank 0 writes what it found."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // given.processes))
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=given.processes)
     torch.manual_seed(0)
-    model = methods.build(words.method, words.model, decoder_depth=words.decoder_depth, norm_pix_loss=True)
+    model = methods.build(given.method, given.model, decoder_depth=given.decoder_depth, norm_pix_loss=True)
     optimizer = optim.adamw(optim.pretrain_groups(model, 0.05), 1e-4)
-    images = torch.randn(words.batch, 3, *model.patch_embed.img_size)
-    trained = DistributedDataParallel(model)
-    order = random.Random(0)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(words.rounds + 1):
-        for exchange in order.sample([True, False], 2):
-            taken = seconds_of_a_step(trained, optimizer, images, exchange)
-            if number:  # the first round warms up
-                seconds[exchange].append(taken)
+    images = torch.randn(given.batch_size, 3, *model.patch_embed.img_size)
+    step = functools.partial(seconds_of_a_step, DistributedDataParallel(model), optimizer, images)
+    turns = {"with": functools.partial(step, True), "without": functools.partial(step, False)}
+    for warm_up in turns.values():
+        warm_up()
+    seconds = in_turn(turns, given.rounds, 0, progress if rank == 0 else lambda text: None)
     if rank == 0:
-        weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        Path(output).write_text(json.dumps({"with": seconds[True], "without": seconds[False], "weights": weights}))
+        numbers = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        Path(output).write_text(json.dumps({"seconds": seconds, "gradient_bytes": 4 * numbers}))
     dist.destroy_process_group()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="The share of a step lost to exchanging gradients.")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--method", default="nor_mae")
-    parser.add_argument("--model", default="mae_vit_tiny_patch16")
-    parser.add_argument("--decoder_depth", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=8, help="images of each process")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=PROJECT / "benchmarks" / "results" / "communication.json")
-    words = parser.parse_args()
+def markdown(result: Mapping[str, Any]) -> str:
+    setting, ratio = result["setting"], result["ratios"]["without/with"]
+    lost = {"median": 1 - ratio["median"], "q1": 1 - ratio["q3"], "q3": 1 - ratio["q1"]}
+    row = [spread(quartiles(result["seconds"][name])) for name in ("with", "without")]
+    return (
+        f"# Exchange of gradients: {setting['processes']} gloo processes\n\n"
+        f"{where(result['machine'])} {setting['method']}, {setting['model']}, decoder depth "
+        f"{setting['decoder_depth']}, batch {setting['batch_size']} each, {setting['rounds']} rounds; medians and "
+        "quartiles, the share within a round.\n\n"
+        + table(
+            ["gradients, MB", "s / step", "s / step without", "share lost"],
+            [[f"{result['gradient_bytes'] / 1e6:.0f}", *row, spread(lost)]],
+        )
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser(
+        __doc__,
+        processes=(2, "how many share the machine"),
+        decoder_depth=(12, "decoder blocks"),
+        batch_size=(8, "images of each process"),
+        rounds=(10, "how often both steps are timed"),
+    )
+    made.add_argument("--method", default="nor_mae", help="as for main_pretrain.py")
+    made.add_argument("--model", default="mae_vit_tiny_patch16", help="as for main_pretrain.py")
+    given = made.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "seconds.json"
-        multiprocessing.spawn(measure, (words, f"{folder}/meeting", str(found)), nprocs=words.processes)
-        seconds = json.loads(found.read_text())
-    shares = [1 - without / total for total, without in zip(seconds["with"], seconds["without"], strict=True)]
-    low, middle, high = statistics.quantiles(shares, n=4)
-    result = {
-        "what": f"{words.method}, {words.model}, decoder depth {words.decoder_depth}, {words.processes} gloo processes",
-        "batch_per_process": words.batch,
-        "rounds": words.rounds,
-        "gradient_mb": seconds["weights"] * 4 / 1e6,
-        "step_s_median": statistics.median(seconds["with"]),
-        "share_lost_median": middle,
-        "share_lost_quartiles": [low, high],
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads in all",
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    words.output.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    return 0
+        found = Path(folder) / "found.json"
+        multiprocessing.spawn(measure, (given, f"{folder}/meeting", str(found)), nprocs=given.processes)
+        setting = {name: value for name, value in vars(given).items() if name != "output"}
+        publish("communication", json.loads(found.read_text()), markdown, setting=setting, output=given.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

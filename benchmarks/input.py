@@ -4,8 +4,9 @@
     python benchmarks/input.py IMAGES --variants torchvision folder pack256 --num_workers 8
 
 `torchvision` is the baseline: an ImageFolder's loader, RandomResizedCrop, flip, ToTensor and Normalize, in a DataLoader
-that hands out floats. `pillow` is our loader with torchcodec switched off, `folder` our loader, `packN` a pack with
-short side N, `rawN` one of raw pixels. Ours hand out bytes, which the device normalises. A small folder is gone
+that hands out floats. `pillow` is our loader with torchcodec switched off, `folder` our loader, `region` the same with
+--region_decode, `packN` a pack with short side N, `rawN` one of raw pixels. Ours hand out bytes, which the device
+normalises. A small folder is gone
 through several times; files are in the page cache, so this is the cost of the processor and not of the disk. With
 --num_workers 0 one process loads, and its CPU time is taken, which other programs disturb least.
 """
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +36,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
-from benchmarks.measure import (
-    RESULTS,
-    in_turn,
-    machine,
-    paired_ratios,
-    progress,
-    publish,
-    quartiles,
-    spread,
-    table,
-    where,
-)
+from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
 from tools import pack
 from util import decode
 from util.data import Batches, TrainSamples, pretrain_transform
-from util.images import ASPECT_RATIOS
+from util.images import ASPECT_RATIOS, for_crops
 from util.sources import Names, Source, open_source
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-USUAL = ("torchvision", "pillow", "folder", "pack384", "pack256", "raw256")
+USUAL = ("torchvision", "pillow", "folder", "region", "pack384", "pack256", "raw256")
 
 
 class PlainDataset(Dataset):
@@ -140,6 +131,11 @@ def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) ->
             images = source
             if name.startswith(("pack", "raw")):
                 images, bytes_each[name] = packed(source, given, name, Path(folder))
+            if name == "region":
+                if lack := decode.lacks_parts():
+                    say(f"left out: {lack}")
+                    continue
+                images = replace(source, read=for_crops(source.read))
             switch = without_torchcodec if name == "pillow" else contextlib.nullcontext
             start = (torchvision_epochs if name == "torchvision" else our_epochs)(images, given)
             turns[name] = functools.partial(seconds_per_image, start, given, switch)
@@ -206,26 +202,21 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    made = parser(
+        __doc__,
+        images=(1024, "images a round; files are read several times if there are fewer"),
+        num_workers=(2, "loader processes"),
+        batch_size=(64, "images a batch"),
+        input_size=(224, "side of the crops"),
+        rounds=(9, "how often every loader is timed"),
+        seed=(0, "of the order of turns"),
     )
-    parser.add_argument("data_path", help="folder or list of images")
-    parser.add_argument("--variants", nargs="+", default=USUAL, metavar="NAME", help="the first is the baseline")
-    for name, value, text in (
-        ("images", 1024, "images a round; files are read several times if there are fewer"),
-        ("num_workers", 2, "loader processes"),
-        ("batch_size", 64, "images a batch"),
-        ("input_size", 224, "side of the crops"),
-        ("rounds", 9, "how often every loader is timed"),
-        ("seed", 0, "of the order of turns"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=value, help=text)
-    parser.add_argument("--output", type=Path, default=RESULTS / "input.json", help="JSON file, the table beside it")
-    given = parser.parse_args(argv)
+    made.add_argument("data_path", help="folder or list of images")
+    made.add_argument("--variants", nargs="+", default=USUAL, metavar="NAME", help="the first is the baseline")
+    given = made.parse_args(argv)
     setting = {name: value for name, value in vars(given).items() if name not in ("data_path", "output")}
-    result = {"setting": setting, "machine": machine("cpu"), **measure(given)}
-    result["ratios"] = paired_ratios(result["seconds"])
-    publish(result, markdown(result), given.output)
+    name = f"input_{given.num_workers}_workers"
+    publish(name, measure(given), markdown, setting=setting, output=given.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all benchmarks share: turns drawn anew, ratios within a round, the machine's name, JSON and Markdown.
+"""What all benchmarks share: words on the command line, turns drawn anew, ratios within a round, JSON and Markdown.
 
 Only times of the same round are compared, each variant taking its turn in an order drawn anew: a machine that is slow
 for a minute is slow for all of them.
@@ -6,6 +6,7 @@ for a minute is slow for all of them.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -18,11 +19,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from util.logging import DECODERS, installed
+
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
 
-import timm
-import torch
+
+def parser(description: str, **numbers: tuple[int, str]) -> argparse.ArgumentParser:
+    """Of a benchmark whose file begins with this description; `numbers` are flags with default and meaning."""
+    made = argparse.ArgumentParser(
+        description=description.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for name, (value, text) in numbers.items():
+        made.add_argument(f"--{name}", type=int, default=value, help=text)
+    made.add_argument("--output", type=Path, help="JSON file, the table beside it; None: in benchmarks/results/")
+    return made
 
 
 def in_turn(
@@ -57,7 +70,7 @@ def paired_ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str,
     }
 
 
-def machine(device: str) -> dict[str, str | int | None]:
+def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
@@ -70,8 +83,7 @@ def machine(device: str) -> dict[str, str | int | None]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
+        "versions": installed("torch", "torchvision", "timm", "numpy", *DECODERS),
         "commit": answer.stdout.strip() or None,
     }
 
@@ -82,10 +94,8 @@ def progress(text: str) -> None:
 
 def where(machine: Mapping[str, Any]) -> str:
     """The machine in one line."""
-    return (
-        f"{machine['device']} ({machine['cores']} cores), {machine['date']}, torch {machine['torch']}, "
-        f"timm {machine['timm']}, commit {machine['commit']}."
-    )
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['device']} ({machine['cores']} cores), {machine['date']}, {versions}, commit {machine['commit']}."
 
 
 def spread(values: Mapping[str, float], digits: int = 3) -> str:
@@ -99,8 +109,21 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
 
 
-def publish(result: Mapping[str, Any], text: str, output: Path) -> None:
-    """The figures as JSON, the table beside them and on the terminal."""
+def publish(
+    name: str,
+    found: Mapping[str, Any],
+    markdown: Callable[[Mapping[str, Any]], str],
+    *,
+    setting: Mapping[str, Any],
+    output: Path | None,
+) -> None:
+    """What was found, with setting, machine and ratios, as JSON in `output` or benchmarks/results/NAME.json; the table
+    beside it and on the terminal."""
+    result = {"setting": dict(setting), "machine": machine(setting.get("device", "cpu")), **found}
+    if "seconds" in found:
+        result["ratios"] = paired_ratios(found["seconds"])
+    text = markdown(result)
+    output = output or RESULTS / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
     output.with_suffix(".md").write_text(text)

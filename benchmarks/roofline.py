@@ -11,7 +11,6 @@ both times, and the share is that floor over the measured time.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import RESULTS, machine, progress, publish, quartiles, table, where
-from benchmarks.step import AMP, VARIANTS, Setting, clock_of, measure, wait
+from benchmarks.measure import progress, publish, quartiles, table, where
+from benchmarks.step import AMP, VARIANTS, Setting, clock_of, measure, setting_from, setting_parser, wait
 
 VIEWS = frozenset(
     "view as_strided expand transpose permute slice select detach alias unsqueeze squeeze split unbind unsafe_view t "
@@ -112,13 +111,13 @@ def share_of_roof(setting: Setting, name: str, roof: Mapping[str, float]) -> dic
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    setting, roof = result["setting"], result["ceilings"]
+    setting, roof = Setting(**result["setting"]), result["ceilings"]
     rows = [
         [
             name,
             f"{each['images_per_s']:.1f}",
-            f"{each['flop'] / setting['batch_size'] / 1e9:.2f}",
-            f"{each['bytes'] / setting['batch_size'] / 1e6:.0f}",
+            f"{each['flop'] / setting.batch_size / 1e9:.2f}",
+            f"{each['bytes'] / setting.batch_size / 1e6:.0f}",
             f"{100 * each['flop_share']:.1f} %",
             f"{100 * each['byte_share']:.1f} %",
             f"{100 * each['share']:.1f} %",
@@ -135,34 +134,20 @@ def markdown(result: Mapping[str, Any]) -> str:
         "of the floor",
     ]
     return (
-        f"# Roofline: ViT-{setting['size'].capitalize()}/{setting['patch_size']}, decoder depth "
-        f"{setting['decoder_depth']}, batch {setting['batch_size']}, amp {setting['amp']}\n\n"
+        f"# Roofline: {setting.words}\n\n"
         f"{where(result['machine'])} Measured ceilings: {roof['flop_per_s'] / 1e12:.3g} TFLOP/s and "
-        f"{roof['bytes_per_s'] / 1e9:.4g} GB/s, CPU threads: {setting['threads']}.\n\n" + table(columns, rows)
+        f"{roof['bytes_per_s'] / 1e9:.4g} GB/s.\n\n" + table(columns, rows)
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    default = Setting()
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--variants", nargs="+", default=("mae", "nor"), choices=VARIANTS, metavar="NAME")
-    parser.add_argument("--size", default=default.size, choices=["tiny", "small", "base", "large", "huge"])
-    parser.add_argument("--device", default=default.device, help="cpu or cuda")
-    parser.add_argument("--amp", default=default.amp, choices=AMP)
-    for name in ("decoder_depth", "batch_size", "threads", "rounds", "input_size", "patch_size"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help="as in step.py")
-    parser.add_argument("--output", type=Path, help="JSON file, the table beside it; None: in benchmarks/results/")
-    given = vars(parser.parse_args(argv))
-    names, output = list(dict.fromkeys(given.pop("variants"))), given.pop("output")
-    setting = Setting(**given)
+    given = setting_parser(__doc__, ("mae", "nor")).parse_args(argv)
+    setting = setting_from(given)
     torch.set_num_threads(setting.threads)
-    result = {"setting": asdict(setting), "machine": machine(setting.device)}
-    result["ceilings"] = ceilings(setting)
-    result["roofline"] = {name: share_of_roof(setting, name, result["ceilings"]) for name in names}
-    device = setting.device.split(":")[0]
-    publish(result, markdown(result), output or RESULTS / f"roofline_{device}_{setting.size}.json")
+    roof = ceilings(setting)
+    shares = {name: share_of_roof(setting, name, roof) for name in dict.fromkeys(given.variants)}
+    found = {"ceilings": roof, "roofline": shares}
+    publish(f"roofline_{setting.file}", found, markdown, setting=asdict(setting), output=given.output)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,7 @@ import torch
 from torch import Tensor
 
 import methods
-from benchmarks.measure import (
-    RESULTS,
-    in_turn,
-    machine,
-    paired_ratios,
-    progress,
-    publish,
-    quartiles,
-    spread,
-    table,
-    where,
-)
+from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
 from benchmarks.restated_mae import RestatedMAE, RestatedStep
 from benchmarks.restated_nor_mae import RestatedNoRMAE
 from util.distributed import Processes
@@ -73,6 +63,19 @@ class Setting:
     @property
     def patches(self) -> int:
         return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def words(self) -> str:
+        """Model and numbers, for a table's head."""
+        return (
+            f"ViT-{self.size.capitalize()}/{self.patch_size} at {self.input_size} px, decoder depth "
+            f"{self.decoder_depth}, batch {self.batch_size}, amp {self.amp}, CPU threads: {self.threads}"
+        )
+
+    @property
+    def file(self) -> str:
+        """The part of a result's file name that tells settings apart."""
+        return f"{self.device.split(':')[0]}_{self.size}{self.patch_size}_b{self.batch_size}_{self.amp}"
 
     def build(self, method: str, terms: dict[str, Any] | None = None, mask_ratio: float = 0.75) -> torch.nn.Module:
         """Our model of that method; the same weights for the same seed."""
@@ -194,8 +197,16 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+    gc.collect()  # what earlier work left behind is not to be freed within this step
+    gc.disable()
+    try:
+        for _ in range(2):  # freed memory counts only if it was seen to be taken: gradients are, the step before
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profiler:
+                step()
+    finally:
+        gc.enable()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -204,38 +215,47 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     return most
 
 
-def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Time the named variants: seconds per step by round, and the peak memory of a step beyond what is always held."""
+def prepared(
+    setting: Setting, names: Sequence[str], say: Callable[[str], None]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each variant by name, warmed up, as a step on one synthetic batch, which is the same for all."""
     torch.set_num_threads(setting.threads)
     device = torch.device(setting.device)
     generator = torch.Generator().manual_seed(setting.seed)
     images = torch.randn(setting.batch_size, 3, setting.input_size, setting.input_size, generator=generator).to(device)
     noise = torch.rand(setting.batch_size, 2, setting.patches, generator=generator).to(device)
+    for name in names:
+        say(f"preparing {name}")
+        step = functools.partial(VARIANTS[name](setting), images, noise)
+        for _ in range(max(setting.warmup, 1)):  # the first step also makes optimizer state and, compiled, the code
+            step()
+        yield name, step
+
+
+def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Time the named variants: seconds per step by round, and the peak memory of a step beyond what is always held."""
+    device = torch.device(setting.device)
     clock_name, clock = clock_of(setting)
     turns: dict[str, Callable[[], float]] = {}
     memory: dict[str, int] = {}
 
-    def turn(step: Step) -> float:
+    def turn(step: Callable[[], object]) -> float:
         wait(device)
         begin = clock()
         for _ in range(setting.steps):
-            step(images, noise)
+            step()
         wait(device)
         return (clock() - begin) / setting.steps
 
-    for name in names:
-        say(f"preparing {name}")
-        step = VARIANTS[name](setting)
-        for _ in range(max(setting.warmup, 1)):  # the first step also makes optimizer state and, compiled, the code
-            step(images, noise)
-        memory[name] = peak_bytes(functools.partial(step, images, noise), device)
+    for name, step in prepared(setting, names, say):
+        memory[name] = peak_bytes(step, device)
         turns[name] = functools.partial(turn, step)
     return {"clock": clock_name, "seconds": in_turn(turns, setting.rounds, setting.seed, say), "peak_bytes": memory}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The figures as a table: one row a variant, one column a baseline."""
-    setting, seconds = result["setting"], result["seconds"]
+    setting, seconds = Setting(**result["setting"]), result["seconds"]
     rows = [
         [
             name,
@@ -246,23 +266,17 @@ def markdown(result: Mapping[str, Any]) -> str:
         for name, times in seconds.items()
     ]
     return (
-        f"# Step time: ViT-{setting['size'].capitalize()}/{setting['patch_size']} at {setting['input_size']} px, "
-        f"decoder depth {setting['decoder_depth']}\n\n"
-        f"{where(result['machine'])} Batch {setting['batch_size']}, amp {setting['amp']}, CPU threads: "
-        f"{setting['threads']}, rounds: {setting['rounds']} of {setting['steps']} step(s), {result['clock']}.\n"
+        f"# Step time: {setting.words}\n\n"
+        f"{where(result['machine'])} {setting.rounds} rounds of {setting.steps} step(s), {result['clock']}.\n"
         "Medians over rounds; ratios within a round, with their quartiles: a row's time / the column's time.\n\n"
         + table(["variant", "s / step", "peak MiB over rest", *seconds], rows)
     )
 
 
-def parse(argv: Sequence[str] | None) -> tuple[Setting, list[str], Path]:
+def setting_parser(description: str, variants: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Flags for the setting, and for `variants` unless that is None."""
     default = Setting()
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--variants", nargs="+", default=USUAL, choices=VARIANTS, help="what is timed", metavar="NAME")
-    parser.add_argument("--size", default=default.size, choices=["tiny", "small", "base", "large", "huge"])
-    for name, text in {
+    numbers = {
         "patch_size": "side of a patch in pixels",
         "input_size": "side of the image in pixels",
         "decoder_depth": "decoder blocks (12 as in the released script, 8 as in MAE)",
@@ -272,29 +286,29 @@ def parse(argv: Sequence[str] | None) -> tuple[Setting, list[str], Path]:
         "warmup": "untimed steps of each variant",
         "steps": "steps a variant takes in its turn",
         "seed": "of weights, batch and order",
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=text)
-    parser.add_argument("--device", default=default.device, help="cpu or cuda")
-    parser.add_argument("--amp", default=default.amp, choices=AMP)
-    parser.add_argument("--raw_pixels", action="store_true", help="targets that are not normalised by patch")
-    parser.add_argument("--output", type=Path, help="JSON file, the table goes beside it; None: in benchmarks/results/")
-    given = vars(parser.parse_args(argv))
-    names = list(dict.fromkeys(given.pop("variants")))
-    output = given.pop("output")
-    setting = Setting(norm_pix_loss=not given.pop("raw_pixels"), **given)
-    if output is None:
-        device, size = setting.device.split(":")[0], f"{setting.size}{setting.patch_size}"
-        name = f"step_{device}_{size}_b{setting.batch_size}_{setting.amp}.json"
-        output = RESULTS / name
-    return setting, names, output
+    }
+    made = parser(description, **{name: (getattr(default, name), text) for name, text in numbers.items()})
+    if variants is not None:
+        made.add_argument(
+            "--variants", nargs="+", default=variants, choices=VARIANTS, metavar="NAME", help="what is run"
+        )
+    made.add_argument("--size", default=default.size, choices=["tiny", "small", "base", "large", "huge"])
+    made.add_argument("--device", default=default.device, help="cpu or cuda")
+    made.add_argument("--amp", default=default.amp, choices=AMP)
+    made.add_argument("--raw_pixels", action="store_true", help="targets that are not normalised by patch")
+    return made
+
+
+def setting_from(given: argparse.Namespace) -> Setting:
+    known = {field.name for field in fields(Setting)}
+    return Setting(norm_pix_loss=not given.raw_pixels, **{k: v for k, v in vars(given).items() if k in known})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    setting, names, output = parse(argv)
-    result = {"setting": asdict(setting), "machine": machine(setting.device)}
-    result |= measure(setting, names, say=progress)
-    result["ratios"] = paired_ratios(result["seconds"])
-    publish(result, markdown(result), output)
+    given = setting_parser(__doc__, USUAL).parse_args(argv)
+    setting = setting_from(given)
+    found = measure(setting, list(dict.fromkeys(given.variants)), say=progress)
+    publish(f"step_{setting.file}", found, markdown, setting=asdict(setting), output=given.output)
 
 
 if __name__ == "__main__":

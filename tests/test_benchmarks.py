@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import methods
-from benchmarks import step
+from benchmarks import measure, memory, micro, step
 from benchmarks.restated_mae import RestatedMAE, RestatedStep
 from benchmarks.restated_nor_mae import RestatedNoRMAE, wrapped_neighbors
 
@@ -61,20 +61,66 @@ def test_a_restated_step_learns_and_moves_no_position_table():
 
 
 def test_ratios_are_taken_within_a_round():
-    ratios = step.paired_ratios({"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]})
+    ratios = measure.paired_ratios({"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]})
     assert ratios["a/b"] == {"median": 2.0, "q1": 2.0, "q3": 2.0}  # pairing removes a drift that hits both
     assert ratios["b/a"]["median"] == 0.5
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+SMALL = "--patch_size 16 --input_size 48 --decoder_depth 1 --batch_size 2 --rounds 2 --warmup 1".split()
+
+
+@pytest.mark.usefixtures("threads")
 def test_the_benchmark_writes_its_table_and_its_raw_times(tmp_path, capsys):
     output = tmp_path / "step.json"
-    words = "--patch_size 16 --input_size 48 --decoder_depth 1 --batch_size 2 --rounds 2 --warmup 1".split()
-    threads = torch.get_num_threads()
-    step.main([*words, "--output", str(output)])
-    torch.set_num_threads(threads)
+    step.main([*SMALL, "--output", str(output)])
     result = json.loads(output.read_text())
     assert set(result["seconds"]) == {"mae", "nor", "nor_r20", "restated_mae", "restated_nor"}
     assert all(len(times) == 2 for times in result["seconds"].values())
     assert result["ratios"].keys() >= {"mae/restated_mae", "nor/restated_nor", "nor/mae"}
-    assert result["machine"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["machine"]["versions"]["torch"])
     assert output.with_suffix(".md").read_text() == capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("threads")
+def test_parts_of_the_term_give_what_the_restated_parts_give_and_are_measured(tmp_path, capsys):
+    setting = step.Setting(input_size=48, batch_size=2)
+    relation = micro.works(setting)["relation"]
+    gradients = [form() for form in relation.values()]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    output = tmp_path / "micro.json"
+    micro.main([*SMALL, "--output", str(output)])
+    parts = json.loads(output.read_text())["parts"]
+    assert list(parts) == ["relation", "search"]
+    for found in parts.values():
+        assert {name: len(times) for name, times in found["seconds"].items()} == {"restated": 2, "ours": 2}
+        assert "restated/ours" in found["ratios"] and found["peak_bytes"]["ours"] < found["peak_bytes"]["restated"]
+    assert output.with_suffix(".md").read_text() == capsys.readouterr().out
+
+
+def test_peak_memory_is_that_of_the_worst_moment():
+    def work():
+        first = torch.empty(3, 2**20)
+        second = torch.empty(2**20)
+        del first
+        return second, torch.empty(2, 2**20)  # now no more than before
+
+    for _ in range(3):
+        assert step.peak_bytes(work, torch.device("cpu")) == 4 * 4 * 2**20
+
+
+@pytest.mark.usefixtures("threads")
+def test_memory_is_counted_the_same_every_time(tmp_path, capsys):
+    found = []
+    for number in range(2):
+        output = tmp_path / f"{number}.json"
+        memory.main([*SMALL, "--variants", "mae", "nor", "--output", str(output)])
+        found.append(json.loads(output.read_text())["peak_bytes"])
+    assert found[0] == found[1] and list(found[0]) == ["mae", "nor"] and min(found[0].values()) > 0
+    assert "MB / image" in capsys.readouterr().out

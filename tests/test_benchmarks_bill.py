@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import bill, input, measure, roofline, step
+from benchmarks import bill, communication, input, measure, roofline, step
 
 SMALL = "--batch_size 2 --rounds 1 --input_size 48 --decoder_depth 1".split()
 
@@ -45,7 +45,8 @@ def test_the_bill_is_written_beside_the_papers_rows(tmp_path, capsys, monkeypatc
     assert all(each["mb_per_image"] > 0 and each["price"] > 0 for each in result["bill"].values())
     table = output.with_suffix(".md").read_text()
     assert table == capsys.readouterr().out
-    assert "| Table 11: 2 x H100, ViT-Tiny | NoR-MAE | 786 |" in table
+    assert "| Table 11, 2 x H100: ViT-Tiny, NoR-MAE | 786 | 27.2 | 2.90 USD | 26.4 | 1.072 |" in table
+    assert "| Table 10, 4 x RTX 6000: ViT-Small, NoR-MAE | 454 | 47.0 | - | 37.1 | 1.044 |" in table
 
 
 def test_bytes_are_what_operations_read_and_write_and_views_move_nothing():
@@ -100,3 +101,27 @@ def test_loaders_are_measured_and_packs_are_made(tmp_path, capsys, monkeypatch):
 def test_images_without_files_are_no_baseline():
     with pytest.raises(ValueError, match="no image files"):
         input.measure(argparse.Namespace(data_path="digits"))
+
+
+def test_the_share_that_is_lost_is_what_a_step_without_exchange_saves():
+    seconds = {"with": [1.0, 2.0, 4.0], "without": [0.9, 1.7, 3.8]}
+    result = {
+        "setting": {"processes": 2, "method": "mae", "model": "m", "decoder_depth": 1, "batch_size": 8, "rounds": 3},
+        "machine": measure.machine("cpu"),
+        "ratios": measure.paired_ratios(seconds),
+        "seconds": seconds,
+        "gradient_bytes": 44e6,
+    }
+    assert communication.markdown(result).splitlines()[-1] == (
+        "| 44 | 2.000 [1.500, 3.000] | 1.700 [1.300, 2.750] | 0.100 [0.075, 0.125] |"
+    )
+
+
+@pytest.mark.slow
+def test_processes_take_their_turns_together(tmp_path, capsys):
+    output = tmp_path / "communication.json"
+    words = "--rounds 2 --batch_size 1 --decoder_depth 1 --model mae_vit_tiny_patch32".split()
+    communication.main([*words, "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert found["gradient_bytes"] > 4e6 and len(found["seconds"]["with"]) == 2
+    assert output.with_suffix(".md").read_text() in capsys.readouterr().out

@@ -17,6 +17,7 @@ import random
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from util.images import BadImage, Pair, PairTransform, Transform, eval_transform, pretrain_transform
+from util.shelf import Parcel, Shelf
 from util.sources import Source, open_source
 
 __all__ = [
@@ -39,7 +41,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 TRIES = 100  # unreadable images in a row before a sample gives up
-LOOK_SECONDS = 5.0  # between two looks whether the workers that are waited for live
+PREFETCH = 2  # batches that each worker is ahead
 WORKER_TIMEOUT = 300.0  # seconds without a batch, after which living workers count as hung
 IGNORED_BY_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the main process handles them
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of red, green, blue
@@ -130,9 +132,20 @@ class Batch:
         return moved
 
     def pin_memory(self) -> Batch:
-        return self._each(Tensor.pin_memory)
+        return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def posted(self, shelf: Shelf, number: int) -> Batch:
+        """Batch `number` for another process: its tensors lie on the shelf."""
+        names = [name for name in ("images", "labels", "noise", "index") if getattr(self, name) is not None]
+        return replace(
+            self, **dict(zip(names, shelf.put(number, [getattr(self, name) for name in names]), strict=True))
+        )
+
+    def opened(self) -> Batch:
+        """What arrived, with tensors of this process."""
+        return self._each(lambda tensor: tensor.open() if isinstance(tensor, Parcel) else tensor)
+
+    def _each(self, change: Callable[[Any], Tensor]) -> Batch:
         labels = None if self.labels is None else change(self.labels)
         noise = None if self.noise is None else change(self.noise)
         return replace(self, images=change(self.images), labels=labels, noise=noise, index=change(self.index))
@@ -204,12 +217,7 @@ class TrainSamples(Dataset):
         """The sample of (epoch, index). An unreadable image is replaced by the source's next readable one, label and
         all, and reported; the randomness stays that of the key."""
         epoch, index = key
-        image, shown, problems = self._read(index)
-        seed = mix(self.seed, epoch, index, AUGMENTATION)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every accelerator, for each sample
-        np.random.seed(seed & 0xFFFFFFFF)
-        random.seed(seed)
-        pixels, label = _transformed(self.source, self.transform, image, shown)
+        pixels, label, problems = self._read(index, mix(self.seed, epoch, index, AUGMENTATION))
         noise = None
         if self.noise_shape is not None:  # from a stream of its own: however much the augmentation has drawn
             noise = torch.rand(self.noise_shape, generator=_generator(self.seed, epoch, index, NOISE))
@@ -221,12 +229,16 @@ class TrainSamples(Dataset):
         except NothingReadable as error:
             return error
 
-    def _read(self, index: int) -> tuple[np.ndarray | Pair, int, list[tuple[str, str]]]:
-        """(image, its index, problems): the image at `index` or the next readable one."""
+    def _read(self, index: int, seed: int) -> tuple[Tensor, Any, list[tuple[str, str]]]:
+        """(pixels, label, problems) of the image at `index` or the next readable one."""
         problems: list[tuple[str, str]] = []
         for shown in (number % len(self.source) for number in range(index, index + min(TRIES, len(self.source)))):
             try:
-                return self.source.read(shown), shown, problems
+                image = self.source.read(shown)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every accelerator each time
+                np.random.seed(seed & 0xFFFFFFFF)
+                random.seed(seed)
+                return *_transformed(self.source, self.transform, image, shown), problems
             except BadImage as error:
                 problems.append((error.path, error.reason))
         raise NothingReadable(f"{len(problems)} images in a row cannot be read: {_first(problems)}")
@@ -271,6 +283,8 @@ class Loader:
     def __init__(self, samples: Samples, num_workers: int, pin_memory: bool, timeout: float = WORKER_TIMEOUT):
         self.samples, self.num_workers, self.timeout = samples, num_workers, timeout
         self.pin_memory = pin_memory and torch.cuda.is_available()
+        self._waits_since = 0.0  # on the monotonic clock; 0: nobody waits for a batch
+        self._hung = False
         self._processes: list[Any] = []
         self._loader: DataLoader | None = None
         self._feed = _Feed()
@@ -308,29 +322,30 @@ class Loader:
 
     def _next(self, stream: Iterator[Any]) -> Any:
         """The next batch. _WorkersLost when one of them is dead, or all have been silent for too long."""
-        began = time.monotonic()
-        while True:
-            try:
-                return next(stream)
-            except Exception as error:  # what a death looks like from here depends on the moment: ask who is dead
-                late = str(error).startswith("DataLoader timed out")
-                if dead := self._dead_workers(0.0 if late else 1.0):
-                    advice = f"try fewer than num_workers {self.num_workers} or a larger /dev/shm"
-                    raise _WorkersLost("died", dead, f"Most often memory ran out: {advice}") from error
-                if not late:
-                    raise
-                if 0 < self.timeout <= time.monotonic() - began:
-                    advice = "Most often a file system does not answer; worker_timeout says how long to wait for it"
-                    raise _WorkersLost("hung", f"no batch for {self.timeout:g} s", advice) from error
+        self._waits_since = time.monotonic()
+        try:
+            batch = next(stream)
+            return batch if isinstance(batch, NothingReadable) else batch.opened()
+        except Exception as error:  # what a death looks like from here depends on the moment: ask who is dead
+            dead = self._dead_workers()
+            if not dead:
+                raise
+            if self._hung:
+                advice = "Most often a file system does not answer; worker_timeout says how long to wait for it"
+                raise _WorkersLost("hung", f"no batch for {self.timeout:g} s", advice) from error
+            advice = f"try fewer than num_workers {self.num_workers} or a larger /dev/shm"
+            raise _WorkersLost("died", dead, f"Most often memory ran out: {advice}") from error
+        finally:
+            self._waits_since = 0.0
 
     def stop(self) -> None:
         """End the workers. They hold nothing that would be lost."""
-        self._loader = None
+        self._loader, self._hung = None, False
         _kill(self._processes)
 
-    def _dead_workers(self, patience: float) -> str:
-        """Who is dead, in words; a worker that is just dying has `patience` seconds for it."""
-        closed = wait([process.sentinel for process in self._processes], timeout=patience)
+    def _dead_workers(self) -> str:
+        """Who is dead, in words; a worker that is just dying has a second for it."""
+        closed = wait([process.sentinel for process in self._processes], timeout=1)
         dead = [process for process in self._processes if process.sentinel in closed]
         for process in dead:
             process.join()  # its pipes close a moment before it is a dead process with an exit code
@@ -339,17 +354,20 @@ class Loader:
     def _from_workers(self, keys: Callable[[int], list], start: int, count: int) -> Iterator[Any]:
         if self._loader is None:
             self._loader = DataLoader(
-                self.samples,  # type: ignore[arg-type]  # it has __getitems__, which is all that is called
+                _Posting(self.samples, Shelf(PREFETCH * self.num_workers + 1)),  # those on their way, and the newest
                 batch_sampler=self._feed,
                 num_workers=self.num_workers,
+                prefetch_factor=PREFETCH,
                 collate_fn=_as_it_is,
                 pin_memory=self.pin_memory,
                 worker_init_fn=_ignore_signals,
                 persistent_workers=True,
-                timeout=LOOK_SECONDS,  # its iterator can be asked again after that
                 generator=torch.Generator(),  # or each epoch's start would draw from the main process's random numbers
             )
-        self._feed.keys = (keys(n) for n in range(start, count))
+            if self.timeout:
+                references = weakref.ref(self), weakref.ref(self._loader)
+                threading.Thread(target=_watch, args=references, name="data loading", daemon=True).start()
+        self._feed.keys = ((n, keys(n)) for n in range(start, count))
         with _safe_to_start_workers():
             before = set(multiprocessing.active_children())
             iterator = iter(self._loader)
@@ -357,13 +375,39 @@ class Loader:
         return iterator
 
 
+def _watch(loader: Callable[[], Loader | None], torchs: Callable[[], DataLoader | None]) -> None:
+    """Kill workers that are waited for too long. Whatever the main process waits in (a worker that stops while it hands
+    over a batch stops it for good), their death ends it."""
+    while (watched := loader()) is not None and watched._loader is torchs() is not None:
+        if 0 < watched._waits_since < time.monotonic() - watched.timeout:
+            watched._hung = True
+            for process in list(watched._processes):
+                process.kill()
+            return
+        pause = min(5.0, watched.timeout / 4)
+        del watched
+        time.sleep(pause)
+
+
 class _Feed:
     """The batch sampler of a loader that outlives its epochs: whatever keys it was given last."""
 
-    keys: Iterator[list] = iter(())
+    keys: Iterator[tuple[int, list]] = iter(())
 
-    def __iter__(self) -> Iterator[list]:
+    def __iter__(self) -> Iterator[tuple[int, list]]:
         return self.keys
+
+
+class _Posting(Dataset):
+    """What the workers of a loader hold: samples by the number of a batch and its keys, sent off by a shelf."""
+
+    def __init__(self, samples: Samples, shelf: Shelf):
+        self.samples, self.shelf = samples, shelf
+
+    def __getitems__(self, numbered: tuple[int, list]) -> Batch | NothingReadable:
+        number, keys = numbered
+        batch = self.samples.__getitems__(keys)
+        return batch if isinstance(batch, NothingReadable) else batch.posted(self.shelf, number)
 
 
 def _kill(processes: list[Any]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from util.data import AUGMENTATION, NOISE, TRIES, Batch, NothingReadable, Source, mix
-from util.images import ASPECT_RATIOS, BadImage
+from util.images import ASPECT_RATIOS, ATTEMPTS, BadImage
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ MEMORY = Path("/proc/meminfo")
 SHARE_OF_MEMORY = 0.5  # of what is free, that images may take
 LOOKED_AT = 64  # images whose size tells whether all have room, before all are read
 RESIZE_BYTES = 2**28  # of float pixels at a time
-ATTEMPTS = 10  # at a crop that fits, as torchvision's; then the largest central one
 CUBIC = -0.5  # Pillow's
 
 

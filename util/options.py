@@ -271,6 +271,10 @@ class PretrainOptions(EncoderOptions):
     terms: dict[str, dict[str, Any] | None] = result({})
     """Changes to the method's loss terms: `{neighbor: {weight: 1e-4}}`; `{label: {}}` adds one, `null` removes it."""
 
+    region_decode: bool = result(False, section="Loading")
+    """Decode only the part of a JPEG file that its crop shows (requirements/region.txt): the same pixels sooner, but
+    damage outside the crop goes unnoticed."""
+
     data_on_device: bool = result(False, section="Small data")
     """Hold all images decoded in the device's memory and crop there (CIFAR, digits). Draws other crops and masks."""
 
@@ -288,6 +292,8 @@ class PretrainOptions(EncoderOptions):
         require(self.min_scale > 0, "must be more than 0, or a crop is empty", "min_scale")
         require(self.mask_ratio > 0, "0 hides nothing, and nothing is left to learn", "mask_ratio")
         require(self.mask_ratio < 1, "1 keeps nothing for the encoder", "mask_ratio")
+        both = self.region_decode and self.data_on_device
+        require(not both, "reads whole images once: no parts of them", "data_on_device", "region_decode")
 
 
 @dataclass(frozen=True, kw_only=True)

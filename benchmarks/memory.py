@@ -1,0 +1,51 @@
+"""The memory that a training step takes beyond weights and optimizer: our steps and the restated published ones.
+
+    python benchmarks/memory.py --amp bf16                                 # ViT-Tiny/16, batch 32, CPU
+    python benchmarks/memory.py --device cuda --amp bf16 --batch_size 512
+
+No time is taken: what is counted is bytes that were asked for, so a busy machine gives the same figures as an idle one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import torch
+
+from benchmarks.measure import progress, publish, table, where
+from benchmarks.step import Setting, peak_bytes, prepared, setting_from, setting_parser
+
+USUAL = ("mae", "nor", "nor_r20", "restated_mae", "restated_nor")
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    setting, peaks = Setting(**result["setting"]), result["peak_bytes"]
+    first = next(iter(peaks))
+    rows = [
+        [name, f"{peak / 2**20:.1f}", f"{peak / setting.batch_size / 1e6:.2f}", f"{peak / peaks[first]:.4f}"]
+        for name, peak in peaks.items()
+    ]
+    return (
+        f"# Peak memory of a step: {setting.words}\n\n"
+        f"{where(result['machine'])} Beyond what is held between steps: weights, gradients and optimizer.\n\n"
+        + table(["variant", "MiB", "MB / image", f"times {first}"], rows)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = setting_parser(__doc__, USUAL).parse_args(argv)
+    setting = setting_from(given)
+    steps = prepared(setting, list(dict.fromkeys(given.variants)), progress)
+    peaks = {name: peak_bytes(step, torch.device(setting.device)) for name, step in steps}
+    publish(f"memory_{setting.file}", {"peak_bytes": peaks}, markdown, setting=asdict(setting), output=given.output)
+
+
+if __name__ == "__main__":
+    main()

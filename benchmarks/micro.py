@@ -1,0 +1,125 @@
+"""What NoR-MAE adds to a step, part by part: our forms against those of the released program, restated.
+
+    python benchmarks/micro.py                                   # 64 images, ViT-Tiny/16 at 224 px, one CPU thread
+    python benchmarks/micro.py --device cuda --amp bf16 --batch_size 512
+
+`relation` is the off-diagonal sum of the two predictions, forward and backward: ours without the P x P matrices, the
+restated one through an einsum. `search` finds the companions of the visible patches and hands out their tokens: ours by
+shifted products, the restated one by gathering the eight neighbours of every patch, `[N, L, 8, D]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import in_turn, paired_ratios, progress, publish, quartiles, spread, table, where
+from benchmarks.restated_nor_mae import RestatedNoRMAE
+from benchmarks.step import AMP, Setting, clock_of, peak_bytes, restated, setting_from, setting_parser, wait
+from models_mae import take
+from models_nor_mae import closest_neighbors, neighbor_relation
+
+
+def works(setting: Setting) -> dict[str, dict[str, Callable[[], object]]]:
+    """Of each part, the restated form and ours."""
+    device, dtype = torch.device(setting.device), AMP[setting.amp]
+    released = restated(setting, RestatedNoRMAE).model
+    assert isinstance(released, RestatedNoRMAE)
+    L, D, P = setting.patches, released.cls_token.shape[-1], 3 * setting.patch_size**2
+    generator = torch.Generator().manual_seed(setting.seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(setting.batch_size, *shape, generator=generator).to(device, dtype)
+
+    pred_NLP, companion_NLP, tokens_NLD = drawn(L, P).requires_grad_(), drawn(L, P), drawn(L, D)
+    ids_NV = drawn(L).argsort(dim=1)[:, : L // 4]
+
+    def backward(relation: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+        pred_NLP.grad = None
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            loss = relation(pred_NLP, companion_NLP)
+        loss.backward()
+        return pred_NLP.grad
+
+    @torch.no_grad()
+    def gathered() -> Tensor:
+        return take(released.companions(tokens_NLD), ids_NV)
+
+    @torch.no_grad()
+    def shifted() -> Tensor:
+        grid = (setting.input_size // setting.patch_size,) * 2
+        return take(tokens_NLD, closest_neighbors(tokens_NLD, grid).gather(1, ids_NV))
+
+    return {
+        "relation": {
+            "restated": functools.partial(backward, released.relation),
+            "ours": functools.partial(backward, neighbor_relation),
+        },
+        "search": {"restated": gathered, "ours": shifted},
+    }
+
+
+def measure(setting: Setting, say: Callable[[str], None] = progress) -> dict[str, Any]:
+    """Of each part: seconds by round, their ratios, and the peak bytes."""
+    torch.set_num_threads(setting.threads)
+    device = torch.device(setting.device)
+    clock_name, clock = clock_of(setting)
+
+    def turn(work: Callable[[], object]) -> float:
+        wait(device)
+        began = clock()
+        for _ in range(setting.steps):
+            work()
+        wait(device)
+        return (clock() - began) / setting.steps
+
+    parts = {}
+    for part, forms in works(setting).items():
+        say(part)
+        for work in forms.values():
+            for _ in range(max(setting.warmup, 1)):
+                work()
+        turns = {name: functools.partial(turn, work) for name, work in forms.items()}
+        seconds = in_turn(turns, setting.rounds, setting.seed, say)
+        memory = {name: peak_bytes(work, device) for name, work in forms.items()}
+        parts[part] = {"seconds": seconds, "ratios": paired_ratios(seconds), "peak_bytes": memory}
+    return {"clock": clock_name, "parts": parts}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    setting = Setting(**result["setting"])
+    rows = []
+    for part, found in result["parts"].items():
+        for name, times in found["seconds"].items():
+            faster = "1" if name == "restated" else spread(found["ratios"][f"restated/{name}"], 2)
+            share = found["peak_bytes"][name] / found["peak_bytes"]["restated"]
+            milliseconds = spread({key: 1000 * value for key, value in quartiles(times).items()}, 1)
+            rows.append([part, name, milliseconds, faster, f"{found['peak_bytes'][name] / 1e6:.1f}", f"{share:.2f}"])
+    return (
+        f"# Parts of the neighbour term: {setting.words}\n\n"
+        f"{where(result['machine'])} {setting.rounds} rounds of {setting.steps} run(s), {result['clock']}; medians and "
+        "quartiles, ratios within a round.\n\n"
+        + table(["part", "form", "ms", "times faster", "peak MB", "of the restated"], rows)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = setting_parser(__doc__)
+    parser.set_defaults(batch_size=64, rounds=15)
+    given = parser.parse_args(argv)
+    setting = setting_from(given)
+    publish(f"micro_{setting.file}", measure(setting), markdown, setting=asdict(setting), output=given.output)
+
+
+if __name__ == "__main__":
+    main()

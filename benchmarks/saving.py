@@ -1,0 +1,153 @@
+"""What saving costs: a run's checkpoint written as a run writes it, against the same bytes written at once, in turn.
+
+    python benchmarks/saving.py                      # ViT-Tiny with the published decoder, to where temporary files go
+    python benchmarks/saving.py --folder /mnt/network --device cuda --batch_size 256
+
+A checkpoint holds weights and both moments of AdamW; it is flushed to the disk and renamed, and its predecessor gets a
+second name. Training waits for it. The share of a training is what the default of `save_minutes` makes of that, or the
+end of every epoch where an epoch on ImageNet-1K is shorter, at the speed of the step that is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
+
+import torch
+
+from benchmarks.measure import (
+    RESULTS,
+    in_turn,
+    machine,
+    paired_ratios,
+    progress,
+    quartiles,
+    spread,
+    table,
+    where,
+)
+from benchmarks.step import OurStep, Setting
+from util import checkpoint
+from util.options import PretrainOptions
+
+IMAGENET_IMAGES = 1_281_167
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def write_at_once(content: bytes, path: Path) -> None:
+    """The least that a lasting file takes."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) -> dict[str, Any]:
+    """Seconds of a save, of the plain bytes and of a step, by round, and the shares of a training."""
+    torch.set_num_threads(given.threads)
+    setting = Setting(size=given.size, batch_size=given.batch_size, device=given.device, threads=given.threads)
+    step = OurStep(setting, "nor_mae", compiled=False)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(given.batch_size, 3, setting.input_size, setting.input_size, generator=generator)
+    noise = torch.rand(given.batch_size, 1, setting.patches, generator=generator)
+    images, noise = images.to(given.device), noise.to(given.device)
+
+    def train() -> None:
+        step(images, noise)
+        step.stepper.bad_steps()  # waits for the device
+
+    def save() -> None:
+        state = {"format": checkpoint.FORMAT, "model": step.model.state_dict(), **step.stepper.state_dict()}
+        checkpoint.keep_previous(folder)
+        checkpoint.save(folder / checkpoint.LAST, state)
+
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        train()
+        save()
+        content = (folder / checkpoint.LAST).read_bytes()
+        seconds = in_turn(
+            {
+                "step": lambda: seconds_of(train),
+                "save": lambda: seconds_of(save),
+                "bytes": lambda: seconds_of(lambda: write_at_once(content, folder / "plain")),
+            },
+            given.rounds,
+            0,
+            say,
+        )
+    images_per_second = given.batch_size / quartiles(seconds["step"])["median"]
+    epoch = IMAGENET_IMAGES / images_per_second
+    between = min(60 * PretrainOptions.save_minutes, epoch)
+    each = quartiles(seconds["save"])["median"]
+    return {
+        "setting": {
+            "size": given.size,
+            "batch_size": given.batch_size,
+            "threads": given.threads,
+            "rounds": given.rounds,
+        },
+        "machine": machine(given.device),
+        "megabytes": len(content) / 1e6,
+        "seconds": seconds,
+        "ratios": paired_ratios({name: seconds[name] for name in ("save", "bytes")}),
+        "images_per_second": images_per_second,
+        "seconds_of_an_epoch": epoch,
+        "seconds_between_saves": between,
+        "share_of_training": each / (between + each),
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    seconds = {name: quartiles(values) for name, values in result["seconds"].items()}
+    rows = [
+        ("a checkpoint, as a run writes it", spread(seconds["save"]), spread(result["ratios"]["save/bytes"], 2)),
+        ("the same bytes at once", spread(seconds["bytes"]), "1"),
+    ]
+    return (
+        f"# Saving: ViT-{result['setting']['size'].capitalize()}/16, {result['megabytes']:.1f} MB\n\n"
+        f"{where(result['machine'])} {result['setting']['rounds']} rounds; medians and quartiles.\n\n"
+        + table(("what is written", "seconds", "ratio"), rows)
+        + f"\nA step of {result['setting']['batch_size']} images takes {spread(seconds['step'])} s here "
+        f"({result['images_per_second']:.0f} images / s), so an epoch of ImageNet-1K "
+        f"{result['seconds_of_an_epoch'] / 60:.0f} minutes. Saved every {result['seconds_between_saves'] / 60:.1f} "
+        f"minutes, saving is {100 * result['share_of_training']:.3f}% of the training.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--size", default="tiny", help="of the encoder: tiny, small, base, large or huge")
+    parser.add_argument("--batch_size", type=int, default=32, help="images of the step that is measured beside it")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="where to write; empty: the folder for temporary files")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/saving_DEVICE_SIZE.json")
+    given = parser.parse_args(argv)
+    output = given.output or RESULTS / f"saving_{given.device}_{given.size}.json"
+    result = measure(given)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown(result))
+    sys.stdout.write(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

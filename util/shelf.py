@@ -1,0 +1,92 @@
+"""The way of batches from worker processes to the training process: shared memory that is used again.
+
+Fresh shared memory is zeroed and mapped page by page, on both sides, which for a batch of images takes longer than to
+fill it. So there are a few places, each a file in memory that both sides keep mapped: a worker copies a batch into the
+place that it was told, and the training process copies it out before that place is given to another batch. Places grow
+with the largest batch they have held. A small /dev/shm is no limit to them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SPARE = 2**20  # bytes by which a place grows beyond what it must hold
+ALIGNED = 64  # bytes
+
+_shelves: weakref.WeakValueDictionary[int, Shelf] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A tensor that lies on a shelf. To be opened by the process that made the shelf, before its place is used anew."""
+
+    shelf: int
+    place: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def open(self) -> Tensor:
+        """A copy."""
+        return _shelves[self.shelf].look(self).clone()
+
+    def pin_memory(self) -> Tensor:
+        """A copy in page-locked memory."""
+        return _shelves[self.shelf].look(self).pin_memory()
+
+
+class Shelf:
+    """`places` for batches; none where the system has no files in memory. It is made before the workers are forked; a
+    worker that was started otherwise finds a shelf without places."""
+
+    def __init__(self, places: int):
+        self.number = next(_numbers)
+        self.files = [os.memfd_create(f"batch-{n}") for n in range(places)] if hasattr(os, "memfd_create") else []
+        self.mapped = [torch.empty(0, dtype=torch.uint8) for _ in self.files]
+        _shelves[self.number] = self
+        weakref.finalize(self, _close, self.files)
+
+    def __getstate__(self) -> dict[str, list]:
+        return {"files": [], "mapped": []}
+
+    def put(self, number: int, tensors: Sequence[Tensor]) -> list[Parcel] | list[Tensor]:
+        """Batch `number` in its place, instead of the batch that lay there; the tensors themselves without places."""
+        if not self.files:
+            return list(tensors)
+        place = number % len(self.files)
+        parcels, end = [], 0
+        for tensor in tensors:
+            dense = torch.empty_like(tensor, device="meta")
+            parcels.append(Parcel(self.number, place, end, tensor.dtype, tuple(tensor.shape), dense.stride()))
+            end += -(-dense.nbytes // ALIGNED) * ALIGNED
+        if os.fstat(self.files[place]).st_size < end:
+            os.ftruncate(self.files[place], end + SPARE)
+        for parcel, tensor in zip(parcels, tensors, strict=True):
+            self.look(parcel).copy_(tensor)
+        return parcels
+
+    def look(self, parcel: Parcel) -> Tensor:
+        """The tensor as it lies there."""
+        if len(self.mapped[parcel.place]) < parcel.offset + parcel.bytes:
+            self.mapped[parcel.place] = torch.frombuffer(mmap.mmap(self.files[parcel.place], 0), dtype=torch.uint8)
+        stored = self.mapped[parcel.place][parcel.offset : parcel.offset + parcel.bytes]
+        return stored.view(parcel.dtype).as_strided(parcel.shape, parcel.stride)
+
+
+def _close(files: Sequence[int]) -> None:
+    for file in files:
+        os.close(file)
