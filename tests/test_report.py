@@ -94,6 +94,13 @@ def test_curves_hold_every_value_of_every_run(run):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mae", "nor"]
 
 
+def test_runs_of_a_single_epoch_are_told_apart_without_colour(run):
+    figure = report.curves([report.read_run(run(name, epochs=(1.0,))) for name in ("one", "other")])
+    figure.canvas.draw()
+    first, second = figure.axes[0].lines
+    assert first.get_marker() != second.get_marker()
+
+
 def test_the_page_holds_figures_options_curves_pictures_and_environment(run):
     first, second = run("mae"), run("nor", epochs=(2.0, 1.0))
     (second / "options.yaml").write_text(yaml.safe_dump({**OPTIONS, "terms": {"neighbor": {"weight": 0.5}}}))
@@ -146,6 +153,20 @@ def test_accuracies_of_any_front_door_are_shown_last_and_best(run):
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     cells = report.row(report.read_run(folder))
     assert (cells["last test_acc1 %"], cells["best test_acc1 %"]) == ("80.00", "90.00")
+    titles = [axis.get_title() for axis in report.curves([report.read_run(folder)]).axes]
+    assert "top-1 in %, test images" in titles
+
+
+def test_a_classifier_is_reported_by_its_test_images_last_and_best(run):
+    folder = run()
+    figures = {"acc1": 70.0, "mean_class_acc": 61.25}
+    judged = {"accuracy": {"last": figures, "best": figures | {"mean_class_acc": 62.5}}, "metric": "mean_class_acc"}
+    judged |= {"best_chosen_on": "held-out training images", "knn_acc1": 55.0}
+    (folder / "result.json").write_text(json.dumps(judged))
+    cells = report.row(report.read_run(folder))
+    names = ("last epoch, test mean_class_acc %", "best epoch, test mean_class_acc %", "best epoch chosen on")
+    assert [cells[name] for name in names] == ["61.25", "62.50", "held-out training images"]
+    assert cells["kNN of the frozen encoder, test acc1 %"] == "55.00"
 
 
 def test_the_command_writes_a_page_and_a_picture_that_opens(run, tmp_path, capsys):

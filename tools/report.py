@@ -30,10 +30,10 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tools.figures.style import grid_lines, house_style, line_of, save
+from tools.figures.style import curve_of, grid_lines, house_style, save
 
 TITLES = {
-    "train_loss": "loss: reconstruction + weighted terms",
+    "train_loss": "loss",
     "train_reconstruction": "reconstruction loss",
     "train_neighbor": "neighbour term, unweighted",
     "knn_acc1": "k nearest neighbours, accuracy in %",
@@ -41,6 +41,16 @@ TITLES = {
     "grad_norm": "gradient norm",
     "images_per_s": "images per second",
     "data_wait": "share of time spent waiting for data",
+}
+TITLES |= {
+    f"{images}_{figure}": f"{what}, {whose}"
+    for images, whose in (("choice", "images that choose the best"), ("test", "test images"))
+    for figure, what in (
+        ("acc1", "top-1 in %"),
+        ("acc5", "top-5 in %"),
+        ("mean_class_acc", "mean per class in %"),
+        ("loss", "loss"),
+    )
 }
 STEP_CURVES = ("lr", "grad_norm", "images_per_s", "data_wait")
 NO_CURVE = ("run_id", "epoch", "step", "train_lr")
@@ -155,8 +165,21 @@ def row(run: RunRecords) -> dict[str, str]:
         if values := run.values(name):
             what = "kNN" if name == "knn_acc1" else name
             cells |= {f"last {what} %": f"{values[-1]:.2f}", f"best {what} %": f"{max(values):.2f}"}
+    cells |= judged(run.result or {})
     if speeds:
         cells["images/s (median)"] = f"{speeds[len(speeds) // 2]:.0f}"
+    return {name: text for name, text in cells.items() if text}
+
+
+def judged(result: Mapping[str, Any]) -> dict[str, str]:
+    """What result.json says of a finished run on its test images: nothing of pretraining."""
+    cells = {}
+    for epoch, figures in result.get("accuracy", {}).items():
+        cells[f"{epoch} epoch, test {result['metric']} %"] = f"{figures[result['metric']]:.2f}"
+    if cells:
+        cells["best epoch chosen on"] = result["best_chosen_on"]
+    if "knn_acc1" in result:
+        cells["kNN of the frozen encoder, test acc1 %"] = f"{result['knn_acc1']:.2f}"
     return cells
 
 
@@ -210,9 +233,10 @@ def curves(runs: Sequence[RunRecords]) -> Figure:
         for number, run in enumerate(runs):
             shown = [r for r in (run.epochs if records == "epochs" else run.steps) if is_number(r.get(name))]
             x = [record["epoch"] + 1 if records == "epochs" else record["step"] for record in shown]
-            marker = "o" if len(shown) == 1 else None
-            axis.plot(x, [record[name] for record in shown], marker=marker, label=run.name, **line_of(number))
-        axis.set_title(TITLES.get(name, name.removeprefix("train_").replace("_", " ")))
+            axis.plot(x, [record[name] for record in shown], label=run.name, **curve_of(number, len(shown)))
+        title = TITLES.get(name, name.removeprefix("train_").replace("_", " "))
+        pretraining = name == "train_loss" and ("train_reconstruction", "epochs") in panels
+        axis.set_title(f"{title}: reconstruction + weighted terms" if pretraining else title)
         axis.set_xlabel("epoch" if records == "epochs" else "optimizer step")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         grid_lines(axis)

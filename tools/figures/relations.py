@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tools.figures.style import grid_lines, line_of, note
+from tools.figures.style import curve_of, grid_lines, note
 from tools.report import RunRecords, is_number, read_run
 
 WIDTH = 7.0
@@ -65,14 +65,15 @@ def relations(folders: Sequence[Path]) -> Figure:
     ]
     panels = [(title, curves) for title, curves in panels if any(values for _, values in curves)]
     if not panels:
-        raise ValueError(f"no curves to draw: no finished epoch of pretraining in {', '.join(run.name for run in runs)}")
+        raise ValueError(
+            f"no curves to draw: no finished epoch of pretraining in {', '.join(run.name for run in runs)}"
+        )
     labels = labels_of(runs)
     figure = Figure(figsize=(WIDTH, 2.9 + 0.16 * len(runs)), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, curves) in zip(axes, panels, strict=True):
         for number, (epochs, values) in enumerate(curves):
-            marker = "o" if len(values) == 1 else None
-            axis.plot(epochs, values, marker=marker, markersize=3, label=labels[number], **line_of(number))
+            axis.plot(epochs, values, label=labels[number], **curve_of(number, len(values)))
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         grid_lines(axis)

@@ -63,6 +63,12 @@ def line_of(number: int) -> dict[str, Any]:
     return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
 
 
+def curve_of(number: int, points: int) -> dict[str, Any]:
+    """As `line_of`, with a marker at its end, without which a curve of one point would differ in colour alone."""
+    marker = MARKERS[number % len(MARKERS)]
+    return line_of(number) | {"marker": marker, "markersize": 3.5, "markevery": (max(0, points - 1), 1)}
+
+
 def grid_lines(axis: Any) -> None:
     """Faint lines behind the curves of a panel."""
     axis.grid(alpha=0.3, linewidth=0.5)
