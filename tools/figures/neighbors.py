@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from models_nor_mae import neighbor_similarities
-from tools.figures.style import BLACK, SKY, VERMILION, note, picture, short_name
+from tools.figures.style import BLACK, BLUE, VERMILION, note, picture, short_name
 from tools.figures.subject import SPACES, Similarity, Subject, compared, only_patches
 
 WIDTH = 7.0
@@ -45,9 +45,15 @@ def outline_companions(axis: Any, companions: Sequence[int], columns: int, size:
     shared = [frame(patch, columns, size) for patch, count in pointers.items() if count > 1]
     alone = [frame(patch, columns, size) for patch, count in pointers.items() if count == 1]
     if columns <= FINE:
-        dashes: dict[str, Any] = {"edgecolor": SKY, "linewidth": 0.9 * thin, "linestyle": (0, (2, 1))}
-        axis.add_collection(PatchCollection(alone, facecolor="none", **dashes))
-    axis.add_collection(PatchCollection(shared, facecolor="none", edgecolor=VERMILION, linewidth=1.8 * thin))
+        dashes: dict[str, Any] = {"edgecolor": BLUE, "linewidth": 0.9 * thin, "linestyle": (0, (2, 1))}
+        axis.add_collection(PatchCollection(alone, facecolor="none", path_effects=_cased(1.7 * thin), **dashes))
+    solid: dict[str, Any] = {"edgecolor": VERMILION, "linewidth": 1.8 * thin}
+    axis.add_collection(PatchCollection(shared, facecolor="none", path_effects=_cased(2.8 * thin), **solid))
+
+
+def _cased(width: float) -> list[withStroke]:
+    """A white edge, without which a line is lost in a patch of its own brightness."""
+    return [withStroke(linewidth=width, foreground="white")]
 
 
 def arrows(axis: Any, starts: Sequence[int], ends: Sequence[int], columns: int, size: tuple[int, int]) -> None:
