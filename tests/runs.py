@@ -98,10 +98,14 @@ class Training:
     def reaches(self, step: int) -> bool:
         """Wait for the step's line; False when the process ended before."""
         while not any(line["step"] >= step for line in metrics(self.folder)):
-            if not self._process.is_alive():
+            if self.is_over:
                 return False
             time.sleep(0.002)
         return True
+
+    @property
+    def is_over(self) -> bool:
+        return not self._process.is_alive()
 
     def wait(self, seconds: float = 300) -> int:
         """The exit code; negative for a signal."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import transforms
 
 from util.data import (
@@ -373,7 +374,7 @@ def test_workers_ignore_the_signals_that_the_main_process_handles(two_workers):
 @pytest.fixture
 def impatient(monkeypatch):
     """Look for dead workers every 0.2 seconds instead of every 5."""
-    monkeypatch.setattr("util.data.LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
 def test_a_dead_worker_is_replaced_where_it_was(two_workers, caplog, impatient):
@@ -397,7 +398,7 @@ def test_a_worker_whose_pipes_are_closed_is_dead_before_it_has_an_exit_code(two_
     dying = multiprocessing.get_context("fork").Process(target=die_slowly)
     dying.start()
     two_workers._loader._processes.append(dying)
-    assert two_workers._loader._dead_workers(1.0) == f"process {dying.pid}, exit code 0"
+    assert two_workers._loader._dead_workers() == f"process {dying.pid}, exit code 0"
 
 
 def die(image):

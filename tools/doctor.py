@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import math
 import os
 import platform
@@ -45,6 +46,8 @@ from util.meters import Means
 from util.options import FinetuneOptions, PretrainOptions, RunOptions, resolve_batch
 from util.run import share_batches
 from util.stepper import Stepper
+
+log = logging.getLogger("doctor")
 
 GOOD, DOUBTFUL, WRONG = "ok", "doubtful", "WRONG"
 LOOKED_AT = 64  # images
@@ -313,6 +316,7 @@ def examine(
     yield images(plan.source, options.max_bad_fraction)
     yield shared_memory(options, plan.image_bytes, processes)
     yield disk(options.output_dir, plan.checkpoint_bytes, plan.checkpoints)
+    log.info("training on %d batches of %d images, to measure", WARM_UP + batches, options.batch_size)
     try:
         measured = train_a_little(plan, device, batches)
     except torch.OutOfMemoryError:
@@ -339,7 +343,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.processes < 1 or given.batches < 1:
             raise ValueError("--processes and --batches must be at least 1")
         parse, plan_of = PROGRAMS[given.program]
-        for found in examine(parse(words), plan_of, given.processes, given.batches, given.price):
+        try:
+            options = parse(words)
+        except ValueError as error:
+            raise ValueError(f"{error} (as {given.program} reads it; --program names another)") from None
+        for found in examine(options, plan_of, given.processes, given.batches, given.price):
             wrong |= isinstance(found, Finding) and found.verdict == WRONG
             sys.stdout.write(f"{found}\n")
     except ValueError as error:

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine, progress, publish, table, where
+from benchmarks.measure import machine, progress, table, where
 from tests.faults import inject
 from tests.faults.few import CLASSIFIER, LAST_STEP, few
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
@@ -37,6 +37,7 @@ NAMES = {PRETRAIN: "pretraining", FINETUNE: "fine-tuning", PROBE: "linear probe"
 SAVE_STEPS = (1, 2, 3)
 KILLS_A_RUN = (3, 8)  # at least and at most
 MINUTE = 60.0
+LAUNCHER_SECONDS = 10.0  # after which a launcher ends those that wait for a dead process
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,18 @@ def after_step(chance: random.Random, at: int, processes: list[Training]) -> Non
         after_seconds(chance.uniform(0, 0.03), [victim])
 
 
+def as_a_launcher(lives: list[Training]) -> None:
+    """Wait for the end of all processes; those that still wait for a dead one after a while are ended."""
+    deadline = time.monotonic() + MINUTE
+    while not all(life.is_over for life in lives):
+        if any(life.is_over for life in lives):
+            deadline = min(deadline, time.monotonic() + LAUNCHER_SECONDS)
+        if time.monotonic() > deadline:
+            for life in lives:
+                after_seconds(0, [life])
+        time.sleep(0.02)
+
+
 def kept_step(folder: Path) -> int:
     """The step of the newest checkpoint, which must load; 0 where there is none yet."""
     return final(folder)["step"] if (folder / "checkpoints" / "last.pth").exists() else 0
@@ -145,7 +158,7 @@ class Campaign:
 
     def _subjects(self) -> list[Subject]:
         """The undisturbed runs. Pretraining looks at its neighbours after every epoch, so that it has evaluations."""
-        plain = few(self.folder / "few")
+        plain = few()
         doors = {PRETRAIN: [*plain, "--knn_every", 1]}
         trained = ["--init_from", self.folder / "whole" / f"{PRETRAIN}1" / "checkpoints" / "last.pth"]
         doors[FINETUNE] = [*plain, *CLASSIFIER, *trained, "--ema", 0.9]
@@ -196,11 +209,12 @@ class Campaign:
         workers = self.chance.choice([0, 0, 2]) if subject.processes == 1 else 0
         save_steps = self.chance.choice(SAVE_STEPS)
         kept, before = kept_step(folder), whole_lines(folder)
-        blow = draw(self.chance, subject, kept)
+        blow = draw(self.chance, subject, max([kept, *losses(folder)]))
         began = time.time()
         lives = subject.start(folder, "--num_workers", workers, "--save_steps", save_steps, fault=blow.fault)
         if blow.strike is not None:
             blow.strike(lives)
+            as_a_launcher(lives)
         codes = [life.wait(MINUTE) for life in lives]
         if codes == [0] * len(codes):
             return None
@@ -297,10 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="NAME.json; its table is written beside it")
     given = parser.parse_args(argv)
     result = campaign(given.kills, given.seed)
-    if given.output is None:
-        sys.stdout.write(markdown(result))
-    else:
-        publish(result, markdown(result), given.output)
+    sys.stdout.write(markdown(result))
+    if given.output is not None:
+        given.output.write_text(json.dumps(result, indent=1) + "\n")
+        given.output.with_suffix(".md").write_text(markdown(result))
     lost = [kill for kill in result["kills"] if not kill["survived"]]
     for kill in lost:
         progress(f"NOT SURVIVED: {kill}")

@@ -41,9 +41,9 @@ def wait_for_step(folder, step, *agents):
         time.sleep(0.002)
 
 
-def ended(agent):
-    _, said = agent.communicate(timeout=180)
-    assert agent.returncode == 0, said[-6000:]
+def ended(*agents):
+    said = [agent.communicate(timeout=180)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0] * len(agents), "\n-----\n".join(text[-4000:] for text in said)
 
 
 def assert_equals_an_undisturbed_run(folder, words, tmp_path):
@@ -56,28 +56,30 @@ def assert_equals_an_undisturbed_run(folder, words, tmp_path):
 
 def test_a_node_that_is_lost_and_comes_back_ends_in_the_same_curve(tmp_path):
     """The second node is killed whole: its agent and its worker. The first one's agent waits for it, and both go on."""
-    folder, words = tmp_path / "run", few(tmp_path / "few")
+    folder, words = tmp_path / "run", few()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = f"127.0.0.1:{free.getsockname()[1]}"
     place = "--nnodes=2 --nproc_per_node=1 --max-restarts=3 --rdzv_backend=c10d --rdzv_id=two --local-addr=127.0.0.1"
-    place = [*place.split(), f"--rdzv_endpoint={meet}", "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3"]
-    first, second = torchrun(folder, words, *place), torchrun(folder, words, *place)
+    place = [*place.split(), f"--rdzv_endpoint={meet}"]
+    patience = "keep_alive_interval=1,keep_alive_max_attempt=3"
+    stays = [*place, f"--rdzv_conf=is_host=true,{patience}"]
+    goes = [*place, f"--rdzv_conf=is_host=false,{patience}"]
+    first, second = torchrun(folder, words, *stays), torchrun(folder, words, *goes)
     wait_for_step(folder, 4, first, second)
     for pid in (second.pid, *children(second.pid)):
         os.kill(pid, signal.SIGKILL)
     second.communicate()
     kept = final(folder)["step"]
-    again = torchrun(folder, words, *place)
-    ended(first)
-    ended(again)
+    again = torchrun(folder, words, *goes)
+    ended(first, again)
     assert 4 <= kept < STEPS, "it was killed on the way"
     assert len(json.loads((folder / "environment.json").read_text())) >= 2, "it was started twice"
     assert_equals_an_undisturbed_run(folder, words, tmp_path)
 
 
 def test_torchrun_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path):
-    folder, words = tmp_path / "run", few(tmp_path / "few")
+    folder, words = tmp_path / "run", few()
     place = ["--standalone", "--nproc_per_node=2"]
     launcher = torchrun(folder, words, *place)
     wait_for_step(folder, 3, launcher)

@@ -120,6 +120,7 @@ def test_a_classifier_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
 def test_bad_input_is_told_as_the_run_tells_it(capsys):
     for words, told in (
         ([*TINY, "--epoch", "3"], "did you mean"),
+        ([*TINY, "--layer_decay", "0.65"], "as main_pretrain.py reads it; --program names another"),
         ([*TINY, "--batches", "0"], "at least 1"),
         ([*TINY, "--data_path", "/nowhere", "--dataset", "folder"], "/nowhere"),
     ):

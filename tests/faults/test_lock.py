@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tests.faults import inject
+from tests.faults.few import few
 from tests.runs import Training, finish, start_ranks
 from util import lock
 from util.lock import FolderInUse, RunLock
@@ -157,10 +158,10 @@ def test_signs_of_life_end_with_the_release(tmp_path):
 
 def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path):
     folder = tmp_path / "run"
-    first = Training(folder, "--epochs", 400)
+    first = Training(folder, *few("--epochs", 400))
     first.wait_for_step(2)
     holder = json.loads((folder / lock.NAME).read_text())["pid"]
-    second = [*start_ranks(2, folder, "--epochs", 400), Training(folder, "--epochs", 1, "--overwrite")]
+    second = [*start_ranks(2, folder, *few("--epochs", 400)), Training(folder, *few("--epochs", 1), "--overwrite")]
     assert [process.wait() for process in second] == [2, 2, 2]
     assert f"process {holder} on" in second[2].said
     first.send(signal.SIGTERM)
@@ -171,7 +172,7 @@ def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path):
 def test_a_run_whose_folder_was_taken_over_stops_without_saving(tmp_path):
     """It slept so long that another machine went on in its place."""
     folder = tmp_path / "run"
-    training = Training(folder, "--epochs", 400, "--save_steps", 5)
+    training = Training(folder, *few("--epochs", 400, "--save_steps", 5))
     training.wait_for_step(2)
     (folder / "other").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     (folder / "other").rename(folder / lock.NAME)
@@ -181,18 +182,18 @@ def test_a_run_whose_folder_was_taken_over_stops_without_saving(tmp_path):
 
 
 def test_a_kill_does_not_block_the_next_start_and_a_refusal_leaves_no_lock(tmp_path):
-    folder = tmp_path / "run"
-    Training(folder, "--epochs", 1, "--save_steps", 1).kill_at(2)
+    folder, words = tmp_path / "run", few("--epochs", 1)
+    Training(folder, *words, "--save_steps", 1).kill_at(2)
     assert (folder / lock.NAME).exists()
-    refused = Training(folder, "--epochs", 1, "--mask_ratio", 0.5)
+    refused = Training(folder, *words, "--mask_ratio", 0.5)
     assert refused.wait() == 2 and "mask_ratio" in refused.said
     assert not (folder / lock.NAME).exists()
-    finish(folder, "--epochs", 1)
+    finish(folder, *words)
     assert not (folder / lock.NAME).exists()
-    assert "is finished" in finish(folder, "--epochs", 1)
+    assert "is finished" in finish(folder, *words)
     assert not (folder / lock.NAME).exists()
-    assert "is finished" in finish(folder, "--epochs", 1, fault=inject.read_only_folder), "nothing need be written"
-    refused = Training(folder, "--epochs", 1, "--overwrite", fault=inject.read_only_folder)
+    assert "is finished" in finish(folder, *words, fault=inject.read_only_folder), "nothing need be written"
+    refused = Training(folder, *words, "--overwrite", fault=inject.read_only_folder)
     assert refused.wait() == 2 and "cannot be made or written (Read-only file system)" in refused.said
     assert (folder / "result.json").exists()
     new = Training(tmp_path / "new", "--resume", "nowhere.pth")

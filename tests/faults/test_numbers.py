@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from tests.faults import inject
-from tests.faults.few import few
-from tests.runs import Training, final, finish, losses, metrics
+from tests.faults.few import STEPS_PER_EPOCH, few
+from tests.runs import Training, assert_same_end, final, finish, losses, metrics
 
-STEPS = 5
+STEPS = STEPS_PER_EPOCH["main_pretrain"]
+ONE = few("--epochs", 1)
 
 
 def bad_steps(folder):
@@ -24,8 +25,8 @@ def bad_steps(folder):
 def test_one_bad_step_is_left_out_and_counted(tmp_path, gradient):
     """The third update does not happen: what follows is computed with the weights of the second."""
     folder = tmp_path / "run"
-    finish(folder, "--epochs", 1, fault=partial(inject.bad_losses, 3, 3, gradient=gradient))
-    assert bad_steps(folder) == [0, 0, 1, 1, 1]
+    finish(folder, *ONE, fault=partial(inject.bad_losses, 3, 3, gradient=gradient))
+    assert bad_steps(folder) == [0, 0, 1, 1, 1, 1, 1]
     assert json.loads((folder / "result.json").read_text())["bad_steps"] == 1
     state = final(folder)
     assert state["step"] == STEPS
@@ -35,13 +36,13 @@ def test_one_bad_step_is_left_out_and_counted(tmp_path, gradient):
 
 def test_fewer_bad_steps_in_a_row_than_allowed_do_not_stop(tmp_path):
     folder = tmp_path / "run"
-    finish(folder, "--epochs", 1, "--max_bad_steps", 3, fault=partial(inject.bad_losses, 2, 3))
-    assert bad_steps(folder) == [0, 1, 2, 2, 2]
+    finish(folder, *ONE, "--max_bad_steps", 3, fault=partial(inject.bad_losses, 2, 3))
+    assert bad_steps(folder) == [0, 1, 2, 2, 2, 2, 2]
 
 
 def test_a_loss_that_jumps_is_told_and_trained_on(tmp_path):
     """Twenty times the loss in the second of two micro-batches of step 9: 10.5 times, says the step's line."""
-    words = [*few(tmp_path / "few"), "--batch_size", 4]
+    words = few("--batch_size", 4)
     said = finish(tmp_path / "run", *words, fault=partial(inject.loss_spike, 18, 20))
     told = [line for line in said.splitlines() if "times the usual" in line]
     assert len(told) == 1 and told[0].startswith("step 9: a loss of") and "--clip_grad" in told[0]
@@ -50,9 +51,23 @@ def test_a_loss_that_jumps_is_told_and_trained_on(tmp_path):
     assert "times the usual" not in said
 
 
+def test_a_gradient_that_jumps_is_left_out_where_asked_also_after_a_kill(tmp_path):
+    words = few("--epochs", 4, "--skip_spikes", 5, "--save_steps", 1)
+    fault = partial(inject.loss_spike, 24, 1000)
+    finish(tmp_path / "whole", *words, fault=fault)
+    assert bad_steps(tmp_path / "whole") == [0] * 23 + [1] * 5
+    Training(tmp_path / "run", *words, fault=fault).kill_at(26)
+    finish(tmp_path / "run", *words)
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    assert 0 < final(tmp_path / "run")["usual_norm"] == final(tmp_path / "whole")["usual_norm"]
+    stays = partial(inject.loss_spike, 24, 1000, 30)
+    training = Training(tmp_path / "stays", *words, "--max_bad_steps", 2, fault=stays)
+    assert training.wait() == 3 and "2 updates in a row up to step 25 were left out by --skip_spikes" in training.said
+
+
 def test_gradients_that_stay_bad_stop_with_3_and_say_that_losses_are_finite(tmp_path):
     fault = partial(inject.bad_losses, 2, 1000, gradient=True)
-    training = Training(tmp_path / "run", "--epochs", 1, "--max_bad_steps", 2, fault=fault)
+    training = Training(tmp_path / "run", *ONE, "--max_bad_steps", 2, fault=fault)
     assert training.wait() == 3, training.said
     assert "the gradient (every loss is finite) is not finite" in training.said
     assert list((tmp_path / "run" / "debug").glob("*.pth"))
@@ -74,11 +89,11 @@ def test_images_of_one_colour_in_batches_of_one_train(tmp_path, shade):
 
 
 def test_a_device_without_memory_is_advice_and_half_the_batch_goes_on(tmp_path):
-    words = ["--epochs", 1, "--save_steps", 1]
+    words = [*ONE, "--save_steps", 1]
     training = Training(tmp_path / "run", *words, fault=partial(inject.out_of_memory, 3))
     assert training.wait() == 2
     assert "CUDA out of memory" in training.said and "half the --batch_size" in training.said
     assert "Traceback" not in training.said
     assert final(tmp_path / "run")["step"] == 2
-    finish(tmp_path / "run", *words, "--batch_size", 128)
+    finish(tmp_path / "run", *words, "--batch_size", 4)
     assert final(tmp_path / "run")["step"] == STEPS

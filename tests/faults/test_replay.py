@@ -13,14 +13,14 @@ from tests.runs import Training, start_ranks
 from tools import replay
 from util import checkpoint
 
-WORDS = ["--epochs", 1, "--max_bad_steps", 2]
+WORDS = few("--epochs", 1, "--max_bad_steps", 2)
 
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory):
     """Of a run whose losses are NaN from its third step on, with two micro-batches a step."""
     folder = tmp_path_factory.mktemp("bad") / "run"
-    training = Training(folder, *WORDS, "--batch_size", 128, fault=partial(inject.bad_losses, 5, 1000))
+    training = Training(folder, *WORDS, "--batch_size", 4, fault=partial(inject.bad_losses, 5, 1000))
     assert training.wait() == 3, training.said
     path = next((folder / "debug").glob("*.json"))
     assert f"python tools/replay.py {path}" in training.said
@@ -105,7 +105,7 @@ def test_a_term_whose_weight_is_too_large_is_named(tmp_path, capsys):
 def test_a_classifiers_batch_is_mixed_again_as_it_was(tmp_path, capsys):
     """Images, mixing and drop path are the run's; what was put into its gradients from outside is missing."""
     fault = partial(inject.bad_losses, 3, 1000, gradient=True)
-    words = [*few(tmp_path / "few"), *CLASSIFIER, "--batch_size", 4, "--max_bad_steps", 2]
+    words = few(*CLASSIFIER, "--batch_size", 4, "--max_bad_steps", 2)
     training = Training(tmp_path / "run", *words, door="main_finetune", fault=fault)
     assert training.wait() == 3, training.said
     path = next((tmp_path / "run" / "debug").glob("*.json"))

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.faults import inject
-from tests.faults.few import few
+from tests.faults.few import STEPS_PER_EPOCH, few
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics
 from util.logging import log_file
 
-STEPS = 5
-ONE = ["--epochs", 1, "--save_steps", 1]
+STEPS = STEPS_PER_EPOCH["main_pretrain"]
+ONE = few("--epochs", 1, "--save_steps", 1)
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +34,15 @@ def test_a_full_disk_for_one_try_is_tried_again(whole, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EDQUOT])
 def test_other_failures_of_the_disk_are_tried_again_too(tmp_path, number):
-    words = [*few(tmp_path / "few"), "--epochs", 1]
-    said = finish(tmp_path / "run", *words, fault=partial(inject.full_disk, 1, 1, number))
+    said = finish(tmp_path / "run", *ONE, fault=partial(inject.full_disk, 1, 1, number))
     assert f"[Errno {number}]" in said and "try 1 of 3" in said
 
 
-def test_a_device_that_is_really_full_costs_a_save_and_no_step(tmp_path):
+def test_a_device_that_is_really_full_costs_a_save_and_no_step(whole, tmp_path):
     """What torch makes of a write that fails within its archive is the error of the disk."""
-    words = [*few(tmp_path / "few"), "--save_steps", 1]
-    finish(tmp_path / "whole", *words)
-    said = finish(tmp_path / "run", *words, fault=partial(inject.full_device, 2, 4))
+    said = finish(tmp_path / "run", *ONE, fault=partial(inject.full_device, 2, 4))
     assert said.count("No space left on device") == 3 and "not saved; the last good checkpoint stays" in said
-    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    assert_same_end(whole, tmp_path / "run")
 
 
 def test_a_log_file_without_space_is_silent(caplog, capsys):
@@ -71,7 +68,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_4_and_a_whole_checkpoint(whole
 
 
 def test_a_folder_that_vanishes_ends_the_run_with_4_and_words(tmp_path):
-    training = Training(tmp_path / "run", "--epochs", 400, "--save_steps", 1, "--max_save_failures", 1)
+    training = Training(tmp_path / "run", *few("--epochs", 400, "--save_steps", 1), "--max_save_failures", 1)
     training.wait_for_step(2)
     (tmp_path / "run").rename(tmp_path / "gone")
     assert training.wait() == 4, training.said

@@ -12,14 +12,9 @@ from tests.faults.few import few
 from tests.runs import Training, final, finish, losses, metrics, start_ranks
 
 
-@pytest.fixture
-def words(tmp_path):
-    return few(tmp_path / "few")
-
-
-def test_a_bad_loss_of_one_process_leaves_the_update_out_in_all(words, tmp_path):
+def test_a_bad_loss_of_one_process_leaves_the_update_out_in_all(tmp_path):
     """Rank 1 alone has it, rank 0 writes: its weights do not take part in the update either."""
-    ranks = start_ranks(2, tmp_path / "run", *words, "--epochs", 1, faults={1: partial(inject.bad_losses, 3, 3)})
+    ranks = start_ranks(2, tmp_path / "run", *few(), "--epochs", 1, faults={1: partial(inject.bad_losses, 3, 3)})
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
     assert [line["bad_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 1, 1, 1, 1]
     state = final(tmp_path / "run")
@@ -27,8 +22,8 @@ def test_a_bad_loss_of_one_process_leaves_the_update_out_in_all(words, tmp_path)
     assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {6}
 
 
-def test_the_others_of_a_lost_process_end_and_leave_a_whole_checkpoint(words, tmp_path):
-    ranks = start_ranks(2, tmp_path / "run", *words, "--epochs", 400, "--save_steps", 1)
+def test_the_others_of_a_lost_process_end_and_leave_a_whole_checkpoint(tmp_path):
+    ranks = start_ranks(2, tmp_path / "run", *few(), "--epochs", 400, "--save_steps", 1)
     ranks[0].wait_for_step(3)
     ranks[1].send(signal.SIGKILL)
     began = time.monotonic()
@@ -37,10 +32,10 @@ def test_the_others_of_a_lost_process_end_and_leave_a_whole_checkpoint(words, tm
     assert final(tmp_path / "run")["step"] >= 2
 
 
-def test_more_processes_with_fewer_images_each_go_on_with_the_same_losses(words, tmp_path):
-    finish(tmp_path / "whole", *words)
-    Training(tmp_path / "run", *words, "--batch_size", 2, "--save_steps", 1).kill_at(9)
-    ranks = start_ranks(2, tmp_path / "run", *words, "--batch_size", 4)
+def test_more_processes_with_fewer_images_each_go_on_with_the_same_losses(tmp_path):
+    finish(tmp_path / "whole", *few())
+    Training(tmp_path / "run", *few(), "--batch_size", 2, "--save_steps", 1).kill_at(9)
+    ranks = start_ranks(2, tmp_path / "run", *few(), "--batch_size", 4)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
     assert "with 2 processes instead of 1" in ranks[0].said
     whole = losses(tmp_path / "whole")

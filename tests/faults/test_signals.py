@@ -16,19 +16,20 @@ STEPS = STEPS_PER_EPOCH[FINETUNE]
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    return {PRETRAIN: few(tmp_path_factory.mktemp("few"))}
+    """By front door."""
+    trained = ["--init_from", tmp_path_factory.mktemp("whole") / PRETRAIN / "checkpoints" / "last.pth"]
+    return {
+        PRETRAIN: few("--knn_every", 1),
+        FINETUNE: few(*CLASSIFIER, *trained, "--ema", 0.9),
+        PROBE: few(*CLASSIFIER, *trained),
+    }
 
 
 @pytest.fixture(scope="module")
-def whole(words, tmp_path_factory):
-    """Undisturbed runs by front door."""
-    folder = tmp_path_factory.mktemp("whole")
-    words[PRETRAIN] += ["--knn_every", 1]
-    finish(folder / PRETRAIN, *words[PRETRAIN])
-    trained = ["--init_from", folder / PRETRAIN / "checkpoints" / "last.pth"]
-    plain = words[PRETRAIN][:-2]
-    words |= {FINETUNE: [*plain, *CLASSIFIER, *trained, "--ema", 0.9], PROBE: [*plain, *CLASSIFIER, *trained]}
-    for door in (FINETUNE, PROBE):
+def whole(words):
+    """The folder of undisturbed runs by front door."""
+    folder = words[PROBE][-1].parent.parent.parent
+    for door in (PRETRAIN, FINETUNE, PROBE):
         finish(folder / door, *words[door], door=door)
     return folder
 

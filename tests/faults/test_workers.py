@@ -12,14 +12,8 @@ import torch
 from tests.faults import inject
 from tests.faults.few import few
 from tests.runs import Training, assert_same_end, finish, losses
-from util import data
 from util.data import Batches, TrainSamples, pretrain_transform
 from util.sources import Source
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(data, "LOOK_SECONDS", 0.1)
 
 
 def make_batches(transform=None, num_workers=2, **more):
@@ -38,11 +32,13 @@ def images(stream):
     return torch.cat([batch.images for batch in stream])
 
 
-def test_workers_that_hang_are_replaced_where_they_were(caplog):
+@pytest.mark.parametrize("seconds", [0.0, 0.2], ids=["while it loads", "with batches handed over"])
+def test_workers_that_hang_are_replaced_where_they_were(caplog, seconds):
     batches = make_batches(worker_timeout=0.3)
     stream = batches.epoch(0)
     found = [next(stream)]
     before = [process.pid for process in batches._loader._processes]
+    time.sleep(seconds)
     stop(batches)
     found += stream
     assert torch.equal(images(found), images(make_batches(num_workers=0).epoch(0)))
@@ -74,7 +70,7 @@ def test_without_a_limit_a_slow_worker_is_waited_for(caplog):
 
 
 def test_a_run_whose_worker_hangs_or_is_killed_ends_where_a_whole_one_ends(tmp_path):
-    words = few(tmp_path / "few")
+    words = few()
     finish(tmp_path / "whole", *words)
     training = Training(
         tmp_path / "run", *words, "--num_workers", 2, "--worker_timeout", 0.5, fault=inject.impatient_loader
