@@ -74,7 +74,17 @@ def of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def build_model(options: SegmentOptions, classes: int, processes: Processes) -> Segmenter:
     """On CUDA and with several processes, batch norm takes the images of all of them together."""
-    model = models_upernet.from_options(vars(options), classes)
+    model = models_upernet.build(
+        options.model,
+        num_classes=classes,
+        input_size=options.input_size,
+        in_chans=options.in_chans,
+        embed_dim=options.embed_dim,
+        depth=options.depth,
+        num_heads=options.num_heads,
+        drop_path=options.drop_path,
+        grad_checkpointing=options.grad_checkpointing,
+    )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if norms_together(processes) else model
 
 

@@ -88,8 +88,8 @@ def build(
 
 
 def from_options(options: Mapping[str, Any], classes: int) -> Segmenter:
-    """The model of a run's options, from scratch."""
-    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "drop_path", "grad_checkpointing")
+    """The model that a run with these options trained, from scratch."""
+    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads")
     return build(num_classes=classes, **{name: options[name] for name in names})
 
 
