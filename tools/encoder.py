@@ -131,6 +131,10 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
     """
     file = given.checkpoint_of(path)
     weights, options = checkpoint.load_model(file, averaged=True)
+    if "decode.classify.weight" in weights:
+        raise ValueError(
+            f"{file} is a segmenter, whose encoder has no last norm; `visualize.py figure9` shows what it predicts"
+        )
     settled = _arguments(file, weights, options, num_heads)
     size = next((size for size, known in SIZES.items() if known.embed_dim == settled["embed_dim"]), "tiny")
     model = _create(ARCHITECTURES[size], settled)

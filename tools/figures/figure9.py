@@ -92,7 +92,8 @@ def _drawn(
     for column, title in enumerate(("image", "true classes", *labels)):
         axes[0, column].set_title(title)
     most = [number for number in pixels.argsort(descending=True).tolist() if pixels[number]][:MOST_NAMES]
-    patches = [Patch(color=(colours(len(classes))[number] / 255).tolist(), label=classes[number]) for number in most]
+    palette = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours(len(classes)).tolist()]
+    patches = [Patch(color=palette[number], label=classes[number]) for number in most]
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(inches / 1.3)))
     note(figure, [*said, "Black: no class."], inches)
     return figure
