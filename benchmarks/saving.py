@@ -11,7 +11,6 @@ end of every epoch where an epoch on ImageNet-1K is shorter, at the speed of the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -25,17 +24,7 @@ sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import torch
 
-from benchmarks.measure import (
-    RESULTS,
-    in_turn,
-    machine,
-    paired_ratios,
-    progress,
-    quartiles,
-    spread,
-    table,
-    where,
-)
+from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
 from benchmarks.step import OurStep, Setting
 from util import checkpoint
 from util.options import PretrainOptions
@@ -96,16 +85,8 @@ def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) ->
     between = min(60 * PretrainOptions.save_minutes, epoch)
     each = quartiles(seconds["save"])["median"]
     return {
-        "setting": {
-            "size": given.size,
-            "batch_size": given.batch_size,
-            "threads": given.threads,
-            "rounds": given.rounds,
-        },
-        "machine": machine(given.device),
         "megabytes": len(content) / 1e6,
         "seconds": seconds,
-        "ratios": paired_ratios({name: seconds[name] for name in ("save", "bytes")}),
         "images_per_second": images_per_second,
         "seconds_of_an_epoch": epoch,
         "seconds_between_saves": between,
@@ -131,22 +112,18 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    words = parser(
+        __doc__,
+        batch_size=(32, "images of the step that is measured beside it"),
+        threads=(1, "of the processor"),
+        rounds=(9, "how often each is measured"),
     )
-    parser.add_argument("--size", default="tiny", help="of the encoder: tiny, small, base, large or huge")
-    parser.add_argument("--batch_size", type=int, default=32, help="images of the step that is measured beside it")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--folder", type=Path, help="where to write; empty: the folder for temporary files")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/saving_DEVICE_SIZE.json")
-    given = parser.parse_args(argv)
-    output = given.output or RESULTS / f"saving_{given.device}_{given.size}.json"
-    result = measure(given)
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    output.with_suffix(".md").write_text(markdown(result))
-    sys.stdout.write(markdown(result))
+    words.add_argument("--size", default="tiny", help="of the encoder: tiny, small, base, large or huge")
+    words.add_argument("--device", default="cpu", help="where the step is made")
+    words.add_argument("--folder", type=Path, help="where to write; None: the folder for temporary files")
+    given = words.parse_args(argv)
+    setting = {name: getattr(given, name) for name in ("size", "batch_size", "device", "threads", "rounds")}
+    publish(f"saving_{given.device}_{given.size}", measure(given), markdown, setting=setting, output=given.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Kill real training processes over and over, and hold where they end against runs that nobody disturbed.
 
-    python -m tests.faults.campaign --kills 100 --seed 0 --output benchmarks/results/kills_cpu.json
+    python -m tests.faults.campaign --kills 100 --seed 0
 
 Pretraining, fine-tuning and linear probes of a small model on few images are killed (SIGKILL) a few times each, at
 places and moments drawn from the seed, with and without loading workers and with several intervals of saving, and
@@ -11,7 +11,6 @@ the kill; when no more steps were done again than lie between two saves; and whe
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -27,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine, progress, table, where
+from benchmarks.measure import parser, progress, publish, table, where
 from tests.faults import inject
 from tests.faults.few import CLASSIFIER, LAST_STEP, few
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
@@ -282,8 +281,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     columns += ["steps of science lost", "most steps done again", "seconds of work lost: median, most"]
     intervals = f"{', '.join(map(str, SAVE_STEPS[:-1]))} or {SAVE_STEPS[-1]}"
     return (
-        f"# Kills: {len(result['kills'])} in {result['runs']} runs, seed {result['seed']}\n\n"
-        f"{where(result['machine'])} Saved every {intervals} steps; it took {result['seconds'] / 60:.1f} minutes."
+        f"# Kills: {len(result['kills'])} in {result['runs']} runs, seed {result['setting']['seed']}\n\n"
+        f"{where(result['machine'])} Saved every {intervals} steps; it took {result['took_seconds'] / 60:.1f} minutes."
         "\n\n" + table(columns, rows)
     )
 
@@ -295,9 +294,7 @@ def campaign(kills: int, seed: int) -> dict[str, Any]:
         done = Campaign(Path(folder), seed, progress)
         done.go_on(kills)
     return {
-        "machine": machine("cpu"),
-        "seed": seed,
-        "seconds": time.monotonic() - began,
+        "took_seconds": time.monotonic() - began,
         "runs": done.runs,
         "summary": summary(done.kills),
         "kills": [dataclasses.asdict(kill) for kill in done.kills],
@@ -305,17 +302,13 @@ def campaign(kills: int, seed: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=100, help="how many blows must strike")
-    parser.add_argument("--seed", type=int, default=0, help="decides places and moments")
-    parser.add_argument("--output", type=Path, help="NAME.json; its table is written beside it")
-    given = parser.parse_args(argv)
-    result = campaign(given.kills, given.seed)
-    sys.stdout.write(markdown(result))
-    if given.output is not None:
-        given.output.write_text(json.dumps(result, indent=1) + "\n")
-        given.output.with_suffix(".md").write_text(markdown(result))
-    lost = [kill for kill in result["kills"] if not kill["survived"]]
+    words = parser(
+        __doc__, kills=(100, "how many blows must strike"), seed=(0, "decides places and moments of the blows")
+    )
+    given = words.parse_args(argv)
+    found = campaign(given.kills, given.seed)
+    publish("kills_cpu", found, markdown, setting={"kills": given.kills, "seed": given.seed}, output=given.output)
+    lost = [kill for kill in found["kills"] if not kill["survived"]]
     for kill in lost:
         progress(f"NOT SURVIVED: {kill}")
     return 1 if lost else 0

@@ -45,7 +45,7 @@ def test_the_table_counts_what_was_survived_and_what_it_cost():
     assert rows["all"]["by_subject"] == {"fine-tuning": 1, "pretraining": 2} and rows["all"]["with_workers"] == 1
     assert rows["all"]["most_steps_done_again"] == 3
     assert (rows["all"]["median_seconds_lost"], rows["all"]["most_seconds_lost"]) == (0.5, 0.75)
-    result = {"machine": machine("cpu"), "seed": 0, "seconds": 60.0, "runs": 2, "kills": kills}
+    result = {"machine": machine("cpu"), "setting": {"seed": 0}, "took_seconds": 60.0, "runs": 2, "kills": kills}
     table = campaign.markdown(result | {"summary": campaign.summary(kills)})
     assert "| a random step | 1 | 1 | 1 | 2 | 1 | some | 3 | 0.50, 0.75 |" in table
     assert "| inside a save | 0 | 1 | 0 | 1 | 1 | 0 | 0 | 0.50, 0.50 |" in table

@@ -22,7 +22,8 @@ STEPS = LAST_STEP["main_pretrain"]
 def torchrun(folder, words, *place):
     command = [sys.executable, "-m", "torch.distributed.run", *place, "main_pretrain.py", *TINY]
     command += ["--output_dir", folder, "--save_steps", 1, *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Without the last (torch 2.14), the node that stayed does not tell a new one where to meet the second time.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=PROJECT,
