@@ -37,6 +37,7 @@ import main_finetune
 import main_pretrain
 from engine_pretrain import train_one_epoch
 from util import optim, precision, splits
+from util.compiler import compiles
 from util.data import Batches, Source, allowed_bad, pixel_statistics
 from util.decode import torchcodec_jpeg
 from util.distributed import Processes, pick_device
@@ -240,7 +241,7 @@ class Measured:
 def train_a_little(plan: Plan, device: torch.device, count: int) -> Measured:
     """Train on `count` micro-batches after a warm-up, with an update after each."""
     options, batches = plan.options, plan.batches
-    if options.compile:
+    if options.compile and compiles(device):
         plan.model.compile()
     amp = precision.resolve_amp(options.amp, device)
     schedule = optim.warmup_cosine(plan.optimizer, epochs=2, warmup_epochs=1, steps_per_epoch=count, min_lr=0)

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import checkpoint, distributed, optim, precision
+from util.compiler import compiles
 from util.data import Batch, Batches, NothingReadable, Samples, Source, allowed_bad, pixel_statistics
 from util.distributed import CONTINUE, SAVE, STOP, Agreement, NoDevice, Processes, StopRequest
 from util.folder import AlreadyFinished, RunFolder, write_whole
@@ -124,7 +125,7 @@ class Run:
         options, processes = self.options, self.processes
         self.total_steps = total_steps or batches.steps_per_epoch * options.epochs
         self.model, self.batches, self.others = model, batches, others
-        if options.compile:
+        if options.compile and compiles(processes.device):
             model.compile()
         self.trained: nn.Module = model
         if processes.world_size > 1:
