@@ -40,6 +40,13 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["last.pth"]
 
 
+def test_a_runs_folder_in_place_of_its_checkpoint_is_told_the_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint.save(tmp_path / "checkpoints" / "last.pth", state())
+    with pytest.raises(CheckpointError, match="newest checkpoint is .*checkpoints/last.pth"):
+        checkpoint.load_model(tmp_path)
+
+
 def test_the_previous_file_stays_beside_the_last(tmp_path):
     for value in (1.0, 2.0, 3.0):
         checkpoint.keep_previous(tmp_path)

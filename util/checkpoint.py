@@ -153,7 +153,9 @@ def load_model(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tens
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+        inside = path / "checkpoints" / LAST
+        hint = f"; a run's folder, whose newest checkpoint is {inside}" if inside.is_file() else ""
+        raise CheckpointError(f"no checkpoint at {path}{hint}")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
