@@ -291,6 +291,11 @@ def test_steps_end_a_run_within_an_epoch(tmp_path):
     assert result(tmp_path / "run")["steps"] == 7 and len(metrics(tmp_path / "run")) == 7
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     assert rates == pytest.approx([rates[0] * 0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)])
+    words = ["--steps", "7", "--warmup_epochs", 0, "--min_lr", 0, "--save_steps", 1]
+    Training(tmp_path / "killed", *words, door=DOOR).kill_at(6)  # the first of the epoch that is cut short
+    finish(tmp_path / "killed", *words, door=DOOR)
+    assert_same_end(tmp_path / "run", tmp_path / "killed")
+    assert result(tmp_path / "killed")["accuracy"] == result(tmp_path / "run")["accuracy"]
 
 
 def test_eval_says_the_accuracy_that_training_said(whole, tmp_path):
@@ -299,6 +304,20 @@ def test_eval_says_the_accuracy_that_training_said(whole, tmp_path):
         said = finish(tmp_path / name, "--eval", "--resume", path, door=DOOR)
         assert f"top-1 {result(whole)['accuracy'][name]['acc1']:.2f}%" in said
         assert not (tmp_path / name).exists(), "an evaluation writes nothing"
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_and_accuracies_of_a_plain_one(pretrained, tmp_path):
+    """Without drop path, of which compiled code draws other numbers."""
+    words = ["--init_from", pretrained, "--drop_path", 0, "--epochs", 2]
+    finish(tmp_path / "plain", *words, door=DOOR)
+    finish(tmp_path / "compiled", *words, "--compile", door=DOOR)
+    compiled = losses(tmp_path / "compiled")
+    for step, loss in losses(tmp_path / "plain").items():
+        assert compiled[step] == pytest.approx(loss, rel=1e-4)
+    one, other = result(tmp_path / "plain"), result(tmp_path / "compiled")
+    for name in ("last", "best"):
+        assert other["accuracy"][name]["loss"] == pytest.approx(one["accuracy"][name]["loss"], rel=1e-4)
 
 
 def test_from_scratch_has_the_sizes_and_not_the_weights(pretrained):
