@@ -5,6 +5,7 @@ import json
 import math
 import random
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from util import checkpoint, optim
 from util.augment import finetune_transform
 from util.data import Batch
 from util.distributed import Processes
+from util.judge import Judge
 
 DOOR = "main_finetune"
 STEPS_PER_EPOCH = 5
@@ -269,6 +271,17 @@ def test_a_kill_before_the_best_has_its_name_costs_nothing(tmp_path):
         (tmp_path / "run" / name).unlink()
     finish(tmp_path / "run", *words, door=DOOR)
     assert result(tmp_path / "run")["accuracy"] == accuracy and accuracy["best"]
+
+
+def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_place(tmp_path):
+    model = nn.Linear(2, 2)
+    checkpoint.save(tmp_path / "best.pth", {"format": 1, "model": model.state_dict(), "options": {}, "epoch": 3})
+    run = SimpleNamespace(processes=ALONE, checkpoints=tmp_path, best={"epoch": 2}, leave_if_stopped=lambda: None)
+    how = {"metric": "acc1", "chosen_on": "the test images", "every": 1, "in_words": str}
+    judge = Judge(run, model, lambda images: {"acc1": 50.0, "images": 4}, **how)
+    assert judge.reckoning()["accuracy"].keys() == {"last", "best"}
+    run.best = {"epoch": 4}
+    assert judge.reckoning()["accuracy"].keys() == {"last"}
 
 
 def test_two_ranks_are_one_process_without_mixup(tmp_path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from util import checkpoint
 from util.run import Run
@@ -51,13 +52,19 @@ class Judge:
         group = "test" if self.chosen_on == TEST else "choice"
         return {f"{group}_{name}": value for name, value in figures.items() if isinstance(value, float)}
 
+    def _weights_of(self, best: Path) -> dict[str, Tensor] | None:
+        """None where the best epoch could not be saved: then there is no such file, or it is of an earlier epoch."""
+        if best.is_file() and checkpoint.load(best)["epoch"] == self.run.best["epoch"] + 1:
+            return checkpoint.load_model(best, averaged=True)[0]
+        log.warning("the best epoch could not be saved when it was: the last is judged alone")
+        return None
+
     def reckoning(self) -> dict[str, Any]:
         """The last and the best epoch on the test images, for result.json."""
         run = self.run
         accuracy = {"last": self._figures("test")}
         best = run.checkpoints / checkpoint.BEST
-        kept = run.processes.main and best.is_file()  # it is missing where it could not be saved
-        weights = run.processes.broadcast(checkpoint.load_model(best, averaged=True)[0] if kept else None)
+        weights = run.processes.broadcast(self._weights_of(best) if run.processes.main else None)
         if weights is not None:
             self.model.load_state_dict(weights)
             accuracy["best"] = self._figures("test")
