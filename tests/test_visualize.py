@@ -1,7 +1,9 @@
 """The command that draws: any model, any images, files that open, TensorBoard, and words for what cannot be drawn."""
 
+import os
 import re
 import socket
+import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -148,6 +150,18 @@ def test_every_script_of_a_figure_draws_a_picture_that_exists():
         (picture,) = re.findall(r'figure\.sh" (\w+)', path.read_text())
         assert picture in {*visualize.PICTURES, "similarity", "relations", "figure9"}
         assert path.stat().st_mode & 0o100
+
+
+@pytest.mark.parametrize(
+    ("words", "models"), [("", "mae_vit_tiny_patch4 "), ("--seed 1", "mae_vit_tiny_patch4 "), ("a b", "")]
+)
+def test_figure_8_is_of_patches_of_4_pixels_unless_models_are_named(words, models, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$@"\n')
+    python.chmod(0o755)
+    script = ["bash", str(visualize.PROJECT / "scripts" / "figure8.sh"), *words.split()]
+    told = subprocess.run(script, env=os.environ | {"NOR_MAE_PYTHON": str(python)}, capture_output=True, text=True)
+    assert told.stdout.strip().endswith(f"visualize.py separation {models}{words}".strip())
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
