@@ -168,6 +168,7 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     [
         (np.arange(12, dtype=np.uint8).reshape(1, 2, 6), np.arange(12, dtype=np.uint8).reshape(1, 2, 6)),
         (np.full((2, 2, 6), 65535, np.uint16), np.full((2, 2, 6), 255)),
+        (np.full((2, 2, 6), 257 * 3, ">u2"), np.full((2, 2, 6), 3)),
         (np.full((2, 2, 6), 0.5, np.float32), np.full((2, 2, 6), 128)),
         (np.ones((2, 2, 6), bool), np.full((2, 2, 6), 255)),
     ],

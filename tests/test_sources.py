@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,6 +265,19 @@ def test_a_class_list_may_hold_any_name_and_begin_with_a_mark(tmp_path):
     put(tmp_path, "a/1.png", "Käse/1.png")
     (tmp_path / "list.txt").write_bytes("\ufeffKäse\r\na\r\n".encode())
     assert open_source("auto", str(tmp_path), class_list=str(tmp_path / "list.txt")).classes == ["Käse", "a"]
+
+
+def test_lists_that_may_not_be_read(tmp_path, monkeypatch):
+    put(tmp_path, "a/1.png")
+    (tmp_path / "list.txt").write_text("a\n")
+
+    def refuse(path, **more):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    for words in ({"class_list": str(tmp_path / "list.txt")}, {"dataset": str(tmp_path / "list.txt")}):
+        with pytest.raises(ValueError, match="cannot read the list .*list.txt: Permission denied"):
+            open_source(**{"dataset": "auto", "data_path": str(tmp_path)} | words)
 
 
 def test_an_empty_class_list_file(tmp_path):

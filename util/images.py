@@ -154,7 +154,7 @@ def array_pixels(array: np.ndarray, in_chans: int) -> np.ndarray:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[-1] != in_chans or 0 in array.shape:
         raise ValueError(f"an array of shape {list(array.shape)} where [H, W, {in_chans}] is needed")
-    if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16, np.bool_):
+    if array.dtype.kind != "f" and array.dtype.newbyteorder("=") not in (np.uint8, np.uint16, np.bool_):
         raise ValueError(f"an array of {array.dtype}; bool, uint8, uint16 or floats have a known white")
     return to_uint8(array)
 

@@ -303,8 +303,7 @@ def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
         path = IMAGENET100 if class_list == "imagenet100" else Path(class_list)
         if not path.is_file():
             raise ValueError(f"class_list {class_list!r} is neither the word imagenet100 nor a file of folder names")
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-        classes = [line.strip() for line in lines if line.strip()]
+        classes = [line.strip() for line in _text_of(path).splitlines() if line.strip()]
     else:
         classes = list(class_list)
     twice = [name for name, count in collections.Counter(classes).items() if count > 1]
@@ -312,6 +311,14 @@ def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
         what = f"names {_some(twice)} more than once" if twice else "is empty"
         raise ValueError(f"class_list {class_list!r} {what}")
     return classes, hashlib.sha256(os.fsencode("".join(f"{name}\n" for name in classes))).hexdigest()
+
+
+def _text_of(path: Path) -> str:
+    """A list's text: UTF-8, perhaps with a mark at its beginning; names of files in it may hold any bytes."""
+    try:
+        return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ValueError(f"cannot read the list {path}: {error.strerror}") from error
 
 
 def _read_file(root: str, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
@@ -351,8 +358,7 @@ def _open_list(list_path: str, data_path: str, split: str, in_chans: int) -> Sou
     if not path.is_file():
         raise ValueError(f"the list of images {path} does not exist")
     root = data_path or str(path.parent)
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    rows = [_path_and_label(line) for line in text.split("\n") if line.strip()]
+    rows = [_path_and_label(line) for line in _text_of(path).split("\n") if line.strip()]
     if not rows:
         raise ValueError(f"the list of images {path} is empty")
     names = Names(name for name, _ in rows)
@@ -581,7 +587,7 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
         if theirs is None:
             raise ValueError(f"it has the splits {', '.join(available)} and none of them is for {split}")
         table = datasets.load_dataset(name, split=theirs, cache_dir=cache or None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a set that is a program, which is not run
         raise ValueError(f"hfds/{name} cannot be opened: {error}") from error
     image_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     label_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)), None)
