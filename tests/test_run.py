@@ -195,6 +195,15 @@ def test_a_run_stopped_just_before_its_result_has_the_same_result(tmp_path):
     assert after["steps"] == before["steps"]
 
 
+def test_another_precision_on_another_device_is_told(tmp_path):
+    finish(tmp_path / "run", "--epochs", 1)
+    saved = final(tmp_path / "run")
+    assert saved["amp"] == "none"
+    checkpoint.save(tmp_path / "run" / "checkpoints" / "last.pth", saved | {"amp": "bf16"})
+    said = finish(tmp_path / "run", "--epochs", 2, "--allow_change", "epochs")
+    assert "going on with precision full instead of bf16" in said
+
+
 def test_overwrite_starts_anew_and_leaves_other_files(whole, tmp_path):
     folder = tmp_path / "run"
     finish(folder, "--epochs", "1", "--seed", "7")

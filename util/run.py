@@ -157,6 +157,10 @@ class Run:
             min_lr=self.options.min_lr,
         )
 
+    @staticmethod
+    def _precision(amp: str) -> str:
+        return "full" if amp == "none" else amp
+
     def _fitting(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """The state; for batches of another size, at the step after as many images. CheckpointError if it fits not."""
         if lacks := [name for name in self.others if name not in state]:
@@ -200,6 +204,8 @@ class Run:
                 self.processes.world_size,
                 then,
             )
+        if (amp := state.get("amp", self.amp)) != self.amp:  # `auto` means another on another device
+            log.warning("going on with precision %s instead of %s", self._precision(self.amp), self._precision(amp))
         log.info("going on from %s: epoch %d, step %d", self._start, self.epoch, self.stepper.step)
 
     def _complete_best(self) -> None:
@@ -233,6 +239,7 @@ class Run:
             "problems": dict(self._problems),
             "options": to_dict(self.options),
             "data": self.source.fingerprint,
+            "amp": self.amp,
             "versions": {"torch": str(torch.__version__)},
             **{name: part.state_dict() for name, part in self.others.items()},
         }
@@ -308,7 +315,7 @@ class Run:
             options.accum_iter,
             self.processes.world_size,
             self.stepper.optimizer.defaults["lr"],
-            {"none": "full"}.get(self.amp, self.amp),
+            self._precision(self.amp),
         )
         if options.warmup_epochs >= options.epochs:
             log.warning("the warm-up of %g epochs does not end within this run", options.warmup_epochs)
