@@ -73,7 +73,7 @@ def warmup_cosine(
     steps = round(epochs * steps_per_epoch)
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, steps - warmup_steps),
+        t_initial=max(2, steps - warmup_steps),  # of 1, of which only the first rate is used, timm warns
         lr_min=min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=0.0,
@@ -88,7 +88,7 @@ def warmup_poly(
     """0 to the group's rate over the warm-up, then `min_lr` as (1 - share done) ** power; used as `warmup_cosine`."""
     return PolyLRScheduler(
         optimizer,
-        t_initial=max(1, steps - warmup_steps),
+        t_initial=max(2, steps - warmup_steps),  # of 1, of which only the first rate is used, timm warns
         power=power,
         lr_min=min_lr,
         warmup_t=warmup_steps,
