@@ -14,14 +14,12 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +29,7 @@ from tools.given import Trained
 from util.features import encode_source, pixels_of_source
 from util.knn import knn_accuracy
 from util.sources import Source
+from util.splits import like
 
 K, TEMPERATURE = 20, 0.07
 
@@ -51,14 +50,7 @@ def splits(trained: Trained, data_path: str) -> tuple[Source, Source]:
     queries = given.source(trained, "val", data_path)
     if queries.labels is None:
         raise ValueError("nearest neighbours need labels, and the validation images have none")
-    if bank.classes and queries.classes and queries.classes != bank.classes:
-        # A class that has no validation images must not shift the numbers of the others.
-        foreign = [name for name in queries.classes if name not in bank.classes]
-        if foreign:
-            raise ValueError(f"validation images of classes that training has not: {', '.join(foreign[:5])}")
-        number = np.array([bank.classes.index(name) for name in queries.classes])
-        queries = replace(queries, labels=number[queries.labels], classes=bank.classes)
-    return bank, queries
+    return bank, like(bank, queries)
 
 
 def measure(trained: Trained, data_path: str = "", batch_size: int = 256, workers: int = 0) -> dict[str, Any]:
