@@ -74,7 +74,7 @@ def test_a_node_that_is_lost_and_comes_back_ends_in_the_same_curve(tmp_path):
     kept = final(folder)["step"]
     again = torchrun(folder, words, *goes)
     ended(first, again)
-    assert 4 <= kept < STEPS, "it was killed on the way"
+    assert 3 <= kept < STEPS, "it was killed on the way"
     assert len(json.loads((folder / "environment.json").read_text())) >= 2, "it was started twice"
     assert_equals_an_undisturbed_run(folder, words, tmp_path)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.faults import inject
-from tests.faults.few import few
+from tests.faults.few import CLASSIFIER, STEPS_PER_EPOCH, few
 from tests.runs import Training, final, finish, losses, metrics, start_ranks
 
 
@@ -30,6 +30,16 @@ def test_the_others_of_a_lost_process_end_and_leave_a_whole_checkpoint(tmp_path)
     assert ranks[0].wait(60) not in (0, 75)
     assert time.monotonic() - began < 60
     assert final(tmp_path / "run")["step"] >= 2
+
+
+def test_a_signal_inside_the_evaluation_of_one_process_abandons_that_of_all(tmp_path):
+    fault = partial(inject.signals_inside_evaluation, 1, signal.SIGUSR1)
+    words = few(*CLASSIFIER, "--epochs", 1)
+    ranks = start_ranks(2, tmp_path / "run", *words, door="main_finetune", faults={1: fault})
+    assert [rank.wait() for rank in ranks] == [75, 75], ranks[0].said
+    state = final(tmp_path / "run")
+    assert (state["epoch"], state["sampler"]["offset"]) == (0, STEPS_PER_EPOCH["main_finetune"])
+    assert not (tmp_path / "run" / "log.txt").exists(), "figures of some images only are nobody's"
 
 
 def test_more_processes_with_fewer_images_each_go_on_with_the_same_losses(tmp_path):
