@@ -36,7 +36,7 @@ from util.data import Batch, EvalSamples, Source, TrainSamples, eval_batches, ev
 from util.distributed import Processes
 from util.images import classifier_crop_share
 from util.logging import talk
-from util.options import FinetuneOptions, OptionError, parse
+from util.options import FinetuneOptions, parse
 from util.run import Run, resolve, run_front_door, share_batches
 from util.splits import Splits
 
@@ -55,21 +55,8 @@ def parse_options(argv: Sequence[str]) -> FinetuneOptions:
 def of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the options inherit from the checkpoint that they name, if it is one of ours."""
     if str(given.get("eval", "false")).lower() == "true":
-        return checkpoint.options_of(checkpoint_to_judge(given), *ENCODER, "global_pool")
+        return checkpoint.options_of(checkpoint.to_judge(given), *ENCODER, "global_pool")
     return checkpoint.options_of(given.get("init_from", ""), *ENCODER)
-
-
-def checkpoint_to_judge(given: Mapping[str, Any]) -> str:
-    """The checkpoint that `--eval` means. ValueError where there is none."""
-    named = given.get("resume", "auto")
-    if named != "auto":
-        return str(named)
-    if given.get("init_from"):
-        return str(given["init_from"])
-    last = Path(given.get("output_dir", "output")) / "checkpoints" / checkpoint.LAST
-    if not last.is_file():
-        raise OptionError(f"eval needs a checkpoint: there is no {last}; name one with --resume", "eval")
-    return str(last)
 
 
 def require_pairs(options: FinetuneOptions) -> None:
@@ -157,7 +144,7 @@ def finetune(argv: Sequence[str]) -> None:
 
 def judge_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     """Say the accuracy of a checkpoint on the test images; nothing is written."""
-    path = checkpoint_to_judge(vars(options))
+    path = checkpoint.to_judge(vars(options))
     test = splits.open_test(options, splits.read_classes(checkpoint.run_of(Path(path))))
     classes = max(len(test.classes or []), options.num_classes)
     weights, made_with = checkpoint.load_model(path, averaged=True)
