@@ -39,7 +39,7 @@ from engine_segment import (
     windows_of,
 )
 from models_upernet import Segmenter
-from util import checkpoint, distributed, masks, optim, precision
+from util import checkpoint, distributed, masks, optim, precision, splits
 from util.checkpoint import ENCODER
 from util.data import Batch, Batches, Source, TrainSamples, eval_batches
 from util.distributed import Processes
@@ -247,7 +247,7 @@ def announce(options: SegmentOptions, model: Segmenter, found: Splits, run: Run)
     start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
     log.info("UPerNet on the outputs of blocks %s (from 0), %d classes", model.taps, found.classes)
-    masks.write_lists(found, run.folder)
+    splits.write_lists(found, run.folder)
 
 
 if __name__ == "__main__":

@@ -199,6 +199,8 @@ def broken(root, what):
     elif what == "no train":
         for kind in ("images", "masks"):
             (root / kind / "train").rename(root / kind / "elsewhere")
+    elif what == "no val masks":
+        (root / "masks" / "val").rename(root / "masks" / "other")
     elif what == "no masks":
         (root / "masks").rename(root / "labels")
     return root
@@ -217,6 +219,7 @@ def broken(root, what):
         ("no classes", r"classes\.txt does not exist: give --class_list FILE"),
         ("twice", r"holds 1\.jpg and 1\.png: which of them is meant"),
         ("no train", r"has val images with masks, and none in a folder train"),
+        ("no val masks", r"has a folder images/val, and no masks/val"),
         ("no masks", r"must hold a folder images, and a folder masks or annotations; it holds .*labels"),
     ],
 )

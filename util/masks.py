@@ -15,7 +15,7 @@ import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from PIL import Image
 
 from util import scenes
 from util.distributed import Processes
-from util.folder import write_whole
 from util.images import BadImage, Pair, blamed_on, read_image
 from util.options import SegmentOptions
 from util.sources import Names, Source, contents_of, images_below, read_class_list
@@ -125,10 +124,14 @@ class _Folder:
     selection: str
 
     def split(self, split: str) -> str:
-        """The folder of a split's images, below `images`; "" where there is none that has masks."""
+        """The folder of a split's images, below `images`; "" where there is none. Test images may have no masks: then
+        they judge nothing. ValueError for others without."""
         for name in SPLITS[split]:
-            if all(os.path.isdir(os.path.join(self.root, kind, name)) for kind in ("images", self.masks)):
+            images, masks = (os.path.isdir(os.path.join(self.root, kind, name)) for kind in ("images", self.masks))
+            if images and masks:
                 return name
+            if images and split != "test":
+                raise ValueError(f"{self.root} has a folder images/{name}, and no {self.masks}/{name}")
         return ""
 
     def open(self, inside: str) -> tuple[Source, Names]:
@@ -307,7 +310,7 @@ def open_test(options: SegmentOptions, processes: Processes) -> Source:
 
 
 def _is_scenes(options: SegmentOptions) -> bool:
-    return "scenes" in (options.dataset, options.data_path)
+    return options.dataset == "scenes" or (options.dataset == "auto" and options.data_path == "scenes")
 
 
 def _opened(folder: _Folder, inside: str, options: SegmentOptions, processes: Processes) -> Source:
@@ -349,11 +352,3 @@ def _settled_classes(options: SegmentOptions, source: Source) -> None:
     classes = len(source.classes or [])
     if options.num_classes not in (0, classes):
         raise ValueError(f"num_classes {options.num_classes}: the class list has {classes}; leave it out")
-
-
-def write_lists(found: Splits, folder: Path) -> None:
-    """Leave the names of the classes and images in the run's folder."""
-    lists: dict[str, Iterable[str]] = {CLASSES: found.train.classes or []}
-    lists |= {f"images_{name}.txt": getattr(found, name).names for name in ("train", "choice", "test")}
-    for name, lines in lists.items():
-        write_whole(folder / name, "".join(f"{line}\n" for line in lines))

@@ -139,8 +139,8 @@ def write_lists(splits: Splits, folder: Path) -> None:
     write_whole(folder / CLASSES, "".join(f"{name}\n" for name in splits.train.classes or []))
     lists = {"train": splits.train, "choice": splits.choice, "test": splits.test}
     for name, source in lists.items():
-        labels = _labels(source)
-        text = "".join(f"{path}\t{label}\n" for path, label in zip(source.names, labels, strict=True))
+        labels = [""] * len(source) if source.labels is None else [f"\t{label}" for label in source.labels]
+        text = "".join(f"{path}{label}\n" for path, label in zip(source.names, labels, strict=True))
         write_whole(folder / f"images_{name}.txt", text)
 
 
