@@ -418,7 +418,12 @@ class ProbeOptions(ClassifierOptions):
 class SegmentOptions(EncoderOptions):
     """Train UPerNet to tell the class of every pixel, from a pretrained encoder (`--init_from`) or from scratch."""
 
-    ALIASES: ClassVar[dict[str, str]] = {**RunOptions.ALIASES, "finetune": "init_from", "nb_classes": "num_classes"}
+    ALIASES: ClassVar[dict[str, str]] = {
+        **RunOptions.ALIASES,
+        "finetune": "init_from",
+        "nb_classes": "num_classes",
+        "cat_max_ratio": "max_class_share",
+    }
 
     data_path: str = machine("")
     """Folder with `images` and `masks` (or `annotations`), each with `train` and `val` or without; or `scenes`."""
