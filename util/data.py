@@ -300,11 +300,10 @@ class Loader:
                     batch = _unless_error(self.samples.__getitems__(keys(n)))
                 yield batch.pin_memory() if self.pin_memory else batch
             return
-        done, retried, stream = 0, False, None
+        done, retried = 0, False
+        stream = self._from_workers(keys, 0, count)
         while done < count:
             try:
-                if stream is None:
-                    stream = self._from_workers(keys, done, count)
                 batch = self._next(stream)
             except _WorkersLost as lost:
                 what, details, advice = lost.args
@@ -314,8 +313,9 @@ class Loader:
                         f"data loading workers {what} twice in one epoch ({details}). {advice}; "
                         "with num_workers 0 this process loads, and shows the error itself"
                     ) from lost
-                retried, stream = True, None
+                retried = True
                 log.warning("a data loading worker %s (%s); starting all of them again where they were", what, details)
+                stream = self._from_workers(keys, done, count)
                 continue
             done += 1
             yield _unless_error(batch)
@@ -372,7 +372,7 @@ class Loader:
             before = set(multiprocessing.active_children())
             iterator = iter(self._loader)
             self._processes += set(multiprocessing.active_children()) - before
-        return iterator
+        yield from iterator
 
 
 def _watch(loader: Callable[[], Loader | None], torchs: Callable[[], DataLoader | None]) -> None:

@@ -55,6 +55,16 @@ def test_workers_that_hang_are_replaced_where_they_were(caplog, seconds):
     batches.close()
 
 
+@pytest.mark.parametrize(("number", "what"), [(signal.SIGSTOP, "hung"), (signal.SIGKILL, "died")])
+def test_workers_that_are_lost_between_epochs_are_replaced(caplog, number, what):
+    batches = make_batches(worker_timeout=1)
+    list(batches.epoch(0))
+    os.kill(batches._loader._processes[1].pid, number)
+    assert torch.equal(images(batches.epoch(1)), images(make_batches(num_workers=0).epoch(1)))
+    assert f"a data loading worker {what}" in caplog.text
+    batches.close()
+
+
 def sleep(image):
     time.sleep(60)
 
