@@ -577,6 +577,21 @@ def test_a_report_of_costs(tmp_path):
     assert "| MAE | GB | 102.00 | not run |  |" in text
 
 
+def test_a_picture_has_a_panel_for_each_unit():
+    costs = [table_report.Bill(Path("bill.json"), "mae", measure) for measure in ("GB", "minutes")]
+    lines = [
+        table_report.Line(("MAE", "GB"), 102.0, place=costs[0]),
+        table_report.Line(("MAE", "minutes"), 35.0, values=[9.0], place=costs[1]),
+        table_report.Line(("MAE", "accuracy"), 66.6, values=[60.0, 62.0]),
+        table_report.Line(("MAE, again", "GB"), None, values=[90.0], place=costs[0]),
+    ]
+    figure = table_report.picture("Costs", lines, "paper")
+    assert [axis.get_xlabel() for axis in figure.axes] == ["GB", "minutes", "%"]
+    names = [[label.get_text() for label in axis.get_yticklabels()] for axis in figure.axes]
+    assert names == [["MAE, GB", "MAE, again, GB"], ["MAE, minutes"], ["MAE, accuracy"]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["paper", "ours"]
+
+
 # ---- smoke ----------------------------------------------------------------------------------------------------------
 
 

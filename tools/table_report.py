@@ -222,22 +222,27 @@ def markdown(title: str, columns: Sequence[str], lines: Sequence[Line], note: st
 
 
 def picture(title: str, lines: Sequence[Line], source: str) -> Figure:
-    """The numbers of `source` as rings, ours as squares with the standard deviation."""
-    figure = Figure(figsize=(6, 0.8 + 0.19 * len(lines)), layout="constrained")
-    axis = figure.subplots()
-    for place, line in enumerate(lines):
-        if line.paper is not None:
-            axis.plot(line.paper, place, "o", mfc="none", color=BLUE, label=source)
-        if line.mean is not None:
-            axis.errorbar(line.mean, place, xerr=line.deviation, fmt="s", ms=4, color=VERMILION, label="ours")
-    axis.set_yticks(range(len(lines)), [", ".join(line.labels) for line in lines])
-    axis.invert_yaxis()
-    grid_lines(axis)
-    axis.set_title(title)
-    handles, names = axis.get_legend_handles_labels()
-    once = dict(zip(names, handles, strict=True))
-    if once:
-        figure.legend(list(once.values()), list(once), loc="outside lower right", ncols=2)
+    """The numbers of `source` as rings, ours as squares with the standard deviation; a panel for each unit."""
+    panels: dict[str, list[Line]] = {}
+    for line in lines:
+        panels.setdefault(line.place.measure if isinstance(line.place, Bill) else "%", []).append(line)
+    figure = Figure(figsize=(6, 0.5 + 0.35 * len(panels) + 0.19 * len(lines)), layout="constrained")
+    heights = [len(panel) for panel in panels.values()]
+    axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    handles: dict[str, Any] = {}
+    for axis, (unit, panel) in zip(axes, panels.items(), strict=True):
+        for place, line in enumerate(panel):
+            if line.paper is not None:
+                (handles[source],) = axis.plot(line.paper, place, "o", mfc="none", color=BLUE)
+            if line.mean is not None:
+                handles["ours"] = axis.errorbar(line.mean, place, xerr=line.deviation, fmt="s", ms=4, color=VERMILION)
+        axis.set_yticks(range(len(panel)), [", ".join(line.labels) for line in panel])
+        axis.set_ylim(len(panel) - 0.5, -0.5)
+        axis.set_xlabel(unit)
+        grid_lines(axis)
+    axes[0].set_title(title)
+    if handles:
+        figure.legend(list(handles.values()), list(handles), loc="outside lower right", ncols=2)
     return figure
 
 
