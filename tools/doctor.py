@@ -109,7 +109,7 @@ def finetuning(options: FinetuneOptions, processes: int, device: torch.device) -
     return Plan(options, found.train, model, objective, optimizer, batches, image, file, options.keep + 4)
 
 
-PROGRAMS = {
+PROGRAMS: dict[str, tuple[Callable[[Sequence[str]], RunOptions], Callable[[Any, int, torch.device], Plan]]] = {
     "main_pretrain.py": (main_pretrain.parse_options, pretraining),
     "main_finetune.py": (main_finetune.parse_options, finetuning),
 }
