@@ -110,6 +110,9 @@ def test_a_missing_foreign_or_newer_file_is_refused_with_advice(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(CheckpointError, match="text.pth"):
         checkpoint.load(tmp_path / "text.pth")
+    (tmp_path / "text.pth").write_text("# a heading\n")
+    with pytest.raises(CheckpointError, match="nothing was loaded: Unsupported operand"):
+        checkpoint.load_weights(tmp_path / "text.pth")
 
 
 class Evil:

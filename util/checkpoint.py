@@ -133,7 +133,9 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "global" in line.lower()), str(error))[:300]
+        said = str(error).rpartition("WeightsUnpickler error:")[2]  # before it: advice to run the code
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        reason = next((line for line in lines if "global" in line.lower()), "".join(lines[:1]))[:300]
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, nothing was loaded: {reason}"
         ) from error
