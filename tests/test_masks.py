@@ -130,6 +130,14 @@ def test_splits_of_folders(tmp_path):
     assert len(opened(root).train) == 10 and [*opened(root).test.names] == ["images/test/70.jpg", "images/test/71.jpg"]
 
 
+def test_a_share_of_the_training_images_is_part_of_a_larger_one(tmp_path):
+    root = paint(paint(tmp_path, "train", 12), "val", 2, start=50)
+    few, more, whole = (opened(root, holdout=0.25, label_share=share) for share in (0.2, 0.6, 1.0))
+    names = [{*found.train.names} for found in (few, more, whole)]
+    assert list(map(len, names)) == [2, 5, 9] and names[0] < names[1] < names[2]
+    assert [*few.choice.names] == [*whole.choice.names] and len(few.test) == 2
+
+
 def test_without_splits_a_seeded_slice_judges(tmp_path):
     root = paint(tmp_path, count=10)
     found = opened(root, test_share=0.3, holdout=0.2)

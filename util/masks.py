@@ -291,6 +291,8 @@ def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
         chosen_on = HELD_OUT
     elif not both:
         choice, chosen_on = test, TEST
+    if options.label_share < 1:
+        _, train = _slice(train, options.label_share, options.subset_seed, "label_share")
     log.info(
         "%d training images of %d classes; best is chosen on %d images (%s); %d test images",
         *(len(train), len(whole.classes or []), len(choice), chosen_on, len(test)),

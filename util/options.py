@@ -462,6 +462,8 @@ class SegmentOptions(EncoderOptions):
     """The number of pixels that count for nothing, neither in training nor in a figure."""
     check_masks: bool = machine(True)
     """Look at every mask before training. Off: what is wrong counts among the unreadable images as it is met."""
+    label_share: float = result(1.0)
+    """Share of the training images to use, at least one; a smaller share is part of a larger one."""
     test_share: float = result(0.1)
     """Share of the images that is set aside to judge, where there is no folder `val` or `test`."""
     holdout: float = result(0.02)
@@ -495,11 +497,12 @@ class SegmentOptions(EncoderOptions):
         self._at_least(0, "num_classes", "auxiliary", "steps", "warmup_steps", "power", "ignore_label")
         self._at_least(0, "short_side", "stride", "picture_every")
         self._at_least(1, "eval_every")
-        self._between(0, 1, "drop_path", "layer_decay", "test_share", "holdout", "max_class_share")
+        self._between(0, 1, "drop_path", "layer_decay", "label_share", "test_share", "holdout", "max_class_share")
         self._between(0, 2**32 - 1, "subset_seed")
         require(self.num_classes != 1, "one class leaves nothing to tell apart", "num_classes")
         for name in ("drop_path", "holdout", "test_share"):
             require(getattr(self, name) < 1, "must be less than 1", name)
+        require(self.label_share > 0, "must be more than 0, or no image is left", "label_share")
         require(self.test_share > 0, "must be more than 0, or no image is left to judge", "test_share")
         require(self.layer_decay > 0, "must be more than 0, or nothing but the heads learns", "layer_decay")
         require(self.max_scale >= self.min_scale, "must be at least min_scale", "max_scale", "min_scale")
