@@ -87,12 +87,12 @@ def test_without_a_limit_a_slow_worker_is_waited_for(caplog):
 
 
 def test_a_run_whose_worker_hangs_or_is_killed_ends_where_a_whole_one_ends(tmp_path):
-    words = few()
+    words = few("--epochs", 4)
     finish(tmp_path / "whole", *words)
     training = Training(
         tmp_path / "run", *words, "--num_workers", 2, "--worker_timeout", 2, fault=inject.impatient_loader
     )
-    for step, number in ((2, signal.SIGSTOP), (16, signal.SIGKILL)):  # of two epochs: once in each is forgiven
+    for step, number in ((2, signal.SIGSTOP), (16, signal.SIGKILL)):  # noticed in two epochs: once in each is forgiven
         training.wait_for_step(step)
         os.kill(training.workers()[0], number)
     assert training.wait() == 0, training.said
