@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -180,7 +180,7 @@ def pixel_difference(source: Source, input_size: int, crops: int = 4) -> dict[st
     return {"mean": float(np.mean(means)), "worst_crop_mean": float(np.max(means)), "worst_pixel": most}
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     setting, seconds = result["setting"], result["seconds"]
     baseline = next(iter(seconds))
     rows = []

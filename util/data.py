@@ -137,9 +137,8 @@ class Batch:
     def posted(self, shelf: Shelf, number: int) -> Batch:
         """Batch `number` for another process: its tensors lie on the shelf."""
         names = [name for name in ("images", "labels", "noise", "index") if getattr(self, name) is not None]
-        return replace(
-            self, **dict(zip(names, shelf.put(number, [getattr(self, name) for name in names]), strict=True))
-        )
+        parcels: list[Any] = list(shelf.put(number, [getattr(self, name) for name in names]))
+        return replace(self, **dict(zip(names, parcels, strict=True)))
 
     def opened(self) -> Batch:
         """What arrived, with tensors of this process."""
@@ -177,9 +176,9 @@ def _together(labels: list[Any]) -> Tensor | None:
 def _transformed(source: Source, transform: Transform | PairTransform, image: Any, index: int) -> tuple[Tensor, Any]:
     """What the model is shown of an image that was read, and its label: the source's, or the mask that came with it."""
     if isinstance(image, Pair):
-        return transform(image)  # type: ignore[return-value]
+        return transform(image)  # type: ignore[arg-type, return-value]
     label = None if source.labels is None else int(source.labels[index])
-    return transform(image), label  # type: ignore[arg-type, return-value]
+    return transform(image), label  # type: ignore[return-value]
 
 
 class Samples(Protocol):
@@ -392,9 +391,9 @@ def _watch(loader: Callable[[], Loader | None], torchs: Callable[[], DataLoader 
 class _Feed:
     """The batch sampler of a loader that outlives its epochs: whatever keys it was given last."""
 
-    keys: Iterator[tuple[int, list]] = iter(())
+    keys: Iterator[Any] = iter(())
 
-    def __iter__(self) -> Iterator[tuple[int, list]]:
+    def __iter__(self) -> Iterator[Any]:
         return self.keys
 
 

@@ -205,7 +205,8 @@ def _rows_columns(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _random_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], min_scale: float, hflip: float) -> Tensor:
     array_HWC = _array(image)
-    top, left, rows, columns = random_box(*array_HWC.shape[:2], min_scale)
+    height, width = array_HWC.shape[:2]
+    top, left, rows, columns = random_box(height, width, min_scale)
     crop_CHW = _resize(_tensor(array_HWC[top : top + rows, left : left + columns]), size)
     return crop_CHW.flip(-1) if torch.rand(()) < hflip else crop_CHW
 
@@ -244,7 +245,7 @@ def _centre_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], crop
 def _array(image: np.ndarray | Image.Image) -> np.ndarray:
     """`[H, W, C]`, of a Pillow image too (1 or 4 channels where it has them, else 3)."""
     if isinstance(image, np.ndarray | Undecoded):
-        return image  # type: ignore[return-value]  # crops are cut from both alike
+        return image  # crops are cut from both alike
     return picture_pixels(image, {"L": 1, "RGBA": 4}.get(image.mode, 3))
 
 
