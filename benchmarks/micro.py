@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.measure import in_turn, paired_ratios, progress, publish, quartiles, spread, table, where
 from benchmarks.restated_nor_mae import RestatedNoRMAE
-from benchmarks.step import AMP, Setting, clock_of, peak_bytes, restated, setting_from, setting_parser, wait
+from benchmarks.step import AMP, Setting, clock_of, peak_bytes, restated, seconds_of, setting_from, setting_parser
 from models_mae import take
 from models_nor_mae import closest_neighbors, neighbor_relation
 
@@ -73,27 +73,17 @@ def measure(setting: Setting, say: Callable[[str], None] = progress) -> dict[str
     """Of each part: seconds by round, their ratios, and the peak bytes."""
     torch.set_num_threads(setting.threads)
     device = torch.device(setting.device)
-    clock_name, clock = clock_of(setting)
-
-    def turn(work: Callable[[], object]) -> float:
-        wait(device)
-        began = clock()
-        for _ in range(setting.steps):
-            work()
-        wait(device)
-        return (clock() - began) / setting.steps
-
     parts = {}
     for part, forms in works(setting).items():
         say(part)
         for work in forms.values():
             for _ in range(max(setting.warmup, 1)):
                 work()
-        turns = {name: functools.partial(turn, work) for name, work in forms.items()}
+        turns = {name: functools.partial(seconds_of, work, setting) for name, work in forms.items()}
         seconds = in_turn(turns, setting.rounds, setting.seed, say)
         memory = {name: peak_bytes(work, device) for name, work in forms.items()}
         parts[part] = {"seconds": seconds, "ratios": paired_ratios(seconds), "peak_bytes": memory}
-    return {"clock": clock_name, "parts": parts}
+    return {"clock": clock_of(setting)[0], "parts": parts}
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -188,6 +188,17 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def seconds_of(work: Callable[[], object], setting: Setting) -> float:
+    """One turn: the mean of `setting.steps` runs."""
+    (_, clock), device = clock_of(setting), torch.device(setting.device)
+    wait(device)
+    began = clock()
+    for _ in range(setting.steps):
+        work()
+    wait(device)
+    return (clock() - began) / setting.steps
+
+
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """How much more memory the device holds at the worst moment of a step than before it."""
     if device.type == "cuda":
@@ -235,22 +246,16 @@ def prepared(
 def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Time the named variants: seconds per step by round, and the peak memory of a step beyond what is always held."""
     device = torch.device(setting.device)
-    clock_name, clock = clock_of(setting)
     turns: dict[str, Callable[[], float]] = {}
     memory: dict[str, int] = {}
-
-    def turn(step: Callable[[], object]) -> float:
-        wait(device)
-        begin = clock()
-        for _ in range(setting.steps):
-            step()
-        wait(device)
-        return (clock() - begin) / setting.steps
-
     for name, step in prepared(setting, names, say):
         memory[name] = peak_bytes(step, device)
-        turns[name] = functools.partial(turn, step)
-    return {"clock": clock_name, "seconds": in_turn(turns, setting.rounds, setting.seed, say), "peak_bytes": memory}
+        turns[name] = functools.partial(seconds_of, step, setting)
+    return {
+        "clock": clock_of(setting)[0],
+        "seconds": in_turn(turns, setting.rounds, setting.seed, say),
+        "peak_bytes": memory,
+    }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
