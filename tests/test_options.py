@@ -350,7 +350,7 @@ def test_a_wrong_flag_is_refused_by_name(words, message):
         ("--dataset digits --data_path /images", "data_path: dataset digits reads no folder"),
         ("--overwrite --resume last.pth", "overwrite: starts anew, resume goes on"),
         ("--allow_change epoch", "allow_change: no option 'epoch' here; did you mean 'epochs'?"),
-        ("--allow_change depth", "allow_change: depth shapes the model"),
+        ("--allow_change depth", "allow_change: depth shapes what a checkpoint holds"),
         ("--allow_change terms.label.weight", "allow_change: no option 'terms.label.weight' here"),
         ("--seed -1", "seed: must be from 0 to 4294967295"),
     ],

@@ -214,7 +214,7 @@ class RunOptions:
             kinds.update({f"terms.{term}.{option}": "result" for option in options or ()})
         for name in self.allow_change:
             require(name in kinds, f"no option {name!r} here; {nearest(name, kinds)}".rstrip("; "), "allow_change")
-            require(kinds[name] != "shape", f"{name} shapes the model: it cannot change within a run", "allow_change")
+            require(kinds[name] != "shape", f"{name} shapes what a checkpoint holds: it cannot change within a run", "allow_change")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +356,7 @@ class FinetuneOptions(ClassifierOptions):
     drop_path: float = result(0.1)
     """Stochastic depth: share of the images that skip the last block; earlier blocks are skipped less."""
 
-    optimizer: Literal["adamw", "sgd"] = result("adamw")
+    optimizer: Literal["adamw", "sgd"] = shape("adamw")
     """`adamw` with (0.9, 0.999), or `sgd` with momentum 0.9."""
     layer_decay: float = result(0.65)
     """Each block learns at this times the rate of the one above it; 1: all alike."""

@@ -4,8 +4,8 @@ The dataclasses themselves stand in `util/options.py`. What decides a value, wea
 method's preset, the recipes (YAML files) given with `-c` from left to right, the flags from left to right. No recipe
 refers to another. The string under a field is its documentation: `--help` and the README's table are made of it.
 
-Each field is of a kind. *result* options decide what is computed; *shape* options also decide which parameters the
-model has; *machine* options only say where and how the same is computed, and may differ when a run goes on.
+Each field is of a kind. *result* options decide what is computed; *shape* options also decide which tensors
+a checkpoint holds; *machine* options only say where and how the same is computed, and may differ when a run goes on.
 """
 
 from __future__ import annotations
