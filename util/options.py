@@ -214,7 +214,8 @@ class RunOptions:
             kinds.update({f"terms.{term}.{option}": "result" for option in options or ()})
         for name in self.allow_change:
             require(name in kinds, f"no option {name!r} here; {nearest(name, kinds)}".rstrip("; "), "allow_change")
-            require(kinds[name] != "shape", f"{name} shapes what a checkpoint holds: it cannot change within a run", "allow_change")
+            shapes = kinds[name] == "shape"
+            require(not shapes, f"{name} shapes what a checkpoint holds: it cannot change within a run", "allow_change")
 
 
 @dataclass(frozen=True, kw_only=True)
