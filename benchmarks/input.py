@@ -5,10 +5,10 @@
 
 `torchvision` is the baseline: an ImageFolder's loader, RandomResizedCrop, flip, ToTensor and Normalize, in a DataLoader
 that hands out floats. `pillow` is our loader with torchcodec switched off, `folder` our loader, `region` the same with
---region_decode, `packN` a pack with short side N, `rawN` one of raw pixels. Ours hand out bytes, which the device
-normalises. A small folder is gone
-through several times; files are in the page cache, so this is the cost of the processor and not of the disk. With
---num_workers 0 one process loads, and its CPU time is taken, which other programs disturb least.
+--region_decode, `packN` a pack with short side N (`packN+region` with that option), `rawN` one of raw pixels. Ours hand
+out bytes, which the device normalises. A small folder is gone through several times; files are in the page cache, so
+this is the cost of the processor and not of the disk. With --num_workers 0 one process loads, and its CPU
+time is taken, which other programs disturb least.
 """
 
 from __future__ import annotations
@@ -128,14 +128,15 @@ def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) ->
     with tempfile.TemporaryDirectory() as folder:
         for name in given.variants:
             say(f"preparing {name}")
+            region, lack = name.endswith("region"), decode.lacks_parts()
+            if region and lack:
+                say(f"left out: {lack}")
+                continue
             images = source
             if name.startswith(("pack", "raw")):
-                images, bytes_each[name] = packed(source, given, name, Path(folder))
-            if name == "region":
-                if lack := decode.lacks_parts():
-                    say(f"left out: {lack}")
-                    continue
-                images = replace(source, read=for_crops(source.read))
+                images, bytes_each[name] = packed(source, given, name.removesuffix("+region"), Path(folder))
+            if region:
+                images = replace(images, read=for_crops(images.read))
             switch = without_torchcodec if name == "pillow" else contextlib.nullcontext
             start = (torchvision_epochs if name == "torchvision" else our_epochs)(images, given)
             turns[name] = functools.partial(seconds_per_image, start, given, switch)
