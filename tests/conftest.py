@@ -1,6 +1,7 @@
 """What several test files need made once."""
 
 import pytest
+import torch
 
 from tests.runs import finish
 
@@ -11,3 +12,11 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     finish(folder, "--epochs", "1")
     return folder / "checkpoints" / "last.pth"
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A checkpoint of another project: nothing is inherited from it."""
+    path = tmp_path_factory.mktemp("weights") / "theirs.pth"
+    torch.save({"model": {"cls_token": torch.zeros(1)}}, path)
+    return str(path)

@@ -5,7 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 import main_finetune
@@ -18,14 +17,6 @@ PROJECT = Path(__file__).resolve().parent.parent
 DOORS = {"finetune": (main_finetune, FinetuneOptions), "linprobe": (main_linprobe, ProbeOptions)}
 RECIPES = sorted(path for room in DOORS for path in PROJECT.glob(f"configs/{room}/*.yaml"))
 NAMES = [f"{path.parent.name}/{path.stem}" for path in RECIPES]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A checkpoint of another project: nothing is inherited from it."""
-    path = tmp_path_factory.mktemp("weights") / "theirs.pth"
-    torch.save({"model": {"cls_token": torch.zeros(1)}}, path)
-    return str(path)
 
 
 @pytest.fixture

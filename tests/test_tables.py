@@ -114,14 +114,6 @@ def option_names(words):
     return [word for word in words if word.startswith("--")]
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A checkpoint of another project: nothing is inherited from it."""
-    path = tmp_path_factory.mktemp("weights") / "theirs.pth"
-    torch.save({"model": {"cls_token": torch.zeros(1)}}, path)
-    return str(path)
-
-
 @functools.cache
 def builds(words):
     """Parse a pretraining command as the program does, and make its model without numbers."""
