@@ -1,9 +1,23 @@
 """What several test files need made once."""
 
+import signal
+
 import pytest
 import torch
 
 from tests.runs import finish
+
+
+@pytest.fixture(autouse=True)
+def signals_mean_the_same_afterwards():
+    """Processes that a later test starts would inherit what this one left."""
+    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+    before = {number: signal.getsignal(number) for number in watched}
+    yield
+    after = {number: signal.getsignal(number) for number in watched}
+    for number, act in before.items():
+        signal.signal(number, act)
+    assert after == before
 
 
 @pytest.fixture(scope="session")

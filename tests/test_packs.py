@@ -5,13 +5,15 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.runs import assert_same_end, finish
+from tests.runs import assert_same_end, children, context, finish
 from tools import pack
 from util import packs
 from util.data import Batches, TrainSamples, pretrain_transform
@@ -159,6 +161,44 @@ def test_several_processes_write_the_same_pack_as_one(folder, tmp_path, said):
         if path.name != packs.VERIFIED:
             assert path.read_bytes() == (tmp_path / "two" / "train" / path.name).read_bytes()
     assert multiprocessing.active_children() == before
+
+
+def killed(self, shard):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_packing_process_ends_the_packing_with_advice(folder, tmp_path, said, monkeypatch):
+    monkeypatch.setattr(packs.Packing, "write", killed)
+    assert pack.main([str(folder), "--output", str(tmp_path / "pack"), "--num_workers", "2"]) == 1
+    assert any("process was killed" in line and "fewer than --num_workers 2" in line for line in said)
+    assert not multiprocessing.active_children()
+    monkeypatch.undo()
+    assert pack.main([str(folder), "--output", str(tmp_path / "pack"), "--num_workers", "2"]) == 0
+
+
+def test_packing_processes_end_with_the_one_that_began_them(folder, tmp_path):
+    words = [str(folder), "--output", str(tmp_path / "pack"), "--num_workers", "2"]
+    packing = context.Process(target=pack_slowly, args=(words,))
+    packing.start()
+    until(lambda: len(children(packing.pid)) == 2)
+    workers = children(packing.pid)
+    packing.kill()
+    packing.join(30)
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
+
+
+def pack_slowly(words):
+    multiprocessing.set_start_method("fork", force=True)
+    packs.Packing.write = lambda self, shard: time.sleep(3)
+    pack.SHARD_IMAGES = (4, 8192)
+    pack.main(words)
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_packing_that_was_stopped_goes_on(folder, tmp_path, said, monkeypatch):

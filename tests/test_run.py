@@ -1,5 +1,6 @@
 """A run's folder and its promises, with real processes: kills, signals, damage, other options."""
 
+import contextlib
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 import util.folder
+import util.run
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics
 from util import checkpoint
 
@@ -99,6 +101,37 @@ def test_a_signal_saves_once_and_exits_with_75(whole, tmp_path, number):
     assert saved["step"] == metrics(tmp_path / "run")[-1]["step"]
     finish(tmp_path / "run")
     assert_same_end(whole, tmp_path / "run")
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("bad input"), KeyError("defect")])
+def test_a_caller_who_lives_on_has_its_signals_back(error):
+    def train(argv):
+        assert signal.getsignal(signal.SIGINT) not in before
+        if error:
+            raise error
+
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with pytest.raises(KeyError) if isinstance(error, KeyError) else contextlib.nullcontext():
+        assert util.run.run_front_door(train, []) == (2 if error else 0)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_signal_after_the_one_that_stopped_a_run_does_not_change_its_exit_code():
+    def train(argv):
+        signal.raise_signal(signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        assert util.run.run_front_door(train, []) == 75
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
+    finally:
+        for number, act in before.items():
+            signal.signal(number, act)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "zeroed"])

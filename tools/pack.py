@@ -20,7 +20,10 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,6 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         log.error("error: %s", error)
         return 2
+    except BrokenProcessPool:
+        log.error(
+            "error: a packing process was killed, most often for want of memory; the same command goes on from here, "
+            "and fewer than --num_workers %d need less of it",
+            given.num_workers,
+        )
+        return 1
     except KeyboardInterrupt:
         log.error("stopped; the same command goes on from here")
         return 130
@@ -207,14 +217,27 @@ def written(packing: Packing, shards: list[int], num_workers: int) -> Iterator[i
     if num_workers == 1 or len(shards) <= 1:
         yield from map(packing.write, shards)
         return
-    with multiprocessing.Pool(min(num_workers, len(shards)), _begin, (packing,)) as pool:
-        yield from pool.imap_unordered(_write, shards)
+    pool = ProcessPoolExecutor(min(num_workers, len(shards)), initializer=_begin, initargs=(packing,))
+    try:
+        for done in as_completed([pool.submit(_write, shard) for shard in shards]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin(packing: Packing) -> None:
     global _packing
     torch.set_num_threads(1)
     _packing = packing
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker that waits for more to do would not notice that nobody is left to give it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _write(shard: int) -> int:

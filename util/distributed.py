@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -193,10 +193,9 @@ class StopRequest:
         self.signal = signal.Signals(number)
 
 
-def on_stop_signals(act: Callable[[int, FrameType | None], None]) -> None:
-    """From now on `act(number, frame)` happens at SIGTERM, SIGUSR1 and Ctrl-C."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, act)
+def on_stop_signals(act: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """From now on `act(number, frame)` happens at SIGTERM, SIGUSR1 and Ctrl-C; answers what happened before at each."""
+    return {number: signal.signal(number, act) or signal.SIG_DFL for number in STOP_SIGNALS}
 
 
 def is_one_of_several() -> bool:

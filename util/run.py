@@ -594,10 +594,22 @@ def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) 
 
     0 done (or nothing left to do), 2 bad input, 3 no finite updates, 4 checkpoints cannot be written, 75 stopped by a
     signal with everything saved, or before the first step ("requeue me"). A second Ctrl-C leaves at once with 130.
-    Anything else is a defect and keeps its traceback.
+    Anything else is a defect and keeps its traceback. Signals mean to the caller afterwards what they meant before.
     """
     talk(main=int(os.environ.get("RANK", "0")) == 0, keep=True)
-    distributed.on_stop_signals(_stopped_early)  # until a run begins and listens itself
+    before = distributed.on_stop_signals(_stopped_early)  # until a run begins and listens itself
+    code = None
+    try:
+        code = _outcome(train, argv)
+    finally:
+        for number, act in before.items():
+            # Stopped, the process is about to end: another such signal must not become its exit code.
+            ending = code == EXIT_INTERRUPTED and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ending else act)
+    return code
+
+
+def _outcome(train: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     try:
         train(argv)
     except AlreadyFinished as message:
