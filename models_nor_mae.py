@@ -13,11 +13,12 @@ P pixel values of a patch   K neighbour slots
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models_mae import (
     MaskedAutoencoderViT,
@@ -167,22 +168,54 @@ def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", 
     require("relation", relation, Relation)
     require("normalize", normalize, Normalize)
     with without_autocast(z):
+        predicted_in = z_cnp.dtype
         z, z_cnp = at_least_float32(z), at_least_float32(z_cnp.detach())
-        if normalize != "none":
-            standard = standardize if normalize == "token" else standardize_features
-            z, z_cnp = standard(z), standard(z_cnp)
+        if normalize == "token":
+            z_cnp = standardize(z_cnp)
+        elif normalize == "feature":
+            z, z_cnp = standardize_features(z), standardize_features(z_cnp)
         N, L, P = z.shape
+        by_token = normalize == "token"
         if relation == "alignment":
-            return F.mse_loss(z, z_cnp)
+            return F.mse_loss(standardize(z) if by_token else z, z_cnp)
         if relation == "off_diagonal_squared":  # the one that needs the matrix
-            C_PP = mean_over_ranks(z.reshape(N * L, P).T @ z_cnp.reshape(N * L, P) / (N * L))
+            a = standardize(z) if by_token else z
+            C_PP = mean_over_ranks(a.reshape(N * L, P).T @ z_cnp.reshape(N * L, P) / (N * L))
             return C_PP.square().sum() - C_PP.diagonal().square().sum()
         # The others are linear in a: its product with b, or with the sum of b of which b itself is taken out.
         if relation == "off_diagonal":
             z_cnp = z_cnp.sum(dim=2, keepdim=True) - z_cnp
         elif relation == "token_off_diagonal":
             z_cnp = (z_cnp.sum(dim=1, keepdim=True) - z_cnp) * (L / P)
-        return (z * z_cnp).sum(dim=2).mean()
+        if torch.compiler.is_compiling():  # a compiler knows what to keep, and this class of torch has its limits there
+            return ((standardize(z) if by_token else z) * z_cnp).sum(dim=2).mean()
+        return MeanProduct.apply(z, z_cnp, by_token, predicted_in)
+
+
+class MeanProduct(torch.autograd.Function):
+    """The mean over all tokens of a c, where a is `z` `[N, L, P]`, or `z` standardised, and `c` is constant.
+
+    The gradient is that constant, but for the standardisation. So it is worked out at once, in the place of `c`, and
+    kept in the type `kept`. A backward pass over a and c would hold them, and more of their size, at the step's fullest
+    moment.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, c: Tensor, standardized: bool, kept: torch.dtype) -> Tensor:
+        a = standardize(z) if standardized else z
+        product_NL1 = (a[:, :, None] @ c[..., None])[..., 0]
+        if standardized and ctx.needs_input_grad[0]:  # z also acts through the mean and the deviation s of its row
+            s = (z.var(dim=2, keepdim=True) + EPS).sqrt()
+            c.sub_(c.mean(dim=2, keepdim=True)).addcmul_(a, product_NL1, value=-1 / (z.shape[2] - 1)).div_(s)
+        del a  # before another of its size is made
+        ctx.save_for_backward(c.to(kept))
+        return product_NL1.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (c,) = ctx.saved_tensors
+        return c.to(gradient.dtype, copy=True).mul_(gradient / c.shape[:2].numel()), None, None, None
 
 
 # ---- the term -------------------------------------------------------------------------------------------------------
@@ -328,8 +361,8 @@ class NeighborTerm(Term):
 
     @torch.no_grad()
     def second_pass(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
-        """The companions' prediction: `[N, L, P]`, without gradient."""
-        return at_least_float32(model.decoder_pred(self.second_decoded(model, view)))
+        """The companions' prediction: `[N, L, P]`, without gradient, as precise as the last layer gives it."""
+        return model.decoder_pred(self.second_decoded(model, view))
 
     def some_images(self, view: View) -> View:
         """The view of k = max(1, round(fraction x N)) images: those of the smallest numbers in their own noise.

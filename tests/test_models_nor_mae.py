@@ -272,6 +272,31 @@ def test_relations_are_float32_at_least_and_give_the_companion_no_gradient(relat
     assert z.grad is not None and z_cnp.grad is None
 
 
+@pytest.mark.parametrize("relation", ["off_diagonal", "diagonal", "token_off_diagonal"])
+def test_all_that_is_kept_for_the_gradient_is_one_tensor_in_half_precision(relation):
+    z, z_cnp = (x.detach().bfloat16() for x in predictions())
+    exact = z.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(relation_by_matrix(exact, z_cnp.double(), relation, "token"), exact)
+    kept, z = [], z.float().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((x.dtype, x.shape)) or x, lambda x: x):
+        found = neighbor_relation(z, z_cnp, relation)
+    assert kept == [(torch.bfloat16, z.shape)]
+    for again in (True, False):
+        (gradient,) = torch.autograd.grad(3 * found, z, retain_graph=again)
+        torch.testing.assert_close(gradient.double(), 3 * wanted, rtol=2**-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("normalize", ["token", "feature", "none"])
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_compiled_relations_and_their_gradients_are_the_plain_ones(relation, normalize):
+    torch.compiler.reset()
+    z, z_cnp = predictions()
+    compiled = torch.compile(neighbor_relation, fullgraph=True, backend="eager")
+    plain, found = (each(z, z_cnp, relation, normalize) for each in (neighbor_relation, compiled))
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(plain, z))
+
+
 def test_with_standardized_tokens_the_off_diagonal_is_minus_the_trace():
     z, z_cnp = predictions(n=4, tokens=9, pixels=48)
     off, trace = (neighbor_relation(z, z_cnp, relation) for relation in ("off_diagonal", "diagonal"))
