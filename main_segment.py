@@ -92,6 +92,12 @@ def norms_together(processes: Processes) -> bool:
     return processes.world_size > 1 and processes.device.type == "cuda"
 
 
+def require_several(options: SegmentOptions, processes: Processes) -> None:
+    """ValueError where batch norm would see one image of a (resolved) batch."""
+    if options.batch_size == 1 and not norms_together(processes):
+        raise ValueError("batch_size 1: batch norm compares the images of a batch; it needs at least 2 on a device")
+
+
 def training_images(options: SegmentOptions, source: Source) -> TrainSamples:
     transform = train_transform(
         options.input_size,
@@ -163,9 +169,7 @@ def judge_checkpoint(options: SegmentOptions, processes: Processes) -> None:
 
 
 def train(options: SegmentOptions, processes: Processes) -> None:
-    together = options.batch_size * (processes.world_size if norms_together(processes) else 1)
-    if together == 1:
-        raise ValueError("batch_size 1: batch norm compares the images of a batch; it needs at least 2 on a device")
+    require_several(options, processes)
     found = masks.open_splits(options, processes)
     names = found.train.classes or []
     model = build_model(options, found.classes, processes)

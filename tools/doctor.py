@@ -2,9 +2,9 @@
 
     python tools/doctor.py -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET --price 3.19
 
-It takes the options of main_pretrain.py, or with --program those of main_finetune.py, checks packages, images, shared
-memory, disk and GPUs, and trains on a few batches as the run would, so that time, memory and price of an epoch are
-measured and not guessed. It writes nothing.
+It takes the options of main_pretrain.py, or with --program those of main_finetune.py or main_segment.py, checks packages,
+images and masks, shared memory, disk and GPUs, and trains on a few batches as the run would, so that time, memory and
+price of an epoch are measured and not guessed. It writes nothing.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ import numpy as np
 import torch
 from torch import nn
 
+import engine_segment
 import main_finetune
 import main_pretrain
+import main_segment
 from engine_pretrain import train_one_epoch
-from util import optim, precision, splits
+from util import masks, optim, precision, splits
 from util.compiler import compiles
 from util.data import Batches, Source, allowed_bad, pixel_statistics
 from util.decode import torchcodec_jpeg
 from util.distributed import Processes, pick_device
-from util.images import BadImage
+from util.images import BadImage, Pair
 from util.logging import talk
 from util.meters import Means
-from util.options import FinetuneOptions, PretrainOptions, RunOptions, resolve_batch
+from util.options import FinetuneOptions, PretrainOptions, RunOptions, SegmentOptions, resolve_batch
 from util.run import share_batches
 from util.stepper import Stepper
 
@@ -109,9 +111,24 @@ def finetuning(options: FinetuneOptions, processes: int, device: torch.device) -
     return Plan(options, found.train, model, objective, optimizer, batches, image, file, options.keep + 4)
 
 
+def segmenting(options: SegmentOptions, processes: int, device: torch.device) -> Plan:
+    several = Processes(0, processes, 0, device)
+    main_segment.require_several(options, several)
+    found = masks.open_splits(options, Processes(0, 1, 0, device))  # this one looks at all masks
+    model = main_segment.build_model(options, found.classes, several).to(device)
+    batches = share_batches(options, main_segment.training_images(options, found.train), several)
+    options = main_segment.settle(options, found, batches)
+    optimizer = main_segment.make_optimizer(options, model, device)
+    image = (options.in_chans + 2) * math.prod(options.input_size)  # the mask has 16 bits
+    file = bytes_of(model.state_dict()) + 2 * bytes_of(learned(model))
+    objective = engine_segment.Objective(model, auxiliary=options.auxiliary)
+    return Plan(options, found.train, model, objective, optimizer, batches, image, file, options.keep + 4)
+
+
 PROGRAMS: dict[str, tuple[Callable[[Sequence[str]], RunOptions], Callable[[Any, int, torch.device], Plan]]] = {
     "main_pretrain.py": (main_pretrain.parse_options, pretraining),
     "main_finetune.py": (main_finetune.parse_options, finetuning),
+    "main_segment.py": (main_segment.parse_options, segmenting),
 }
 
 
@@ -161,19 +178,19 @@ def packages(requirements: Path = PROJECT / "requirements.txt") -> Iterator[Find
 
 
 def images(source: Source, max_bad_fraction: float) -> Finding:
-    """How many there are, and whether some from all over the data can be read."""
+    """How many there are, and whether some from all over the data can be read, with their masks if they have any."""
     indices = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
-    bad, began = [], time.monotonic()
+    bad, masked, began = [], False, time.monotonic()
     for index in indices:
         try:
-            source.read(index)
+            masked |= isinstance(source.read(index), Pair)
         except BadImage as error:
             bad.append(f"{error.path} ({error.reason})")
     each = (time.monotonic() - began) / len(indices)
     said = f"{len(source):,} images"
     if source.classes is not None:
         said += f" of {len(source.classes)} classes"
-    said += f"; {len(indices) - len(bad)} of {len(indices)} read, {1000 * each:.1f} ms each"
+    said += f"; {len(indices) - len(bad)} of {len(indices)} read{' with masks' if masked else ''}, {1000 * each:.1f} ms each"
     if not bad:
         return Finding(GOOD, "images", said)
     verdict = DOUBTFUL if len(bad) <= allowed_bad(max_bad_fraction, len(indices)) else WRONG

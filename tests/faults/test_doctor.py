@@ -10,7 +10,9 @@ from PIL import Image
 
 import main_finetune
 import main_pretrain
+import main_segment
 from tests.runs import DOORS, TINY
+from tests.test_masks import paint
 from tools import doctor
 from tools.doctor import DOUBTFUL, GOOD, WRONG, Measured
 from util.run import resolve
@@ -115,6 +117,44 @@ def test_a_classifier_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
     assert doctor.main([*words, *more, "--batch_size", "1", "--total_batch_size", "1"]) == 2
     assert "batch_size must be even" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_segmenter_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
+    """Crops of 16 x 16 in colour with masks of 16 bits; batch norm's statistics are saved, too. 36 steps: 3 epochs."""
+    words = [*DOORS["main_segment"], "--data_path", "scenes", "--total_batch_size", "16", "--steps", "36"]
+    plan = doctor.segmenting(resolve(main_segment.parse_options(words)), 1, CPU)
+    whole = sum(value.numel() * value.element_size() for value in plan.model.state_dict().values())
+    trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
+    crop = next(iter(plan.batches.epoch(0)))
+    assert plan.image_bytes == (crop.images[0].nbytes + crop.labels[0].nbytes) == 16 * 16 * (3 + 2)
+    assert (plan.checkpoints, plan.checkpoint_bytes) == (plan.options.keep + 4, whole + 8 * trained)
+    more = ["--program", "main_segment.py", "--batches", "1", "--output_dir", str(tmp_path / "run")]
+    assert doctor.main([*words, *more]) == 0
+    said = capsys.readouterr().out
+    assert "of 6 classes; 64 of 64 read with masks" in said and "the run of" in said and WRONG not in said
+    assert doctor.main([*words, *more, "--batch_size", "1", "--total_batch_size", "1"]) == 2
+    assert "batch_size 1: batch norm" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_masks_are_found_that_are_damaged_missing_or_foreign(tmp_path, capsys):
+    data = paint(tmp_path / "data", count=10, size=(20, 20))
+    words = [*DOORS["main_segment"], "--data_path", str(data), "--program", "main_segment.py", "--batches", "1"]
+    assert doctor.main(words) == 0
+    assert "of 3 classes" in capsys.readouterr().out
+    for number in range(5):
+        (data / "masks" / f"{number}.png").write_bytes(b"no picture")
+    assert doctor.main(words) == 2
+    assert "5 of 10 masks" in (said := capsys.readouterr().err) and "masks/0.png" in said
+    assert doctor.main([*words, "--check_masks", "false"]) == 1
+    assert " of 8 read with masks" in (said := capsys.readouterr().out) and f"not read: {data / 'masks'}" in said
+    for number in range(5):
+        Image.fromarray(np.full((20, 20), 7, np.uint8)).save(data / "masks" / f"{number}.png")
+    assert doctor.main(words) == 2
+    assert "it holds 7; the 3 classes are 0 to 2" in capsys.readouterr().err
+    (data / "masks" / "4.png").unlink()
+    assert doctor.main(words) == 2
+    assert "there is no masks/4.png" in capsys.readouterr().err
 
 
 def test_bad_input_is_told_as_the_run_tells_it(capsys):
