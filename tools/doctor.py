@@ -2,9 +2,9 @@
 
     python tools/doctor.py -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET --price 3.19
 
-It takes the options of main_pretrain.py, or with --program those of main_finetune.py or main_segment.py, checks packages,
-images and masks, shared memory, disk and GPUs, and trains on a few batches as the run would, so that time, memory and
-price of an epoch are measured and not guessed. It writes nothing.
+It takes the options of main_pretrain.py, or with --program those of main_finetune.py or main_segment.py, checks
+packages, images and masks, shared memory, disk and GPUs, and trains on a few batches as the run would, so that time,
+memory and price of an epoch are measured and not guessed. It writes nothing.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ def images(source: Source, max_bad_fraction: float) -> Finding:
     said = f"{len(source):,} images"
     if source.classes is not None:
         said += f" of {len(source.classes)} classes"
-    said += f"; {len(indices) - len(bad)} of {len(indices)} read{' with masks' if masked else ''}, {1000 * each:.1f} ms each"
+    what = "read with masks" if masked else "read"
+    said += f"; {len(indices) - len(bad)} of {len(indices)} {what}, {1000 * each:.1f} ms each"
     if not bad:
         return Finding(GOOD, "images", said)
     verdict = DOUBTFUL if len(bad) <= allowed_bad(max_bad_fraction, len(indices)) else WRONG
