@@ -242,8 +242,12 @@ def test_options_that_do_not_fit_the_masks_are_refused(tmp_path):
         opened(root, ignore_label=2)
     with pytest.raises(ValueError, match="num_classes 7: the class list has 3"):
         opened(root, num_classes=7)
-    with pytest.raises(ValueError, match="does not exist"):
-        opened(tmp_path / "nowhere")
+    right = r": give --data_path FOLDER with a folder images, and a folder masks or annotations in it .*`scenes`"
+    for data_path, wrong in (("", "no data"), (tmp_path / "nowhere", "nowhere does not exist")):
+        with pytest.raises(ValueError, match=wrong + right):
+            opened(data_path)
+    with pytest.raises(ValueError, match=r"classes\.txt is a file" + right):
+        opened(root / "classes.txt")
     with pytest.raises(ValueError, match="nothing.txt does not exist"):
         opened(root, class_list="nothing.txt")
     with pytest.raises(ValueError, match="test_share: there is 1 image"):

@@ -36,6 +36,7 @@ IGNORE = -1  # the class of pixels that count for nothing, in a mask that was re
 ADE20K = Path(__file__).resolve().parent.parent / "configs" / "ade20k.txt"
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
 MASK_FOLDERS = ("masks", "annotations")
+WANTED = f"a folder images, and a folder {' or '.join(MASK_FOLDERS)}"
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 GREY_PNG = b"\x89PNG\r\n\x1a\n", 0  # the first bytes, and the colour type
 NUMBER_MODES = {"1": "1 bit", "L": "grey", "P": "palette", "I;16": "16 bit", "I;16B": "16 bit", "I": "16 bit"}
@@ -185,16 +186,16 @@ def _some(names: Sequence[str]) -> str:
 
 def _open_folder(options: SegmentOptions) -> _Folder:
     root, ade = options.data_path, options.dataset == "ade20k"
-    if not root:
-        raise ValueError("no data: give --data_path FOLDER with images and masks in it (or the word `scenes`)")
     if not os.path.isdir(root):
-        raise ValueError(f"data_path {root} {'is a file' if os.path.exists(root) else 'does not exist'}")
+        wrong = f"data_path {root} {'is a file' if os.path.exists(root) else 'does not exist'}" if root else "no data"
+        raise ValueError(f"{wrong}: give --data_path FOLDER with {WANTED} in it (or the word `scenes`)")
     if ade and os.path.isdir(inside := os.path.join(root, "ADEChallengeData2016")):
         root = inside
     there = [name for name in MASK_FOLDERS if os.path.isdir(os.path.join(root, name))]
     if len(there) != 1 or not os.path.isdir(os.path.join(root, "images")):
-        wanted = f"a folder images, and a folder {' or '.join(MASK_FOLDERS)}"
-        raise ValueError(f"{root} must hold {wanted}; it holds {contents_of(root)} ({_some(sorted(os.listdir(root)))})")
+        raise ValueError(
+            f"{root} must hold {WANTED}; it holds {contents_of(root)} ({_some(sorted(os.listdir(root)))})"
+        )
     listed = options.class_list or (str(ADE20K) if ade else os.path.join(root, CLASSES))
     if not os.path.isfile(listed):
         raise ValueError(
