@@ -139,8 +139,11 @@ def predict(model: nn.Module, images: Tensor, windows: Windows) -> Tensor:
 
 def confusion(masks: Tensor, predicted: Tensor, classes: int) -> Tensor:
     """Pixels `[K, K]` by true class and predicted one; those of `IGNORE` are in no cell."""
-    counted = masks != IGNORE
-    return torch.bincount(masks[counted] * classes + predicted[counted], minlength=classes**2).view(classes, classes)
+    cells = classes**2
+    cell = torch.where(masks == IGNORE, cells, masks * classes + predicted).flatten()
+    # Not bincount, nor an index of those that count: on a GPU their sizes are waited for.
+    counts = torch.zeros(cells + 1, dtype=torch.int64, device=masks.device)
+    return counts.scatter_add_(0, cell, torch.ones_like(cell))[:cells].view(classes, classes)
 
 
 def figures_of(confusion_KK: Tensor, names: Sequence[str]) -> dict[str, Any]:

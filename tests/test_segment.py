@@ -22,6 +22,7 @@ import models_upernet
 from engine_segment import (
     Objective,
     Windows,
+    confusion,
     cross_entropy,
     evaluate,
     figures_of,
@@ -134,6 +135,15 @@ def test_figures_are_what_a_loop_over_pixels_counts():
     assert found["mean_acc"] == pytest.approx(sum(accuracies[name] for name in "abc") / 3)
     assert found["pixel_acc"] == pytest.approx(100 * sum(t == s for t, s in zip(true, said, strict=True)) / len(true))
     assert found["images"] == 3
+
+
+def test_counting_pixels_waits_for_no_device():
+    """A device without contents refuses whatever has to look at them, as a size that depends on them does."""
+    masks, predicted = torch.tensor([[0, IGNORE, 2, 1]]), torch.tensor([[1, 0, 2, 1]])
+    assert confusion(masks, predicted, 3).tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
+    assert confusion(masks.to("meta"), predicted.to("meta"), 3).shape == (3, 3)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.bincount(predicted.flatten().to("meta"), minlength=9)
 
 
 def test_a_class_that_is_nowhere_is_in_no_mean():
