@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import random
@@ -90,13 +91,18 @@ def test_a_kill_inside_a_save_leaves_a_checkpoint_to_go_on_from(whole, tmp_path)
     assert_same_end(whole, folder)
 
 
+def last_line(run):
+    return (run / "train.log").read_text().splitlines()[-1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_once_and_exits_with_75(whole, tmp_path, number):
     training = Training(tmp_path / "run")
     training.wait_for_step(3)
     training.send(number)
     assert training.wait() == 75
-    assert signal.Signals(number).name in training.said
+    assert training.said.count(words := f"stopped by {signal.Signals(number).name} after step") == 1
+    assert f"INFO {words}" in last_line(tmp_path / "run")
     saved = final(tmp_path / "run")
     assert saved["step"] == metrics(tmp_path / "run")[-1]["step"]
     finish(tmp_path / "run")
@@ -313,10 +319,28 @@ def last_save_fails():
 def test_a_run_whose_end_could_not_be_saved_is_not_finished(tmp_path):
     training = Training(tmp_path / "run", "--epochs", "1", "--save_steps", 2, fault=last_save_fails)
     assert training.wait() == 4
-    assert "its end could not be saved" in training.said
+    assert training.said.count(words := "training is done, but its end could not be saved") == 1
+    assert f"ERROR {words}" in last_line(tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
     finish(tmp_path / "run", "--epochs", "1")
     assert final(tmp_path / "run")["epoch"] == 1
+
+
+def step_is_defective(error):
+    def fail(run):
+        raise error
+
+    util.run.Run.after_step = fail
+
+
+@pytest.mark.parametrize("error", [KeyError("a key"), ValueError("a value")])
+def test_a_defect_leaves_its_traceback_in_the_log(tmp_path, error):
+    """A ValueError of training itself is no bad input: it has a traceback, too."""
+    training = Training(tmp_path / "run", fault=functools.partial(step_is_defective, error))
+    assert training.wait() == 1
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert "ERROR a defect ended the run\nTraceback (most recent call last):\n" in said and ", in fail\n" in said
+    assert said.endswith(f"{type(error).__name__}: {error}\n")
 
 
 def test_weights_alone_are_no_run_to_resume(whole, tmp_path):
@@ -351,7 +375,8 @@ def test_a_loss_that_stays_bad_stops_with_a_dump(tmp_path):
     training = Training(folder, "--terms.neighbor.weight", "1e300", "--max_bad_steps", "3")
     code = training.wait()
     assert code == 3, training.said
-    assert "3 steps in a row" in training.said
+    assert training.said.count(words := "3 steps in a row") == 1
+    assert f"ERROR {words}" in last_line(folder)
     record = json.loads(next((folder / "debug").glob("bad-step-*.json")).read_text())
     newest = record["recent_by_process"][0][-1]
     assert len(newest["files"]) == 256 and newest["files"][0].startswith("digits")

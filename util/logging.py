@@ -76,8 +76,8 @@ class _Careful(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Also write every line, with its time, to `path`; first those that `talk` kept."""
+def log_file(path: Path) -> Iterator[logging.Handler]:
+    """Also write every line, with its time, to `path`; first those that `talk` kept. The handler writes there alone."""
     handler = _Careful(path, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
@@ -87,7 +87,7 @@ def log_file(path: Path) -> Iterator[None]:
             handler.handle(record)
     root.addHandler(handler)
     try:
-        yield
+        yield handler
     finally:
         root.removeHandler(handler)
         with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -83,6 +83,7 @@ class Run:
         self.last: dict[str, Any] | None = None  # the figures of the newest finished epoch
         self.epoch, self._epoch_step = 0, 0
         self.log: RunLog | None = None
+        self._file: logging.Handler | None = None
         self._problems: dict[str, str] = {}  # unreadable images and why
         self._listed = 0
         self._save_failures = 0
@@ -290,7 +291,7 @@ class Run:
         self._save_seconds = 0.0
         self._logged_step = self.stepper.step
         if self.processes.main:
-            self._open.enter_context(log_file(self.folder / "train.log"))
+            self._file = self._open.enter_context(log_file(self.folder / "train.log"))
             self._announce()
             self.log = RunLog(self.folder, self.run_id, step=self.stepper.step, total_steps=self.total_steps)
             self._open.callback(self.log.close)
@@ -321,8 +322,12 @@ class Run:
             log.warning("the warm-up of %g epochs does not end within this run", options.warmup_epochs)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """The log's file has the last words, too, which the front door says on the terminal when it is closed."""
+        unforeseen = isinstance(error, ValueError) and not isinstance(error, TooManyBadImages | NothingReadable)
+        if error is not None and self._file is not None:
+            self._file.handle(_last_words(error, None if unforeseen else ending_of(error)))
         self._open.close()
-        if isinstance(error, ValueError) and not isinstance(error, TooManyBadImages | NothingReadable):
+        if unforeseen:
             raise RuntimeError("a defect, not bad input: training itself met this error") from error
 
     def epochs(self) -> Iterator[tuple[int, int]]:
@@ -612,24 +617,50 @@ def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) 
 def _outcome(train: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     try:
         train(argv)
-    except AlreadyFinished as message:
-        log.info("%s", message)
-    except Interrupted as message:
-        log.info("%s", message)
-        return EXIT_INTERRUPTED
-    except Unstable as error:
-        log.error("%s", error)
-        return EXIT_UNSTABLE
-    except CannotSave as error:
-        log.error("%s", error)
-        return EXIT_CANNOT_SAVE
-    except torch.OutOfMemoryError as error:
-        log.error("error: %s", str(error).split(". ")[0])
-        log.error("Give half the --batch_size and the same --total_batch_size: more is accumulated and the run goes on")
-        return EXIT_BAD_INPUT
-    except ValueError as error:
+    except Exception as error:
+        if (ending := ending_of(error)) is None:
+            raise
         # What is wrong for all, one process of each machine says; what is wrong for one alone, that one.
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0 or isinstance(error, NoDevice | NothingReadable):
-            log.error("error: %s", error)
-        return EXIT_BAD_INPUT
+        of_all = isinstance(error, ValueError) and not isinstance(error, NoDevice | NothingReadable)
+        if not of_all or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            log.log(ending.level, "%s", ending.words)
+        return ending.code
     return EXIT_DONE
+
+
+class Ending(NamedTuple):
+    """How a run may end before it is done: an exit code, and words of a level."""
+
+    code: int
+    level: int
+    words: str
+
+
+def ending_of(error: BaseException) -> Ending | None:
+    """None for a defect, which keeps its traceback."""
+    match error:
+        case AlreadyFinished():
+            return Ending(EXIT_DONE, logging.INFO, str(error))
+        case Interrupted():
+            return Ending(EXIT_INTERRUPTED, logging.INFO, str(error))
+        case Unstable():
+            return Ending(EXIT_UNSTABLE, logging.ERROR, str(error))
+        case CannotSave():
+            return Ending(EXIT_CANNOT_SAVE, logging.ERROR, str(error))
+        case torch.OutOfMemoryError():
+            what = str(error).split(". ")[0]
+            advice = (
+                "Give half the --batch_size and the same --total_batch_size: more is accumulated and the run goes on"
+            )
+            return Ending(EXIT_BAD_INPUT, logging.ERROR, f"error: {what}\n{advice}")
+        case ValueError():
+            return Ending(EXIT_BAD_INPUT, logging.ERROR, f"error: {error}")
+    return None
+
+
+def _last_words(error: BaseException, ending: Ending | None) -> logging.LogRecord:
+    """A line for the log's file alone; of a defect, its traceback."""
+    if ending is None:
+        traceback = type(error), error, error.__traceback__
+        return logging.LogRecord(__name__, logging.ERROR, __file__, 0, "a defect ended the run", (), traceback)
+    return logging.LogRecord(__name__, ending.level, __file__, 0, ending.words, (), None)
