@@ -56,6 +56,13 @@ def test_two_processes_equal_one(tmp_path, words):
     assert len(metrics(tmp_path / "two")) == 5, "and one writes"
 
 
+@pytest.mark.slow
+def test_two_compiled_processes_have_the_losses_of_two_plain_ones(tmp_path):
+    for name, words in (("plain", []), ("compiled", ["--compile"])):
+        finish_ranks(2, tmp_path / name, "--depth", 1, "--epochs", 1, *words)
+    assert_equal_to_rounding(tmp_path / "plain", tmp_path / "compiled", rel=1e-4)
+
+
 def test_another_number_of_processes_goes_on_with_the_same_images(tmp_path):
     finish(tmp_path / "one")
     words = ["--save_steps", "3"]
