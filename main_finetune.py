@@ -29,6 +29,7 @@ import models_classifier
 from engine_finetune import Objective, evaluate, in_words, judge_of
 from engine_pretrain import train_one_epoch
 from models_classifier import Classifier
+from models_vit import for_channels
 from util import checkpoint, distributed, optim, precision, splits
 from util.augment import finetune_transform
 from util.checkpoint import ENCODER
@@ -56,7 +57,7 @@ def of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the options inherit from the checkpoint that they name, if it is one of ours."""
     if str(given.get("eval", "false")).lower() == "true":
         return checkpoint.options_of(checkpoint.to_judge(given), *ENCODER, "global_pool")
-    return checkpoint.options_of(given.get("init_from", ""), *ENCODER)
+    return checkpoint.encoder_of(given)
 
 
 def require_pairs(options: FinetuneOptions) -> None:
@@ -165,7 +166,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     model = build_model(options, found.classes)
     if options.init_from and not options.from_scratch:
         weights, made_with = checkpoint.load_model(options.init_from)
-        report = models_classifier.load_encoder(model, weights, made_with)
+        report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
         log.info("weights from %s: %s", options.init_from, report)
     batches = share_batches(options, training_images(options, found.train), processes)
     if options.steps:

@@ -23,8 +23,8 @@ import models_classifier
 from engine_finetune import Objective, judge_of
 from engine_pretrain import train_one_epoch
 from models_classifier import Classifier, LinearProbe
+from models_vit import for_channels
 from util import checkpoint, distributed, optim, splits
-from util.checkpoint import ENCODER
 from util.data import Batch, Batches, Source, TrainSamples, pretrain_transform
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled
@@ -51,7 +51,7 @@ def parse_options(argv: Sequence[str]) -> ProbeOptions:
 
 def of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the options inherit from the checkpoint that they name, if it is one of ours."""
-    return checkpoint.options_of(given.get("init_from", ""), *ENCODER)
+    return checkpoint.encoder_of(given)
 
 
 def load_encoder(options: ProbeOptions) -> Classifier:
@@ -68,7 +68,7 @@ def load_encoder(options: ProbeOptions) -> Classifier:
         grad_checkpointing=options.grad_checkpointing,
     )
     weights, made_with = checkpoint.load_model(options.init_from)
-    report = models_classifier.load_encoder(model, weights, made_with)
+    report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
     log.info("weights from %s: %s", options.init_from, report)
     return model.requires_grad_(False).eval()
 

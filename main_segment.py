@@ -39,6 +39,7 @@ from engine_segment import (
     windows_of,
 )
 from models_upernet import Segmenter
+from models_vit import for_channels
 from util import checkpoint, distributed, masks, optim, precision, splits
 from util.checkpoint import ENCODER
 from util.data import Batch, Batches, Source, TrainSamples, eval_batches
@@ -69,7 +70,7 @@ def of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the options inherit from the checkpoint that they name, if it is one of ours."""
     if str(given.get("eval", "false")).lower() == "true":
         return checkpoint.options_of(checkpoint.to_judge(given), *ENCODER, *OF_THE_DATA, *OF_JUDGING)
-    return checkpoint.options_of(given.get("init_from", ""), *(name for name in ENCODER if name != "input_size"))
+    return {name: value for name, value in checkpoint.encoder_of(given).items() if name != "input_size"}
 
 
 def build_model(options: SegmentOptions, classes: int, processes: Processes) -> Segmenter:
@@ -175,7 +176,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
     model = build_model(options, found.classes, processes)
     if options.init_from and not options.from_scratch:
         weights, made_with = checkpoint.load_model(options.init_from)
-        report = models_upernet.begin_with(model, weights, made_with)
+        report = models_upernet.begin_with(model, for_channels(weights, options.in_chans), made_with)
         log.info("weights from %s: %s", options.init_from, report)
     batches = share_batches(options, training_images(options, found.train), processes)
     options = settle(options, found, batches)

@@ -1,10 +1,11 @@
 """The encoder's parts: sizes, patch grids, fixed positions, MAE's initial weights, weights from other models.
 
 Everything the models take from timm (pinned: 1.0.31) is named here: `VisionTransformer`, its `Block` and `Mlp`,
-`build_sincos2d_pos_embed` for the position tables and `resample_abs_pos_embed` for other image sizes. An encoder is
-timm's own class, so its state has timm's names, which are MAE's.
+`build_sincos2d_pos_embed` for the position tables, `resample_abs_pos_embed` for other image sizes, `adapt_input_conv`
+for other channels. An encoder is timm's own class, so its state has timm's names, which are MAE's.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 from timm.layers.mlp import Mlp
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -25,6 +27,8 @@ __all__ = [
     "Mlp",
     "Size",
     "VisionTransformer",
+    "adapt_input_conv",
+    "for_channels",
     "initialize",
     "load_from_run",
     "load_matching",
@@ -33,6 +37,8 @@ __all__ = [
     "position_table",
     "resample_abs_pos_embed",
 ]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,20 @@ def load_from_run(model: VisionTransformer, weights: Mapping[str, Tensor], made_
         raise ValueError(f"these weights are of an encoder with {theirs} attention heads, the model has {heads}")
     rows, columns = made_with["input_size"]
     return load_matching(model, weights, grid=patch_grid((rows, columns), patch_size))
+
+
+def for_channels(weights: Mapping[str, Tensor], in_chans: int) -> Mapping[str, Tensor]:
+    """The weights for images of so many channels, with a line in the log where they were for another number of them.
+
+    As timm does it: for one channel the first layer's are summed, so that it answers a grey image as it did the same
+    image in every channel; for other numbers they are taken in turn, and scaled to answers of the same size.
+    """
+    name = "patch_embed.proj.weight"
+    if name not in weights or weights[name].ndim != 4 or (theirs := weights[name].shape[1]) == in_chans:
+        return weights
+    how = "summed over them" if in_chans == 1 else f"taken in turn, times {theirs}/{in_chans}"
+    log.info("in_chans %d: the first layer's weights are for %d channels and are %s", in_chans, theirs, how)
+    return {**weights, name: adapt_input_conv(in_chans, weights[name], base_chans=theirs)}
 
 
 def _resampled(name: str, table: Tensor, old_grid: tuple[int, int] | None, new_grid: tuple[int, int]) -> Tensor:

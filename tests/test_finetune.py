@@ -354,6 +354,32 @@ def paint(folder, images=3):
         Image.fromarray(np.full((8, 8), 40 * number, np.uint8)).save(folder / f"{number}.png")
 
 
+@pytest.mark.parametrize(
+    ("door", "data", "words"),
+    [
+        (DOOR, "digits", ["--aa", "", "--steps", 1]),
+        ("main_linprobe", "digits", ["--epochs", 1]),
+        (
+            "main_segment",
+            "scenes",
+            "--photometric false --window whole --short_side 8 --picture_every 0 --steps 1".split(),
+        ),
+    ],
+)
+def test_an_encoder_of_coloured_images_begins_with_grey_ones(tmp_path, door, data, words):
+    """Where that is asked for; their mean and deviation are the average of the three unless they are given."""
+    made_with = SMALL | {"model": "mae_vit_tiny_patch2", "in_chans": 3, "mean": [0.2, 0.4, 0.9], "std": [0.3, 0.2, 0.1]}
+    state = {"format": checkpoint.FORMAT, "model": classifier(0, in_chans=3).state_dict(), "options": made_with}
+    checkpoint.save(tmp_path / "coloured.pth", state)
+    words = [*words, "--init_from", tmp_path / "coloured.pth", "--data_path", data, "--input_size", 8, "--in_chans", 1]
+    words += ["--std", 0.25, "--total_batch_size", 40, "--warmup_epochs", 0, "--num_workers", 0, "--device", "cpu"]
+    training = Training(tmp_path / "run", *words, door=door, tiny=False)
+    assert training.wait() == 0, training.said
+    assert "in_chans 1: the first layer's weights are for 3 channels and are summed over them" in training.said
+    found = final(tmp_path / "run")["options"]
+    assert found["mean"] == [pytest.approx(0.5)] and found["std"] == [0.25]
+
+
 def test_bad_input_is_told_before_any_epoch(pretrained, whole, tmp_path):
     for split in ("train", "val"):
         for name in "ab":

@@ -10,6 +10,7 @@ import models_vit
 from models_vit import (
     SIZES,
     VisionTransformer,
+    for_channels,
     initialize,
     load_from_run,
     load_matching,
@@ -157,6 +158,27 @@ def test_weights_of_a_run_come_with_its_grid_and_its_heads():
     assert load_from_run(upright, source.state_dict(), {}).resampled == [], "nothing is known"
     with pytest.raises(ValueError, match=f"12 attention heads, the model has {heads}"):
         load_from_run(upright, source.state_dict(), made_with | {"num_heads": 0})  # a ViT-Tiny's own
+
+
+def test_a_grey_image_is_answered_as_the_same_in_every_channel(caplog):
+    source, grey = vit(), vit(in_chans=1)
+    with caplog.at_level("INFO"):
+        load_matching(grey, for_channels(source.state_dict(), 1))
+    assert caplog.messages == ["in_chans 1: the first layer's weights are for 3 channels and are summed over them"]
+    images = torch.randn(2, 1, 32, 32)
+    expected = source.forward_features(images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(grey.forward_features(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("theirs", "wanted"), [(3, 4), (3, 7), (4, 3), (1, 3)])
+def test_other_channels_take_the_weights_in_turn(theirs, wanted):
+    weights = vit(in_chans=theirs).state_dict()
+    found = for_channels(weights, wanted)["patch_embed.proj.weight"]
+    assert found.shape == (16, wanted, 8, 8)
+    for channel in range(wanted):
+        turn = weights["patch_embed.proj.weight"][:, channel % theirs] * theirs / wanted
+        torch.testing.assert_close(found[:, channel], turn)
+    assert for_channels(weights, theirs) is weights
 
 
 @pytest.mark.parametrize("changes", [{"embed_dim": 32}, {"patch_size": 16}, {"in_chans": 1}, {"depth": 3}])

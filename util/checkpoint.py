@@ -192,6 +192,17 @@ def options_of(path: str | Path, *names: str) -> dict[str, Any]:
     return {name: made_with[name] for name in names if name in made_with}
 
 
+def encoder_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options `given`, as they were typed, inherit of the encoder that they begin with, if it is one of ours.
+
+    Where they ask for another number of channels, each is normalised as the encoder's own are on average.
+    """
+    own, wanted = options_of(given.get("init_from", ""), *ENCODER), str(given.get("in_chans", ""))
+    if wanted.isdecimal() and int(wanted) != own.get("in_chans", int(wanted)):
+        own |= {name: [sum(own[name]) / len(own[name])] * int(wanted) for name in ("mean", "std") if own.get(name)}
+    return own
+
+
 def to_judge(given: Mapping[str, Any]) -> str:
     """The checkpoint that `--eval` means by the options given. OptionError where there is none."""
     named = given.get("resume", "auto")
