@@ -21,6 +21,7 @@ import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import transforms
 
+from util import data
 from util.data import (
     IMAGENET,
     TRIES,
@@ -37,7 +38,7 @@ from util.data import (
     pixel_statistics,
     pretrain_transform,
 )
-from util.images import BadImage
+from util.images import BadImage, Pair, Undecoded
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -181,6 +182,44 @@ def test_a_batch_holds_what_it_says():
     for row, index in enumerate(batch.index.tolist()):
         assert torch.equal(batch.images[row], samples[(0, index)].image)
         assert torch.equal(batch.noise[row], samples[(0, index)].noise)
+
+
+def late_damage(image):
+    """A transform that finds some images broken, as those are that are decoded only where they are cut."""
+    if image[0, 0, 0] % 4 == 0:
+        raise BadImage("late.jpg", "broken further down")
+    return pretrain_transform(8)(image)
+
+
+@pytest.mark.parametrize("ahead", [0, 1000, 2**25])
+def test_a_batch_is_its_samples_however_many_are_read_ahead(ahead, monkeypatch):
+    monkeypatch.setattr(data, "AHEAD", ahead)
+    samples = make_samples(bad=[2, 5, 6], transform=late_damage)
+    keys = [(3, index) for index in (0, 2, 47, 5, 31, 9, 9)]
+    batch, alone = samples.__getitems__(keys), [samples[key] for key in keys]
+    assert torch.equal(batch.images, torch.stack([sample.image for sample in alone]))
+    assert torch.equal(batch.noise, torch.stack([sample.noise for sample in alone]))
+    assert batch.labels.tolist() == [sample.label for sample in alone]
+    assert batch.problems == [problem for sample in alone for problem in sample.problems]
+    assert {reason for _, reason in batch.problems} == {"broken on purpose", "broken further down"}
+
+
+def test_no_more_images_wait_than_they_may_take_of_the_memory(monkeypatch):
+    monkeypatch.setattr(data, "AHEAD", 2 * 12 * 12 * 3)
+    log = []
+
+    def noted(image):
+        log.append("augmented")
+        return pretrain_transform(8)(image)
+
+    make_samples(log=log, transform=noted).__getitems__([(0, index) for index in range(5)])
+    assert log == [0, 1, 2, *["augmented"] * 3, 3, 4, *["augmented"] * 2]
+
+
+def test_what_waiting_images_take():
+    image, mask = np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.int16)
+    assert data._bytes(image) == 60 and data._bytes(Pair(image, mask)) == 100
+    assert data._bytes(Undecoded(b"1234567", "a.jpg", 4, 5)) == 7 and data._bytes("of no known size") == 0
 
 
 def test_images_are_normalised_on_the_device_as_mae_does_beforehand():

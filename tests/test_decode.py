@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -120,6 +121,18 @@ def outcome(data):
         return images.decode(data, 3, "file").tobytes()
     except images.BadImage as error:
         return str(error)
+
+
+def test_decoding_neither_warns_nor_touches_the_filters_of_warnings(monkeypatch):
+    def touched(*words, **options):
+        raise AssertionError("filters of warnings are changed for every image")
+
+    data = jpeg(picture(40, 60))
+    decode.torchcodec_jpeg()
+    monkeypatch.setattr(warnings, "filterwarnings", touched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(decode.jpeg_pixels(data), by_pillow(data))
 
 
 def test_without_torchcodec_pillow_decodes_and_the_log_says_so(monkeypatch, caplog):

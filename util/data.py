@@ -8,6 +8,7 @@ directly, and a run stopped anywhere goes on with exactly the images that it wou
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import logging
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from util.images import BadImage, Pair, PairTransform, Transform, eval_transform, pretrain_transform
-from util.shelf import Parcel, Shelf
+from util.shelf import Parcel, Shelf, room
 from util.sources import Source, open_source
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 TRIES = 100  # unreadable images in a row before a sample gives up
+AHEAD = 2**25  # bytes of images that are read before the first of them is augmented
 PREFETCH = 2  # batches that each worker is ahead
 WORKER_TIMEOUT = 300.0  # seconds without a batch, after which living workers count as hung
 IGNORED_BY_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the main process handles them
@@ -152,7 +154,8 @@ class Batch:
 
 def collate(samples: list[Sample], mean: Floats, std: Floats) -> Batch:
     """Samples as one batch. Images leave the resize with channels last and stay so: stacking is then a plain copy."""
-    images_NHWC = torch.stack([sample.image.permute(1, 2, 0) for sample in samples])
+    rows_HWC = [sample.image.permute(1, 2, 0) for sample in samples]
+    images_NHWC = torch.stack(rows_HWC, out=room((len(samples), *rows_HWC[0].shape), rows_HWC[0].dtype))
     labels = [sample.label for sample in samples if sample.label is not None]
     noise = [sample.noise for sample in samples if sample.noise is not None]
     return Batch(
@@ -215,32 +218,56 @@ class TrainSamples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample of (epoch, index). An unreadable image is replaced by the source's next readable one, label and
         all, and reported; the randomness stays that of the key."""
-        epoch, index = key
-        pixels, label, problems = self._read(index, mix(self.seed, epoch, index, AUGMENTATION))
-        noise = None
-        if self.noise_shape is not None:  # from a stream of its own: however much the augmentation has drawn
-            noise = torch.rand(self.noise_shape, generator=_generator(self.seed, epoch, index, NOISE))
-        return Sample(pixels, label, noise, index, problems)
+        return _last(self._steps(key))
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | NothingReadable:
+        """Many images are read in a row and then augmented in a row. One by one takes nearly a tenth longer: reading
+        and augmenting push each other's code and tables out of the processor's caches."""
+        samples: list[Sample] = []
+        begun, waiting = [], 0
         try:
-            return collate([self[key] for key in keys], self.mean, self.std)
+            for key in keys:
+                begun.append(steps := self._steps(key))
+                waiting += _bytes(next(steps))
+                if waiting > AHEAD:
+                    samples += map(_last, begun)
+                    begun, waiting = [], 0
+            samples += map(_last, begun)
         except NothingReadable as error:
             return error
+        return collate(samples, self.mean, self.std)
 
-    def _read(self, index: int, seed: int) -> tuple[Tensor, Any, list[tuple[str, str]]]:
-        """(pixels, label, problems) of the image at `index` or the next readable one."""
+    def _steps(self, key: tuple[int, int]) -> Iterator[Any]:
+        """The image that was read (and another, should that one show its damage late), then the sample."""
+        epoch, index = key
+        seed = mix(self.seed, epoch, index, AUGMENTATION)
         problems: list[tuple[str, str]] = []
         for shown in (number % len(self.source) for number in range(index, index + min(TRIES, len(self.source)))):
             try:
                 image = self.source.read(shown)
+                yield image
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every accelerator each time
                 np.random.seed(seed & 0xFFFFFFFF)
                 random.seed(seed)
-                return *_transformed(self.source, self.transform, image, shown), problems
+                pixels, label = _transformed(self.source, self.transform, image, shown)
+                break
             except BadImage as error:
                 problems.append((error.path, error.reason))
-        raise NothingReadable(f"{len(problems)} images in a row cannot be read: {_first(problems)}")
+        else:
+            raise NothingReadable(f"{len(problems)} images in a row cannot be read: {_first(problems)}")
+        noise = None
+        if self.noise_shape is not None:  # from a stream of its own: however much the augmentation has drawn
+            noise = torch.rand(self.noise_shape, generator=_generator(self.seed, epoch, index, NOISE))
+        yield Sample(pixels, label, noise, index, problems)
+
+
+def _last(steps: Iterator[Any]) -> Any:
+    return collections.deque(steps, maxlen=1).pop()
+
+
+def _bytes(image: Any) -> int:
+    """What an image that waits, alone or with its mask, takes of the memory."""
+    return sum(part.nbytes for part in image) if isinstance(image, Pair) else getattr(image, "nbytes", 0)
 
 
 class EvalSamples(Dataset):
@@ -405,7 +432,8 @@ class _Posting(Dataset):
 
     def __getitems__(self, numbered: tuple[int, list]) -> Batch | NothingReadable:
         number, keys = numbered
-        batch = self.samples.__getitems__(keys)
+        with self.shelf.place(number):
+            batch = self.samples.__getitems__(keys)
         return batch if isinstance(batch, NothingReadable) else batch.posted(self.shelf, number)
 
 

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 log = logging.getLogger(__name__)
 
-Decode = Callable[..., Any]  # bytes to uint8 [C, H, W]; torchcodec's own type also has the answer to a batch
+Decode = Callable[..., Any]  # a file's tensor to uint8 [C, H, W]; torchcodec's own type also has the answer to a batch
 DecodePart = Callable[[bytes, int, int, int, int], np.ndarray | None]  # bytes, top, left, rows, columns to [H, W, 3]
 
 START, END, START_OF_SCAN, APP1 = b"\xff\xd8\xff", b"\xff\xd9", 0xDA, 0xE1
@@ -42,7 +43,7 @@ def jpeg_pixels(data: bytes) -> np.ndarray | None:
 
 @functools.cache
 def torchcodec_jpeg() -> Decode | None:
-    """torchcodec's decoder (bytes to `[C, H, W]`); None, with a line in the log, where it is no substitute."""
+    """torchcodec's decoder; None, with a line in the log, where it is no substitute."""
     try:
         import torchcodec
         from torchcodec.decoders import decode_jpeg
@@ -81,7 +82,9 @@ def _pixels(data: bytes, decode: Decode) -> np.ndarray | None:
     if header is None:
         return None
     try:
-        return decode(header.without_exif(data)).permute(1, 2, 0).numpy()
+        # given bytes, torchcodec makes this tensor too, and changes the filters of warnings each time
+        file = torch.frombuffer(bytearray(header.without_exif(data)), dtype=torch.uint8)
+        return decode(file).permute(1, 2, 0).numpy()
     except (RuntimeError, ValueError):  # damaged: Pillow decides, and finds the words
         return None
 

@@ -93,7 +93,7 @@ class Undecoded:
     """A JPEG file that stands for its pixels until a crop is cut out of it, which alone is then decoded."""
 
     def __init__(self, data: bytes, name: str, rows: int, columns: int):
-        self.data, self.name, self.shape = data, name, (rows, columns, 3)
+        self.data, self.name, self.shape, self.nbytes = data, name, (rows, columns, 3), len(data)
 
     def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
         """Pixels from row and column to row and column; raises `BadImage`."""

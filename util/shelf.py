@@ -2,17 +2,19 @@
 
 Fresh shared memory is zeroed and mapped page by page, on both sides, which for a batch of images takes longer than to
 fill it. So there are a few places, each a file in memory that both sides keep mapped: a worker copies a batch into the
-place that it was told, and the training process copies it out before that place is given to another batch. Places grow
-with the largest batch they have held. A small /dev/shm is no limit to them.
+place that it was told, and the training process copies it out before that place is given to another batch. Images are
+stacked right there. Places grow with the largest batch they have held. A small /dev/shm is no limit to them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,16 @@ ALIGNED = 64  # bytes
 
 _shelves: weakref.WeakValueDictionary[int, Shelf] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+_place: contextvars.ContextVar[tuple[Shelf, int] | None] = contextvars.ContextVar("place", default=None)
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor for the first of a batch's tensors, where `put` leaves it if a place is open."""
+    opened = _place.get()
+    if opened is None or not opened[0].files:
+        return torch.empty(shape, dtype=dtype)
+    shelf, number = opened
+    return shelf.look(shelf.parcels(number, [torch.empty(shape, dtype=dtype, device="meta")])[0])
 
 
 @dataclass(frozen=True)
@@ -63,20 +75,35 @@ class Shelf:
     def __getstate__(self) -> dict[str, list]:
         return {"files": [], "mapped": []}
 
+    @contextlib.contextmanager
+    def place(self, number: int) -> Iterator[None]:
+        """Inside, `room` is in the place of batch `number`."""
+        before = _place.set((self, number))
+        try:
+            yield
+        finally:
+            _place.reset(before)
+
     def put(self, number: int, tensors: Sequence[Tensor]) -> list[Parcel] | list[Tensor]:
         """Batch `number` in its place, instead of the batch that lay there; the tensors themselves without places."""
         if not self.files:
             return list(tensors)
-        place = number % len(self.files)
-        parcels, end = [], 0
+        parcels = self.parcels(number, tensors)
+        for parcel, tensor in zip(parcels, tensors, strict=True):
+            there = self.look(parcel)
+            if there.data_ptr() != tensor.data_ptr():  # or it was made there
+                there.copy_(tensor)
+        return parcels
+
+    def parcels(self, number: int, tensors: Sequence[Tensor]) -> list[Parcel]:
+        """Where such tensors will lie as batch `number`, in a place that is large enough."""
+        place, parcels, end = number % len(self.files), [], 0
         for tensor in tensors:
             dense = torch.empty_like(tensor, device="meta")
             parcels.append(Parcel(self.number, place, end, tensor.dtype, tuple(tensor.shape), dense.stride()))
             end += -(-dense.nbytes // ALIGNED) * ALIGNED
         if os.fstat(self.files[place]).st_size < end:
             os.ftruncate(self.files[place], end + SPARE)
-        for parcel, tensor in zip(parcels, tensors, strict=True):
-            self.look(parcel).copy_(tensor)
         return parcels
 
     def look(self, parcel: Parcel) -> Tensor:
