@@ -193,9 +193,7 @@ def _open_folder(options: SegmentOptions) -> _Folder:
         root = inside
     there = [name for name in MASK_FOLDERS if os.path.isdir(os.path.join(root, name))]
     if len(there) != 1 or not os.path.isdir(os.path.join(root, "images")):
-        raise ValueError(
-            f"{root} must hold {WANTED}; it holds {contents_of(root)} ({_some(sorted(os.listdir(root)))})"
-        )
+        raise ValueError(f"{root} must hold {WANTED}; it holds {contents_of(root)} ({_some(sorted(os.listdir(root)))})")
     listed = options.class_list or (str(ADE20K) if ade else os.path.join(root, CLASSES))
     if not os.path.isfile(listed):
         raise ValueError(
