@@ -137,7 +137,7 @@ def _read(path: Path) -> Any:
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         reason = next((line for line in lines if "global" in line.lower()), "".join(lines[:1]))[:300]
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values, nothing was loaded: {reason}"
+            f"{path} is no checkpoint, or holds more than tensors and plain values; nothing was loaded: {reason}"
         ) from error
     except Exception as error:
         raise CheckpointError(f"{path} could not be read as a checkpoint ({type(error).__name__}: {error})") from error
