@@ -406,6 +406,7 @@ def test_a_program_is_a_process_that_can_be_told_to_end_and_says_what_it_has_to_
         deadline = time.monotonic() + 60
         while (code := program.code()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
+        program.send(signal.SIGTERM)  # which is no error where nothing is left to hear it
         return code
 
     assert end("good.py", "one", "two") == 3 and (tmp_path / "logs" / "said.txt").read_text() == "one two"

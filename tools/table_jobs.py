@@ -94,7 +94,8 @@ class Fork:
 
     def send(self, number: int) -> None:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(self._process.pid, number)
 
 
 def run_program(words: Sequence[str], said: Path | None = None) -> None:
