@@ -39,6 +39,7 @@ Border = Literal["natural", "wrap"]
 Relation = Literal["off_diagonal", "off_diagonal_squared", "diagonal", "token_off_diagonal", "alignment"]
 Normalize = Literal["token", "feature", "none"]
 
+LINEAR = ("off_diagonal", "diagonal", "token_off_diagonal")  # relations, in the first prediction
 AHEAD = ((0, 1), (1, -1), (1, 0), (1, 1))  # rows, columns: half of the eight neighbours; the others are opposite
 K = 2 * len(AHEAD)
 EPS = 1e-6
@@ -170,26 +171,26 @@ def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", 
     with without_autocast(z):
         predicted_in = z_cnp.dtype
         z, z_cnp = at_least_float32(z), at_least_float32(z_cnp.detach())
-        if normalize == "token":
-            z_cnp = standardize(z_cnp)
-        elif normalize == "feature":
+        # A compiler knows itself what the backward pass is to keep, and has its limits with a function of one's own.
+        by_hand = relation in LINEAR and not torch.compiler.is_compiling()
+        if normalize == "feature":
             z, z_cnp = standardize_features(z), standardize_features(z_cnp)
+        elif normalize == "token":
+            z, z_cnp = z if by_hand else standardize(z), standardize(z_cnp)
         N, L, P = z.shape
-        by_token = normalize == "token"
         if relation == "alignment":
-            return F.mse_loss(standardize(z) if by_token else z, z_cnp)
+            return F.mse_loss(z, z_cnp)
         if relation == "off_diagonal_squared":  # the one that needs the matrix
-            a = standardize(z) if by_token else z
-            C_PP = mean_over_ranks(a.reshape(N * L, P).T @ z_cnp.reshape(N * L, P) / (N * L))
+            C_PP = mean_over_ranks(z.reshape(N * L, P).T @ z_cnp.reshape(N * L, P) / (N * L))
             return C_PP.square().sum() - C_PP.diagonal().square().sum()
         # The others are linear in a: its product with b, or with the sum of b of which b itself is taken out.
         if relation == "off_diagonal":
             z_cnp = z_cnp.sum(dim=2, keepdim=True) - z_cnp
         elif relation == "token_off_diagonal":
             z_cnp = (z_cnp.sum(dim=1, keepdim=True) - z_cnp) * (L / P)
-        if torch.compiler.is_compiling():  # a compiler knows what to keep, and this class of torch has its limits there
-            return ((standardize(z) if by_token else z) * z_cnp).sum(dim=2).mean()
-        return MeanProduct.apply(z, z_cnp, by_token, predicted_in)
+        if by_hand:
+            return MeanProduct.apply(z, z_cnp, normalize == "token", predicted_in)
+        return (z * z_cnp).sum(dim=2).mean()
 
 
 class MeanProduct(torch.autograd.Function):
@@ -197,7 +198,7 @@ class MeanProduct(torch.autograd.Function):
 
     The gradient is that constant, but for the standardisation. So it is worked out at once, in the place of `c`, and
     kept in the type `kept`. A backward pass over a and c would hold them, and more of their size, at the step's fullest
-    moment.
+    moment. `c` is overwritten where `z` is to be standardised.
     """
 
     @staticmethod

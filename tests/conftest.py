@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tests.runs import finish
+from util.distributed import STOP_SIGNALS
 
 
 @pytest.fixture(autouse=True)
 def signals_mean_the_same_afterwards():
     """Processes that a later test starts would inherit what this one left."""
-    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+    watched = (*STOP_SIGNALS, signal.SIGCHLD)
     before = {number: signal.getsignal(number) for number in watched}
     yield
     after = {number: signal.getsignal(number) for number in watched}

@@ -17,6 +17,7 @@ import util.folder
 import util.run
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics
 from util import checkpoint
+from util.distributed import STOP_SIGNALS
 
 STEPS_PER_EPOCH = 5
 LAST_STEP = 3 * STEPS_PER_EPOCH
@@ -95,7 +96,7 @@ def last_line(run):
     return (run / "train.log").read_text().splitlines()[-1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_saves_once_and_exits_with_75(whole, tmp_path, number):
     training = Training(tmp_path / "run")
     training.wait_for_step(3)
@@ -107,9 +108,6 @@ def test_a_signal_saves_once_and_exits_with_75(whole, tmp_path, number):
     assert saved["step"] == metrics(tmp_path / "run")[-1]["step"]
     finish(tmp_path / "run")
     assert_same_end(whole, tmp_path / "run")
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @pytest.mark.parametrize("error", [None, ValueError("bad input"), KeyError("defect")])
