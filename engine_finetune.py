@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from util.data import Batch
+from data.loader import Batch
+from data.splits import Splits, metric
+from options import ClassifierOptions
 from util.distributed import Processes
 from util.judge import Judge
-from util.options import ClassifierOptions
 from util.run import Run
-from util.splits import Splits, metric
 
 
 class Objective(nn.Module):

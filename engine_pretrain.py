@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from util.data import Batch
+from data.loader import Batch
 from util.meters import Means
 from util.stepper import Stepper
 

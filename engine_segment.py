@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.data import Batch, EvalSamples, Source, eval_batches
+from data.loader import Batch, EvalSamples, Source, eval_batches
+from data.masks import IGNORE
+from data.segment_augment import eval_transform
+from options import SegmentOptions
 from util.distributed import Processes
-from util.masks import IGNORE
-from util.options import SegmentOptions
 from util.overlay import overlay, shown, tile
-from util.segment_augment import eval_transform
 from util.watch import contact_sheet, written
 
 METRIC = "miou"

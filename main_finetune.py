@@ -26,20 +26,21 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import models_classifier
+from data import splits
+from data.augment import finetune_transform
+from data.images import classifier_crop_share
+from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_batches, eval_transform
+from data.splits import Splits
 from engine_finetune import Objective, evaluate, in_words, judge_of
 from engine_pretrain import train_one_epoch
 from models_classifier import Classifier
 from models_vit import for_channels
-from util import checkpoint, distributed, optim, precision, splits
-from util.augment import finetune_transform
+from options import FinetuneOptions, parse
+from util import checkpoint, distributed, optim, precision
 from util.checkpoint import ENCODER
-from util.data import Batch, EvalSamples, Source, TrainSamples, eval_batches, eval_transform
 from util.distributed import Processes
-from util.images import classifier_crop_share
 from util.logging import talk
-from util.options import FinetuneOptions, parse
 from util.run import Run, resolve, run_front_door, share_batches
-from util.splits import Splits
 
 log = logging.getLogger("finetune")
 

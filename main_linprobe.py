@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 
 import models_classifier
+from data import splits
+from data.loader import Batch, Batches, Source, TrainSamples, pretrain_transform
+from data.splits import Splits
 from engine_finetune import Objective, judge_of
 from engine_pretrain import train_one_epoch
 from models_classifier import Classifier, LinearProbe
 from models_vit import for_channels
-from util import checkpoint, distributed, optim, splits
-from util.data import Batch, Batches, Source, TrainSamples, pretrain_transform
+from options import OptionError, ProbeOptions, parse
+from util import checkpoint, distributed, optim
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled
 from util.knn import knn_accuracy
 from util.logging import talk
-from util.options import OptionError, ProbeOptions, parse
 from util.run import Run, resolve, run_front_door, share_batches
-from util.splits import Splits
 
 log = logging.getLogger("linprobe")
 

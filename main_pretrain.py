@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 import methods
-from engine_pretrain import train_one_epoch
-from models_mae import MaskedAutoencoderViT, Term
-from models_vit import load_from_run
-from util import checkpoint, distributed, optim
-from util.data import (
+from data.decode import lacks_parts
+from data.device_data import DeviceSamples
+from data.images import for_crops
+from data.loader import (
     Batches,
     EvalSamples,
     Samples,
@@ -32,12 +31,13 @@ from util.data import (
     open_source,
     pretrain_transform,
 )
-from util.decode import lacks_parts
-from util.device_data import DeviceSamples
+from engine_pretrain import train_one_epoch
+from models_mae import MaskedAutoencoderViT, Term
+from models_vit import load_from_run
+from options import PretrainOptions, parse
+from util import checkpoint, distributed, optim
 from util.distributed import Processes
-from util.images import for_crops
 from util.logging import RunLog, talk
-from util.options import PretrainOptions, parse
 from util.run import Run, resolve, run_front_door, share_batches
 from util.watch import Watch
 

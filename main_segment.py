@@ -24,6 +24,10 @@ from torch import nn
 
 import models_classifier
 import models_upernet
+from data import masks, splits
+from data.loader import Batch, Batches, Source, TrainSamples, eval_batches
+from data.segment_augment import train_transform
+from data.splits import Splits
 from engine_pretrain import train_one_epoch
 from engine_segment import (
     METRIC,
@@ -40,16 +44,13 @@ from engine_segment import (
 )
 from models_upernet import Segmenter
 from models_vit import for_channels
-from util import checkpoint, distributed, masks, optim, precision, splits
+from options import SegmentOptions, parse
+from util import checkpoint, distributed, optim, precision
 from util.checkpoint import ENCODER
-from util.data import Batch, Batches, Source, TrainSamples, eval_batches
 from util.distributed import Processes
 from util.judge import Judge
 from util.logging import talk
-from util.options import SegmentOptions, parse
 from util.run import Run, resolve, run_front_door, share_batches
-from util.segment_augment import train_transform
-from util.splits import Splits
 
 log = logging.getLogger("segment")
 

@@ -20,7 +20,7 @@ from models_simmim import SimMIM
 from models_sup_mae import LabelTerm
 from models_u_mae import UniformityTerm
 from models_vit import SIZES, parse_name
-from util.options import nearest
+from options import nearest
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What pretraining costs on this machine: memory, time and price of an epoch, next to the paper's Tables 10 and 11.
 
-    python benchmarks/bill.py --price 2.5                                   # a device for 2.50 an hour, one CPU thread
-    python benchmarks/bill.py --device cuda --amp bf16 --batch_size 512 --price 2.5 --devices 2 --compile
+    python -m benchmarks.bill --price 2.5                                   # a device for 2.50 an hour, one CPU thread
+    python -m benchmarks.bill --device cuda --amp bf16 --batch_size 512 --price 2.5 --devices 2 --compile
 
 Steps are timed on synthetic batches that lie on the device, so this is the device's share of the bill: what a run pays
 if its loader keeps up (see input.py). More devices are taken to be as fast each. The paper's rows are its own and were
@@ -10,19 +10,17 @@ measured with its loader; its GPUs did half a percent of what they can, so they 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import yaml
 
 from benchmarks.measure import progress, publish, quartiles, spread, table, where
 from benchmarks.step import Setting, measure, setting_from, setting_parser
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 IMAGENET = 1_281_167  # training images
 ROWS = ("mae", "mae_mask50", "nor", "nor_r20", "dmae")  # ours, as rows of Tables 10 and 11

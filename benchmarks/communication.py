@@ -1,7 +1,7 @@
 """The share of a training step that several processes on this machine lose to exchanging gradients.
 
-    python benchmarks/communication.py                       # ViT-Tiny/16, 2 gloo processes
-    python benchmarks/communication.py --processes 4 --batch_size 16
+    python -m benchmarks.communication                       # ViT-Tiny/16, 2 gloo processes
+    python -m benchmarks.communication --processes 4 --batch_size 16
 
 Every round takes one step with the exchange and one without it (DDP's `no_sync`), in random order, on the same batch;
 the share is 1 - without / with, round by round. Without several processes there is nothing to exchange: both steps
@@ -14,15 +14,11 @@ import argparse
 import contextlib
 import functools
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import torch
 import torch.distributed as dist

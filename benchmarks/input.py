@@ -1,7 +1,7 @@
 """How many images a second the loader gives: our ways of loading and torchvision with Pillow, in turn.
 
-    python benchmarks/input.py IMAGES                       # a folder or a list of images, as for training
-    python benchmarks/input.py IMAGES --variants torchvision folder pack256 --num_workers 8
+    python -m benchmarks.input IMAGES                       # a folder or a list of images, as for training
+    python -m benchmarks.input IMAGES --variants torchvision folder pack256 --num_workers 8
 
 `torchvision` is the baseline: an ImageFolder's loader, RandomResizedCrop, flip, ToTensor and Normalize, in a DataLoader
 that hands out floats. `pillow` is our loader with torchcodec switched off, `folder` our loader, `region` the same with
@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import functools
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,9 +24,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import numpy as np
 import torch
@@ -37,11 +33,11 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
+from data import decode
+from data.images import ASPECT_RATIOS, for_crops
+from data.loader import Batches, TrainSamples, pretrain_transform
+from data.sources import Names, Source, open_source
 from tools import pack
-from util import decode
-from util.data import Batches, TrainSamples, pretrain_transform
-from util.images import ASPECT_RATIOS, for_crops
-from util.sources import Names, Source, open_source
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 USUAL = ("torchvision", "pillow", "folder", "region", "pack384", "pack256", "raw256")

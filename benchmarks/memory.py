@@ -1,21 +1,16 @@
 """The memory that a training step takes beyond weights and optimizer: our steps and the restated published ones.
 
-    python benchmarks/memory.py --amp bf16                                 # ViT-Tiny/16, batch 32, CPU
-    python benchmarks/memory.py --device cuda --amp bf16 --batch_size 512
+    python -m benchmarks.memory --amp bf16                                 # ViT-Tiny/16, batch 32, CPU
+    python -m benchmarks.memory --device cuda --amp bf16 --batch_size 512
 
 No time is taken: what is counted is bytes that were asked for, so a busy machine gives the same figures as an idle one.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import torch
 

@@ -1,7 +1,7 @@
 """What NoR-MAE adds to a step, part by part: our forms against those of the released program, restated.
 
-    python benchmarks/micro.py                                   # 64 images, ViT-Tiny/16 at 224 px, one CPU thread
-    python benchmarks/micro.py --device cuda --amp bf16 --batch_size 512
+    python -m benchmarks.micro                                   # 64 images, ViT-Tiny/16 at 224 px, one CPU thread
+    python -m benchmarks.micro --device cuda --amp bf16 --batch_size 512
 
 `relation` is the off-diagonal sum of the two predictions, forward and backward: ours without the P x P matrices, the
 restated one through an einsum. `search` finds the companions of the visible patches and hands out their tokens: ours by
@@ -11,14 +11,9 @@ shifted products, the restated one by gathering the eight neighbours of every pa
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import torch
 from torch import Tensor

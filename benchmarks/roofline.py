@@ -1,7 +1,7 @@
 """Which share of what the device can do a training step does: its arithmetic and its bytes against measured ceilings.
 
-    python benchmarks/roofline.py --device cuda --amp bf16 --batch_size 512 --variants mae nor nor+compile
-    python benchmarks/roofline.py --batch_size 8                       # a CPU has a roof as well
+    python -m benchmarks.roofline --device cuda --amp bf16 --batch_size 512 --variants mae nor nor+compile
+    python -m benchmarks.roofline --batch_size 8                       # a CPU has a roof as well
 
 Ceilings are the best of several large matrix products and large copies on this very device. A step's arithmetic is
 that of its matrix products and attentions; its bytes are what every operation reads and writes, when each goes to
@@ -11,15 +11,10 @@ both times, and the share is that floor over the measured time.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """What saving costs: a run's checkpoint written as a run writes it, against the same bytes written at once, in turn.
 
-    python benchmarks/saving.py                      # ViT-Tiny with the published decoder, to where temporary files go
-    python benchmarks/saving.py --folder /mnt/network --device cuda --batch_size 256
+    python -m benchmarks.saving                      # ViT-Tiny with the published decoder, to where temporary files go
+    python -m benchmarks.saving --folder /mnt/network --device cuda --batch_size 256
 
 A checkpoint holds weights and both moments of AdamW; it is flushed to the disk and renamed, and its predecessor gets a
 second name. Training waits for it. The share of a training is what the default of `save_minutes` makes of that, or the
@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import torch
 
 from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
 from benchmarks.step import OurStep, Setting
+from options import PretrainOptions
 from util import checkpoint
-from util.options import PretrainOptions
 
 IMAGENET_IMAGES = 1_281_167
 

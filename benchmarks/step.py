@@ -1,8 +1,8 @@
 """How long a training step takes: our steps and the restated published ones, in turn, in one process.
 
-    python benchmarks/step.py                                          # ViT-Tiny/16, batch 32, one CPU thread, fp32
-    python benchmarks/step.py --device cuda --batch_size 256 --amp bf16 --variants restated_nor nor nor+compile
-    python benchmarks/step.py --help
+    python -m benchmarks.step                                          # ViT-Tiny/16, batch 32, one CPU thread, fp32
+    python -m benchmarks.step --device cuda --batch_size 256 --amp bf16 --variants restated_nor nor nor+compile
+    python -m benchmarks.step --help
 
 A step is forward, backward, gradient norm and AdamW on one synthetic batch that is already on the device. In every
 round each variant takes its turn, in an order drawn anew, and only ratios of the same round are compared: a machine
@@ -15,16 +15,12 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import torch
 from torch import Tensor

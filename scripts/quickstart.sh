@@ -17,7 +17,7 @@ prepare requirements.txt
 
 "$PYTHON" main_pretrain.py -c configs/pretrain/quickstart.yaml --device cpu --output_dir "$OUTPUT" "$@"
 
-"$PYTHON" tools/knn.py "$OUTPUT" --device cpu
+"$PYTHON" -m tools.knn "$OUTPUT" --device cpu
 
 # With 10 labels a class: a linear layer on the frozen encoder, the encoder fine-tuned, and the same from scratch.
 encoder=(--init_from "$OUTPUT/checkpoints/last.pth" --device cpu --overwrite) # they take seconds
@@ -25,7 +25,7 @@ encoder=(--init_from "$OUTPUT/checkpoints/last.pth" --device cpu --overwrite) # 
 "$PYTHON" main_finetune.py -c configs/finetune/quickstart.yaml "${encoder[@]}" --output_dir "$OUTPUT/finetuned"
 "$PYTHON" main_finetune.py -c configs/finetune/quickstart.yaml "${encoder[@]}" --output_dir "$OUTPUT/scratch" \
     --from_scratch --layer_decay 1
-"$PYTHON" tools/classifiers.py "$OUTPUT"
+"$PYTHON" -m tools.classifiers "$OUTPUT"
 
-"$PYTHON" tools/visualize.py reconstruction "$OUTPUT" --device cpu
-"$PYTHON" tools/report.py "$OUTPUT"
+"$PYTHON" -m tools.visualize reconstruction "$OUTPUT" --device cpu
+"$PYTHON" -m tools.report "$OUTPUT"

@@ -17,7 +17,7 @@
 #   MINUTES           after which runs are asked to save and to end; the same command goes on (default: no limit)
 #   MORE              further options of every run, meant for the machine: "--num_workers 12 --batch_size 64"
 #   TEACHER_BASE, TEACHER_LARGE    checkpoints that DMAE learns from (Table 2)
-#   BILL, PRICE       options of benchmarks/bill.py and what a device costs an hour (Tables 10 and 11)
+#   BILL, PRICE       options of benchmarks.bill and what a device costs an hour (Tables 10 and 11)
 #   SMOKE=1           the whole table with tiny models on a CPU, in OUT/smoke
 #
 # --dry-run prints the commands that are left. --report reads the runs that the same variables mean: OUT, EPOCHS and
@@ -28,4 +28,4 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$here/scripts/env.sh"
 prepare requirements.txt
 # No change of folder here: paths are relative to where the command was typed.
-exec "$PYTHON" "$here/tools/tables.py" "$@"
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m tools.tables "$@"

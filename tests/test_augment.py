@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from util.augment import finetune_transform, posterize
+from data.augment import finetune_transform, posterize
 
 PLAIN = {"min_scale": 0.08, "hflip": 0.5, "color_jitter": 0.0, "reprob": 0.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
 

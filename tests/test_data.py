@@ -21,8 +21,9 @@ import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import transforms
 
-from util import data
-from util.data import (
+from data import loader as data
+from data.images import BadImage, Pair, Undecoded
+from data.loader import (
     IMAGENET,
     TRIES,
     Batch,
@@ -38,7 +39,6 @@ from util.data import (
     pixel_statistics,
     pretrain_transform,
 )
-from util.images import BadImage, Pair, Undecoded
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -472,7 +472,7 @@ PROGRAM = """
     early = tempfile.TemporaryDirectory()  # fixes the order of the things that happen at exit
     import numpy as np
     import torch
-    from util.data import Batches, Source, TrainSamples, pretrain_transform
+    from data.loader import Batches, Source, TrainSamples, pretrain_transform
 
     torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2  # a worker looks this often whether it is alone
 

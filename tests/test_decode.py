@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util import decode, images
+from data import decode, images
 
 torchcodec = pytest.importorskip("torchcodec")
 

@@ -6,12 +6,12 @@ import torch
 from scipy.stats import ks_2samp, kstest
 from torchvision.transforms import RandomResizedCrop
 
+from data import device_data
+from data.device_data import DeviceSamples, random_boxes, resized_crops, uniforms
+from data.images import BadImage, _resize
+from data.loader import Batches
+from data.sources import Names, Source
 from tests.runs import Training, assert_same_end, final, finish, start_ranks
-from util import device_data
-from util.data import Batches
-from util.device_data import DeviceSamples, random_boxes, resized_crops, uniforms
-from util.images import BadImage, _resize
-from util.sources import Names, Source
 
 CPU = torch.device("cpu")
 
@@ -169,7 +169,7 @@ def test_images_without_room_are_refused_before_they_are_read(monkeypatch):
     read = []
     counted = Source(source.names, lambda number: read.append(number) or source.read(number), source.labels)
     monkeypatch.setattr(device_data, "free_bytes", lambda device: 200_000)
-    with pytest.raises(ValueError, match=r"200 images, all padded to 16 x 16, take 0.0 GB.*tools/pack.py"):
+    with pytest.raises(ValueError, match=r"200 images, all padded to 16 x 16, take 0.0 GB.*tools.pack"):
         samples_of(counted)
     assert len(read) <= device_data.LOOKED_AT
 

@@ -7,11 +7,11 @@ from PIL import Image
 
 import methods
 import models_classifier
+from data.loader import pixel_statistics
+from data.splits import CLASSES
+from options import FinetuneOptions, PretrainOptions, to_dict
 from tools import embed
 from util import checkpoint
-from util.data import pixel_statistics
-from util.options import FinetuneOptions, PretrainOptions, to_dict
-from util.splits import CLASSES
 
 SIZES = dict(model="mae_vit_tiny_patch4", embed_dim=24, depth=1, num_heads=2)
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 import methods
 import models_classifier
+from data.images import eval_transform
+from data.splits import CLASSES
+from options import FinetuneOptions, PretrainOptions, to_dict
 from tools import encoder as encoders
 from tools import export
 from util import checkpoint
-from util.images import eval_transform
-from util.options import FinetuneOptions, PretrainOptions, to_dict
-from util.splits import CLASSES
 
 SIZES = dict(model="mae_vit_tiny_patch4", embed_dim=24, depth=2, num_heads=6)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from util.data import NothingReadable, Source, open_source, pixel_statistics
+from data.images import BadImage
+from data.loader import NothingReadable, Source, open_source, pixel_statistics
 from util.features import encode_source, pixels_of_source
-from util.images import BadImage
 from util.knn import knn_accuracy
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from matplotlib.quiver import Quiver
 
 import methods
+from data.sources import Source
 from models_mae import take
 from tools.figures import attention, collapse, figure1, neighbors, reconstruction, separation, similarity, subject
 from tools.figures.models import Shown
 from tools.figures.subject import Subject
-from util.sources import Source
 
 STATISTICS = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}

@@ -17,11 +17,11 @@ from torch import nn
 
 import main_finetune
 import models_classifier
+from data.augment import finetune_transform
+from data.loader import Batch
 from engine_finetune import Objective, evaluate
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
 from util import checkpoint, optim
-from util.augment import finetune_transform
-from util.data import Batch
 from util.distributed import Processes
 from util.judge import Judge
 

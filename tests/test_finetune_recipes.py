@@ -9,9 +9,9 @@ import yaml
 
 import main_finetune
 import main_linprobe
+from options import FinetuneOptions, ProbeOptions, resolve_batch
+from options.schema import default_of
 from util.optim import absolute_lr
-from util.options import FinetuneOptions, ProbeOptions, resolve_batch
-from util.schema import default_of
 
 PROJECT = Path(__file__).resolve().parent.parent
 DOORS = {"finetune": (main_finetune, FinetuneOptions), "linprobe": (main_linprobe, ProbeOptions)}

@@ -13,7 +13,9 @@ from tools import option_table
 
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
-    path for room in ("*", "util/**/*", "tools/**/*", "benchmarks/**/*") for path in PROJECT.glob(f"{room}.py")
+    path
+    for room in ("*", "options/**/*", "data/**/*", "util/**/*", "tools/**/*", "benchmarks/**/*")
+    for path in PROJECT.glob(f"{room}.py")
 )
 
 
@@ -24,21 +26,23 @@ def module_name(path):
 MODULES = {module_name(path): path for path in SOURCES}
 
 # What a module of each room may import from this project. The first pattern that fits a module's name is its room.
+BELOW = r"(util|data|options)(\.\w+)?"
 ROOMS = [
-    (r"main_\w+", r"engine_\w+|methods|models_\w+|util(\.\w+)?"),
-    (r"tools\.figures\.figure9", r"tools(\.\w+)*|engine_segment|models_upernet|util(\.\w+)?"),  # shows what it predicts
-    (r"tools\.figures(\.\w+)?", r"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|util(\.\w+)?"),  # shows their maths
-    (r"tools\.encoder", r"tools(\.given)?|methods|models_(classifier|vit)|util(\.\w+)?"),  # takes models apart
-    (r"tools\.(doctor|replay)", r"main_\w+|tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),  # like it
-    (r"tools(\.\w+)?", r"tools(\.\w+)*|engine_\w+|methods|util(\.\w+)?"),
+    (r"main_\w+", rf"engine_\w+|methods|models_\w+|{BELOW}"),
+    (r"tools\.figures\.figure9", rf"tools(\.\w+)*|engine_segment|models_upernet|{BELOW}"),  # shows what it predicts
+    (r"tools\.figures(\.\w+)?", rf"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|{BELOW}"),  # shows their maths
+    (r"tools\.encoder", rf"tools(\.given)?|methods|models_(classifier|vit)|{BELOW}"),  # takes models apart
+    (r"tools\.(doctor|replay)", rf"main_\w+|tools(\.\w+)*|engine_\w+|methods|{BELOW}"),  # like it
+    (r"tools(\.\w+)?", rf"tools(\.\w+)*|engine_\w+|methods|{BELOW}"),
     (r"benchmarks(\.\w+)?", r".*"),
-    (r"engine_\w+", r"util(\.\w+)?"),
-    (r"methods", r"models_\w+|util(\.\w+)?"),
+    (r"engine_\w+", BELOW),
+    (r"methods", rf"models_\w+|{BELOW}"),
     (r"models_vit", r"nothing"),
     (r"models_upernet", r"models_classifier|models_vit"),  # segments with the encoder that classifies
     (r"models_mae", r"models_vit"),
     (r"models_\w+", r"models_mae|models_vit"),  # one paper a file: terms do not import each other
-    (r"util(\.\w+)?", r"util(\.\w+)?"),
+    (r"options(\.\w+)?", r"options(\.\w+)?"),
+    (r"(util|data)(\.\w+)?", BELOW),
 ]
 
 
@@ -126,7 +130,7 @@ def test_the_readme_shows_every_option_as_it_is():
 
 def test_the_readme_names_only_files_tests_and_methods_that_exist():
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    rooms = r"(?:configs|scripts|tools|benchmarks|tests|util|requirements)"
+    rooms = r"(?:configs|scripts|tools|benchmarks|tests|util|data|options|requirements)"
     for file in set(re.findall(rf"\b({rooms}/[\w./-]+\.\w+)|`(\w+\.(?:py|sh))`", readme)):
         assert (PROJECT / "".join(file)).exists(), f"README names {''.join(file)}"
     tests = "\n".join(path.read_text(encoding="utf-8") for path in PROJECT.glob("tests/**/*.py"))

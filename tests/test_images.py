@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from util.images import BadImage, eval_transform, is_image_name, pretrain_transform, read_image
+from data.images import BadImage, eval_transform, is_image_name, pretrain_transform, read_image
 
 GREY = np.array([[0, 60], [130, 255]], np.uint8)
 RGB = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10

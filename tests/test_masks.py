@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from util import masks, scenes
+from data import masks, scenes
+from data.images import BadImage
+from data.masks import IGNORE, Coding, read_mask
+from data.sources import open_source
+from options import SegmentOptions
 from util.distributed import Processes
-from util.images import BadImage
-from util.masks import IGNORE, Coding, read_mask
-from util.options import SegmentOptions
-from util.sources import open_source
 
 MASKS_OF_THREE_SCENES = "205122716c96f88b666a817ce3be3351933c69da08baa62077cf1184460bc780"
 ALONE = Processes(0, 1, 0, torch.device("cpu"))

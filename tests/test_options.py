@@ -11,8 +11,8 @@ from typing import Literal
 import pytest
 import yaml
 
-from util import options as options_module
-from util.options import (
+import options.run as options_module
+from options import (
     Difference,
     OptionError,
     PretrainOptions,
@@ -27,7 +27,7 @@ from util.options import (
     result,
     to_dict,
 )
-from util.schema import documentation
+from options.schema import documentation
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCHEMAS = [kind for kind in vars(options_module).values() if inspect.isclass(kind) and issubclass(kind, RunOptions)]
@@ -524,7 +524,7 @@ def unread_options(schema: type) -> set[str]:
     `self.options.NAME`, or `getattr(options, "NAME")`. Writing all options into a file, or comparing them, is not.
     """
     modules = {".".join(p.relative_to(PROJECT).with_suffix("").parts): p for p in PROJECT.glob("*.py")}
-    modules |= {f"util.{p.stem}": p for p in PROJECT.glob("util/*.py") if p.stem not in ("options", "schema")}
+    modules |= {f"{room}.{p.stem}": p for room in ("util", "data") for p in PROJECT.glob(f"{room}/*.py")}
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
     doors = [name for name, tree in trees.items() if "." not in name and schema.__name__ in imported_names(tree)]
     assert doors, f"no command takes {schema.__name__}"
@@ -539,7 +539,7 @@ def unread_options(schema: type) -> set[str]:
 
 
 def imported_names(tree: ast.AST) -> set[str]:
-    """Every module or name that a file imports, names also with their module: `util`, `data` and `util.data`."""
+    """Every module or name that a file imports, names also with their module: `util`, `data` and `data.loader`."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from data import packs
+from data.images import shrink
+from data.loader import Batches, TrainSamples, pretrain_transform
+from data.packs import Recipe, open_pack
+from data.sources import open_source
 from tests.runs import assert_same_end, children, context, finish
 from tools import pack
-from util import packs
-from util.data import Batches, TrainSamples, pretrain_transform
-from util.images import shrink
-from util.packs import Recipe, open_pack
-from util.sources import open_source
 
 ROWS, COLUMNS = 30, 40
 

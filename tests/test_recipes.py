@@ -12,7 +12,7 @@ import yaml
 
 import methods
 from main_pretrain import build_model, parse_options
-from util.options import PretrainOptions, resolve_batch, to_dict
+from options import PretrainOptions, resolve_batch, to_dict
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(PROJECT.glob("configs/pretrain/*.yaml"))

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from data import decode, images
+from data.images import BadImage, Undecoded, for_crops, pretrain_transform
+from data.loader import TrainSamples
+from data.sources import open_source
 from tests.test_decode import by_pillow, jpeg, outcome, picture
-from util import decode, images
-from util.data import TrainSamples
-from util.images import BadImage, Undecoded, for_crops, pretrain_transform
-from util.sources import open_source
 
 with_package = pytest.mark.skipif(bool(decode.lacks_parts()), reason=decode.lacks_parts())
 

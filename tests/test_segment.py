@@ -19,6 +19,11 @@ from torch import nn
 
 import main_segment
 import models_upernet
+from data.images import Pair
+from data.loader import Batch, EvalSamples
+from data.masks import IGNORE
+from data.segment_augment import eval_transform
+from data.sources import Source
 from engine_segment import (
     Objective,
     Windows,
@@ -32,18 +37,13 @@ from engine_segment import (
     starts,
     table,
 )
+from options import SegmentOptions, resolve_batch
+from options.schema import default_of
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
 from tools import encoder, replay, visualize
 from util import checkpoint, optim
-from util.data import Batch, EvalSamples
 from util.distributed import Processes
-from util.images import Pair
-from util.masks import IGNORE
-from util.options import SegmentOptions, resolve_batch
 from util.overlay import TILE, colours, overlay
-from util.schema import default_of
-from util.segment_augment import eval_transform
-from util.sources import Source
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(PROJECT.glob("configs/segment/*.yaml"))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from util.data import TrainSamples, collate
-from util.images import Pair
-from util.masks import IGNORE
-from util.segment_augment import (
+from data.images import Pair
+from data.loader import TrainSamples, collate
+from data.masks import IGNORE
+from data.segment_augment import (
     distort,
     eval_transform,
     fitted,
@@ -18,7 +18,7 @@ from util.segment_augment import (
     saturate,
     train_transform,
 )
-from util.sources import Source
+from data.sources import Source
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.5, 0.5, 0.5)
 

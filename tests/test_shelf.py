@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 
-from util import shelf as shelves
-from util.shelf import Shelf, room
+from data import shelf as shelves
+from data.shelf import Shelf, room
 
 TENSORS = [
     torch.arange(60, dtype=torch.uint8).view(1, 3, 4, 5),

@@ -14,8 +14,8 @@ import pytest
 import torchvision
 from PIL import Image
 
-from util.images import BadImage
-from util.sources import IMAGENET100, TORCHVISION, Names, open_source
+from data.images import BadImage
+from data.sources import IMAGENET100, TORCHVISION, Names, open_source
 
 
 def put(root, *names, size=(4, 3)):

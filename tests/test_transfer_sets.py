@@ -8,9 +8,9 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Flowers102
 
-from util import splits
-from util.options import FinetuneOptions
-from util.sources import open_source
+from data import splits
+from data.sources import open_source
+from options import FinetuneOptions
 
 
 def paint(path, shade):

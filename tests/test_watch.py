@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 import methods
+from data.sources import open_source
 from tests.runs import Training, assert_same_end, finish, start_ranks
 from util.features import encode_source
 from util.knn import knn_accuracy
-from util.sources import open_source
 from util.watch import contact_sheet, written
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
+from options import FinetuneOptions, PretrainOptions
 from tools.encoder import Encoder
 from util.logging import environment
-from util.options import FinetuneOptions, PretrainOptions
 
 MACHINE = {
     field.name

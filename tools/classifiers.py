@@ -1,10 +1,10 @@
 """What classifiers reach, side by side: linear probes, fine-tuned encoders, starts from scratch.
 
-    python tools/classifiers.py output/quickstart                    # every finished classifier below that folder
-    python tools/classifiers.py output/finetune output/scratch
+    python -m tools.classifiers output/quickstart                    # every finished classifier below that folder
+    python -m tools.classifiers output/finetune output/scratch
 
 Labels, updates and images seen stand beside every accuracy, because runs that had more of them cannot be compared by
-their accuracies alone. Where a folder holds what tools/knn.py measured, its rows come first.
+their accuracies alone. Where a folder holds what tools.knn measured, its rows come first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEADER = ("what", "last epoch %", "best epoch %", "best chosen on", "labels", "u
 
 
 def neighbours(folder: Path) -> Iterator[tuple[str, ...]]:
-    """The rows of tools/knn.py, whose bank is every training image."""
+    """The rows of tools.knn, whose bank is every training image."""
     path = folder / "knn.json"
     if path.exists():
         for name, accuracy in json.loads(path.read_text())["accuracy"].items():

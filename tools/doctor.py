@@ -1,6 +1,6 @@
 """Look at everything that a long run needs before it begins, and say what the run will take.
 
-    python tools/doctor.py -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET --price 3.19
+    python -m tools.doctor -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET --price 3.19
 
 It takes the options of main_pretrain.py, or with --program those of main_finetune.py or main_segment.py, checks
 packages, images and masks, shared memory, disk and GPUs, and trains on a few batches as the run would, so that time,
@@ -26,9 +26,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import numpy as np
 import torch
 from torch import nn
@@ -37,18 +34,21 @@ import engine_segment
 import main_finetune
 import main_pretrain
 import main_segment
+from data import masks, splits
+from data.decode import torchcodec_jpeg
+from data.images import BadImage, Pair
+from data.loader import Batches, Source, allowed_bad, pixel_statistics
 from engine_pretrain import train_one_epoch
-from util import masks, optim, precision, splits
+from options import FinetuneOptions, PretrainOptions, RunOptions, SegmentOptions, resolve_batch
+from util import optim, precision
 from util.compiler import compiles
-from util.data import Batches, Source, allowed_bad, pixel_statistics
-from util.decode import torchcodec_jpeg
 from util.distributed import Processes, pick_device
-from util.images import BadImage, Pair
 from util.logging import talk
 from util.meters import Means
-from util.options import FinetuneOptions, PretrainOptions, RunOptions, SegmentOptions, resolve_batch
 from util.run import share_batches
 from util.stepper import Stepper
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 log = logging.getLogger("doctor")
 

@@ -1,8 +1,8 @@
 """Features of images, with their names: what a trained encoder makes of each image of a folder.
 
-    python tools/embed.py output/mine PHOTOS                               # features.npz in the run's folder
-    python tools/embed.py output/mine PHOTOS --split val --output val.npz
-    python tools/embed.py output/finetune/checkpoints/best.pth PHOTOS      # a classifier's, and what it says
+    python -m tools.embed output/mine PHOTOS                               # features.npz in the run's folder
+    python -m tools.embed output/mine PHOTOS --split val --output val.npz
+    python -m tools.embed output/finetune/checkpoints/best.pth PHOTOS      # a classifier's, and what it says
 
 The file holds, in the order of the images:
 
@@ -23,19 +23,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import numpy as np
 import torch
 
+from data.loader import EvalSamples, eval_batches, eval_transform
+from data.sources import Source, open_source
+from options.schema import read
 from tools import encoder as encoders
 from tools.encoder import Encoder
-from util.data import EvalSamples, eval_batches, eval_transform
 from util.distributed import pick_device
 from util.logging import talk
-from util.schema import read
-from util.sources import Source, open_source
 
 
 def embed(

@@ -23,12 +23,12 @@ from torch import Tensor
 
 import methods
 import models_classifier
+from data.images import CROP_SHARE, classifier_crop_share
+from data.loader import pixel_statistics
+from data.splits import read_classes
 from models_vit import SIZES, VisionTransformer, load_matching, parse_name, patch_grid
 from tools import given
 from util import checkpoint
-from util.data import pixel_statistics
-from util.images import CROP_SHARE, classifier_crop_share
-from util.splits import read_classes
 
 log = logging.getLogger(__name__)
 

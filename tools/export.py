@@ -1,9 +1,9 @@
 """Carry a trained encoder, or a fine-tuned classifier, to where it is used: timm, Hugging Face transformers, ONNX.
 
-    python tools/export.py timm output/mine                      # a folder for timm.create_model("local-dir:...")
-    python tools/export.py hf output/mine --output FOLDER        # a folder for transformers' from_pretrained
-    python tools/export.py onnx output/mine --input_size 160x96  # a graph for ONNX Runtime, for images of another size
-    python tools/export.py timm mae_pretrain_vit_base.pth        # a checkpoint of another MAE
+    python -m tools.export timm output/mine                      # a folder for timm.create_model("local-dir:...")
+    python -m tools.export hf output/mine --output FOLDER        # a folder for transformers' from_pretrained
+    python -m tools.export onnx output/mine --input_size 160x96  # a graph for ONNX Runtime, for images of another size
+    python -m tools.export timm mae_pretrain_vit_base.pth        # a checkpoint of another MAE
 
 What was written is opened again by the library that it is for, and must answer as the trained model does, to within
 1e-5; otherwise nothing is kept. Beside it lie export.json, which tells programs what they must know to use it, and
@@ -27,18 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import timm
 import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from options.schema import read
 from tools import card
 from tools import encoder as encoders
 from tools.encoder import Encoder
-from util.schema import read
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 TIMED_RUNS, TIMED_SECONDS = 50, 5.0
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import methods
+from data.loader import pixel_statistics
+from data.sources import Source, open_source
 from util import checkpoint
-from util.data import pixel_statistics
 from util.distributed import pick_device
-from util.sources import Source, open_source
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the features of an encoder are worth: nearest neighbours vote on the class of each held-out image.
 
-    python tools/knn.py output/quickstart
+    python -m tools.knn output/quickstart
 
 Three rows: raw pixels; the encoder as it was before training (same options, same seed); the trained one. What training
 taught is the step from the second row to the third. Raw pixels are a bar to know of: they do well where images are
@@ -17,19 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import torch
 from torch import Tensor, nn
 
 import methods
+from data.sources import Source
+from data.splits import like
 from tools import given, report
 from tools.given import Trained
 from util.features import encode_source, pixels_of_source
 from util.knn import knn_accuracy
-from util.sources import Source
-from util.splits import like
 
 K, TEMPERATURE = 20, 0.07
 

@@ -1,7 +1,7 @@
 """The README's table of options, made from the schema.
 
-    python tools/option_table.py            # prints the table
-    python tools/option_table.py --write    # puts it between the markers in README.md
+    python -m tools.option_table            # prints the table
+    python -m tools.option_table --write    # puts it between the markers in README.md
 
 Terms bring options of their own, in their papers' files; they follow those of the command.
 """
@@ -13,14 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import methods
-from util.options import FinetuneOptions, PretrainOptions, ProbeOptions, SegmentOptions, option_table
+from options import FinetuneOptions, PretrainOptions, ProbeOptions, SegmentOptions, option_table
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 BEGIN, END = "<!-- options:begin -->\n", "<!-- options:end -->\n"
-COMMAND = "python tools/option_table.py --write"
+COMMAND = "python -m tools.option_table --write"
 
 
 def table() -> str:

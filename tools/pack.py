@@ -1,13 +1,13 @@
 """Pack a folder of images once, to load it faster in every epoch that follows.
 
-    python tools/pack.py IMAGENET --output PACK                       # short side 256, JPEG quality 90
-    python tools/pack.py IMAGENET --output PACK --size 384            # nearly all detail, 70 GB for ImageNet-1K
-    python tools/pack.py PETS --output PACK --raw                     # pixels: nothing to decode, 5 to 10 times larger
-    python tools/pack.py IMAGENET --output PACK --size 0 --quality 0  # the files as they are, in few large ones
+    python -m tools.pack IMAGENET --output PACK                       # short side 256, JPEG quality 90
+    python -m tools.pack IMAGENET --output PACK --size 384            # nearly all detail, 70 GB for ImageNet-1K
+    python -m tools.pack PETS --output PACK --raw                     # pixels: nothing to decode, 5 to 10 times larger
+    python -m tools.pack IMAGENET --output PACK --size 0 --quality 0  # the files as they are, in few large ones
     python main_pretrain.py --data_path PACK ...
 
-    python tools/pack.py --verify PACK     # every hash, and every file of the source that is still there
-    python tools/pack.py --detach PACK     # forget the source: it may change or go
+    python -m tools.pack --verify PACK     # every hash, and every file of the source that is still there
+    python -m tools.pack --detach PACK     # forget the source: it may change or go
 
 Both splits are packed where there are two. Stopped at any moment, the same command goes on where it was.
 """
@@ -28,15 +28,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import torch
 from tqdm import tqdm
 
-from util.data import allowed_bad
-from util.logging import talk
-from util.packs import (
+from data.loader import allowed_bad
+from data.packs import (
     MANIFEST,
     PLAN,
     VERIFIED,
@@ -47,7 +43,8 @@ from util.packs import (
     read_manifest,
     write_json,
 )
-from util.sources import Source, open_source
+from data.sources import Source, open_source
+from util.logging import talk
 
 log = logging.getLogger("pack")
 

@@ -1,6 +1,6 @@
 """Work on a dumped bad batch once more, and name the place where its numbers stop being finite.
 
-    python tools/replay.py output/nor/debug/bad-step-00001234.json
+    python -m tools.replay output/nor/debug/bad-step-00001234.json
 
 A run that stops because its updates were not finite leaves the weights and the names of its last batches. From these
 the last step is made again, with the same images, masks and random numbers, on a CPU or a GPU: weights, then every
@@ -19,20 +19,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import torch
 from torch import Tensor, nn
 
 import main_finetune
 import main_pretrain
 import main_segment
-from util import checkpoint, masks, precision, splits
-from util.data import Batch, Batches, Source
+from data import masks, splits
+from data.loader import Batch, Batches, Source
+from options import FinetuneOptions, PretrainOptions, SegmentOptions
+from util import checkpoint, precision
 from util.distributed import Processes, pick_device
 from util.logging import talk
-from util.options import FinetuneOptions, PretrainOptions, SegmentOptions
 from util.run import share_batches
 from util.stepper import seed_micro_step
 

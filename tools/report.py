@@ -1,10 +1,10 @@
 """What runs did, on one page: report.html opens anywhere, offline, with everything in it.
 
-    python tools/report.py output/quickstart                     # report.html and curves.png in that folder
-    python tools/report.py output/mae output/nor --output report   # runs side by side, into the folder `report`
+    python -m tools.report output/quickstart                     # report.html and curves.png in that folder
+    python -m tools.report output/mae output/nor --output report   # runs side by side, into the folder `report`
 
 It reads options.yaml, environment.json, log.txt, metrics.jsonl, result.json, the pictures in samples/ and figures/ and,
-where tools/knn.py was run, knn.json. A run that is still going on, or was cut off, is reported as far as it came.
+where tools.knn was run, knn.json. A run that is still going on, or was cut off, is reported as far as it came.
 Updates and images seen stand beside every figure, because runs that saw different amounts of data cannot be compared by
 their figures alone.
 """
@@ -22,9 +22,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 import yaml
 from matplotlib.figure import Figure
@@ -201,7 +198,7 @@ def table(runs: Sequence[RunRecords]) -> str:
 
 
 def knn_table(knn: Mapping[str, Any]) -> str:
-    """Markdown of what tools/knn.py measured."""
+    """Markdown of what tools.knn measured."""
     lines = ["| features | accuracy % |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in knn["accuracy"].items()]
     return "\n".join(lines) + f"\n\n{knn['protocol']}\n"

@@ -3,7 +3,7 @@
 Every set lies as torchvision unpacks it. It knows the true files of CIFAR-10, CIFAR-100 and Flowers by their hashes and
 opens no others, so a program that shall take tiny ones for them is started through this file:
 
-    python tools/smoke_data.py main_finetune.py --dataset torch/cifar10 ...
+    python -m tools.smoke_data main_finetune.py --dataset torch/cifar10 ...
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that programs started through this file find the project
 
 SIDE, CIFAR_SIDE = 64, 32
 CLASSES = 10
@@ -184,7 +181,7 @@ KNOWN_BY_HASH = ("torch/cifar10", "torch/cifar100", "torch/flowers102")
 
 def opener(dataset: str) -> tuple[str, ...]:
     """The words before a program's own that make it open the tiny files of a set."""
-    return ("tools/smoke_data.py",) if dataset in KNOWN_BY_HASH else ()
+    return ("-m", "tools.smoke_data") if dataset in KNOWN_BY_HASH else ()
 
 
 def forget_hashes() -> None:

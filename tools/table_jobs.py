@@ -105,8 +105,17 @@ def run_program(words: Sequence[str], said: Path | None = None) -> None:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
     os.chdir(PROJECT)
-    sys.argv = list(words)
-    runpy.run_path(words[0], run_name="__main__")
+    become(words)
+
+
+def become(words: Sequence[str]) -> None:
+    """Run `FILE.py ...` or `-m MODULE ...` in this process, as `python` would."""
+    if words[0] == "-m":
+        sys.argv = list(words[1:])
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(words)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def _opened(path: Path | None) -> contextlib.AbstractContextManager[IO[str] | None]:

@@ -38,7 +38,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Bill:
-    """A figure of what benchmarks/bill.py wrote."""
+    """A figure of what benchmarks.bill wrote."""
 
     file: Path
     variant: str

@@ -22,15 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
-
 import yaml
 
 import methods
+from options import nearest
 from tools import smoke_data, table_collect, table_jobs, table_report
 from tools.table_jobs import Job, command, say
-from util.options import nearest
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 TABLES = PROJECT / "configs" / "tables.yaml"
 
@@ -311,7 +310,7 @@ class Plan:
         setting, output = self.setting, self.bill(row)
         options = {"size": row.size, "price": setting.price, "devices": setting.nproc, "output": output}
         how = shlex.split(SMOKE_BILL if setting.smoke else setting.bill)
-        return Job(("benchmarks/bill.py", *how, *flags(options)), output)
+        return Job(("-m", "benchmarks.bill", *how, *flags(options)), output)
 
     def jobs(self, rows: Iterable[Row]) -> list[Job]:
         """What the rows need, each job once, in an order in which they can be done."""

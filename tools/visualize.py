@@ -1,9 +1,9 @@
 """See what the model sees: the paper's figures, and the ones by which people judge a small ViT.
 
-    python tools/visualize.py neighbors                                     # embedded photos, fresh ViT-Tiny
-    python tools/visualize.py similarity output/tiny --images IMAGENET      # streamed over a folder
-    python tools/visualize.py separation output/mae output/nor mae_vit_tiny_patch16 --images a.jpg b.jpg
-    python tools/visualize.py reconstruction output/tiny --output picture.pdf
+    python -m tools.visualize neighbors                                     # embedded photos, fresh ViT-Tiny
+    python -m tools.visualize similarity output/tiny --images IMAGENET      # streamed over a folder
+    python -m tools.visualize separation output/mae output/nor mae_vit_tiny_patch16 --images a.jpg b.jpg
+    python -m tools.visualize reconstruction output/tiny --output picture.pdf
 
 A model is a run folder, a checkpoint, a model's name (random weights), or NAME=FILE (`tools/figures/models.py`).
 Pictures are written as PNG and SVG and added to TensorBoard, all into the folder `figures`: the run's, where one run is
@@ -18,9 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # so that the file runs from any directory
 
 from matplotlib.figure import Figure
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.schema import OptionError
+from options.schema import OptionError
 
 FORMAT = 1  # raised when a newer file can no longer be read by older code
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"

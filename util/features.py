@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from util.data import WORKER_TIMEOUT, Batch, EvalSamples, Source, eval_batches, eval_transform
+from data.loader import WORKER_TIMEOUT, Batch, EvalSamples, Source, eval_batches, eval_transform
 
 
 def encode_source(

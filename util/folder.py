@@ -17,12 +17,12 @@ from typing import Any
 
 import yaml
 
+from options import RunOptions, differences, to_dict
 from util import checkpoint, distributed
 from util.checkpoint import CheckpointError
 from util.lock import NAME as LOCK
 from util.lock import RunLock
 from util.logging import environment
-from util.options import RunOptions, differences, to_dict
 
 log = logging.getLogger(__name__)
 

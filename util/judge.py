@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from data.splits import TEST
 from util import checkpoint
 from util.run import Run
-from util.splits import TEST
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.masks import IGNORE
+from data.masks import IGNORE
 
 GOLDEN = 0.618034  # of the circle: hues that follow each other are far apart, however many there are
 SHADES = ((0.75, 0.95), (0.45, 1.0), (0.9, 0.65))  # saturation and value, in turn

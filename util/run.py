@@ -27,14 +27,14 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.loader import Batch, Batches, NothingReadable, Samples, Source, allowed_bad, pixel_statistics
+from options import RunOptions, resolve_batch, to_dict
 from util import checkpoint, distributed, optim, precision
 from util.compiler import compiles
-from util.data import Batch, Batches, NothingReadable, Samples, Source, allowed_bad, pixel_statistics
 from util.distributed import CONTINUE, SAVE, STOP, Agreement, NoDevice, Processes, StopRequest
 from util.folder import AlreadyFinished, RunFolder, write_whole
 from util.logging import RunLog, log_file, talk
 from util.meters import Means
-from util.options import RunOptions, resolve_batch, to_dict
 from util.stepper import Stepper, Unstable, names_of_bad_losses
 
 log = logging.getLogger(__name__)
@@ -460,7 +460,7 @@ class Run:
                 write_whole(path, json.dumps(_finite(record), indent=1))
                 checkpoint.save(path.with_suffix(".pth"), self._state_of_one())
                 message += f". The batches, their files and the weights are in {path.with_suffix('.*')}"
-                message += f"; python tools/replay.py {path} finds where it began"
+                message += f"; python -m tools.replay {path} finds where it began"
             except OSError as error:
                 message += f". What is needed to look into it could not be written to {path.parent} ({error})"
         return message

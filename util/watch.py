@@ -16,12 +16,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from util.data import EvalSamples, Source, eval_batches, eval_transform, open_source
+from data.loader import EvalSamples, Source, eval_batches, eval_transform, open_source
+from data.splits import like
+from options import PretrainOptions
 from util.distributed import Processes
 from util.features import encode_source
 from util.knn import knn_accuracy
-from util.options import PretrainOptions
-from util.splits import like
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import main_finetune
 import main_pretrain
-from util import data, features
+from data import loader as data
+from util import features
 from util.lock import NAME as LOCK
 from util.logging import JsonLines, RunLog
 from util.stepper import Stepper

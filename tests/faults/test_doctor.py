@@ -11,12 +11,12 @@ from PIL import Image
 import main_finetune
 import main_pretrain
 import main_segment
+from data.sources import open_source
 from tests.runs import DOORS, TINY
 from tests.test_masks import paint
 from tools import doctor
 from tools.doctor import DOUBTFUL, GOOD, WRONG, Measured
 from util.run import resolve
-from util.sources import open_source
 
 CPU = torch.device("cpu")
 Usage = namedtuple("Usage", "total used free")

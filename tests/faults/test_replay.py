@@ -23,7 +23,7 @@ def dump(tmp_path_factory):
     training = Training(folder, *WORDS, "--batch_size", 4, fault=partial(inject.bad_losses, 5, 1000))
     assert training.wait() == 3, training.said
     path = next((folder / "debug").glob("*.json"))
-    assert f"python tools/replay.py {path}" in training.said
+    assert f"python -m tools.replay {path}" in training.said
     return path
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from data.loader import Batches, TrainSamples, pretrain_transform
+from data.sources import Source
 from tests.faults import inject
 from tests.faults.few import few
 from tests.runs import Training, assert_same_end, finish, losses
-from util.data import Batches, TrainSamples, pretrain_transform
-from util.sources import Source
 
 
 @pytest.fixture(autouse=True)

@@ -13,15 +13,16 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 import models_upernet
+from data import masks
+from data.sources import Source
 from engine_segment import judged_images, predicted_masks, windows_of
+from options import SegmentOptions, from_dict
 from tools import given
 from tools.figures.style import note, picture, short_name
 from tools.figures.subject import chosen
-from util import checkpoint, masks
+from util import checkpoint
 from util.distributed import Processes, pick_device
-from util.options import SegmentOptions, from_dict
 from util.overlay import colours, overlay
-from util.sources import Source
 
 MOST_NAMES = 24  # in the legend, those with the most pixels
 

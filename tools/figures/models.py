@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 import methods
+from data.loader import pixel_statistics
 from models_vit import VisionTransformer, load_matching, patch_grid
+from options import nearest
 from tools import encoder, given
 from util import checkpoint
-from util.data import pixel_statistics
 from util.distributed import pick_device
-from util.options import nearest
 
 log = logging.getLogger(__name__)
 

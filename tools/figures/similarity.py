@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from data.images import Transform, eval_transform, pretrain_transform
+from data.loader import EvalSamples, Sample, eval_batches, mix
+from data.sources import Source
 from tools.figures.models import Shown
 from tools.figures.style import BLACK, COLORS, VERMILION, grid_lines, note
 from tools.figures.subject import SPACES, Similarity, highest_similarity
-from util.data import EvalSamples, Sample, eval_batches, mix
-from util.images import Transform, eval_transform, pretrain_transform
-from util.sources import Source
 
 WIDTH = 7.0
 BINS = 200

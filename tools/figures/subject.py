@@ -19,12 +19,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
+from data.images import eval_transform, is_image_name, picture_pixels, read_image
+from data.loader import EvalSamples, eval_batches
+from data.sources import Source, open_source
 from models_mae import Masking, patchify, random_masking
 from models_nor_mae import closest_neighbors, neighbor_similarities, released_neighbors
 from tools.figures.models import Shown
-from util.data import EvalSamples, eval_batches
-from util.images import eval_transform, is_image_name, picture_pixels, read_image
-from util.sources import Source, open_source
 
 log = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from util.images import BadImage, Pair, PairTransform, Transform, eval_transform, pretrain_transform
-from util.shelf import Parcel, Shelf, room
-from util.sources import Source, open_source
+from data.images import BadImage, Pair, PairTransform, Transform, eval_transform, pretrain_transform
+from data.shelf import Parcel, Shelf, room
+from data.sources import Source, open_source
 
 __all__ = [
     "Batch", "Batches", "EvalSamples", "NothingReadable", "Samples", "Source", "TrainSamples", "allowed_bad",

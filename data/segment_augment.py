@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as pixels
 
-from util.images import Pair, PairTransform
-from util.masks import IGNORE
+from data.images import Pair, PairTransform
+from data.masks import IGNORE
 
 LONG = 4  # the longer side's limit, in short sides: images are resized to fit 2048 x 512
 CROPS = 10  # tries for a crop that no class fills

@@ -1,4 +1,4 @@
-"""Packs: a split's images in a few large files, read by memory map. Made once by `tools/pack.py`.
+"""Packs: a split's images in a few large files, read by memory map. Made once by `tools.pack`.
 
     PACK/train/pack.json          what it is: source, recipe, classes, and the sha256 of every other file
                index.npy          one row an image: where it lies, its size if raw, its label, its source file's state
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from util.images import PICTURE_MODES, BadImage, decode, shrink
+from data.images import PICTURE_MODES, BadImage, decode, shrink
 
 log = logging.getLogger(__name__)
 

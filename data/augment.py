@@ -16,7 +16,7 @@ from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from util.images import Transform, pretrain_transform
+from data.images import Transform, pretrain_transform
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:

@@ -28,9 +28,9 @@ import torchvision.datasets
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from util import scenes
-from util.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_image
-from util.packs import Pack, is_pack, open_pack
+from data import scenes
+from data.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_image
+from data.packs import Pack, is_pack, open_pack
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Source:
     """Images in a fixed order.
 
     names     path (relative to the data folder) or id of each image
-    read      number of an image -> uint8 `[H, W, C]`, or a Pair with its mask; raises `util.images.BadImage`
+    read      number of an image -> uint8 `[H, W, C]`, or a Pair with its mask; raises `data.images.BadImage`
     labels    int64 `[n]`, or None
     classes   the labels' names, or None
     selection sha256 of the class list that chose them, or of a pack; or ""
@@ -110,12 +110,12 @@ def open_source(
     auto              anything       digits, a list (.txt), a tar shard (.tar) or a folder, by the look of data_path
     folder            DATA           DATA/train/<class>/*, DATA/<class>/*, or images in any other order, unlabelled
     digits            -              scikit-learn's 1797 handwritten digits, 8 x 8 pixels
-    scenes            -              generated scenes of util/scenes.py, 64 x 96 pixels, unlabelled
+    scenes            -              generated scenes of data/scenes.py, 64 x 96 pixels, unlabelled
     LIST.txt          "" or DATA     a path a line, perhaps with a label; relative to DATA, or else to the list
     torch/cifar10 ... DATA           one of torchvision's data sets, already unpacked there
     hfds/NAME         "" or a cache  a Hugging Face data set (package `datasets`), which downloads what it lacks
     wds, wds/SHARDS   DATA           tar shards of WebDataset or of class folders; SHARDS may hold * and {00..99}
-    pack              PACK           what tools/pack.py made (`auto` recognises it)
+    pack              PACK           what tools.pack made (`auto` recognises it)
 
     `class_list` keeps these classes of a folder, labelled in that order: a file of folder names, one a line, the word
     `imagenet100`, or a sequence (such as the training split's `classes`).
@@ -408,7 +408,7 @@ def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequ
     """`data_path` holds a pack for each split; or is one, of the training images."""
     folder = data_path if split == "train" and is_pack(data_path) else os.path.join(data_path, split)
     if not is_pack(folder):
-        raise ValueError(f"no {split} images: {folder} holds no pack made by tools/pack.py")
+        raise ValueError(f"no {split} images: {folder} holds no pack made by tools.pack")
     pack = open_pack(folder)
     if class_list and read_class_list(class_list)[0] != pack.manifest["classes"]:
         raise ValueError(f"the pack {folder} has other classes than class_list: give class_list when packing")
@@ -445,7 +445,7 @@ def _same_source(pack: Pack) -> None:
         different = different if added or gone else "classes or labels are others"
     raise ValueError(
         f"{made['data_path']} is not as it was when the pack {pack.folder} was made of it: {different}. Pack it anew, "
-        f"or let the pack stand on its own: python tools/pack.py --detach {pack.folder}"
+        f"or let the pack stand on its own: python -m tools.pack --detach {pack.folder}"
     )
 
 

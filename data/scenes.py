@@ -14,7 +14,7 @@ import functools
 import numpy as np
 from PIL import Image
 
-from util.images import picture_pixels
+from data.images import picture_pixels
 
 ROWS, COLUMNS = 64, 96
 CLASSES = ("ground", "disc", "square", "triangle", "ring", "cross")

@@ -1,6 +1,6 @@
 """Small data sets held decoded in the device's memory, where crops, mirroring and mask noise are made by the batch.
 
-The guarantees are those of `util.data`: a sample is a function of (seed, epoch, index) alone. Its random numbers come
+The guarantees are those of `data.loader`: a sample is a function of (seed, epoch, index) alone. Its random numbers come
 from a counter: number k of a sample is a hash of (seed, epoch, index, stream, k), so that a batch needs no generator
 and no loop over its samples. The law of crops, mirroring and masks is that of the loader; the numbers drawn are others.
 """
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.data import AUGMENTATION, NOISE, TRIES, Batch, NothingReadable, Source, mix
-from util.images import ASPECT_RATIOS, ATTEMPTS, BadImage
+from data.images import ASPECT_RATIOS, ATTEMPTS, BadImage
+from data.loader import AUGMENTATION, NOISE, TRIES, Batch, NothingReadable, Source, mix
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ CUBIC = -0.5  # Pillow's
 
 
 class DeviceSamples:
-    """Augmented images with mask noise by (epoch, index), as `util.data.TrainSamples`, made on the device.
+    """Augmented images with mask noise by (epoch, index), as `data.loader.TrainSamples`, made on the device.
 
     `source` is read once, by `num_workers` threads; images of several sizes are padded to the largest. An unreadable
     one is replaced by the next readable and reported with the first batch. ValueError where memory does not suffice.
@@ -246,7 +246,7 @@ def _require_room(pictures: Sequence[np.ndarray], n: int, device: torch.device) 
         raise ValueError(
             f"data_on_device: {n} images, all padded to {rows} x {columns}, take {needed / 1e9:.1f} GB, and "
             f"{room / 1e9:.1f} GB of {device} may be used for them. Pack them smaller first "
-            "(tools/pack.py --size 256), or train from the disk"
+            "(tools.pack --size 256), or train from the disk"
         )
 
 

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from util import scenes
+from data import scenes
+from data.images import BadImage, Pair, blamed_on, read_image
+from data.sources import Names, Source, contents_of, images_below, read_class_list
+from data.splits import CLASSES, HELD_OUT, TEST, VAL, Splits, take
+from options import SegmentOptions
 from util.distributed import Processes
-from util.images import BadImage, Pair, blamed_on, read_image
-from util.options import SegmentOptions
-from util.sources import Names, Source, contents_of, images_below, read_class_list
-from util.splits import CLASSES, HELD_OUT, TEST, VAL, Splits, take
 
 log = logging.getLogger(__name__)
 

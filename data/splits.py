@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from data.sources import SPLIT_NAMES, Names, Source, class_folders_without_images, open_source
+from options import ClassifierOptions
 from util.folder import write_whole
-from util.options import ClassifierOptions
-from util.sources import SPLIT_NAMES, Names, Source, class_folders_without_images, open_source
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """From a dataclass to a command line: every field is a flag and a recipe's key, read by its type, refused when wrong.
 
-The dataclasses themselves stand in `util/options.py`. What decides a value, weakest first: the field's default, the
+The dataclasses themselves stand in `options/run.py`. What decides a value, weakest first: the field's default, the
 method's preset, the recipes (YAML files) given with `-c` from left to right, the flags from left to right. No recipe
 refers to another. The string under a field is its documentation: `--help` and the README's table are made of it.
 

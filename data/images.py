@@ -3,7 +3,7 @@
 Everything that can be wrong with a file ends as one exception, `BadImage`, with the reason in words. EXIF orientation
 is ignored, as torchvision and MAE ignore it: pixels are taken as they lie in the file. Crops are cut and resized as
 uint8 tensors, which is Pillow's antialiased bicubic to a level or so, several times faster, and works for any number of
-channels; they become floats on the device (`util.data.Batch.to`).
+channels; they become floats on the device (`data.loader.Batch.to`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pixels
 
-from util.decode import can_be_cut, jpeg_part, jpeg_pixels
+from data.decode import can_be_cut, jpeg_part, jpeg_pixels
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .npy".split()

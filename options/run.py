@@ -1,7 +1,7 @@
 """Every option of every command: its type, default, kind and meaning, and which combinations are refused.
 
 `RunOptions` holds what all commands share, a subclass what one command adds or begins with. The string under a field is
-its documentation and its `--help`. How recipes and flags are read into a schema stands in `util/schema.py`.
+its documentation and its `--help`. How recipes and flags are read into a schema stands in `options/schema.py`.
 
 A front door calls `parse(PretrainOptions, sys.argv[1:], preset=methods.preset, term_options=...)`.
 """
@@ -13,45 +13,16 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-from util.schema import (
-    Difference,
-    OptionError,
-    differences,
+from options.schema import (
     field_types,
-    from_dict,
     machine,
     nearest,
-    option_table,
-    parse,
     read,
     require,
     result,
     shape,
     show,
-    to_dict,
 )
-
-__all__ = [
-    "ClassifierOptions",
-    "Difference",
-    "EncoderOptions",
-    "FinetuneOptions",
-    "OptionError",
-    "PretrainOptions",
-    "ProbeOptions",
-    "RunOptions",
-    "SegmentOptions",
-    "differences",
-    "from_dict",
-    "machine",
-    "nearest",
-    "option_table",
-    "parse",
-    "resolve_batch",
-    "result",
-    "shape",
-    "to_dict",
-]
 
 Run = TypeVar("Run", bound="RunOptions")
 
