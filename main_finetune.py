@@ -1,211 +1,30 @@
-"""Train a classifier end to end: from a pretrained encoder, or from scratch; or judge one with `--eval`.
+"""Train a classifier end to end, from a pretrained encoder or from scratch; or evaluate one with `--eval`.
 
     python main_finetune.py -c configs/finetune/quickstart.yaml --init_from output/quickstart/checkpoints/last.pth
     torchrun --nproc_per_node 8 main_finetune.py -c configs/finetune/mae_base_in1k.yaml --init_from CHECKPOINT \\
         --data_path IMAGENET
     python main_finetune.py --eval --resume output/finetune/checkpoints/best.pth --data_path IMAGENET
 
-Composition only, as in main_pretrain.py. What the checkpoint was made with (model, input, channels, mean and deviation)
-need not be said again.
+Options that the checkpoint decides (model, input size, channels, mean and deviation) need not be repeated.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import logging
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from timm.utils import ModelEmaV3
-from torch import nn
-
-import models_classifier
-from data import splits
-from data.augment import finetune_transform
-from data.images import classifier_crop_share
-from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_batches, eval_transform
-from data.splits import Splits
-from engine_finetune import Objective, evaluate, in_words, judge_of
-from engine_pretrain import train_one_epoch
-from models_classifier import Classifier
-from models_vit import for_channels
-from options import FinetuneOptions, parse
-from util import checkpoint, distributed, optim, precision
-from util.checkpoint import ENCODER
-from util.distributed import Processes
-from util.logging import talk
-from util.run import Run, resolve, run_front_door, share_batches
-
-log = logging.getLogger("finetune")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train or evaluate, and answer the exit code."""
-    return run_front_door(finetune, sys.argv[1:] if argv is None else argv)
+import programs
+from options import FinetuneOptions
 
 
 def parse_options(argv: Sequence[str]) -> FinetuneOptions:
-    return parse(FinetuneOptions, argv, base=of_checkpoint)
+    """Parse recipes and flags into options."""
+    return programs.parse_options("finetune", argv)
 
 
-def of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options inherit from the checkpoint that they name, if it is one of ours."""
-    if str(given.get("eval", "false")).lower() == "true":
-        return checkpoint.options_of(checkpoint.to_judge(given), *ENCODER, "global_pool")
-    return checkpoint.encoder_of(given)
-
-
-def require_pairs(options: FinetuneOptions) -> None:
-    """ValueError where (resolved) batches that are to be mixed have an odd image."""
-    if options.mixes and options.batch_size % 2:
-        raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
-
-
-def objective_of(options: FinetuneOptions, model: nn.Module) -> Objective:
-    return Objective(
-        model,
-        classes=options.num_classes,
-        mixup=options.mixup,
-        cutmix=options.cutmix,
-        smoothing=options.smoothing,
-    )
-
-
-def build_model(options: FinetuneOptions, classes: int) -> Classifier:
-    return models_classifier.build(
-        options.model,
-        num_classes=classes,
-        input_size=options.input_size,
-        in_chans=options.in_chans,
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.num_heads,
-        global_pool=options.global_pool,
-        drop_path=options.drop_path,
-        grad_checkpointing=options.grad_checkpointing,
-    )
-
-
-def training_images(options: FinetuneOptions, source: Source) -> TrainSamples:
-    transform = finetune_transform(
-        options.input_size,
-        min_scale=options.min_scale,
-        hflip=options.hflip,
-        aa=options.aa,
-        color_jitter=options.color_jitter,
-        reprob=options.reprob,
-        mean=options.mean,
-        std=options.std,
-    )
-    return TrainSamples(source, transform, options.seed, None, mean=options.mean, std=options.std)
-
-
-def make_optimizer(options: FinetuneOptions, model: Classifier, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer, after a line in the log for each layer's learning rate."""
-    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
-    groups = optim.finetune_groups(model, options.weight_decay, options.layer_decay)
-    for scale, parts in models_classifier.layers_of(model, groups):
-        log.info("learning rate %.3e (x %.6f): %s", lr * scale, scale, ", ".join(parts))
-    if options.optimizer == "sgd":
-        return optim.sgd(groups, lr, device=device)
-    return optim.adamw(groups, lr, betas=(0.9, 0.999), device=device)
-
-
-def image_batches(options: FinetuneOptions, source: Source, processes: Processes) -> Iterator[Batch]:
-    """This process's share of a whole source, each image cut in the middle and shown once."""
-    transform = eval_transform(options.input_size, classifier_crop_share(options.input_size))
-    samples = EvalSamples(source, transform, mean=options.mean, std=options.std)
-    return eval_batches(
-        samples,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        pin_memory=options.pin_mem and processes.device.type == "cuda",
-        worker_timeout=options.worker_timeout,
-        indices=range(processes.rank, len(source), processes.world_size),
-    )
-
-
-def finetune(argv: Sequence[str]) -> None:
-    options = resolve(parse_options(argv))
-    if not options.eval:
-        require_pairs(options)
-    torch.manual_seed(options.seed)
-    with distributed.start(options.device) as processes:
-        talk(processes.main)
-        if options.eval:
-            judge_checkpoint(options, processes)
-        else:
-            train(options, processes)
-
-
-def judge_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
-    """Say the accuracy of a checkpoint on the test images; nothing is written."""
-    path = checkpoint.to_judge(vars(options))
-    test = splits.open_test(options, splits.read_classes(checkpoint.run_of(Path(path))))
-    classes = max(len(test.classes or []), options.num_classes)
-    weights, made_with = checkpoint.load_model(path, averaged=True)
-    model = build_model(options, classes)
-    models_classifier.load_classifier(model, weights, made_with)
-    model.to(processes.device)
-    autocast = precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
-    batches = image_batches(options, test, processes)
-    figures = evaluate(model, batches, classes=classes, processes=processes, autocast=autocast)
-    log.info("%s on %d test images: %s", path, figures["images"], in_words(figures))
-    if processes.main:
-        sys.stdout.write(json.dumps({"checkpoint": path, **figures}) + "\n")
-
-
-def train(options: FinetuneOptions, processes: Processes) -> None:
-    found = splits.open_splits(options)
-    options = replace(options, num_classes=found.classes)
-    model = build_model(options, found.classes)
-    if options.init_from and not options.from_scratch:
-        weights, made_with = checkpoint.load_model(options.init_from)
-        report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
-        log.info("weights from %s: %s", options.init_from, report)
-    batches = share_batches(options, training_images(options, found.train), processes)
-    if options.steps:
-        options = replace(options, epochs=math.ceil(options.steps / batches.steps_per_epoch))
-    run = Run(options, processes, found.train)
-    model.to(processes.device)
-    optimizer = make_optimizer(options, model, processes.device)
-    ema = ModelEmaV3(model, decay=options.ema) if options.ema else None
-    others = {"ema": ema.module} if ema else {}
-    run.prepare(model, batches, optimizer, total_steps=options.steps, **others)
-    objective = objective_of(options, run.trained)
-    sources = {"choice": found.choice, "test": found.test}
-    judged = ema.module if ema else model
-    judge = judge_of(options, run, judged, found, lambda name: image_batches(options, sources[name], processes))
-
-    def after_step() -> None:
-        if ema:
-            ema.update(model)
-        run.after_step()
-
-    with run:
-        if processes.main:
-            announce(options, model, found, run)
-        for epoch, done in run.epochs():
-            left = (run.total_steps - run.stepper.step) * options.accum_iter
-            train_one_epoch(
-                objective, itertools.islice(batches.epoch(epoch, done), left), **run.loop | {"after_step": after_step}
-            )
-            run.end_epoch(**judge.after(epoch))
-        run.finish(**judge.reckoning())
-
-
-def announce(options: FinetuneOptions, model: Classifier, found: Splits, run: Run) -> None:
-    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    rows, columns = model.patch_embed.grid_size
-    start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
-    log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
-    splits.write_lists(found, run.folder)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    return programs.front_door(parse_options, "finetune", argv)
 
 
 if __name__ == "__main__":

@@ -1,183 +1,26 @@
-"""Pretrain a masked autoencoder on a folder of images.
+"""Pretrain a vision transformer on images without labels.
 
-    python main_pretrain.py -c configs/pretrain/quickstart.yaml --output_dir output/digits
-    torchrun --nproc_per_node 8 main_pretrain.py -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET
-
-Composition only: a recipe and flags become a model, batches, a stepper and a run; then epochs follow each other.
+python main_pretrain.py -c configs/pretrain/quickstart.yaml --output_dir output/digits
+torchrun --nproc_per_node 8 main_pretrain.py -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
 
-import torch
-
-import methods
-from data.decode import lacks_parts
-from data.device_data import DeviceSamples
-from data.images import for_crops
-from data.loader import (
-    Batches,
-    EvalSamples,
-    Samples,
-    Source,
-    TrainSamples,
-    eval_batches,
-    eval_transform,
-    open_source,
-    pretrain_transform,
-)
-from engine_pretrain import train_one_epoch
-from models_mae import MaskedAutoencoderViT, Term
-from models_vit import load_from_run
-from options import PretrainOptions, parse
-from util import checkpoint, distributed, optim
-from util.distributed import Processes
-from util.logging import RunLog, talk
-from util.run import Run, resolve, run_front_door, share_batches
-from util.watch import Watch
-
-log = logging.getLogger("pretrain")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train, and answer the exit code."""
-    return run_front_door(pretrain, sys.argv[1:] if argv is None else argv)
+import programs
+from options import PretrainOptions
 
 
 def parse_options(argv: Sequence[str]) -> PretrainOptions:
-    term_options = {name: term.Options for name, term in methods.TERMS.items()}
-    return parse(PretrainOptions, argv, preset=methods.preset, term_options=term_options)
+    """Parse recipes and flags into options."""
+    return programs.parse_options("pretrain", argv)
 
 
-def build_model(options: PretrainOptions) -> MaskedAutoencoderViT:
-    return methods.build(
-        options.method,
-        options.model,
-        input_size=options.input_size,
-        in_chans=options.in_chans,
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.num_heads,
-        decoder_embed_dim=options.decoder_embed_dim,
-        decoder_depth=options.decoder_depth,
-        decoder_num_heads=options.decoder_num_heads,
-        predict_ratio=options.predict_ratio,
-        mask_cell=options.mask_cell,
-        mask_ratio=options.mask_ratio,
-        norm_pix_loss=options.norm_pix_loss,
-        grad_checkpointing=options.grad_checkpointing,
-        terms=options.terms,
-    )
-
-
-def terms_of(model: MaskedAutoencoderViT) -> list[tuple[str, Term]]:
-    return list(model.terms.items())
-
-
-def open_images(options: PretrainOptions, model: MaskedAutoencoderViT, split: str = "train") -> Source:
-    source = open_source(
-        options.dataset, options.data_path, split, in_chans=options.in_chans, class_list=options.class_list
-    )
-    needy = [name for name, term in terms_of(model) if term.needs_labels]
-    if needy and source.labels is None:
-        raise ValueError(f"the term {needy[0]} learns from labels, and {options.data_path or options.dataset} has none")
-    return source
-
-
-def settle(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source) -> PretrainOptions:
-    """The options with what the data, and the checkpoints that terms have read, decide about the terms."""
-    if source.classes is not None:
-        for _, term in terms_of(model):
-            term.learn_classes(len(source.classes))
-    return replace(options, terms=options.terms | {name: asdict(term.options) for name, term in terms_of(model)})
-
-
-def make_batches(
-    options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, processes: Processes
-) -> Batches:
-    shared: dict[str, Any] = {
-        "seed": options.seed,
-        "noise_shape": (model.noise_rows, model.num_patches),
-        "mean": options.mean,
-        "std": options.std,
-    }
-    crops: dict[str, Any] = {"input_size": options.input_size, "min_scale": options.min_scale, "hflip": options.hflip}
-    samples: Samples
-    if options.data_on_device:
-        samples = DeviceSamples(source, **crops, **shared, device=processes.device, num_workers=options.num_workers)
-        options = replace(options, num_workers=0, pin_mem=False)  # nothing is left to load
-    else:
-        if options.region_decode and not (lack := lacks_parts()):
-            source = replace(source, read=for_crops(source.read))
-        elif options.region_decode:
-            log.warning("data: JPEG files are decoded whole, which takes longer: %s", lack)
-        samples = TrainSamples(source, pretrain_transform(**crops), **shared)
-    return share_batches(options, samples, processes)
-
-
-def announce(
-    options: PretrainOptions,
-    model: MaskedAutoencoderViT,
-    source: Source,
-    records: RunLog,
-    step: int,
-    device: torch.device,
-) -> None:
-    """What will be trained, before it is, and the loss that a model which learns nothing of the images has."""
-    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("%s, %s: %.2f M weights, %d x %d patches", options.method, options.model, weights / 1e6, *model.grid)
-    for name, term in terms_of(model):
-        records.scalars(f"strength_{name}", term.scale(model), step)
-        scale = ", ".join(f"{what} = {value:.4g}" for what, value in term.scale(model).items())
-        log.info("term %s: %s%s", name, options.terms[name], f"; {scale}" if scale else "")
-        ranks = distributed.world_size() if term.images_together == "ranks" else 1
-        if term.images_together and (together := options.batch_size * ranks) < options.total_batch_size:
-            log.warning(
-                "term %s looks at %d images together (batch_size%s), not at the %d of an update: "
-                "with another batch_size or number of processes the result is another",
-                name,
-                together,
-                " x processes" if ranks > 1 else "",
-                options.total_batch_size,
-            )
-    few = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)
-    first = next(eval_batches(few, batch_size=32)).to(device)
-    log.info("a constant prediction has a reconstruction loss of about %.3f", model.baseline(first.images))
-
-
-def pretrain(argv: Sequence[str]) -> None:
-    options = resolve(parse_options(argv))
-    torch.manual_seed(options.seed)
-    model = build_model(options)
-    with distributed.start(options.device) as processes:
-        talk(processes.main)
-        source = open_images(options, model)
-        options = settle(options, model, source)
-        batches = make_batches(options, model, source, processes)
-        if options.init_from:
-            report = load_from_run(model, *checkpoint.load_model(options.init_from))
-            log.info("weights from %s: %s", options.init_from, report)
-        run = Run(options, processes, source)
-        model.to(processes.device)
-        lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
-        groups = optim.pretrain_groups(model, options.weight_decay)
-        run.prepare(model, batches, optim.adamw(groups, lr, device=processes.device))
-        watch = Watch(options, model, source, processes, run.autocast)
-        with run:
-            if run.log:
-                announce(options, model, source, run.log, run.stepper.step, processes.device)
-            for epoch, done in run.epochs():
-                train_one_epoch(run.trained, batches.epoch(epoch, done), **run.loop)
-                if run.log and watch.picture_is_due(epoch):
-                    picture = watch.picture(run.folder / "samples" / f"recon_e{epoch + 1:04d}.png")
-                    run.log.picture("reconstruction", picture, epoch + 1)
-                run.end_epoch(**watch.after(epoch))
-            run.finish()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    return programs.front_door(parse_options, "pretrain", argv)
 
 
 if __name__ == "__main__":

@@ -1,259 +1,29 @@
-"""Train UPerNet on a vision transformer to tell the class of every pixel; or judge one with `--eval`.
+"""Train UPerNet on a vision transformer to segment images; or evaluate a segmenter with `--eval`.
 
     python main_segment.py -c configs/segment/quickstart.yaml --output_dir output/scenes
     torchrun --nproc_per_node 8 main_segment.py -c configs/segment/ade20k.yaml --init_from CHECKPOINT --data_path ADE20K
     python main_segment.py --eval --resume output/ade20k/checkpoints/best.pth --data_path ADE20K
 
-Composition only, as in main_pretrain.py. What the checkpoint was made with (model, channels, mean and deviation) need
-not be said again; the size of the crops is segmentation's own.
+Options that the checkpoint decides (model, channels, mean and deviation) need not be repeated.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import logging
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import nn
-
-import models_classifier
-import models_upernet
-from data import masks, splits
-from data.loader import Batch, Batches, Source, TrainSamples, eval_batches
-from data.segment_augment import train_transform
-from data.splits import Splits
-from engine_pretrain import train_one_epoch
-from engine_segment import (
-    METRIC,
-    PICTURES,
-    Objective,
-    evaluate,
-    in_words,
-    judged_images,
-    picture,
-    predicted_masks,
-    short_side,
-    table,
-    windows_of,
-)
-from models_upernet import Segmenter
-from models_vit import for_channels
-from options import SegmentOptions, parse
-from util import checkpoint, distributed, optim, precision
-from util.checkpoint import ENCODER
-from util.distributed import Processes
-from util.judge import Judge
-from util.logging import talk
-from util.run import Run, resolve, run_front_door, share_batches
-
-log = logging.getLogger("segment")
-
-OF_THE_DATA = ("dataset", "class_list", "reduce_zero_label", "ignore_label", "test_share", "subset_seed")
-OF_JUDGING = ("short_side", "window", "stride", "flip")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train or evaluate, and answer the exit code."""
-    return run_front_door(segment, sys.argv[1:] if argv is None else argv)
+import programs
+from options import SegmentOptions
 
 
 def parse_options(argv: Sequence[str]) -> SegmentOptions:
-    return parse(SegmentOptions, argv, base=of_checkpoint)
+    """Parse recipes and flags into options."""
+    return programs.parse_options("segment", argv)
 
 
-def of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options inherit from the checkpoint that they name, if it is one of ours."""
-    if str(given.get("eval", "false")).lower() == "true":
-        return checkpoint.options_of(checkpoint.to_judge(given), *ENCODER, *OF_THE_DATA, *OF_JUDGING)
-    return {name: value for name, value in checkpoint.encoder_of(given).items() if name != "input_size"}
-
-
-def build_model(options: SegmentOptions, classes: int, processes: Processes) -> Segmenter:
-    """On CUDA and with several processes, batch norm takes the images of all of them together."""
-    model = models_upernet.build(
-        options.model,
-        num_classes=classes,
-        input_size=options.input_size,
-        in_chans=options.in_chans,
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.num_heads,
-        drop_path=options.drop_path,
-        grad_checkpointing=options.grad_checkpointing,
-    )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if norms_together(processes) else model
-
-
-def norms_together(processes: Processes) -> bool:
-    return processes.world_size > 1 and processes.device.type == "cuda"
-
-
-def require_several(options: SegmentOptions, processes: Processes) -> None:
-    """ValueError where batch norm would see one image of a (resolved) batch."""
-    if options.batch_size == 1 and not norms_together(processes):
-        raise ValueError("batch_size 1: batch norm compares the images of a batch; it needs at least 2 on a device")
-
-
-def training_images(options: SegmentOptions, source: Source) -> TrainSamples:
-    transform = train_transform(
-        options.input_size,
-        short_side=short_side(options),
-        min_scale=options.min_scale,
-        max_scale=options.max_scale,
-        max_class_share=options.max_class_share,
-        hflip=options.hflip,
-        photometric=options.photometric,
-        mean=options.mean,
-    )
-    return TrainSamples(source, transform, options.seed, None, mean=options.mean, std=options.std)
-
-
-def image_batches(options: SegmentOptions, source: Source, processes: Processes) -> Iterator[Batch]:
-    """This process's share of a whole source, image by image, since each has a size of its own."""
-    return eval_batches(
-        judged_images(options, source),
-        batch_size=1,
-        num_workers=options.num_workers,
-        pin_memory=options.pin_mem and processes.device.type == "cuda",
-        worker_timeout=options.worker_timeout,
-        indices=range(processes.rank, len(source), processes.world_size),
-    )
-
-
-def make_optimizer(options: SegmentOptions, model: Segmenter, device: torch.device) -> torch.optim.Optimizer:
-    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
-    groups = optim.finetune_groups(model, options.weight_decay, options.layer_decay)
-    for scale, parts in models_classifier.layers_of(model, groups):
-        log.info("learning rate %.3e (x %.6f): %s", lr * scale, scale, ", ".join(parts))
-    return optim.adamw(groups, lr, betas=(0.9, 0.999), device=device)
-
-
-def settle(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentOptions:
-    """The options with what the data decide: the classes, and how many epochs the steps are that were asked for."""
-    per_epoch = batches.steps_per_epoch
-    epochs = math.ceil(options.steps / per_epoch) if options.steps else options.epochs
-    warmup = options.warmup_steps / per_epoch if options.warmup_steps else options.warmup_epochs
-    return replace(options, num_classes=found.classes, epochs=epochs, warmup_epochs=warmup)
-
-
-def segment(argv: Sequence[str]) -> None:
-    options = resolve(parse_options(argv))
-    torch.manual_seed(options.seed)
-    with distributed.start(options.device) as processes:
-        talk(processes.main)
-        if options.eval:
-            judge_checkpoint(options, processes)
-        else:
-            train(options, processes)
-
-
-def judge_checkpoint(options: SegmentOptions, processes: Processes) -> None:
-    """Say the figures of a checkpoint on the test images; nothing is written."""
-    test = masks.open_test(options, processes)
-    names = test.classes or []
-    path = checkpoint.to_judge(vars(options))
-    weights, made_with = checkpoint.load_model(path)
-    model = build_model(options, len(names), processes)
-    models_upernet.load_segmenter(model, weights, made_with)
-    model.to(processes.device)
-    autocast = precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
-    batches, windows = image_batches(options, test, processes), windows_of(options, model.patch)
-    figures = evaluate(model, batches, names=names, windows=windows, processes=processes, autocast=autocast)
-    log.info("%s on %d test images: %s\n%s", path, figures["images"], in_words(figures), table(figures))
-    if processes.main:
-        sys.stdout.write(json.dumps({"checkpoint": path, **figures}) + "\n")
-
-
-def train(options: SegmentOptions, processes: Processes) -> None:
-    require_several(options, processes)
-    found = masks.open_splits(options, processes)
-    names = found.train.classes or []
-    model = build_model(options, found.classes, processes)
-    if options.init_from and not options.from_scratch:
-        weights, made_with = checkpoint.load_model(options.init_from)
-        report = models_upernet.begin_with(model, for_channels(weights, options.in_chans), made_with)
-        log.info("weights from %s: %s", options.init_from, report)
-    batches = share_batches(options, training_images(options, found.train), processes)
-    options = settle(options, found, batches)
-    run = Run(options, processes, found.train)
-    model.to(processes.device)
-    optimizer = make_optimizer(options, model, processes.device)
-    total_steps = options.steps or batches.steps_per_epoch * options.epochs
-    schedule = optim.warmup_poly(
-        optimizer,
-        steps=total_steps,
-        warmup_steps=round(options.warmup_epochs * batches.steps_per_epoch),
-        power=options.power,
-        min_lr=options.min_lr,
-    )
-    run.prepare(model, batches, optimizer, schedule, total_steps=total_steps)
-    objective = Objective(run.trained, auxiliary=options.auxiliary)
-    windows = windows_of(options, model.patch)
-    sources = {"choice": found.choice, "test": found.test}
-
-    def measure(images: str) -> dict[str, Any]:
-        shown = image_batches(options, sources[images], processes)
-        shown = run.until_stopped(shown)
-        return evaluate(model, shown, names=names, windows=windows, processes=processes, autocast=run.autocast)
-
-    judge = Judge(
-        run,
-        model,
-        measure,
-        metric=METRIC,
-        chosen_on=found.chosen_on,
-        every=options.eval_every,
-        in_words=in_words,
-    )
-    with run:
-        if processes.main:
-            announce(options, model, found, run)
-        for epoch, done in run.epochs():
-            left = (run.total_steps - run.stepper.step) * options.accum_iter
-            train_one_epoch(objective, itertools.islice(batches.epoch(epoch, done), left), **run.loop)
-            if run.log and picture_is_due(options, epoch):
-                draw(options, model, found, run, epoch)
-            run.end_epoch(**judge.after(epoch))
-        reckoning = judge.reckoning()
-        log.info("classes, last epoch:\n%s", table(reckoning["accuracy"]["last"]))
-        run.finish(**reckoning)
-
-
-def picture_is_due(options: SegmentOptions, epoch: int) -> bool:
-    every = options.picture_every
-    return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == options.epochs)
-
-
-def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, epoch: int) -> None:
-    """Masks of the same few test images, beside the true ones, in the run's folder and in TensorBoard."""
-    assert run.log is not None
-    count = min(PICTURES, len(found.test))
-    index = [number * len(found.test) // count for number in range(count)]
-    made = predicted_masks(
-        model,
-        judged_images(options, found.test),
-        index,
-        windows=windows_of(options, model.patch),
-        device=run.processes.device,
-        autocast=run.autocast,
-    )
-    path = run.folder / "samples" / f"masks_e{epoch + 1:04d}.png"
-    run.log.picture("masks", picture(made, found.classes, path), epoch + 1)
-
-
-def announce(options: SegmentOptions, model: Segmenter, found: Splits, run: Run) -> None:
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    rows, columns = model.patch_embed.grid_size
-    start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
-    log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
-    log.info("UPerNet on the outputs of blocks %s (from 0), %d classes", model.taps, found.classes)
-    splits.write_lists(found, run.folder)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    return programs.front_door(parse_options, "segment", argv)
 
 
 if __name__ == "__main__":

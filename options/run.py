@@ -27,6 +27,7 @@ from options.schema import (
 Run = TypeVar("Run", bound="RunOptions")
 
 TORCHRUN = "use torchrun, which starts the processes and tells each its rank"
+ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans", "mean", "std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class RunOptions:
         "log_dir": "logs are written into output_dir",
         "start_epoch": "a checkpoint knows its epoch, see resume",
     }  # flags of MAE's scripts without a counterpart, and what to do instead
+    INHERITS: ClassVar[tuple[str, ...]] = ()  # options that the checkpoint in `init_from` decides unless they are given
+    INHERITS_EVAL: ClassVar[tuple[str, ...]] = ()  # the same for the checkpoint that `eval` evaluates
 
     output_dir: str = machine("output", section="Run folder")
     """Folder of the run: options, logs, checkpoints. It must be new, or hold an earlier part of this very run."""
@@ -282,6 +285,8 @@ class ClassifierOptions(EncoderOptions):
         "cls_token": "say --global_pool token",
         "dist_eval": "evaluation is always shared among the processes, each image counted once",
     }
+    INHERITS: ClassVar[tuple[str, ...]] = ENCODER
+    INHERITS_EVAL: ClassVar[tuple[str, ...]] = (*ENCODER, "global_pool")
 
     num_classes: int = shape(0, section="Classifier")
     """Classes of the head; 0: as many as the training images have."""
@@ -385,6 +390,10 @@ class ProbeOptions(ClassifierOptions):
     augment: bool = result(False, section="Probe")
     """Encode a new random crop of every image in every epoch, as MAE does; otherwise each image is encoded once."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.init_from), "must be given: the checkpoint whose encoder is evaluated", "init_from")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentOptions(EncoderOptions):
@@ -396,6 +405,12 @@ class SegmentOptions(EncoderOptions):
         "nb_classes": "num_classes",
         "cat_max_ratio": "max_class_share",
     }
+    INHERITS: ClassVar[tuple[str, ...]] = tuple(name for name in ENCODER if name != "input_size")
+    INHERITS_EVAL: ClassVar[tuple[str, ...]] = (
+        *ENCODER,
+        *("dataset", "class_list", "reduce_zero_label", "ignore_label", "test_share", "subset_seed"),
+        *("short_side", "window", "stride", "flip"),
+    )
 
     data_path: str = machine("")
     """Folder with `images` and `masks` (or `annotations`), each with `train` and `val` or without; or `scenes`."""

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
+import programs
 from util import checkpoint
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["main_pretrain", "main_finetune", "main_linprobe", "main_segment"])
+context.set_forkserver_preload([f"programs.{name}" for name in programs.PROGRAMS])
 
 TINY = (
     "--data_path digits --input_size 8 --in_chans 1 --model mae_vit_tiny_patch2 --embed_dim 24 --depth 2 --num_heads 2 "

@@ -14,7 +14,7 @@ from tools import option_table
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
     path
-    for room in ("*", "options/**/*", "data/**/*", "util/**/*", "tools/**/*", "benchmarks/**/*")
+    for room in ("*", "programs/**/*", "options/**/*", "data/**/*", "util/**/*", "tools/**/*", "benchmarks/**/*")
     for path in PROJECT.glob(f"{room}.py")
 )
 
@@ -28,11 +28,13 @@ MODULES = {module_name(path): path for path in SOURCES}
 # What a module of each room may import from this project. The first pattern that fits a module's name is its room.
 BELOW = r"(util|data|options)(\.\w+)?"
 ROOMS = [
-    (r"main_\w+", rf"engine_\w+|methods|models_\w+|{BELOW}"),
+    (r"main_\w+", r"programs|options"),
+    (r"programs", rf"programs|methods|{BELOW}"),
+    (r"programs\.\w+", rf"programs(\.\w+)?|engine_\w+|methods|models_\w+|{BELOW}"),
     (r"tools\.figures\.figure9", rf"tools(\.\w+)*|engine_segment|models_upernet|{BELOW}"),  # shows what it predicts
     (r"tools\.figures(\.\w+)?", rf"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|{BELOW}"),  # shows their maths
     (r"tools\.encoder", rf"tools(\.given)?|methods|models_(classifier|vit)|{BELOW}"),  # takes models apart
-    (r"tools\.(doctor|replay)", rf"main_\w+|tools(\.\w+)*|engine_\w+|methods|{BELOW}"),  # like it
+    (r"tools\.(doctor|replay)", rf"programs(\.\w+)?|tools(\.\w+)*|engine_\w+|methods|{BELOW}"),  # like it
     (r"tools(\.\w+)?", rf"tools(\.\w+)*|engine_\w+|methods|{BELOW}"),
     (r"benchmarks(\.\w+)?", r".*"),
     (r"engine_\w+", BELOW),

@@ -89,7 +89,8 @@ def test_impossible_options_are_refused(options, answer):
 
 
 def test_pretraining_takes_the_classes_of_its_images():
-    from main_pretrain import build_model, parse_options, settle
+    from main_pretrain import parse_options
+    from programs.pretrain import build_model, settle
 
     options = parse_options("--method sup_mae --input_size 16 --model mae_vit_tiny_patch8 --depth 1".split())
     model = build_model(options)

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 import methods
-from main_pretrain import build_model, parse_options
+from main_pretrain import parse_options
 from options import PretrainOptions, resolve_batch, to_dict
+from programs.pretrain import build_model
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(PROJECT.glob("configs/pretrain/*.yaml"))

@@ -39,6 +39,7 @@ from engine_segment import (
 )
 from options import SegmentOptions, resolve_batch
 from options.schema import default_of
+from programs import segment
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
 from tools import encoder, replay, visualize
 from util import checkpoint, optim
@@ -371,15 +372,15 @@ def test_two_ranks_count_every_pixel_once(data, tmp_path):
             "0",
         ]
     )
-    options = main_segment.resolve(options)
+    options = segment.resolve(options)
     weights, made_with = checkpoint.load_model(options.resume)
-    model = main_segment.build_model(options, 3, ALONE)
+    model = segment.build_model(options, 3, ALONE)
     models_upernet.load_segmenter(model, weights, made_with)
     alone = evaluate(
         model,
-        main_segment.image_batches(options, main_segment.masks.open_test(options, ALONE), ALONE),
+        segment.image_batches(options, segment.masks.open_test(options, ALONE), ALONE),
         names=NAMES,
-        windows=main_segment.windows_of(options, model.patch),
+        windows=segment.windows_of(options, model.patch),
         processes=ALONE,
         autocast=torch.no_grad,
     )
@@ -491,7 +492,7 @@ def test_ade20k_is_trained_as_published():
             2.0,
             0.75,
         )
-        assert main_segment.windows_of(found, 16) == Windows((512, 512), (341, 341), 16, batch=0)
+        assert segment.windows_of(found, 16) == Windows((512, 512), (341, 341), 16, batch=0)
         for processes in (1, 2, 4, 8):
             assert resolve_batch(found, processes).batch_size == 16 // processes
     assert (epochs.epochs, epochs.steps, steps.steps) == (100, 0, 160_000)

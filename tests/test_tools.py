@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import main_pretrain
+from programs import pretrain
 from tools import given, knn
 
 MODEL = (
@@ -28,7 +29,7 @@ def run(tmp_path_factory):
 def test_the_untrained_model_is_the_one_that_the_run_began_with(run):
     options = main_pretrain.parse_options([*MODEL, *RUN])
     torch.manual_seed(options.seed)
-    begun = main_pretrain.build_model(options).state_dict()
+    begun = pretrain.build_model(options).state_dict()
     again = knn.untrained(given.load(run, "cpu").options).state_dict()
     assert begun.keys() == again.keys()
     assert all(torch.equal(begun[name], again[name]) for name in begun)

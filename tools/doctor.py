@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,13 @@ import torch
 from torch import nn
 
 import engine_segment
-import main_finetune
-import main_pretrain
-import main_segment
 from data import masks, splits
 from data.decode import torchcodec_jpeg
 from data.images import BadImage, Pair
 from data.loader import Batches, Source, allowed_bad, pixel_statistics
 from engine_pretrain import train_one_epoch
 from options import FinetuneOptions, PretrainOptions, RunOptions, SegmentOptions, resolve_batch
+from programs import finetune, parse_options, pretrain, segment
 from util import optim, precision
 from util.compiler import compiles
 from util.distributed import Processes, pick_device
@@ -78,11 +77,11 @@ class Plan:
 
 
 def pretraining(options: PretrainOptions, processes: int, device: torch.device) -> Plan:
-    model = main_pretrain.build_model(options)
-    source = main_pretrain.open_images(options, model)
-    options = main_pretrain.settle(options, model, source)
+    model = pretrain.build_model(options)
+    source = pretrain.open_images(options, model)
+    options = pretrain.settle(options, model, source)
     model.to(device)
-    batches = main_pretrain.make_batches(options, model, source, Processes(0, processes, 0, device))
+    batches = pretrain.make_batches(options, model, source, Processes(0, processes, 0, device))
     lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
     optimizer = optim.adamw(optim.pretrain_groups(model, options.weight_decay), lr, device=device)
     rows, columns = options.input_size
@@ -93,32 +92,32 @@ def pretraining(options: PretrainOptions, processes: int, device: torch.device) 
 
 
 def finetuning(options: FinetuneOptions, processes: int, device: torch.device) -> Plan:
-    main_finetune.require_pairs(options)
+    finetune.require_pairs(options)
     found = splits.open_splits(options)
     options = replace(options, num_classes=found.classes)
-    model = main_finetune.build_model(options, found.classes).to(device)
-    samples = main_finetune.training_images(options, found.train)
+    model = finetune.build_model(options, found.classes).to(device)
+    samples = finetune.training_images(options, found.train)
     batches = share_batches(options, samples, Processes(0, processes, 0, device))
     if options.steps:
         options = replace(options, epochs=math.ceil(options.steps / batches.steps_per_epoch))
-    optimizer = main_finetune.make_optimizer(options, model, device)
+    optimizer = finetune.make_optimizer(options, model, device)
     floats = bool(options.aa or options.color_jitter or options.reprob)
     image = options.in_chans * math.prod(options.input_size) * (4 if floats else 1) + 8
     moments = 2 if options.optimizer == "adamw" else 1
     file = bytes_of(model.state_dict()) * (2 if options.ema else 1) + moments * bytes_of(learned(model))
-    objective = main_finetune.objective_of(options, model)
+    objective = finetune.objective_of(options, model)
     # As for pretraining, and the best.
     return Plan(options, found.train, model, objective, optimizer, batches, image, file, options.keep + 4)
 
 
 def segmenting(options: SegmentOptions, processes: int, device: torch.device) -> Plan:
     several = Processes(0, processes, 0, device)
-    main_segment.require_several(options, several)
+    segment.require_several(options, several)
     found = masks.open_splits(options, Processes(0, 1, 0, device))  # this one looks at all masks
-    model = main_segment.build_model(options, found.classes, several).to(device)
-    batches = share_batches(options, main_segment.training_images(options, found.train), several)
-    options = main_segment.settle(options, found, batches)
-    optimizer = main_segment.make_optimizer(options, model, device)
+    model = segment.build_model(options, found.classes, several).to(device)
+    batches = share_batches(options, segment.training_images(options, found.train), several)
+    options = segment.settle(options, found, batches)
+    optimizer = segment.make_optimizer(options, model, device)
     image = (options.in_chans + 2) * math.prod(options.input_size)  # the mask has 16 bits
     file = bytes_of(model.state_dict()) + 2 * bytes_of(learned(model))
     objective = engine_segment.Objective(model, auxiliary=options.auxiliary)
@@ -126,9 +125,9 @@ def segmenting(options: SegmentOptions, processes: int, device: torch.device) ->
 
 
 PROGRAMS: dict[str, tuple[Callable[[Sequence[str]], RunOptions], Callable[[Any, int, torch.device], Plan]]] = {
-    "main_pretrain.py": (main_pretrain.parse_options, pretraining),
-    "main_finetune.py": (main_finetune.parse_options, finetuning),
-    "main_segment.py": (main_segment.parse_options, segmenting),
+    "main_pretrain.py": (partial(parse_options, "pretrain"), pretraining),
+    "main_finetune.py": (partial(parse_options, "finetune"), finetuning),
+    "main_segment.py": (partial(parse_options, "segment"), segmenting),
 }
 
 

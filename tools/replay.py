@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import main_finetune
-import main_pretrain
-import main_segment
 from data import masks, splits
 from data.loader import Batch, Batches, Source
 from options import FinetuneOptions, PretrainOptions, SegmentOptions
+from programs import finetune, pretrain, segment
 from util import checkpoint, precision
 from util.distributed import Processes, pick_device
 from util.logging import talk
@@ -61,23 +59,23 @@ class Replay:
         """The model, what the run called with a batch (the model, or an objective around it), images, and batches."""
         options = self.options
         if isinstance(options, PretrainOptions):
-            pretrained = main_pretrain.build_model(options)
-            source = main_pretrain.open_images(options, pretrained)
-            main_pretrain.settle(options, pretrained, source)
-            return pretrained, pretrained, source, partial(main_pretrain.make_batches, options, pretrained, source)
+            pretrained = pretrain.build_model(options)
+            source = pretrain.open_images(options, pretrained)
+            pretrain.settle(options, pretrained, source)
+            return pretrained, pretrained, source, partial(pretrain.make_batches, options, pretrained, source)
         if isinstance(options, SegmentOptions):
             alone = Processes(0, 1, 0, self.device)
             source = masks.open_splits(options, alone).train
-            segmenter = main_segment.build_model(options, options.num_classes, alone)
-            samples = main_segment.training_images(options, source)
-            objective = main_segment.Objective(segmenter, auxiliary=options.auxiliary)
+            segmenter = segment.build_model(options, options.num_classes, alone)
+            samples = segment.training_images(options, source)
+            objective = segment.Objective(segmenter, auxiliary=options.auxiliary)
             return segmenter, objective, source, partial(share_batches, options, samples)
         source = splits.open_splits(options).train
-        classifier = main_finetune.build_model(options, options.num_classes)
-        samples = main_finetune.training_images(options, source)
+        classifier = finetune.build_model(options, options.num_classes)
+        samples = finetune.training_images(options, source)
         return (
             classifier,
-            main_finetune.objective_of(options, classifier),
+            finetune.objective_of(options, classifier),
             source,
             partial(share_batches, options, samples),
         )

@@ -23,9 +23,9 @@ from typing import IO, Protocol
 PROJECT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 75  # the front doors' exit code for "stopped by a signal, everything saved"
 PRELOAD = [
-    "main_pretrain",
-    "main_finetune",
-    "main_segment",
+    "programs.pretrain",
+    "programs.finetune",
+    "programs.segment",
     "benchmarks.bill",
     "tools.tables",
     "torch.utils.tensorboard",

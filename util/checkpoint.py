@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from options.schema import OptionError
+from options import OptionError, RunOptions
 
 FORMAT = 1  # raised when a newer file can no longer be read by older code
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 TEMPORARY = ".tmp"
-ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans", "mean", "std")  # options it is made of
 
 log = logging.getLogger(__name__)
 
@@ -192,12 +191,18 @@ def options_of(path: str | Path, *names: str) -> dict[str, Any]:
     return {name: made_with[name] for name in names if name in made_with}
 
 
-def encoder_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options `given`, as they were typed, inherit of the encoder that they begin with, if it is one of ours.
+def inherited(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that the checkpoint named in `given` decides; {} for the weights of another project.
 
-    Where they ask for another number of channels, each is normalised as the encoder's own are on average.
+    Args:
+        schema: the options of a program; `INHERITS` and `INHERITS_EVAL` list the names.
+        given: option names and their values as typed.
+
+    Where another number of channels is given, each channel gets the average mean and deviation of the encoder's.
     """
-    own, wanted = options_of(given.get("init_from", ""), *ENCODER), str(given.get("in_chans", ""))
+    if str(given.get("eval", "false")).lower() == "true":
+        return options_of(to_judge(given), *schema.INHERITS_EVAL)
+    own, wanted = options_of(given.get("init_from", ""), *schema.INHERITS), str(given.get("in_chans", ""))
     if wanted.isdecimal() and int(wanted) != own.get("in_chans", int(wanted)):
         own |= {name: [sum(own[name]) / len(own[name])] * int(wanted) for name in ("mean", "std") if own.get(name)}
     return own

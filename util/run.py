@@ -15,7 +15,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -594,8 +594,8 @@ def _stopped_early(number: int, frame: FrameType | None) -> None:
     raise Interrupted(f"stopped by {signal.Signals(number).name} before the first step; nothing is lost")
 
 
-def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Run a front door and turn how it ended into words and an exit code.
+def run_front_door(train: Callable[[Any], None], options: Any) -> int:
+    """Call `train(options)`, log how it ended, and return the exit code.
 
     0 done (or nothing left to do), 2 bad input, 3 no finite updates, 4 checkpoints cannot be written, 75 stopped by a
     signal with everything saved, or before the first step ("requeue me"). A second Ctrl-C leaves at once with 130.
@@ -605,7 +605,7 @@ def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) 
     before = distributed.on_stop_signals(_stopped_early)  # until a run begins and listens itself
     code = None
     try:
-        code = _outcome(train, argv)
+        code = _outcome(train, options)
     finally:
         for number, act in before.items():
             # Stopped, the process is about to end: another such signal must not become its exit code.
@@ -614,9 +614,9 @@ def run_front_door(train: Callable[[Sequence[str]], None], argv: Sequence[str]) 
     return code
 
 
-def _outcome(train: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+def _outcome(train: Callable[[Any], None], options: Any) -> int:
     try:
-        train(argv)
+        train(options)
     except Exception as error:
         if (ending := ending_of(error)) is None:
             raise

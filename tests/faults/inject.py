@@ -11,9 +11,8 @@ import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torch.utils.tensorboard import SummaryWriter
 
-import main_finetune
-import main_pretrain
 from data import loader as data
+from programs import finetune, pretrain
 from util import features
 from util.lock import NAME as LOCK
 from util.logging import JsonLines, RunLog
@@ -120,7 +119,7 @@ def signals_inside_evaluation(number, *which):
                 send_to_self(*which)
             yield batch
 
-    for module in (features, main_finetune):
+    for module in (features, finetune):
         count_calls(module, "eval_batches", act)
 
 
@@ -140,7 +139,7 @@ def signals_before_training(*which):
         send_to_self(*which)
         return original(*arguments)
 
-    count_calls(main_pretrain, "open_images", act)
+    count_calls(pretrain, "open_images", act)
 
 
 def send_to_self(*which):

@@ -1,0 +1,144 @@
+"""Linear probing: a linear classifier on the features of a frozen encoder, and k nearest neighbours.
+
+Every image is encoded once and the classifier is trained on the stored features. With `--augment`, MAE's protocol,
+each epoch encodes new crops. The checkpoints hold only the linear classifier.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import models_classifier
+from data import splits
+from data.loader import Batch, Batches, Source, TrainSamples, pretrain_transform
+from data.splits import Splits
+from engine_finetune import Objective, judge_of
+from engine_pretrain import train_one_epoch
+from models_classifier import Classifier, LinearProbe
+from models_vit import for_channels
+from options import ProbeOptions
+from util import checkpoint, distributed, optim
+from util.distributed import Processes
+from util.features import FeatureSamples, encode_source, interleaved, pooled
+from util.knn import knn_accuracy
+from util.logging import talk
+from util.run import Run, resolve, share_batches
+
+log = logging.getLogger("linprobe")
+
+
+def load_encoder(options: ProbeOptions) -> Classifier:
+    """The encoder, frozen, with its last norm and without a head."""
+    model = models_classifier.build(
+        options.model,
+        num_classes=0,
+        input_size=options.input_size,
+        in_chans=options.in_chans,
+        embed_dim=options.embed_dim,
+        depth=options.depth,
+        num_heads=options.num_heads,
+        global_pool="token",
+        grad_checkpointing=options.grad_checkpointing,
+    )
+    weights, made_with = checkpoint.load_model(options.init_from)
+    report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
+    log.info("weights from %s: %s", options.init_from, report)
+    return model.requires_grad_(False).eval()
+
+
+class Features:
+    """The features of every split, encoded once, the work shared among the processes.
+
+    With the class token asked for, the average that nearest neighbours compare comes from the same pass.
+    """
+
+    def __init__(self, options: ProbeOptions, encoder: Classifier, run: Run, found: Splits):
+        self.options, self.run = options, run
+        self.encoder = encoder
+        both = options.global_pool == "token"
+        self.channels = encoder.embed_dim
+        self.columns = slice(self.channels, None) if both else slice(0, self.channels)
+        self.pool = "both" if both else "avg"
+        self.of = {name: self._encode(getattr(found, name)) for name in ("train", "choice", "test")}
+
+    def _encode(self, source: Source) -> tuple[Tensor, Tensor]:
+        options, processes = self.options, self.run.processes
+        share = encode_source(
+            self.encoder,
+            source,
+            input_size=options.input_size,
+            mean=options.mean,
+            std=options.std,
+            device=processes.device,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            worker_timeout=options.worker_timeout,
+            autocast=self.run.autocast,
+            indices=range(processes.rank, len(source), processes.world_size),
+            pool=self.pool,
+        )
+        return interleaved(processes.gather(share))
+
+    def samples(self, name: str) -> FeatureSamples:
+        features, labels = self.of[name]
+        return FeatureSamples(features[:, self.columns].contiguous(), labels)
+
+    def batches(self, name: str) -> Iterator[Batch]:
+        """This process's share of a split."""
+        samples, processes = self.samples(name), self.run.processes
+        mine = range(processes.rank, len(samples), processes.world_size)
+        for start in range(0, len(mine), 1024):
+            yield samples.__getitems__([(0, index) for index in mine[start : start + 1024]])
+
+    def knn(self) -> float:
+        """Accuracy in percent on the test images, by the average of the patch tokens."""
+        averages = {name: features[:, : self.channels] for name, (features, _) in self.of.items()}
+        (_, bank_labels), (_, labels) = self.of["train"], self.of["test"]
+        return 100 * knn_accuracy(averages["train"], bank_labels, averages["test"], labels)
+
+
+def training_batches(options: ProbeOptions, source: Source, features: Features, processes: Processes) -> Batches:
+    """New crops of the images, or their stored features, which need no process to load them."""
+    if not options.augment:
+        return share_batches(replace(options, num_workers=0), features.samples("train"), processes)
+    transform = pretrain_transform(options.input_size, options.min_scale, options.hflip)
+    samples = TrainSamples(source, transform, options.seed, None, mean=options.mean, std=options.std)
+    return share_batches(options, samples, processes)
+
+
+def run(options: ProbeOptions) -> None:
+    options = resolve(options)
+    torch.manual_seed(options.seed)
+    encoder = load_encoder(options)
+    with distributed.start(options.device) as processes:
+        talk(processes.main)
+        found = splits.open_splits(options)
+        options = replace(options, num_classes=found.classes)
+        model = LinearProbe(encoder.embed_dim, found.classes).to(processes.device)
+        encoder.to(processes.device)
+        run = Run(options, processes, found.train)
+        features = Features(options, encoder, run, found)
+        batches = training_batches(options, found.train, features, processes)
+        lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
+        run.prepare(model, batches, optim.lars(model, lr, options.weight_decay))
+
+        def encode(images: Tensor) -> Tensor:
+            with torch.no_grad():
+                return pooled(encoder.encode(images).float(), options.global_pool)
+
+        objective = Objective(run.trained, classes=found.classes, prepare=encode if options.augment else None)
+        judge = judge_of(options, run, model, found, features.batches)
+        with run:
+            if processes.main:
+                splits.write_lists(found, run.folder)
+            knn_acc1 = features.knn()
+            log.info("k nearest neighbours (k = 20, T = 0.07), %d test images: %.2f%%", len(found.test), knn_acc1)
+            for epoch, done in run.epochs():
+                train_one_epoch(objective, batches.epoch(epoch, done), **run.loop)
+                run.end_epoch(**judge.after(epoch))
+            run.finish(**judge.reckoning(), knn_acc1=knn_acc1)
