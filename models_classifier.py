@@ -90,6 +90,11 @@ def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Ma
         name: value for name, value in weights.items() if not (other_head and name in ("head.weight", "head.bias"))
     }
     report = load_from_run(model, fitting, made_with)
+    if not model.num_classes and "norm.weight" in report.missing and "fc_norm.weight" in weights:
+        raise ValueError(
+            "these weights are of a classifier that averages the patch tokens: its last norm, fc_norm, comes after "
+            "the average, and frozen tokens need one before. Use the pretrained encoder, or features of tools.embed"
+        )
     if model.num_classes and "head.weight" in report.missing:
         trunc_normal_(model.head.weight, std=HEAD_STD)
         nn.init.zeros_(model.head.bias)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from models_mae import (
     take,
     without_autocast,
 )
-from models_vit import SIZES, VisionTransformer, load_matching, patch_grid
+from models_vit import SIZES, VisionTransformer, load_matching, patch_grid, require_plain_encoder
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def encoder_weights(weights: Mapping[str, Tensor], path: str) -> dict[str, Tenso
     missing = [name for name in needed if name not in weights]
     if missing:
         raise ValueError(f"checkpoint {path} holds no encoder that can teach: without {', '.join(missing)}")
+    require_plain_encoder(weights, where=f"the weights in checkpoint {path}")
     return {name: weights[name] for name in weights if name.startswith(("blocks.", "patch_embed.", *needed[:2]))}
 
 

@@ -8,7 +8,8 @@ for other channels. An encoder is timm's own class, so its state has timm's name
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 __all__ = [
+    "ONE_WIDTH_TWO_HEADS",
     "SIZES",
     "Block",
     "LoadReport",
@@ -35,6 +37,7 @@ __all__ = [
     "parse_name",
     "patch_grid",
     "position_table",
+    "require_plain_encoder",
     "resample_abs_pos_embed",
 ]
 
@@ -57,6 +60,9 @@ SIZES: dict[str, Size] = {
     "large": Size(1024, 24, 16),
     "huge": Size(1280, 32, 16),
 }
+
+
+ONE_WIDTH_TWO_HEADS = {192: "12 in NoR-MAE and MAE-Lite, 3 in DeiT and timm"}
 
 
 def parse_name(model: str) -> tuple[str, int]:
@@ -136,6 +142,77 @@ def _grouped(names: list[str]) -> str:
     return ", ".join(f"{top}.* ({len(full)})" if len(full) > 1 else full[0] for top, full in groups.items())
 
 
+PLAIN_TENSORS = re.compile(
+    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|(norm|fc_norm)\.(weight|bias)"
+    r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
+)
+"""Names of the tensors that an encoder of this project can have."""
+
+OTHER_ARCHITECTURES = {
+    r"\.ls[12]\.gamma|\.gamma_?[12]$|lambda1|layer_?scale": "layer scale (init_values in timm; DINOv2, DINOv3, BEiT)",
+    r"^(reg_token|register_tokens?|storage_tokens|registers)$": "register tokens (DINOv2 with registers, DINOv3)",
+    r"^(dist_token|head_dist)": "a distillation token (DeiT)",
+    r"\.(q_norm|k_norm)\.": "normalised queries and keys (qk_norm)",
+    r"rope|rotary|freqs|periods": "rotary positions (DINOv3, EVA-02)",
+    r"\.mlp\.(w12|w[123]|fc1_[gx]|gate\w*|up_proj|norm)\b": "a gated MLP (SwiGLU; DINOv2 giant, DINOv3, EVA-02)",
+    r"relative_position|rel_pos": "relative positions (BEiT, data2vec, SimMIM)",
+    r"\.attn\.([qv]_bias|[qkv]_proj|norm)\b": "another attention (BEiT, EVA-02)",
+    r"^(norm_pre|ln_pre|pre_layrnorm)|^patch_embed\.norm|\.norm[34]\.": "further norms (CLIP, Swin v2)",
+    r"^attn_pool|^latent": "attention pooling (SigLIP)",
+    r"^(cls_pos|patch_embed\.(?!proj)|blocks\.\d+\.(?!\d+\.))": "other layers than a plain ViT's",
+    r"^blocks\.\d+\.\d+\.": "blocks in chunks (DINOv2's training files) or in stages",
+}
+"""Patterns of tensor names that no encoder of this project has, and the architecture that they belong to."""
+
+
+def require_plain_encoder(weights: Iterable[str], own: Container[str] = (), where: str = "these weights") -> None:
+    """Refuse the weights of an encoder with parts that a plain vision transformer lacks.
+
+    Loading the rest would give a network that computes something else, without a word. Every program and tool that
+    reads an encoder calls this function.
+
+    Args:
+        weights: Names of the tensors.
+        own: Names that the model has and that are therefore no problem.
+        where: How the error message names the weights, for example by their file.
+
+    Raises:
+        ValueError: Naming the tensors and the architecture that they look like.
+    """
+    found: dict[str, list[str]] = {}
+    for name in weights:
+        if name in own or PLAIN_TENSORS.fullmatch(name) or name.startswith(("decoder", "terms.", "teacher.")):
+            continue
+        looks_like = next((what for pattern, what in OTHER_ARCHITECTURES.items() if re.search(pattern, name)), None)
+        if looks_like:
+            found.setdefault(looks_like, []).append(name)
+    if found:
+        parts = [f"{what}: {_across_blocks(names)}" for what, names in found.items()]
+        raise ValueError(
+            f"{where} are not those of a plain vision transformer with absolute positions, the only encoder that this "
+            f"project trains and reads. They also hold {'; '.join(parts)}. Without these tensors the encoder would "
+            "compute something else: use a checkpoint without them"
+        )
+
+
+def _other_names(weights: Iterable[str]) -> str:
+    """Return what to do with weights whose names are another program's; "" where that is not the problem."""
+    for name in weights:
+        if name.endswith("embeddings.patch_embeddings.projection.weight"):
+            return ". These are names of Hugging Face transformers: convert the weights to timm's names first"
+        if name.endswith(".patch_embed.proj.weight"):
+            prefix = name.removesuffix("patch_embed.proj.weight")
+            return f". The encoder's names start with {prefix!r}: save its tensors without this prefix"
+    return ""
+
+
+def _across_blocks(names: list[str]) -> str:
+    """Return `blocks.*.ls1.gamma (12), reg_token` for the names of a few or many tensors."""
+    counts = Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)
+    listed = [f"{name} ({count})" if name.startswith("blocks.*") else name for name, count in counts.items()]
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
 def load_matching(
     model: VisionTransformer, weights: Mapping[str, Tensor], *, grid: tuple[int, int] | None = None
 ) -> LoadReport:
@@ -146,11 +223,13 @@ def load_matching(
     where a tensor has another shape or a part of the encoder is missing.
     """
     own = model.state_dict()
+    require_plain_encoder(weights, own)
     missing = [name for name in own if name not in weights]
-    gaps = [name for name in missing if name.startswith(("patch_embed.", "blocks."))]
+    gaps = [name for name in missing if name.startswith(("patch_embed.", "blocks.", "cls_token", "pos_embed"))]
     if gaps:
         raise ValueError(
-            f"these weights hold no encoder of this model: without {_grouped(gaps)}; found {_grouped(list(weights))}"
+            f"these weights hold no encoder of this model: without {_across_blocks(gaps)}; "
+            f"found {_grouped(list(weights))}{_other_names(weights)}"
         )
     fitting, resampled, wrong = {}, [], []
     for name in own.keys() - missing:
@@ -173,9 +252,20 @@ def load_matching(
 def load_from_run(model: VisionTransformer, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
     """`load_matching` for a checkpoint of which the run's options are known; `made_with` is empty where they are not.
 
-    ValueError, too, for an encoder with another number of heads, which no weight's shape would tell.
+    ValueError, too, for an encoder with more blocks, or with another number of heads, which no weight's shape would
+    tell. Where nothing is known of the heads of weights whose width does not settle it, a warning says so.
     """
+    blocks = {int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)}
+    depth = len(model.blocks)
+    if blocks and max(blocks) >= depth:
+        raise ValueError(f"these weights are of an encoder with {max(blocks) + 1} blocks, the model has {depth}")
     if not made_with:
+        if model.embed_dim in ONE_WIDTH_TWO_HEADS:
+            log.warning(
+                "the number of attention heads cannot be read from weights: the model has %d, and encoders of %d "
+                "channels have %s. A wrong number gives wrong features; --num_heads sets it",
+                *(model.blocks[0].attn.num_heads, model.embed_dim, ONE_WIDTH_TWO_HEADS[model.embed_dim]),  # type: ignore[union-attr]
+            )
         return load_matching(model, weights)
     size, patch_size = parse_name(made_with["model"])
     heads, theirs = model.blocks[0].attn.num_heads, made_with["num_heads"] or SIZES[size].num_heads  # type: ignore[union-attr]

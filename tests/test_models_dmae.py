@@ -221,3 +221,15 @@ def test_a_run_goes_on_with_its_teacher_and_with_no_other(tmp_path):
     file.unlink()
     model, _ = from_checkpoint(tmp_path / "cut/checkpoints/last.pth")
     assert model.encode(torch.randn(2, 1, 8, 8)).shape == (2, 17, 24)
+
+
+def test_a_teacher_with_parts_that_would_be_left_out_is_refused():
+    teacher = {
+        "cls_token": torch.zeros(1, 1, 8),
+        "pos_embed": torch.zeros(1, 5, 8),
+        "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4),
+        "blocks.0.attn.qkv.weight": torch.zeros(24, 8),
+    }
+    assert encoder_weights(teacher, "t.pth").keys() == teacher.keys()
+    with pytest.raises(ValueError, match=r"checkpoint t\.pth are not .* layer scale .*blocks\.\*\.ls1\.gamma"):
+        encoder_weights({**teacher, "blocks.0.ls1.gamma": torch.ones(8)}, "t.pth")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from timm.layers import SwiGLUPacked
 from torch import nn
 
 import models_vit
@@ -17,6 +18,7 @@ from models_vit import (
     parse_name,
     patch_grid,
     position_table,
+    require_plain_encoder,
 )
 
 
@@ -188,6 +190,76 @@ def test_weights_of_another_model_are_refused_and_change_nothing(changes):
     with pytest.raises(ValueError, match="sizes|encoder"):
         load_matching(model, vit().state_dict())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+OTHERS = {
+    "layer scale": {"init_values": 1e-5},
+    "normalised queries and keys": {"qk_norm": True},
+    "register tokens": {"reg_tokens": 4},
+    "a norm|further norms": {"pre_norm": True},
+    "without blocks.*.attn.qkv.bias \\(2\\)": {"qkv_bias": False},
+    "without cls_token": {"class_token": False, "global_pool": "avg"},
+    "without pos_embed": {"pos_embed": "none"},
+    "gated MLP|other sizes": {"mlp_layer": SwiGLUPacked},
+}
+
+
+@pytest.mark.parametrize("told", OTHERS)
+def test_an_encoder_of_another_architecture_is_refused_by_name(told):
+    model = vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = vit(**OTHERS[told]).state_dict()
+    for load in (lambda: load_matching(model, weights), lambda: load_from_run(model, weights, {})):
+        with pytest.raises(ValueError, match=told.replace(".*", r"\.\*")):
+            load()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("blocks.0.gamma_1", "layer scale"),
+        ("blocks.1.ls2.gamma", r"layer scale .*: blocks\.\*\.ls2\.gamma \(1\)"),
+        ("register_tokens", "register tokens .*: register_tokens"),
+        ("storage_tokens", "register tokens"),
+        ("rope_embed.periods", "rotary positions"),
+        ("blocks.0.mlp.w12.weight", "gated MLP"),
+        ("blocks.0.attn.relative_position_bias_table", "relative positions"),
+        ("rel_pos_bias.relative_position_bias_table", "relative positions"),
+        ("blocks.0.attn.q_bias", "another attention"),
+        ("dist_token", "distillation token"),
+        ("attn_pool.latent", "attention pooling"),
+        ("blocks.0.0.norm1.weight", "in chunks"),
+        ("blocks.0.adapter.weight", "other layers"),
+    ],
+)
+def test_one_tensor_that_a_plain_encoder_lacks_is_enough(name, told):
+    with pytest.raises(ValueError, match=told):
+        require_plain_encoder([*vit().state_dict(), name], where="the file x.pth")
+    require_plain_encoder([*vit().state_dict(), name], own=[name])
+
+
+def test_heads_decoders_and_masks_of_known_checkpoints_are_no_problem():
+    others = (
+        "head.weight fc_norm.bias mask_token decoder_blocks.0.ls1.gamma decode.classify.weight neck.scales.0.0.bias"
+    )
+    require_plain_encoder([*vit().state_dict(), *others.split(), "projector.0.weight", "teacher.reg_token"])
+
+
+def test_names_of_other_programs_are_explained():
+    weights = vit().state_dict()
+    with pytest.raises(ValueError, match="names start with 'module.encoder.'"):
+        load_matching(vit(), {f"module.encoder.{name}": value for name, value in weights.items()})
+    with pytest.raises(ValueError, match="Hugging Face"):
+        load_matching(vit(), {"vit.embeddings.patch_embeddings.projection.weight": torch.zeros(1)})
+
+
+def test_a_deeper_encoder_is_refused_and_an_unknown_number_of_heads_is_reported(caplog):
+    with pytest.raises(ValueError, match="an encoder with 3 blocks, the model has 2"):
+        load_from_run(vit(), vit(depth=3).state_dict(), {})
+    tiny = vit(embed_dim=192, num_heads=12, depth=1)
+    load_from_run(tiny, vit(embed_dim=192, num_heads=3, depth=1).state_dict(), {})
+    assert "the model has 12, and encoders of 192 channels have 12 in NoR-MAE and MAE-Lite, 3 in DeiT" in caplog.text
 
 
 def test_everything_taken_from_timm_is_named():

@@ -26,7 +26,15 @@ import models_classifier
 from data.images import CROP_SHARE, classifier_crop_share
 from data.loader import pixel_statistics
 from data.splits import read_classes
-from models_vit import SIZES, VisionTransformer, load_matching, parse_name, patch_grid
+from models_vit import (
+    ONE_WIDTH_TWO_HEADS,
+    SIZES,
+    VisionTransformer,
+    load_matching,
+    parse_name,
+    patch_grid,
+    require_plain_encoder,
+)
 from tools import given
 from util import checkpoint
 
@@ -34,7 +42,6 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of the largest value, where that exceeds 1
 ARCHITECTURES = {size: f"vit_{size}_patch16_224" for size in SIZES} | {"huge": "vit_huge_patch14_224"}
-ONE_WIDTH_TWO_HEADS = {192: "12 in NoR-MAE and MAE-Lite, 3 in DeiT and timm"}
 DECODER = ("decoder_", "mask_token")  # how the names of MAE's decoder begin
 
 
@@ -187,6 +194,7 @@ def _create(architecture: str, arguments: Mapping[str, Any]) -> VisionTransforme
 
 def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
     """What timm.create_model must be told to build the model of these weights."""
+    require_plain_encoder(weights, where=f"the weights in {file}")
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if missing := [name for name in needed if name not in weights]:
         there = ", ".join(sorted({name.split(".")[0] for name in weights})[:8])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import methods
 from data.loader import pixel_statistics
-from models_vit import VisionTransformer, load_matching, patch_grid
+from models_vit import VisionTransformer, load_from_run, patch_grid
 from options import nearest
 from tools import encoder, given
 from util import checkpoint
@@ -193,7 +193,7 @@ def _by_name(
         model = built
     about, decoder_trained = f"random weights, seed {seed}", True
     if file:
-        report = load_matching(model, weights)
+        report = load_from_run(model, weights, {})
         log.info("%s: %s", file, report)
         about = f"weights of {Path(file).name}, {_heads(model)} heads"  # a file does not tell, so say it
         decoder_trained = not any(missing.startswith("decoder_") for missing in report.missing)
