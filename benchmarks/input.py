@@ -3,6 +3,7 @@
     python -m benchmarks.input IMAGES                       # a folder or a list of images, as for training
     python -m benchmarks.input IMAGES --variants torchvision folder pack256 --num_workers 8
 
+`NAME+plain` hands batches over in fresh shared memory, as a DataLoader does, and not by `data.shelf`.
 `torchvision` is the baseline: an ImageFolder's loader, RandomResizedCrop, flip, ToTensor and Normalize, in a DataLoader
 that hands out floats. `pillow` is our loader with torchcodec switched off, `folder` our loader, `region` the same with
 --region_decode, `packN` a pack with short side N (`packN+region` with that option), `rawN` one of raw pixels. Ours hand
@@ -33,8 +34,8 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
-from data import decode
-from data.images import ASPECT_RATIOS, for_crops
+from data import decode, loader
+from data.images import ASPECT_RATIOS
 from data.loader import Batches, TrainSamples, pretrain_transform
 from data.sources import Names, Source, open_source
 from tools import pack
@@ -114,6 +115,17 @@ def without_torchcodec() -> Iterator[None]:
         decode.torchcodec_jpeg = true
 
 
+@contextlib.contextmanager
+def without_shelf() -> Iterator[None]:
+    """Workers started inside hand batches over as a DataLoader does."""
+    true = loader.Shelf
+    loader.Shelf = lambda places: true(0)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        loader.Shelf = true  # type: ignore[misc]
+
+
 def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) -> dict[str, Any]:
     """Seconds per image by round; bytes per image of the packs; how far pixels are from Pillow's."""
     source = open_source("auto", given.data_path)
@@ -130,10 +142,11 @@ def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) ->
                 continue
             images = source
             if name.startswith(("pack", "raw")):
-                images, bytes_each[name] = packed(source, given, name.removesuffix("+region"), Path(folder))
+                images, bytes_each[name] = packed(source, given, name.split("+")[0], Path(folder))
             if region:
-                images = replace(images, read=for_crops(images.read))
-            switch = without_torchcodec if name == "pillow" else contextlib.nullcontext
+                images = replace(images, read=images.read_lazily or images.read)
+            switches = {"pillow": without_torchcodec, "plain": without_shelf}
+            switch = switches.get(name.split("+")[-1], contextlib.nullcontext)
             start = (torchvision_epochs if name == "torchvision" else our_epochs)(images, given)
             turns[name] = functools.partial(seconds_per_image, start, given, switch)
             turns[name]()  # starts the workers, fills the page cache

@@ -7,28 +7,35 @@ normalised, as floats.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
+from timm.data.auto_augment import AugmentOp
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torchvision.transforms import Compose
 
 from data.images import Transform, pretrain_transform
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
-    """timm's operation, also for 0 bits: black, as Pillow answered before it refused them.
+    """Keep the highest `bits_to_keep` bits of each value: timm's operation, and black for 0 bits.
 
-    At the strongest level timm asks for that: `rand-m9-mstd0.5-inc1` at about one image of a thousand.
+    At the strongest level timm asks for 0 bits (`rand-m9-mstd0.5-inc1`: about one image of a thousand), which Pillow
+    refuses.
     """
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
-for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-    auto_augment.NAME_TO_OP[name] = posterize
+def operations(pipeline: Compose) -> Iterator[AugmentOp]:
+    """Yield the operations that timm's automatic augmentations in `pipeline` choose from."""
+    for step in pipeline.transforms:
+        yield from getattr(step, "ops", ())  # RandAugment, AugMixAugment
+        for policy in getattr(step, "policy", ()):  # AutoAugment
+            yield from policy
 
 
 def finetune_transform(
@@ -69,6 +76,9 @@ def finetune_transform(
         )
     except (AssertionError, KeyError, IndexError, ValueError) as error:
         raise ValueError(f"aa: timm knows no augmentation {aa!r}; e.g. rand-m9-mstd0.5-inc1 or augmix-m3-w3") from error
+    for operation in operations(pipeline):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = posterize
     return functools.partial(_through_pillow, pipeline=pipeline)
 
 

@@ -20,7 +20,19 @@ import torch
 from torch import Tensor
 
 from data.images import ASPECT_RATIOS, ATTEMPTS, BadImage
-from data.loader import AUGMENTATION, NOISE, TRIES, Batch, NothingReadable, Source, mix
+from data.loader import (
+    AUGMENTATION,
+    NOISE,
+    TRIES,
+    Allocate,
+    Batch,
+    DrawNoise,
+    NothingReadable,
+    Source,
+    empty,
+    mix,
+    noise_generator,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +46,7 @@ CUBIC = -0.5  # Pillow's
 class DeviceSamples:
     """Augmented images with mask noise by (epoch, index), as `data.loader.TrainSamples`, made on the device.
 
+    Noise is uniform of `noise_shape`, or else what `draw_noise` returns for a generator of the sample's own.
     `source` is read once, by `num_workers` threads; images of several sizes are padded to the largest. An unreadable
     one is replaced by the next readable and reported with the first batch. ValueError where memory does not suffice.
     """
@@ -51,9 +64,10 @@ class DeviceSamples:
         std: Sequence[float],
         device: torch.device,
         num_workers: int = 0,
+        draw_noise: DrawNoise | None = None,
     ):
         self.input_size, self.min_scale, self.hflip = input_size, min_scale, hflip
-        self.seed, self.noise_shape = seed, noise_shape
+        self.seed, self.noise_shape, self.draw_noise = seed, noise_shape, draw_noise
         self.mean, self.std, self.device = tuple(mean), tuple(std), device
         self.images, self.sizes, shown, self._problems = _load(source, device, num_workers)
         self.labels = None if source.labels is None else torch.from_numpy(source.labels[shown]).to(device)
@@ -61,12 +75,16 @@ class DeviceSamples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+    def __getitems__(self, keys: Sequence[tuple[int, int]], allocate: Allocate = empty) -> Batch:
+        """Make a batch; `allocate` is not used, because its tensors are made on the device."""
         epochs, index = np.array(keys, np.int64).T
         boxes, mirrored = self.boxes(epochs, index)
         on_device = _moved(index, self.device)
         noise = None
-        if self.noise_shape is not None:
+        if self.draw_noise is not None:  # sample by sample on the CPU, the same numbers as `TrainSamples` draws
+            drawn = [self.draw_noise(noise_generator(self.seed, epoch, number)) for epoch, number in keys]
+            noise = _moved(torch.stack(drawn), self.device)
+        elif self.noise_shape is not None:
             states = _moved(states_of(self.seed, epochs, index, NOISE).view(np.int64), self.device)
             noise = uniforms(states, int(np.prod(self.noise_shape))).view(-1, *self.noise_shape)
         problems, self._problems = self._problems, []
@@ -87,9 +105,9 @@ class DeviceSamples:
         return random_boxes(self.sizes[index], self.min_scale, drawn[:, :-1]), drawn[:, -1] < self.hflip
 
 
-def _moved(array: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    tensor = torch.from_numpy(array)
+def _moved(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it."""
+    tensor = torch.as_tensor(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -9,12 +9,11 @@ channels; they become floats on the device (`data.loader.Batch.to`).
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import io
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +33,6 @@ LOG_RATIOS = torch.tensor(ASPECT_RATIOS).log().tolist()
 ATTEMPTS = 10  # at a crop that fits, as torchvision's; then the largest central one
 
 Transform = Callable[[np.ndarray | Image.Image], Tensor]
-Read = TypeVar("Read")
 
 
 class Pair(NamedTuple):
@@ -64,22 +62,32 @@ def is_image_name(name: str) -> bool:
     return dot > 0 and not name.startswith(".") and name[dot:].lower() in SUFFIXES
 
 
-def read_image(path: str, in_chans: int = 3) -> np.ndarray:
-    """The image file at `path` as uint8 `[H, W, in_chans]`; raises `BadImage`."""
+def read_image(path: str, in_chans: int = 3, *, lazy: bool = False) -> np.ndarray:
+    """Read the image file at `path` as uint8 `[H, W, in_chans]`; see `decode`. Raises `BadImage`."""
     try:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
         raise BadImage(path, error.strerror or str(error)) from error
-    return decode(data, in_chans, path)
+    return decode(data, in_chans, path, lazy=lazy)
 
 
-def decode(data: bytes, in_chans: int, name: str) -> np.ndarray:
-    """The bytes of an image file as uint8 `[H, W, in_chans]`; raises `BadImage(name, ...)`."""
+def decode(data: bytes, in_chans: int, name: str, *, lazy: bool = False) -> np.ndarray:
+    """Decode the bytes of an image file.
+
+    Args:
+        lazy: Return a JPEG file of 3 channels as `Undecoded`, from which a crop can be cut.
+
+    Returns:
+        uint8 `[H, W, in_chans]`.
+
+    Raises:
+        BadImage: With `name` and the reason.
+    """
     with blamed_on(name):
         if not data:
             raise ValueError("the file is empty")
-        if in_chans == 3 and _cut_later.get() and (header := can_be_cut(data)) is not None:
+        if lazy and in_chans == 3 and (header := can_be_cut(data)) is not None:
             return Undecoded(data, name, header.rows, header.columns)  # type: ignore[return-value]  # it stands for it
         if in_chans == 3 and (array_HWC := jpeg_pixels(data)) is not None:
             return array_HWC
@@ -100,22 +108,6 @@ class Undecoded:
         down, right = part
         found = jpeg_part(self.data, down.start, right.start, down.stop - down.start, right.stop - right.start)
         return decode(self.data, 3, self.name)[part] if found is None else found
-
-
-_cut_later: contextvars.ContextVar[bool] = contextvars.ContextVar("cut_later", default=False)
-
-
-def for_crops(read: Callable[[int], Read]) -> Callable[[int], Read]:
-    """A source's `read` for random crops (`pretrain_transform`), which takes `Undecoded` files too."""
-    return functools.partial(_read_for_crops, read)
-
-
-def _read_for_crops(read: Callable[[int], Read], number: int) -> Read:
-    before = _cut_later.set(True)
-    try:
-        return read(number)
-    finally:
-        _cut_later.reset(before)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.images import BadImage, Pair, PairTransform, Transform, eval_transform, pretrain_transform
-from data.shelf import Parcel, Shelf, room
+from data.shelf import Allocate, Parcel, Shelf, empty
 from data.sources import Source, open_source
 
 __all__ = [
@@ -50,6 +50,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 ORDER, AUGMENTATION, NOISE = range(3)  # independent streams of random numbers
 
 Floats = tuple[float, ...]
+DrawNoise = Callable[[torch.Generator], Tensor]  # from a CPU generator to a sample's noise [R, L]; picklable
 
 
 class _WorkersLost(Exception):
@@ -73,6 +74,16 @@ def mix(*words: int) -> int:
 
 def _generator(*words: int) -> torch.Generator:
     return torch.Generator().manual_seed(mix(*words))
+
+
+def noise_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """Return the CPU generator of a sample's noise. Its stream is its own: augmentation may draw as it likes."""
+    return _generator(seed, epoch, index, NOISE)
+
+
+def uniform_noise(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draw uniform noise in [0, 1) of `shape` (R, L)."""
+    return torch.rand(shape, generator=generator)
 
 
 def pixel_statistics(in_chans: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> tuple[Floats, Floats]:
@@ -104,7 +115,7 @@ class Batch:
 
     images    uint8 `[n, C, H, W]` from the loader; float32, normalised, after `to`
     labels    int64 `[n]`, or None where the source has none; masks `[n, H, W]` of a source of pairs
-    noise     float32 `[n, R, L]` in 0..1, or None
+    noise     `[n, R, L]`, float32 in 0..1 where the method draws no other noise, or None
     index     int64 `[n]`: which image was asked for (one that was unreadable is replaced, label and all)
     problems  (path, reason) of the images that were unreadable
     mean, std of each channel
@@ -152,10 +163,13 @@ class Batch:
         return replace(self, images=change(self.images), labels=labels, noise=noise, index=change(self.index))
 
 
-def collate(samples: list[Sample], mean: Floats, std: Floats) -> Batch:
-    """Samples as one batch. Images leave the resize with channels last and stay so: stacking is then a plain copy."""
+def collate(samples: list[Sample], mean: Floats, std: Floats, allocate: Allocate = empty) -> Batch:
+    """Stack samples into one batch, the images in memory from `allocate`.
+
+    Images leave the resize with channels last and stay so: stacking is then a plain copy.
+    """
     rows_HWC = [sample.image.permute(1, 2, 0) for sample in samples]
-    images_NHWC = torch.stack(rows_HWC, out=room((len(samples), *rows_HWC[0].shape), rows_HWC[0].dtype))
+    images_NHWC = torch.stack(rows_HWC, out=allocate((len(samples), *rows_HWC[0].shape), rows_HWC[0].dtype))
     labels = [sample.label for sample in samples if sample.label is not None]
     noise = [sample.noise for sample in samples if sample.noise is not None]
     return Batch(
@@ -185,18 +199,23 @@ def _transformed(source: Source, transform: Transform | PairTransform, image: An
 
 
 class Samples(Protocol):
-    """What a loader needs: a whole batch by its keys. An exception that the user should read is handed back as a value,
-    because one raised in a worker arrives wrapped in a traceback."""
+    """Make batches by the keys of their samples.
+
+    An exception that the user should read is returned as a value, because one raised in a worker arrives wrapped in a
+    traceback. `allocate` returns uninitialised memory for the images.
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitems__(self, keys: Sequence[Any]) -> Batch | NothingReadable: ...
+    def __getitems__(self, keys: Sequence[Any], allocate: Allocate = ...) -> Batch | NothingReadable: ...
 
 
 class TrainSamples(Dataset):
     """Augmented images with mask noise, by (epoch, index): the same key is always the same sample.
 
-    noise_shape  (R, L): rows of noise for each image and its number of patches; None for no noise
+    Args:
+        noise_shape: (R, L) of uniform noise, rows for each image and its number of patches; None for no noise.
+        draw_noise: Draws other noise than that, from the CPU generator of one sample.
     """
 
     def __init__(
@@ -208,8 +227,11 @@ class TrainSamples(Dataset):
         *,
         mean: Sequence[float],
         std: Sequence[float],
+        draw_noise: DrawNoise | None = None,
     ):
-        self.source, self.transform, self.seed, self.noise_shape = source, transform, seed, noise_shape
+        self.source, self.transform, self.seed = source, transform, seed
+        uniform = None if noise_shape is None else functools.partial(uniform_noise, noise_shape)
+        self.draw_noise = draw_noise or uniform
         self.mean, self.std = tuple(mean), tuple(std)
 
     def __len__(self) -> int:
@@ -220,9 +242,12 @@ class TrainSamples(Dataset):
         all, and reported; the randomness stays that of the key."""
         return _last(self._steps(key))
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | NothingReadable:
-        """Many images are read in a row and then augmented in a row. One by one takes nearly a tenth longer: reading
-        and augmenting push each other's code and tables out of the processor's caches."""
+    def __getitems__(self, keys: Sequence[tuple[int, int]], allocate: Allocate = empty) -> Batch | NothingReadable:
+        """Read many images in a row and then augment them in a row.
+
+        One by one takes nearly a tenth longer: reading and augmenting push each other's code and tables out of the
+        processor's caches.
+        """
         samples: list[Sample] = []
         begun, waiting = [], 0
         try:
@@ -235,7 +260,7 @@ class TrainSamples(Dataset):
             samples += map(_last, begun)
         except NothingReadable as error:
             return error
-        return collate(samples, self.mean, self.std)
+        return collate(samples, self.mean, self.std, allocate)
 
     def _steps(self, key: tuple[int, int]) -> Iterator[Any]:
         """The image that was read (and another, should that one show its damage late), then the sample."""
@@ -255,9 +280,7 @@ class TrainSamples(Dataset):
                 problems.append((error.path, error.reason))
         else:
             raise NothingReadable(f"{len(problems)} images in a row cannot be read: {_first(problems)}")
-        noise = None
-        if self.noise_shape is not None:  # from a stream of its own: however much the augmentation has drawn
-            noise = torch.rand(self.noise_shape, generator=_generator(self.seed, epoch, index, NOISE))
+        noise = None if self.draw_noise is None else self.draw_noise(noise_generator(self.seed, epoch, index))
         yield Sample(pixels, label, noise, index, problems)
 
 
@@ -286,7 +309,7 @@ class EvalSamples(Dataset):
         pixels, label = _transformed(self.source, self.transform, self.source.read(index), index)
         return Sample(pixels, label, None, index, [])
 
-    def __getitems__(self, keys: Sequence[int]) -> Batch:
+    def __getitems__(self, keys: Sequence[int], allocate: Allocate = empty) -> Batch:
         samples, problems = [], []
         for key in keys:
             try:
@@ -296,7 +319,7 @@ class EvalSamples(Dataset):
         if not samples:
             nothing = torch.empty(0, len(self.mean), 1, 1, dtype=torch.uint8)
             return Batch(nothing, None, None, torch.empty(0, dtype=torch.int64), problems, self.mean, self.std)
-        return replace(collate(samples, self.mean, self.std), problems=problems)
+        return replace(collate(samples, self.mean, self.std, allocate), problems=problems)
 
 
 class Loader:
@@ -432,8 +455,7 @@ class _Posting(Dataset):
 
     def __getitems__(self, numbered: tuple[int, list]) -> Batch | NothingReadable:
         number, keys = numbered
-        with self.shelf.place(number):
-            batch = self.samples.__getitems__(keys)
+        batch = self.samples.__getitems__(keys, self.shelf.allocator(number))
         return batch if isinstance(batch, NothingReadable) else batch.posted(self.shelf, number)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -28,7 +29,6 @@ from data.images import BadImage, Pair, blamed_on, read_image
 from data.sources import Names, Source, contents_of, images_below, read_class_list
 from data.splits import CLASSES, HELD_OUT, TEST, VAL, Splits, take
 from options import SegmentOptions
-from util.distributed import Processes
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,22 @@ WANTED = f"a folder images, and a folder {' or '.join(MASK_FOLDERS)}"
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 GREY_PNG = b"\x89PNG\r\n\x1a\n", 0  # the first bytes, and the colour type
 NUMBER_MODES = {"1": "1 bit", "L": "grey", "P": "palette", "I;16": "16 bit", "I;16B": "16 bit", "I": "16 bit"}
+
+
+T = TypeVar("T")
+
+
+class Processes(Protocol):
+    """The processes of a run, of which each checks its share of the masks."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def gather(self, value: T, /) -> list[T]:
+        """Return every process's value, in the order of ranks."""
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,11 @@ class Pack:
         """Of everything stored."""
         return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
 
-    def reader(self, channels: int) -> Callable[[int], np.ndarray]:
-        """number of an image -> uint8 `[H, W, channels]`; raw pixels as they lie on the disk, not copied."""
+    def reader(self, channels: int) -> Callable[..., np.ndarray]:
+        """Return a function from an image's number to uint8 `[H, W, channels]`; raw pixels are mapped, not copied.
+
+        It takes `lazy` as a keyword, see `data.images.decode`.
+        """
         recipe = Recipe(**self.manifest["recipe"])
         if recipe.raw and recipe.channels != channels:
             raise ValueError(f"the pack {self.folder} holds raw images of {recipe.channels} channels, not {channels}")
@@ -132,7 +135,7 @@ class Pack:
         return (self.manifest["source"].get("folders") or {}).items()
 
 
-def _read(folder: str, index: np.ndarray, channels: int, number: int) -> np.ndarray:
+def _read(folder: str, index: np.ndarray, channels: int, number: int, lazy: bool = False) -> np.ndarray:
     shard, offset, size, rows, columns = index[number].item()[:5]
     name = f"{folder}/{shard_name(shard)}[{number}]"
     try:
@@ -141,7 +144,7 @@ def _read(folder: str, index: np.ndarray, channels: int, number: int) -> np.ndar
         raise BadImage(name, str(error)) from error
     if len(stored) != size:
         raise BadImage(name, "the shard is shorter than it was")
-    return stored.reshape(rows, columns, channels) if rows else decode(stored.tobytes(), channels, name)
+    return stored.reshape(rows, columns, channels) if rows else decode(stored.tobytes(), channels, name, lazy=lazy)
 
 
 @functools.cache  # one map a shard and process

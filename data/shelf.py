@@ -8,13 +8,11 @@ stacked right there. Places grow with the largest batch they have held. A small 
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import itertools
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +23,13 @@ ALIGNED = 64  # bytes
 
 _shelves: weakref.WeakValueDictionary[int, Shelf] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
-_place: contextvars.ContextVar[tuple[Shelf, int] | None] = contextvars.ContextVar("place", default=None)
+
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]  # shape and type to an uninitialised tensor
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor for the first of a batch's tensors, where `put` leaves it if a place is open."""
-    opened = _place.get()
-    if opened is None or not opened[0].files:
-        return torch.empty(shape, dtype=dtype)
-    shelf, number = opened
-    return shelf.look(shelf.parcels(number, [torch.empty(shape, dtype=dtype, device="meta")])[0])
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Allocate an uninitialised tensor in this process's own memory."""
+    return torch.empty(shape, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -75,14 +70,17 @@ class Shelf:
     def __getstate__(self) -> dict[str, list]:
         return {"files": [], "mapped": []}
 
-    @contextlib.contextmanager
-    def place(self, number: int) -> Iterator[None]:
-        """Inside, `room` is in the place of batch `number`."""
-        before = _place.set((self, number))
-        try:
-            yield
-        finally:
-            _place.reset(before)
+    def allocator(self, number: int) -> Allocate:
+        """Return a function that allocates the first tensors of batch `number`, in order, where `put` leaves them."""
+        if not self.files:
+            return empty
+        tensors: list[Tensor] = []
+
+        def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            tensors.append(torch.empty(shape, dtype=dtype, device="meta"))
+            return self.look(self.parcels(number, tensors)[-1])
+
+        return allocate
 
     def put(self, number: int, tensors: Sequence[Tensor]) -> list[Parcel] | list[Tensor]:
         """Batch `number` in its place, instead of the batch that lay there; the tensors themselves without places."""

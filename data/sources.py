@@ -78,6 +78,7 @@ class Source:
     classes   the labels' names, or None
     selection sha256 of the class list that chose them, or of a pack; or ""
     path      number of an image -> its file, where each has one of its own
+    read_lazily as `read`, but JPEG files may be returned as `data.images.Undecoded`; None where there are no files
     """
 
     names: Sequence[str]
@@ -86,6 +87,7 @@ class Source:
     classes: list[str] | None = None
     selection: str = ""
     path: Callable[[int], str] | None = None
+    read_lazily: Callable[[int], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -206,7 +208,8 @@ def _open_folder(data_path: str, split: str, in_chans: int, class_list: str | Se
     compact = Names(names)
     read = functools.partial(_read_file, root, compact, in_chans)
     path = functools.partial(_file, root, compact)
-    return _said(Source(compact, read, labels, found, selection, path), root, why)
+    lazily = functools.partial(read, lazy=True)
+    return _said(Source(compact, read, labels, found, selection, path, lazily), root, why)
 
 
 def _split_folder(data_path: str, split: str) -> str:
@@ -321,8 +324,8 @@ def _text_of(path: Path) -> str:
         raise ValueError(f"cannot read the list {path}: {error.strerror}") from error
 
 
-def _read_file(root: str, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
-    return read_image(_file(root, names, index), in_chans)
+def _read_file(root: str, names: Sequence[str], in_chans: int, index: int, lazy: bool = False) -> np.ndarray:
+    return read_image(_file(root, names, index), in_chans, lazy=lazy)
 
 
 def _file(root: str, names: Sequence[str], index: int) -> str:
@@ -366,7 +369,8 @@ def _open_list(list_path: str, data_path: str, split: str, in_chans: int) -> Sou
         raise ValueError(f"{path}: none of the first images exists, such as {os.path.join(root, names[0])}")
     labels, classes = _list_labels(path, [label for _, label in rows])
     read = functools.partial(_read_file, root, names, in_chans)
-    source = Source(names, read, labels, classes, path=functools.partial(_file, root, names))
+    path_of, lazily = functools.partial(_file, root, names), functools.partial(read, lazy=True)
+    source = Source(names, read, labels, classes, path=path_of, read_lazily=lazily)
     return _said(source, str(path), f"paths relative to {root}")
 
 
@@ -417,8 +421,14 @@ def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequ
     recipe = pack.manifest["recipe"]
     size = f"short side {recipe['short_side']}" if recipe["short_side"] else "original size"
     what = "raw pixels" if recipe["raw"] else f"JPEG quality {recipe['quality']}" if recipe["quality"] else "own files"
+    read = pack.reader(in_chans)
     source = Source(
-        Names(pack.names), pack.reader(in_chans), pack.labels, pack.manifest["classes"], selection=pack.fingerprint
+        Names(pack.names),
+        read,
+        pack.labels,
+        pack.manifest["classes"],
+        selection=pack.fingerprint,
+        read_lazily=functools.partial(read, lazy=True),
     )
     return _said(source, f"pack {folder}", f"{size}, {what}")
 
@@ -598,15 +608,18 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
     names = Names(f"{name}/{theirs}/{index:06d}" for index in range(len(table)))
     table = table.cast_column(image_key, datasets.Image(decode=False)).select_columns(image_key)
     read = functools.partial(_read_hugging_face, table, image_key, names, in_chans)
-    return _said(Source(names, read, labels, classes), f"hfds/{name}", f"split {theirs}")
+    source = Source(names, read, labels, classes, read_lazily=functools.partial(read, lazy=True))
+    return _said(source, f"hfds/{name}", f"split {theirs}")
 
 
-def _read_hugging_face(table: Any, image_key: str, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
+def _read_hugging_face(
+    table: Any, image_key: str, names: Sequence[str], in_chans: int, index: int, lazy: bool = False
+) -> np.ndarray:
     with blamed_on(names[index]):
         image = table[index][image_key]
         if image["bytes"] is None:
-            return read_image(image["path"], in_chans)
-        return decode(image["bytes"], in_chans, names[index])
+            return read_image(image["path"], in_chans, lazy=lazy)
+        return decode(image["bytes"], in_chans, names[index], lazy=lazy)
 
 
 # --- tar shards -------------------------------------------------------------------------------------------------------
@@ -627,7 +640,8 @@ def _open_shards(pattern: str, data_path: str, split: str, in_chans: int) -> Sou
     compact = Names(f"{os.path.basename(shards[member.shard])}/{member.name}" for member in members)
     places = np.array([(member.shard, member.offset, member.size) for member in members], np.int64)
     read = functools.partial(_read_member, shards, places, compact, in_chans)
-    return _said(Source(compact, read, labels, classes), f"{len(shards)} tar shards in {data_path}", why)
+    source = Source(compact, read, labels, classes, read_lazily=functools.partial(read, lazy=True))
+    return _said(source, f"{len(shards)} tar shards in {data_path}", why)
 
 
 @dataclass(slots=True)
@@ -715,7 +729,9 @@ def _braces(pattern: str) -> list[str]:
     return [each for number in numbers for each in _braces(pattern[: found.start()] + number + pattern[found.end() :])]
 
 
-def _read_member(shards: list[str], places: np.ndarray, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
+def _read_member(
+    shards: list[str], places: np.ndarray, names: Sequence[str], in_chans: int, index: int, lazy: bool = False
+) -> np.ndarray:
     shard, offset, size = places[index]
     try:
         with open(shards[shard], "rb") as file:
@@ -723,4 +739,4 @@ def _read_member(shards: list[str], places: np.ndarray, names: Sequence[str], in
             data = file.read(size)
     except OSError as error:
         raise BadImage(names[index], error.strerror or str(error)) from error
-    return decode(data, in_chans, names[index])
+    return decode(data, in_chans, names[index], lazy=lazy)

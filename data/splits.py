@@ -19,7 +19,6 @@ import numpy as np
 
 from data.sources import SPLIT_NAMES, Names, Source, class_folders_without_images, open_source
 from options import ClassifierOptions
-from util.folder import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +126,7 @@ def take(source: Source, indices: np.ndarray) -> Source:
         read=functools.partial(_taken, source.read, indices),
         labels=None if source.labels is None else source.labels[indices],
         path=source.path and functools.partial(_taken, source.path, indices),
+        read_lazily=source.read_lazily and functools.partial(_taken, source.read_lazily, indices),
     )
 
 
@@ -134,14 +134,14 @@ def _taken(of_number: Callable[[int], T], indices: np.ndarray, index: int) -> T:
     return of_number(int(indices[index]))
 
 
-def write_lists(splits: Splits, folder: Path) -> None:
-    """Leave the names of the classes and images in the run's folder: what it learned from, and what it never saw."""
-    write_whole(folder / CLASSES, "".join(f"{name}\n" for name in splits.train.classes or []))
+def write_lists(splits: Splits, folder: Path, write: Callable[[Path, str], None]) -> None:
+    """Write the names of the classes, and of the images of each part, into a run's folder with `write(path, text)`."""
+    write(folder / CLASSES, "".join(f"{name}\n" for name in splits.train.classes or []))
     lists = {"train": splits.train, "choice": splits.choice, "test": splits.test}
     for name, source in lists.items():
         labels = [""] * len(source) if source.labels is None else [f"\t{label}" for label in source.labels]
         text = "".join(f"{path}{label}\n" for path, label in zip(source.names, labels, strict=True))
-        write_whole(folder / f"images_{name}.txt", text)
+        write(folder / f"images_{name}.txt", text)
 
 
 def _labels(source: Source) -> np.ndarray:

@@ -28,6 +28,7 @@ from models_vit import for_channels
 from options import FinetuneOptions
 from util import checkpoint, distributed, optim, precision
 from util.distributed import Processes
+from util.folder import write_whole
 from util.logging import talk
 from util.run import Run, resolve, share_batches
 
@@ -178,4 +179,4 @@ def announce(options: FinetuneOptions, model: Classifier, found: Splits, run: Ru
     rows, columns = model.patch_embed.grid_size
     start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
-    splits.write_lists(found, run.folder)
+    splits.write_lists(found, run.folder, write_whole)

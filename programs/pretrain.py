@@ -11,7 +11,6 @@ import torch
 import methods
 from data.decode import lacks_parts
 from data.device_data import DeviceSamples
-from data.images import for_crops
 from data.loader import (
     Batches,
     EvalSamples,
@@ -95,7 +94,7 @@ def make_batches(
         options = replace(options, num_workers=0, pin_mem=False)  # nothing is left to load
     else:
         if options.region_decode and not (lack := lacks_parts()):
-            source = replace(source, read=for_crops(source.read))
+            source = replace(source, read=source.read_lazily or source.read)
         elif options.region_decode:
             log.warning("data: JPEG files are decoded whole, which takes longer: %s", lack)
         samples = TrainSamples(source, pretrain_transform(**crops), **shared)

@@ -25,6 +25,7 @@ from options import ProbeOptions
 from util import checkpoint, distributed, optim
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled
+from util.folder import write_whole
 from util.knn import knn_accuracy
 from util.logging import talk
 from util.run import Run, resolve, share_batches
@@ -135,7 +136,7 @@ def run(options: ProbeOptions) -> None:
         judge = judge_of(options, run, model, found, features.batches)
         with run:
             if processes.main:
-                splits.write_lists(found, run.folder)
+                splits.write_lists(found, run.folder, write_whole)
             knn_acc1 = features.knn()
             log.info("k nearest neighbours (k = 20, T = 0.07), %d test images: %.2f%%", len(found.test), knn_acc1)
             for epoch, done in run.epochs():

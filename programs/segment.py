@@ -39,6 +39,7 @@ from models_vit import for_channels
 from options import SegmentOptions
 from util import checkpoint, distributed, optim, precision
 from util.distributed import Processes
+from util.folder import write_whole
 from util.judge import Judge
 from util.logging import talk
 from util.run import Run, resolve, share_batches
@@ -225,4 +226,4 @@ def announce(options: SegmentOptions, model: Segmenter, found: Splits, run: Run)
     start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
     log.info("UPerNet on the outputs of blocks %s (from 0), %d classes", model.taps, found.classes)
-    splits.write_lists(found, run.folder)
+    splits.write_lists(found, run.folder, write_whole)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from data.augment import finetune_transform, posterize
+from data.augment import finetune_transform, operations, posterize
 
 PLAIN = {"min_scale": 0.08, "hflip": 0.5, "color_jitter": 0.0, "reprob": 0.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
@@ -31,4 +31,12 @@ def test_no_level_of_the_recipes_is_refused(aa):
     pixels = np.random.RandomState(0).randint(0, 256, (20, 20, 3), dtype=np.uint8)
     for _ in range(200):
         assert transform(pixels).shape == (3, 16, 16)
-    assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is posterize
+
+
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "v0", "originalr"])
+def test_posterize_is_replaced_in_the_pipeline_and_nowhere_else(aa):
+    before = dict(auto_augment.NAME_TO_OP)
+    transform = finetune_transform((16, 16), aa=aa, **PLAIN)
+    found = [op for op in operations(transform.keywords["pipeline"]) if op.name.startswith("Posterize")]
+    assert found and all(op.aug_fn is posterize for op in found)
+    assert before == auto_augment.NAME_TO_OP and posterize not in before.values()

@@ -117,6 +117,23 @@ def test_noise_is_uniform_and_of_the_shape_asked_for():
     assert make_samples(noise_shape=None)[(0, 0)].noise is None
 
 
+def test_noise_is_drawn_from_a_generator_of_the_samples_own():
+    drawn = torch.Generator().manual_seed(mix(7, 3, 5, 2))
+    assert torch.equal(make_samples()[(3, 5)].noise, torch.rand(2, 4, generator=drawn))
+    samples = TrainSamples(
+        make_source(), pretrain_transform(8), 7, (2, 4), mean=IMAGENET[0], std=IMAGENET[1], draw_noise=_digits
+    )
+    drawn.manual_seed(mix(7, 3, 5, 2))
+    assert torch.equal(samples[(3, 5)].noise, _digits(drawn))
+    batches = list(make_batches(samples, num_workers=1).epoch(0))
+    assert_same(batches, make_batches(samples).epoch(0))
+    assert batches[0].noise.dtype == torch.int64 and batches[0].noise.shape == (4, 1, 4)
+
+
+def _digits(generator):
+    return torch.randint(9, (1, 4), generator=generator)
+
+
 def greedy(image):
     """A transform that draws more random numbers than the usual one."""
     torch.rand(100)

@@ -8,8 +8,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from data import device_data
 from data.device_data import DeviceSamples, random_boxes, resized_crops, uniforms
-from data.images import BadImage, _resize
-from data.loader import Batches
+from data.images import BadImage, _resize, pretrain_transform
+from data.loader import Batches, TrainSamples
 from data.sources import Names, Source
 from tests.runs import Training, assert_same_end, final, finish, start_ranks
 
@@ -124,6 +124,21 @@ def test_the_mask_does_not_depend_on_crops_nor_on_further_rows_of_noise():
     noise = samples_of(source).__getitems__(keys).noise
     assert torch.equal(samples_of(source, min_scale=0.9, hflip=0.0).__getitems__(keys).noise, noise)
     assert torch.equal(samples_of(source, noise_shape=(1, 6)).__getitems__(keys).noise[:, 0], noise[:, 0])
+
+
+def block(generator):
+    """A mask with one hidden column, as a method may draw it."""
+    mask = torch.zeros(1, 6, dtype=torch.bool)
+    mask[0, int(torch.randint(6, (), generator=generator))] = True
+    return mask
+
+
+def test_noise_that_a_method_draws_is_that_of_the_loader():
+    source, keys = source_of([(20, 20), (31, 17), (9, 40)])[0], [(4, 2), (0, 1), (4, 0)]
+    on_device = samples_of(source, draw_noise=block).__getitems__(keys).noise
+    settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    loaded = TrainSamples(source, pretrain_transform(8), 3, None, draw_noise=block, **settings)
+    assert on_device.dtype == torch.bool and torch.equal(on_device, loaded.__getitems__(keys).noise)
 
 
 def test_any_number_of_ranks_and_any_start_see_the_same_samples():

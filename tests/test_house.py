@@ -44,7 +44,8 @@ ROOMS = [
     (r"models_mae", r"models_vit"),
     (r"models_\w+", r"models_mae|models_vit"),  # one paper a file: terms do not import each other
     (r"options(\.\w+)?", r"options(\.\w+)?"),
-    (r"(util|data)(\.\w+)?", BELOW),
+    (r"data(\.\w+)?", r"(data|options)(\.\w+)?"),
+    (r"util(\.\w+)?", BELOW),
 ]
 
 
@@ -103,6 +104,10 @@ def test_every_module_opens_with_what_it_is_for():
     everywhere = {**MODULES, **{str(path): path for path in sorted((PROJECT / "tests").rglob("*.py"))}}
     texts = {name: path.read_text(encoding="utf-8") for name, path in everywhere.items()}
     assert not [name for name, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))]
+
+
+def test_no_argument_is_hidden_in_a_context():
+    assert not [name for name, tree in trees().items() if "contextvars" in set(imported(tree))]
 
 
 def test_nothing_prints():

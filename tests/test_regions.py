@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data import decode, images
-from data.images import BadImage, Undecoded, for_crops, pretrain_transform
+from data.images import BadImage, Undecoded, pretrain_transform
 from data.loader import TrainSamples
 from data.sources import open_source
 from tests.test_decode import by_pillow, jpeg, outcome, picture
@@ -27,7 +27,7 @@ def boxes(rows, columns, count=12):
 
 
 def read_later(data):
-    return for_crops(lambda _: images.decode(data, 3, "a.jpg"))(0)
+    return images.decode(data, 3, "a.jpg", lazy=True)
 
 
 @with_package
@@ -61,7 +61,7 @@ def test_other_files_and_other_readers_have_whole_pixels():
     assert isinstance(read_later(png.getvalue()), np.ndarray)
     assert isinstance(read_later(data + b"more"), np.ndarray)
     assert isinstance(images.decode(data, 3, "a.jpg"), np.ndarray)
-    assert for_crops(lambda _: images.decode(data, 1, "a.jpg"))(0).shape == (20, 30, 1)
+    assert images.decode(data, 1, "a.jpg", lazy=True).shape == (20, 30, 1)
 
 
 def test_a_file_that_is_cut_off_is_bad_whatever_its_crop_shows():
@@ -93,7 +93,7 @@ def folder_of(tmp_path, *files):
 
 
 def samples(source, later):
-    read = for_crops(source.read) if later else source.read
+    read = source.read_lazily if later else source.read
     source = type(source)(source.names, read)
     return TrainSamples(source, pretrain_transform(16), 0, (1, 4), mean=(0.5,) * 3, std=(0.5,) * 3)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import shelf as shelves
-from data.shelf import Shelf, room
+from data.shelf import Shelf, empty
 
 TENSORS = [
     torch.arange(60, dtype=torch.uint8).view(1, 3, 4, 5),
@@ -45,33 +45,27 @@ def test_a_place_is_used_again_and_grows():
 
 def test_what_is_made_in_its_place_is_not_copied():
     shelf = Shelf(2)
-    with shelf.place(3):
-        made = room((2, 5, 3), torch.uint8)
+    allocate = shelf.allocator(3)
+    made, second = allocate((2, 5, 3), torch.uint8), allocate((4,), torch.int64)
     made.copy_(torch.arange(30).view(2, 5, 3))
-    parcels = shelf.put(3, [made.permute(0, 2, 1), TENSORS[3]])
+    second.copy_(torch.arange(4))
+    parcels = shelf.put(3, [made.permute(0, 2, 1), second, TENSORS[3]])
     assert shelf.look(parcels[0]).data_ptr() == made.data_ptr()
+    assert shelf.look(parcels[1]).data_ptr() == second.data_ptr()
     assert torch.equal(opened(parcels)[0], torch.arange(30).view(2, 5, 3).permute(0, 2, 1))
-    assert torch.equal(opened(parcels)[1], TENSORS[3])
+    assert torch.equal(opened(parcels)[1], torch.arange(4)) and torch.equal(opened(parcels)[2], TENSORS[3])
 
 
 def test_what_is_made_in_its_place_survives_the_growth_of_the_place(monkeypatch):
     monkeypatch.setattr(shelves, "SPARE", 0)
     shelf, large = Shelf(1), torch.rand(2**18)
-    with shelf.place(0):
-        made = room((1000,), torch.float32).copy_(torch.arange(1000))
+    made = shelf.allocator(0)((1000,), torch.float32).copy_(torch.arange(1000))
     found = opened(shelf.put(0, [made, large]))
     assert torch.equal(found[0], torch.arange(1000.0)) and torch.equal(found[1], large)
 
 
-def test_room_is_anywhere_outside_of_a_place_and_without_memory_files():
-    shelf = Shelf(1)
-    with shelf.place(0):
-        inside = room((4,), torch.int64).fill_(1)
-    outside = room((4,), torch.int64).fill_(2)
-    assert outside.shape == (4,) and outside.dtype == torch.int64 and inside.tolist() == [1] * 4
-    with pickle.loads(pickle.dumps(shelf)).place(0):
-        room((4,), torch.int64).fill_(3)
-    assert inside.tolist() == [1] * 4
+def test_without_memory_files_tensors_are_allocated_in_own_memory():
+    assert pickle.loads(pickle.dumps(Shelf(1))).allocator(0) is empty
 
 
 def test_another_process_fills_it():

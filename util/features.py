@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.loader import WORKER_TIMEOUT, Batch, EvalSamples, Source, eval_batches, eval_transform
+from data.loader import (
+    WORKER_TIMEOUT,
+    Allocate,
+    Batch,
+    EvalSamples,
+    Source,
+    empty,
+    eval_batches,
+    eval_transform,
+)
 
 
 def encode_source(
@@ -85,7 +94,8 @@ class FeatureSamples(Dataset):
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+    def __getitems__(self, keys: Sequence[tuple[int, int]], allocate: Allocate = empty) -> Batch:
+        """Select rows; `allocate` is not used, because features are not decoded by workers."""
         index = torch.tensor([index for _, index in keys])
         return Batch(self.features[index], self.labels[index], None, index)
 
