@@ -1,0 +1,51 @@
+"""Checkpoints of earlier versions: resumed to the same weights, and opened by the tools. See tests/fixtures/make.py."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import methods
+from tests.runs import Training, final, metrics
+from tools import encoder
+
+PROJECT = Path(__file__).resolve().parent.parent
+FIXTURES = PROJECT / "tests/fixtures"
+RUNS = yaml.safe_load((FIXTURES / "runs.yaml").read_text())
+PRETRAINED = [name for name, run in RUNS.items() if run["door"] == "main_pretrain"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_an_earlier_version_resumes_to_the_weights_that_it_would_have_reached(tmp_path, name):
+    """Bit for bit on the recorded processor type and torch version, else up to rounding."""
+    run, folder = RUNS[name], tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copy(FIXTURES / f"{name}.pth", folder / "checkpoints/last.pth")
+    training = Training(folder, *run["options"].split(), door=run["door"], tiny=False)
+    assert training.wait() == 0, training.said
+    assert metrics(folder)[0]["step"] == run["stop_after"] + 1
+    resumed, expected = final(folder)["model"], torch.load(FIXTURES / f"{name}_end.pth", weights_only=True)
+    recorded = (expected["torch"], expected["cpu"])
+    exact = recorded == (str(torch.__version__), torch.backends.cpu.get_cpu_capability())
+    assert resumed.keys() == expected["model"].keys()
+    for key, value in expected["model"].items():
+        tolerance = {"rtol": 0, "atol": 0} if exact else {}
+        torch.testing.assert_close(resumed[key], value, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_a_pretrained_model_of_an_earlier_version_loads(name):
+    path = FIXTURES / f"{name}.pth"
+    model, options = methods.from_checkpoint(path)
+    stored = torch.load(path, weights_only=True)
+    assert options["method"] == name and not model.training
+    assert all(torch.equal(value, stored["model"][key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [*PRETRAINED, "finetune"])
+def test_an_encoder_of_an_earlier_version_loads(name):
+    found = encoder.load(FIXTURES / f"{name}.pth")
+    assert found.heads == 2 and found.updates == RUNS[name]["stop_after"]
+    assert found.classes == (10 if name == "finetune" else 0)
