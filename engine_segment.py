@@ -32,9 +32,9 @@ PICTURES = 6
 
 
 class Objective(nn.Module):
-    """`(images, masks) -> {"loss", "segmentation", "auxiliary"}`: mean cross-entropy of the pixels that have a class.
+    """`(images, masks) -> {"loss", "segmentation", "auxiliary"}`: cross-entropies averaged over all pixels.
 
-    loss = segmentation + weight x auxiliary. Masks are `[N, H, W]`, of the images' size; pixels of IGNORE do not count.
+    loss = segmentation + weight x auxiliary. Masks are `[N, H, W]`, of the images' size; pixels of IGNORE count as 0.
     Where the loss is not finite, batch norm's running statistics stay as they were, as the weights will.
     """
 
@@ -55,10 +55,13 @@ class Objective(nn.Module):
 
 
 def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """The mean over all pixels with a class; 0 where there is none (not the mean of nothing, which is no number)."""
+    """Compute the cross-entropy summed over the pixels that have a class, divided by the number of all pixels.
+
+    Pixels of IGNORE count as 0 in the average, as in mmsegmentation (`avg_non_ignore=False`, its default). The loss of
+    a batch is therefore the average of its images' losses, on any number of processes.
+    """
     logits = brought_to(logits, masks)
-    total = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
-    return total / (masks != IGNORE).sum().clamp(min=1)
+    return F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum") / masks.numel()
 
 
 def brought_to(logits: Tensor, masks: Tensor) -> Tensor:
@@ -110,14 +113,23 @@ def starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, windows: Windows) -> Tensor:
-    """Logits `[N, K, H, W]`, averaged over the windows that see a pixel, and over the mirror image.
+def predict(model: nn.Module, images: Tensor, windows: Windows, size: Sequence[int] | None = None) -> Tensor:
+    """Compute the scores `[N, K, *size]` of the classes at each pixel; the highest score is the prediction.
 
-    The images are normalised; where one is smaller than a window, the mean colour is put to its right and below.
+    Scores are logits, averaged over the windows that contain a pixel. With `flip` they are probabilities, averaged over
+    the image and its mirror image, as in mmsegmentation.
+
+    Args:
+        model: returns logits at any resolution as the first of its outputs.
+        images: normalised, `[N, C, H, W]`; where smaller than a window, they are padded with the mean colour on the
+            right and below.
+        windows: how the images are cut into the inputs of the model.
+        size: rows and columns to which logits are resized, before they become probabilities; default: H, W.
     """
     if windows.flip:
         once = replace(windows, flip=False)
-        return (predict(model, images, once) + predict(model, images.flip(-1), once).flip(-1)) / 2
+        straight, mirrored = (predict(model, shown, once, size).softmax(dim=1) for shown in (images, images.flip(-1)))
+        return (straight + mirrored.flip(-1)) / 2
     height, width = images.shape[-2:]
     patch = windows.patch
     crop = windows.crop or (math.ceil(height / patch) * patch, math.ceil(width / patch) * patch)
@@ -134,7 +146,10 @@ def predict(model: nn.Module, images: Tensor, windows: Windows) -> Tensor:
         for (top, left), of_window in zip(group, logits.chunk(len(group)), strict=True):
             total[..., top : top + crop[0], left : left + crop[1]] += of_window
             seen[top : top + crop[0], left : left + crop[1]] += 1
-    return (total / seen)[..., :height, :width]
+    logits = (total / seen)[..., :height, :width]
+    if size is None or tuple(size) == (height, width):
+        return logits
+    return F.interpolate(logits, size=list(size), mode="bilinear", align_corners=False)
 
 
 def confusion(masks: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -194,8 +209,8 @@ def evaluate(
         assert batch.labels is not None
         masks = batch.labels.long()
         with autocast():
-            logits = predict(model, batch.images, windows)
-        matrix_KK += confusion(masks, brought_to(logits, masks).argmax(dim=1), classes)
+            scores = predict(model, batch.images, windows, masks.shape[-2:])
+        matrix_KK += confusion(masks, scores.argmax(dim=1), classes)
         images += len(batch)
     model.train(was_training)
     return figures_of(processes.sum(matrix_KK), names) | {"images": int(processes.sum(images))}
@@ -246,8 +261,8 @@ def predicted_masks(
         batch = batch.to(device)
         assert batch.labels is not None
         with autocast():
-            logits = predict(model, batch.images, windows)
-        classes_HW = brought_to(logits, batch.labels).argmax(dim=1)[0].cpu()
+            scores = predict(model, batch.images, windows, batch.labels.shape[-2:])
+        classes_HW = scores.argmax(dim=1)[0].cpu()
         image_CHW = brought_to(batch.images, batch.labels)[0]
         made.append((shown(image_CHW, samples.mean, samples.std), batch.labels[0].cpu(), classes_HW))
     model.train(was_training)

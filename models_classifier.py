@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models_vit import SIZES, LoadReport, VisionTransformer, load_from_run, parse_name, patch_grid
 
 HEAD_STD, PROBE_STD = 2e-5, 0.01  # MAE's initial weights of the head, fine-tuned and probed
+TOKEN_STD = 0.02  # of the class token, trained from scratch
 
 
 class Classifier(VisionTransformer):
@@ -24,6 +25,14 @@ class Classifier(VisionTransformer):
     `global_pool` "avg" normalises the average of the patch tokens and leaves out the encoder's own norm, as MAE does;
     "token" classifies the class token.
     """
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialise as timm does, but the class token with std 0.02 as timm 0.3.2, on which MAE is built.
+
+        Later versions of timm use 1e-6. Linear layers and positions are the same in both.
+        """
+        super().init_weights(mode, needs_reset)
+        trunc_normal_(self.cls_token, std=TOKEN_STD)
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens `[N, 1 + L, D]` after the last block, and after the encoder's norm where it has one ("token")."""

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from models_mae import (
     MaskedAutoencoderViT,
@@ -98,9 +97,15 @@ def neighbor_table(grid: tuple[int, int], border: str = "natural", device: torch
 
 
 def neighbor_similarities(tokens: Tensor, grid: tuple[int, int], border: str) -> tuple[Tensor, Tensor]:
-    """Cosine similarity with each neighbour `[N, L, K]`, -inf where there is none; the neighbours `[L, K]`, ascending.
+    """Compute the cosine similarity of each patch with its neighbours.
 
-    Four products of the grid with itself, shifted: cosines are symmetric, so each product fills two slots.
+    Cosines are symmetric, so four shifted products of the grid with itself fill the eight slots.
+
+    Returns:
+        The similarities `[N, L, K]` and the neighbours `[L, K]` in ascending order. Where a patch has no neighbour the
+        similarity is -inf and the neighbour L. A similarity that is NaN becomes -1, the lowest cosine, because argmax
+        and comparisons treat NaN differently in eager and compiled code; the NaN itself reaches the loss through the
+        tokens.
     """
     N, L, _ = tokens.shape
     if L != grid[0] * grid[1]:
@@ -114,6 +119,7 @@ def neighbor_similarities(tokens: Tensor, grid: tuple[int, int], border: str) ->
             similarity[(*here, slot)] = cosine
             similarity[(*there, K - 1 - slot)] = cosine
     similarity_NLK = similarity.reshape(N, L, K).gather(2, order_LK.expand(N, -1, -1))
+    similarity_NLK = similarity_NLK.masked_fill(similarity_NLK.isnan(), -1.0)
     return similarity_NLK.masked_fill(table_LK == L, -torch.inf), table_LK
 
 
@@ -128,7 +134,7 @@ def closest_neighbors(tokens: Tensor, grid: tuple[int, int], border: str = "natu
     similarity_NLK, table_LK = neighbor_similarities(tokens, grid, border)
     tolerance = 4 * torch.finfo(similarity_NLK.dtype).eps
     equal_NLK = similarity_NLK >= similarity_NLK.amax(dim=-1, keepdim=True) - tolerance
-    slot_NL = equal_NLK.to(torch.uint8).argmax(dim=-1)  # the first of equals, and a neighbour even among NaN
+    slot_NL = equal_NLK.to(torch.uint8).argmax(dim=-1)  # the first of equals
     return table_LK.expand(len(tokens), -1, -1).gather(2, slot_NL[:, :, None])[:, :, 0]
 
 
@@ -169,7 +175,7 @@ def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", 
     require("relation", relation, Relation)
     require("normalize", normalize, Normalize)
     with without_autocast(z):
-        predicted_in = z_cnp.dtype
+        predicted, predicted_in = z, z_cnp.dtype
         z, z_cnp = at_least_float32(z), at_least_float32(z_cnp.detach())
         # A compiler knows itself what the backward pass is to keep, and has its limits with a function of one's own.
         by_hand = relation in LINEAR and not torch.compiler.is_compiling()
@@ -189,34 +195,52 @@ def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", 
         elif relation == "token_off_diagonal":
             z_cnp = (z_cnp.sum(dim=1, keepdim=True) - z_cnp) * (L / P)
         if by_hand:
-            return MeanProduct.apply(z, z_cnp, normalize == "token", predicted_in)
+            a = predicted if normalize == "token" else z  # as the model holds it, so that saving it takes no memory
+            return MeanProduct.apply(a, z_cnp, normalize == "token", predicted_in)
         return (z * z_cnp).sum(dim=2).mean()
 
 
 class MeanProduct(torch.autograd.Function):
-    """The mean over all tokens of a c, where a is `z` `[N, L, P]`, or `z` standardised, and `c` is constant.
+    """Mean over all tokens of a . c, with a = `z` `[N, L, P]`, optionally standardised, and `c` a constant.
 
-    The gradient is that constant, but for the standardisation. So it is worked out at once, in the place of `c`, and
-    kept in the type `kept`. A backward pass over a and c would hold them, and more of their size, at the step's fullest
-    moment. `c` is overwritten where `z` is to be standardised.
+    The gradient with respect to `z` is known in the forward pass, so it is computed there, in the memory of `c` (which
+    is overwritten), and saved in the type `kept`. Autograd would instead save a, c and intermediate results of their
+    size. `z` is saved too, which costs nothing where the model keeps it anyway.
+
+    With row deviation s, q = a . c and c' = c - mean(c), the gradient of q with respect to a row of z is
+
+        g = (c' - a q / (P - 1)) / s
+
+    A second backward pass (`create_graph=True`) needs c', which is recovered as c' = s g + a q / (P - 1).
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, c: Tensor, standardized: bool, kept: torch.dtype) -> Tensor:
-        a = standardize(z) if standardized else z
+        x = at_least_float32(z)
+        a = standardize(x) if standardized else x
         product_NL1 = (a[:, :, None] @ c[..., None])[..., 0]
-        if standardized and ctx.needs_input_grad[0]:  # z also acts through the mean and the deviation s of its row
-            s = (z.var(dim=2, keepdim=True) + EPS).sqrt()
-            c.sub_(c.mean(dim=2, keepdim=True)).addcmul_(a, product_NL1, value=-1 / (z.shape[2] - 1)).div_(s)
+        if standardized and ctx.needs_input_grad[0]:
+            s = (x.var(dim=2, keepdim=True) + EPS).sqrt()
+            c.sub_(c.mean(dim=2, keepdim=True)).addcmul_(a, product_NL1, value=-1 / (x.shape[2] - 1)).div_(s)
         del a  # before another of its size is made
-        ctx.save_for_backward(c.to(kept))
+        ctx.standardized = standardized
+        ctx.save_for_backward(c.to(kept), *((z, product_NL1) if standardized else ()))
         return product_NL1.mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (c,) = ctx.saved_tensors
-        return c.to(gradient.dtype, copy=True).mul_(gradient / c.shape[:2].numel()), None, None, None
+        g, *rest = ctx.saved_tensors
+        tokens = g.shape[:2].numel()
+        if not torch.is_grad_enabled():
+            return g.to(gradient.dtype, copy=True).mul_(gradient / tokens), None, None, None
+        g = g.to(gradient.dtype)
+        if ctx.standardized:
+            z, q = rest
+            z = at_least_float32(z)
+            s, a = (z.var(dim=2, keepdim=True) + EPS).sqrt(), standardize(z)
+            centred = (s * g + a * q / (z.shape[2] - 1)).detach()
+            g = (centred - a * (a * centred).sum(dim=2, keepdim=True) / (z.shape[2] - 1)) / s
+        return g * (gradient / tokens), None, None, None
 
 
 # ---- the term -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_mae import MaskedAutoencoderViT, Term, View, require_number
+from models_mae import MaskedAutoencoderViT, Term, View, at_least_float32, require_number
 from models_vit import initialize
 
 IMAGENET_CLASSES = 1000
@@ -81,4 +81,4 @@ class LabelTerm(Term):
 
     def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
         assert view.labels is not None  # the model has seen to it
-        return F.cross_entropy(self.logits(view).float() / self.options.temperature, view.labels)
+        return F.cross_entropy(at_least_float32(self.logits(view)) / self.options.temperature, view.labels)

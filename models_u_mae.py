@@ -23,6 +23,8 @@ from models_mae import (
     without_autocast,
 )
 
+POOLS = ("patches", "class", "class_released")
+
 
 @dataclass(frozen=True)
 class UniformityOptions:
@@ -30,13 +32,14 @@ class UniformityOptions:
 
     weight: float = 0.01
     """Weight of the mean squared cosine."""
-    pool: Literal["patches", "class"] = "patches"
-    """An image's feature: the mean of its encoded visible patches, or its class token."""
+    pool: Literal["patches", "class", "class_released"] = "patches"
+    """Feature of an image: `patches`, the mean of its encoded visible patches; `class`, its class token;
+    `class_released`, its class token after the encoder's norm a second time, as the released code computes it."""
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight)
-        if self.pool not in ("patches", "class"):
-            raise ValueError(f"pool is {self.pool!r}; it can be patches, class")
+        if self.pool not in POOLS:
+            raise ValueError(f"pool is {self.pool!r}; it can be {', '.join(POOLS)}")
 
 
 def uniformity(features: Tensor) -> Tensor:
@@ -60,5 +63,7 @@ class UniformityTerm(Term):
     images_together = "ranks"
 
     def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
-        pooled = view.latent[:, 0] if self.options.pool == "class" else view.latent[:, 1:].mean(dim=1)
-        return uniformity(pooled)
+        if self.options.pool == "patches":
+            return uniformity(view.latent[:, 1:].mean(dim=1))
+        class_ND = view.latent[:, 0]
+        return uniformity(model.norm(class_ND) if self.options.pool == "class_released" else class_ND)

@@ -116,7 +116,10 @@ def load_segmenter(model: Segmenter, weights: Mapping[str, Tensor], made_with: M
 
 
 class Neck(nn.Module):
-    """Four maps of one scale made into four scales: 4 and 2 times as fine, as they are, and half as fine."""
+    """Bring four maps of one scale to four scales: 4 and 2 times as fine, unchanged, and half as fine.
+
+    The last row or column of an odd map is dropped by the pooling, as in mmsegmentation.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -129,12 +132,20 @@ class Neck(nn.Module):
                 nn.Sequential(twice(), nn.BatchNorm2d(channels), nn.GELU(), twice()),
                 twice(),
                 nn.Identity(),
-                nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True),
+                HalfMaxPool(),
             ]
         )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         return [scale(each) for scale, each in zip(self.scales, maps, strict=True)]
+
+
+class HalfMaxPool(nn.Module):
+    """Maximum over 2 x 2 windows, rounding odd sides down; a side of one patch stays one patch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = [min(2, side) for side in x.shape[-2:]]
+        return F.max_pool2d(x, kernel_size=kernel, stride=kernel)
 
 
 class UPerHead(nn.Module):

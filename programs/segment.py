@@ -161,7 +161,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
     schedule = optim.warmup_poly(
         optimizer,
         steps=total_steps,
-        warmup_steps=round(options.warmup_epochs * batches.steps_per_epoch),
+        warmup_steps=options.warmup_epochs * batches.steps_per_epoch,
         power=options.power,
         min_lr=options.min_lr,
     )

@@ -88,6 +88,15 @@ def test_a_new_head_starts_near_zero_and_a_fitting_one_is_kept():
     assert torch.equal(other.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
 
 
+def test_from_scratch_the_class_token_is_as_wide_as_maes():
+    """timm 0.3.2, which MAE pins, draws it and the positions with std 0.02; today's timm uses 1e-6."""
+    torch.manual_seed(0)
+    model = models_classifier.build("mae_vit_base_patch16", num_classes=2, input_size=(32, 32), depth=1)
+    for drawn in (model.cls_token, model.pos_embed, model.blocks[0].mlp.fc1.weight):
+        assert drawn.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not model.blocks[0].mlp.fc1.bias.any()
+
+
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (8, 12), (16, 6)])
 def test_positions_are_resampled_to_another_grid_as_mae_does(size):
     source = classifier(in_chans=4)

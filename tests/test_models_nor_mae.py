@@ -125,6 +125,33 @@ def test_not_a_number_still_yields_neighbours():
     assert released_neighbors(tokens, (3, 3)).max() < 9
 
 
+@pytest.mark.parametrize(
+    ("select", "grid"),
+    [
+        (closest_neighbors, (5, 7)),
+        pytest.param(closest_neighbors, (14, 14), marks=pytest.mark.slow),
+        pytest.param(released_neighbors, (5, 7), marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_selection_among_nan_is_the_eager_one(select, grid):
+    """Inductor's argmax over a row of comparisons with NaN can return an index past the end of the row."""
+    torch.compiler.reset()
+    tokens = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(select, fullgraph=True)
+    for bad in ((0,), (3, 4, grid[1] + 3), tuple(range(tokens.shape[1]))):
+        broken = tokens.clone()
+        broken[1, list(bad)] = torch.nan
+        found, expected = compiled(broken, grid), select(broken, grid)
+        assert torch.equal(found, expected)
+        assert torch.equal(found[0], select(tokens, grid)[0])
+
+
+def test_a_neighbour_that_is_not_a_number_is_chosen_last():
+    tokens = torch.eye(9)
+    tokens[0] = torch.nan
+    assert closest_neighbors(tokens[None], (3, 3))[0, 4] == 1
+
+
 def test_moving_the_image_moves_its_neighbours():
     torch.manual_seed(0)
     tokens = torch.randn(1, 5, 7, 6)
@@ -272,18 +299,37 @@ def test_relations_are_float32_at_least_and_give_the_companion_no_gradient(relat
     assert z.grad is not None and z_cnp.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("relation", ["off_diagonal", "diagonal", "token_off_diagonal"])
-def test_all_that_is_kept_for_the_gradient_is_one_tensor_in_half_precision(relation):
+def test_linear_relations_save_one_half_precision_tensor_beside_their_input(relation, dtype):
     z, z_cnp = (x.detach().bfloat16() for x in predictions())
     exact = z.double().requires_grad_()
     (wanted,) = torch.autograd.grad(relation_by_matrix(exact, z_cnp.double(), relation, "token"), exact)
-    kept, z = [], z.float().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((x.dtype, x.shape)) or x, lambda x: x):
+    kept, z = [], z.to(dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         found = neighbor_relation(z, z_cnp, relation)
-    assert kept == [(torch.bfloat16, z.shape)]
+    new = [(x.dtype, x.shape) for x in kept if x.data_ptr() != z.data_ptr()]
+    assert new == [(torch.bfloat16, z.shape), (torch.float32, (*z.shape[:2], 1))]
     for again in (True, False):
         (gradient,) = torch.autograd.grad(3 * found, z, retain_graph=again)
-        torch.testing.assert_close(gradient.double(), 3 * wanted, rtol=2**-8, atol=1e-8)
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.double(), 3 * wanted, rtol=2**-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("normalize", ["token", "feature", "none"])
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_hessian_vector_products_are_those_of_the_matrix_formula(relation, normalize):
+    def product(relation_of):
+        z, z_cnp = predictions()
+        vector = torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(3))
+        value = relation_of(z, z_cnp, relation, normalize)
+        (gradient,) = torch.autograd.grad(value.square() + value, z, create_graph=True)  # `value` also scales it
+        return gradient.detach(), torch.autograd.grad((gradient * vector).sum(), z)[0]
+
+    found, expected = product(neighbor_relation), product(relation_by_matrix)
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().max() + 1e-3
+        torch.testing.assert_close(one / scale, other / scale, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("normalize", ["token", "feature", "none"])

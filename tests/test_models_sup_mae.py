@@ -43,6 +43,16 @@ def test_the_term_is_the_cross_entropy_of_the_mean_visible_patch():
     assert term(model, view).item() == pytest.approx(sum(per_image) / len(per_image))
 
 
+def test_a_float64_model_has_a_float64_term():
+    model = small("sup_mae", terms={"label": {"classes": 3, "hidden": 8}}).double()
+    images, labels, noise = batch(model)
+    value = model(images.double(), labels, noise=noise)["label"]
+    assert value.dtype == torch.float64
+    view = model.observe(images.double(), labels, noise=noise)
+    expected = F.cross_entropy(model.terms["label"].head(view.latent[:, 1:].mean(dim=1)) / 10, labels)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+
+
 def test_the_state_holds_nothing_that_a_refused_update_would_move():
     model = small("sup_mae")
     assert not [name for name, _ in model.terms.named_buffers()]

@@ -45,14 +45,25 @@ def test_half_precision_is_left():
     assert found.dtype == torch.float32 and torch.equal(found, uniformity(features))
 
 
-@pytest.mark.parametrize("pool", ["patches", "class"])
+@pytest.mark.parametrize("pool", ["patches", "class", "class_released"])
 def test_the_feature_is_what_pool_says(pool):
     model = small("u_mae", terms={"uniformity": {"pool": pool}})
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.5, 2)
+        model.norm.bias.uniform_(-1, 1)
     images, _, noise = batch(model)
-    view = model.observe(images, noise=noise)
-    latent = view.latent.detach()
-    features = latent[:, 0] if pool == "class" else torch.stack([sum(image[1:]) for image in latent])
-    assert model(images, noise=noise)["uniformity"].item() == pytest.approx(over_pairs(features), rel=1e-5)
+    latent = model.observe(images, noise=noise).latent.detach()
+    if pool == "patches":
+        features = torch.stack([sum(image[1:]) for image in latent])
+    else:
+        features = latent[:, 0]
+    if pool == "class_released":  # U-MAE applies the encoder's norm to tokens that already went through it
+        deviation = (features.var(dim=1, correction=0, keepdim=True) + 1e-6).sqrt()
+        features = (features - features.mean(dim=1, keepdim=True)) / deviation * model.norm.weight + model.norm.bias
+    found = model(images, noise=noise)["uniformity"].item()
+    assert found == pytest.approx(over_pairs(features.detach()), rel=1e-5)
+    if pool == "class_released":
+        assert found != pytest.approx(over_pairs(latent[:, 0]), rel=1e-2)
 
 
 def test_impossible_options_are_refused():

@@ -53,7 +53,7 @@ def test_shapes(size):
     model = segmenter().eval()
     rows, columns = (side // 8 for side in size)
     maps = model.maps(torch.randn(2, 3, *size))
-    coarse = -(-rows // 2), -(-columns // 2)
+    coarse = max(1, rows // 2), max(1, columns // 2)
     expected = [(4 * rows, 4 * columns), (2 * rows, 2 * columns), (rows, columns), coarse]
     assert [tuple(each.shape) for each in maps] == [(2, 24, *each) for each in expected]
     logits, auxiliary = model(torch.randn(2, 3, *size))
@@ -70,6 +70,17 @@ def test_maps_are_the_outputs_of_those_blocks():
     assert torch.equal(found[2], square[2])
     assert torch.equal(found[3], F.max_pool2d(square[3], 2))
     assert torch.equal(found[1], model.neck.scales[1](square[1]))
+
+
+@pytest.mark.parametrize(("grid", "halved"), [((5, 7), (2, 3)), ((4, 6), (2, 3)), ((1, 5), (1, 2)), ((1, 1), (1, 1))])
+def test_the_coarsest_map_drops_an_odd_last_row_and_column(grid, halved):
+    """nn.MaxPool2d(2, 2) of mmsegmentation's ViT; a side of one patch, which it cannot halve, is kept."""
+    features = torch.arange(float(grid[0] * grid[1])).reshape(1, 1, *grid)
+    found = models_upernet.Neck(1).scales[3](features)
+    assert found.shape[2:] == halved
+    for row in range(halved[0]):
+        for column in range(halved[1]):
+            assert found[0, 0, row, column] == features[0, 0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].max()
 
 
 def test_the_head_is_what_the_paper_draws():

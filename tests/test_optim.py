@@ -18,13 +18,15 @@ def mae_rate(step, *, rate, min_rate, epochs, warmup, steps_per_epoch):
 
 
 @pytest.mark.parametrize("min_lr", [0.0, 1e-6])
-def test_every_step_has_the_rate_of_maes_formula(min_lr):
+@pytest.mark.parametrize(("epochs", "warmup"), [(20, 4), (20, 2.5), (7.3, 0.35), (5, 0)])
+def test_every_step_has_the_rate_of_maes_formula(min_lr, epochs, warmup):
+    """Also where the warm-up, or the run, is not a whole number of steps."""
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([{"params": [weight], "lr_scale": 1.0}], lr=1.2e-3)
-    schedule = optim.warmup_cosine(optimizer, epochs=20, warmup_epochs=4, steps_per_epoch=7, min_lr=min_lr)
-    for step in range(20 * 7):
+    schedule = optim.warmup_cosine(optimizer, epochs=epochs, warmup_epochs=warmup, steps_per_epoch=7, min_lr=min_lr)
+    for step in range(int(epochs * 7)):
         schedule.step_update(step)
-        expected = mae_rate(step, rate=1.2e-3, min_rate=min_lr, epochs=20, warmup=4, steps_per_epoch=7)
+        expected = mae_rate(step, rate=1.2e-3, min_rate=min_lr, epochs=epochs, warmup=warmup, steps_per_epoch=7)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
 

@@ -74,12 +74,16 @@ def random_batches(classes=4, sizes=((9, 7), (5, 12), (8, 8))):
 # ---- objective
 
 
-def test_the_loss_is_the_mean_over_pixels_with_a_class():
+def test_the_loss_is_an_average_over_all_pixels_to_which_those_without_a_class_add_nothing():
+    """mmsegmentation's `avg_non_ignore=False`."""
     logits, masks = torch.randn(2, 3, 4, 4), torch.randint(-1, 3, (2, 4, 4))
-    terms = [-logits.log_softmax(dim=1)[n, masks[n, y, x], y, x]
-             for n in range(2) for y in range(4) for x in range(4) if masks[n, y, x] != IGNORE]  # fmt: skip
+    terms = [-logits.log_softmax(dim=1)[n, masks[n, y, x], y, x] if masks[n, y, x] != IGNORE else torch.zeros(())
+             for n in range(2) for y in range(4) for x in range(4)]  # fmt: skip
+    assert (masks == IGNORE).any()
     torch.testing.assert_close(cross_entropy(logits, masks), torch.stack(terms).mean())
-    assert cross_entropy(logits, torch.full((2, 4, 4), IGNORE)) == 0, "no pixel, no loss, and not NaN"
+    halves = [cross_entropy(logits[n : n + 1], masks[n : n + 1]) for n in range(2)]
+    torch.testing.assert_close(cross_entropy(logits, masks), sum(halves) / 2)
+    assert cross_entropy(logits, torch.full((2, 4, 4), IGNORE)) == 0
 
 
 def test_the_auxiliary_head_counts_with_its_weight_and_logits_grow_to_the_mask():
@@ -87,8 +91,8 @@ def test_the_auxiliary_head_counts_with_its_weight_and_logits_grow_to_the_mask()
                                  num_heads=2).eval()  # fmt: skip
     images, masks = torch.randn(2, 3, 16, 16), torch.randint(-1, 3, (2, 16, 16)).to(torch.int16)
     found = Objective(model, auxiliary=0.4)(images, masks)
-    parts = [F.cross_entropy(F.interpolate(each, (16, 16), mode="bilinear"), masks.long(), ignore_index=-1)
-             for each in model(images)]  # fmt: skip
+    parts = [F.cross_entropy(F.interpolate(each, (16, 16), mode="bilinear"), masks.long(), ignore_index=-1,
+                             reduction="none").mean() for each in model(images)]  # fmt: skip
     torch.testing.assert_close(found["segmentation"], parts[0])
     torch.testing.assert_close(found["loss"], parts[0] + 0.4 * parts[1])
 
@@ -213,11 +217,19 @@ def test_small_images_are_padded_and_cut_again(small):
     assert torch.equal(whole, F.interpolate(small(padded)[0], (12, 16), mode="bilinear")[..., :10, :13])
 
 
-def test_flipping_averages_both_views(small):
+@pytest.mark.parametrize("size", [None, (21, 33)])
+def test_flipping_averages_the_probabilities_of_both_views_at_the_size_of_the_mask(small, size):
+    """In mmsegmentation logits are resized, then become probabilities, then are averaged."""
     images = torch.randn(1, 3, 16, 20)
     how = Windows((16, 16), (10, 10), 4)
-    both = (predict(small, images, how) + predict(small, images.flip(-1), how).flip(-1)) / 2
-    assert torch.equal(predict(small, images, Windows((16, 16), (10, 10), 4, flip=True)), both)
+    straight, mirrored = predict(small, images, how), predict(small, images.flip(-1), how)
+    if size:
+        straight, mirrored = (F.interpolate(each, size, mode="bilinear") for each in (straight, mirrored))
+    expected = torch.zeros_like(straight)
+    for k in range(3):
+        expected[:, k] += straight[:, k].exp() / straight.exp().sum(dim=1) / 2
+        expected[:, k] += mirrored[:, k].flip(-1).exp() / mirrored.flip(-1).exp().sum(dim=1) / 2
+    torch.testing.assert_close(predict(small, images, Windows((16, 16), (10, 10), 4, flip=True), size), expected)
 
 
 # ---- schedule and pictures

@@ -65,17 +65,18 @@ def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, *, epochs: float, warmup_epochs: float, steps_per_epoch: int, min_lr: float
 ) -> CosineLRScheduler:
-    """MAE's schedule per optimizer step: 0 to the group's rate over the warm-up, then half a cosine to `min_lr`.
+    """Make MAE's schedule per optimizer step: linear from 0 over the warm-up, then half a cosine down to `min_lr`.
 
-    Call `step_update(step)` before the step of that number (from 0) is taken. Honours `lr_scale` of parameter groups.
+    Neither length needs to be a whole number of steps. Call `step_update(step)` before the step of that number (from 0)
+    is taken. Honours `lr_scale` of parameter groups.
     """
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
-    steps = round(epochs * steps_per_epoch)
+    warmup_steps = warmup_epochs * steps_per_epoch
+    steps = epochs * steps_per_epoch
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(2, steps - warmup_steps),  # of 1, of which only the first rate is used, timm warns
+        t_initial=max(2, steps - warmup_steps),  # type: ignore[arg-type]  # 1, whose rate is constant, makes timm warn
         lr_min=min_lr,
-        warmup_t=warmup_steps,
+        warmup_t=warmup_steps,  # type: ignore[arg-type]  # timm only compares and divides
         warmup_lr_init=0.0,
         warmup_prefix=True,
         t_in_epochs=False,
@@ -83,15 +84,15 @@ def warmup_cosine(
 
 
 def warmup_poly(
-    optimizer: torch.optim.Optimizer, *, steps: int, warmup_steps: int, power: float, min_lr: float
+    optimizer: torch.optim.Optimizer, *, steps: float, warmup_steps: float, power: float, min_lr: float
 ) -> PolyLRScheduler:
     """0 to the group's rate over the warm-up, then `min_lr` as (1 - share done) ** power; used as `warmup_cosine`."""
     return PolyLRScheduler(
         optimizer,
-        t_initial=max(2, steps - warmup_steps),  # of 1, of which only the first rate is used, timm warns
+        t_initial=max(2, steps - warmup_steps),  # type: ignore[arg-type]  # 1, whose rate is constant, makes timm warn
         power=power,
         lr_min=min_lr,
-        warmup_t=warmup_steps,
+        warmup_t=warmup_steps,  # type: ignore[arg-type]  # timm only compares and divides
         warmup_lr_init=0.0,
         warmup_prefix=True,
         t_in_epochs=False,
