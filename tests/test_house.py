@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import methods
-from tools import option_table
-
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
     path
@@ -128,20 +125,3 @@ def test_everything_imported_is_in_the_requirements():
     own = {name.split(".")[0] for name in MODULES}
     foreign = {names.get(name, name) for name in used - own - set(sys.stdlib_module_names)}
     assert foreign <= set(pinned), f"not pinned in the requirements: {sorted(foreign - set(pinned))}"
-
-
-def test_the_readme_shows_every_option_as_it_is():
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    assert option_table.filled(readme) == readme, f"run: {option_table.COMMAND}"
-
-
-def test_the_readme_names_only_files_tests_and_methods_that_exist():
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    rooms = r"(?:configs|scripts|tools|benchmarks|tests|util|data|options|requirements)"
-    for file in set(re.findall(rf"\b({rooms}/[\w./-]+\.\w+)|`(\w+\.(?:py|sh))`", readme)):
-        assert (PROJECT / "".join(file)).exists(), f"README names {''.join(file)}"
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in PROJECT.glob("tests/**/*.py"))
-    for test in set(re.findall(r"(?<!\| )`(test_\w+)`", readme)):
-        assert f"def {test}(" in tests, f"README names {test}"
-    for method in set(re.findall(r"--method (\w+)", readme)):
-        assert method in methods.METHODS, f"README names the method {method}"
