@@ -80,7 +80,7 @@ class RunFolder:
             if new:
                 undo.callback(self._remove_if_empty)
             undo.callback(self.lock.release)
-            self.lock.take()
+            self.lock.acquire()
         except OSError as error:
             if not self.options.overwrite:
                 self._look(data)  # a finished run needs no writing

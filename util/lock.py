@@ -1,9 +1,8 @@
-"""One run in a folder at a time: a file that names the process which trains there, and shows that it is alive.
+"""One run in a folder at a time: a file lock (flock) on `run.lock`, whose text names the holder.
 
-A holder on this machine is asked for by its process id and the moment it was born, so a killed one never stands in the
-way, nor does another that got its number. Of a holder on another machine only the file's time can be seen, which it
-renews every few seconds: the newcomer watches the file for a while, and takes the folder over if nothing moves. No two
-clocks are compared. A process that was taken for dead, and wakes up, finds the file changed before it saves.
+The kernel releases the lock when its process ends, however it ends: a killed run never blocks its restart. NFS, Lustre
+and CephFS share the lock among machines; where a mount keeps locks local to each machine, `lost` detects before every
+save that another machine has acquired the folder too.
 """
 
 from __future__ import annotations
@@ -11,157 +10,83 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import errno
 import json
 import logging
 import os
 import platform
-import threading
-import time
-from collections.abc import Mapping
+import secrets
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
 NAME = "run.lock"
-BEAT_SECONDS = 10.0  # between two signs of life
-PATIENCE_SECONDS = 120.0  # without one, after which a holder on another machine counts as dead
-LOOK_SECONDS = 0.5
+WAIT_SECONDS = 5.0  # a killed process may need a moment to give back its GPU before the kernel closes its files
 
 
 class FolderInUse(ValueError):
-    """Another living process trains in this folder."""
+    """Another process trains in this folder."""
 
 
 class RunLock:
-    """The lock of one run folder. Held from `take` to `release`, or until the process ends, however it ends."""
+    """The lock of one run folder, held from `acquire` to `release` or until the process ends."""
 
     def __init__(self, folder: Path):
         self.path = folder / NAME
-        self._handle: int | None = None
-        self._released = threading.Event()
-        self._pulse = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._token = ""
+        self._lock = FileLock(self.path, thread_local=False, on_acquired=self._write_holder)
 
-    def take(self) -> None:
-        """Make this process the holder. FolderInUse while another one lives; OSError where nothing can be written."""
-        while not self._create():
+    def acquire(self) -> None:
+        """Lock the folder for this process.
+
+        Raises:
+            FolderInUse: another process holds the lock.
+            OSError: the lock file cannot be written.
+        """
+        try:
+            self._lock.acquire(timeout=WAIT_SECONDS)
+        except Timeout:
             holder = _read(self.path)
-            if holder is not None and self._is_dead(*holder):
-                self._remove(holder[0])
-        self._pulse.start()
+            raise FolderInUse(
+                f"the run in {self.path.parent} is being trained by process {holder.get('pid', '?')} on "
+                f"{holder.get('host', 'an unknown machine')} since {holder.get('since', '?')}; stop that process, wait "
+                f"for it to end, or choose another --output_dir (lock file: {self.path})"
+            ) from None
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            log.warning("%s: this file system has no file locks; do not start a second run here", self.path.parent)
         atexit.register(self.release)
 
-    def _create(self) -> bool:
-        with contextlib.suppress(FileExistsError):
-            self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            os.write(self._handle, json.dumps(_here() | _process(os.getpid()) | {"since": _now()}).encode())
-        return self._handle is not None
-
-    def _is_dead(self, seen: os.stat_result, holder: Mapping[str, Any]) -> bool:
-        """Whether the holder has ended. FolderInUse if it has not."""
-        who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown machine')}"
-        if _here().items() <= holder.items():
-            if holder["pid"] == os.getpid() or _process(holder["pid"]).get("born") != holder["born"]:
-                log.info("%s was held by %s, which has ended", self.path, who)
-                return True
-        else:
-            log.warning("%s is held by %s: watching it for %g s", self.path, who, PATIENCE_SECONDS)
-            if self._stays_still(seen):
-                log.warning("no sign of life from %s: going on in its place", who)
-                return True
-        raise FolderInUse(
-            f"the run in {self.path.parent} is being trained by {who}, since {holder.get('since', '?')}; stop that "
-            f"process, wait for its end, or name another --output_dir (its lock is {self.path})"
-        )
-
-    def _stays_still(self, seen: os.stat_result) -> bool:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS)
-            now = _read(self.path)
-            if now is None:
-                return True
-            if _moment(now[0]) != _moment(seen):
-                return False
-        return True
-
-    def _remove(self, seen: os.stat_result) -> None:
-        """Take a dead holder's file away, unless somebody else has done so already."""
-        now = _read(self.path)
-        if now is not None and _moment(now[0]) == _moment(seen):
-            self.path.unlink(missing_ok=True)
-
-    def _beat(self) -> None:
-        """Through the own handle: a file that replaced ours never gets a sign of life from us."""
-        assert self._handle is not None
-        while not self._released.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(self._handle)
+    def _write_holder(self, handle: int) -> None:
+        self._token = secrets.token_hex(8)
+        since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        holder = {"pid": os.getpid(), "host": platform.node(), "since": since, "token": self._token}
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(holder).encode(), 0)
 
     def lost(self) -> bool:
-        """Whether another process has put its own file in the place of ours."""
-        with contextlib.suppress(OSError):  # a file system that does not answer says nothing about others
-            now = _read(self.path)
-            return now is not None and self._handle is not None and not os.path.samestat(now[0], os.fstat(self._handle))
-        return False
+        """Whether another process has written itself into the lock file; a missing file belongs to nobody."""
+        holder = _read(self.path) if self._token else {}
+        return bool(holder) and holder.get("token") != self._token
 
     def release(self) -> None:
-        """Give the folder free; nothing happens where it is not held."""
-        if self._handle is None:
-            return
-        self._released.set()
-        if self._pulse.is_alive():
-            self._pulse.join()
-        if not self.lost():
-            with contextlib.suppress(OSError):
-                self.path.unlink(missing_ok=True)
-        os.close(self._handle)
-        self._handle = None
+        """Unlock the folder and remove the lock file; does nothing where the lock is not held."""
+        if self._lock.is_locked:
+            if not self.lost():
+                with contextlib.suppress(OSError):
+                    self.path.unlink(missing_ok=True)  # before unlocking: who opened it meanwhile tries again
+            self._lock.release()
+        self._token = ""
         atexit.unregister(self.release)
 
 
-def _read(path: Path) -> tuple[os.stat_result, dict[str, Any]] | None:
-    """The file's state and its words ({} while they are being written); None when there is no file."""
+def _read(path: Path) -> dict[str, Any]:
+    """The holder that a lock file names; {} where there is none, or none yet."""
     try:
-        with open(path) as file:  # opening asks a network file system for the newest state, a plain stat may not
-            text = file.read()
-            state = os.fstat(file.fileno())
-    except FileNotFoundError:
-        return None
-    try:
-        return state, dict(json.loads(text))
-    except (ValueError, TypeError):
-        return state, {}
-
-
-def _moment(state: os.stat_result) -> tuple[int, int]:
-    return state.st_ino, state.st_mtime_ns
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _here() -> dict[str, str]:
-    """This machine, as long as it is not started anew, and the container in it: where a process id means something."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return {"host": platform.node(), "boot": boot, "processes": os.readlink("/proc/self/ns/pid")}
-    return {"host": platform.node()}
-
-
-def _process(pid: int) -> dict[str, Any]:
-    """A living process: its number and when it was born, in ticks of its machine (0 where that is not told)."""
-    if Path("/proc/self/stat").exists():
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if words[0] not in "ZX":  # a dead process that nobody has asked about yet still has its number
-                return {"pid": pid, "born": int(words[19])}
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return {}
-    except PermissionError:
-        pass
-    return {"pid": pid, "born": 0}
