@@ -207,10 +207,11 @@ def workspace(tmp_path_factory):
             Image.fromarray(mask).save(folder / f"MY_MASKS/masks/{split}/{index}.png")
     (folder / "MY_MASKS/classes.txt").write_text("ground\nink\n")
     (folder / "configs").symlink_to(PROJECT / "configs")
+    (folder / "CHECKOUT").symlink_to(PROJECT)
     with contextlib.chdir(folder):
         pretrain = f"--method mae --data_path IMAGENET --output_dir output/tiny {TINY['main_pretrain.py']}"
         run_program("main_pretrain", pretrain.split())
-        for name in ("mae", "nor"):
+        for name in ("mae", "nor", "mine"):
             shutil.copytree("output/tiny", f"output/{name}")
         finetune = f"--init_from output/tiny/checkpoints/last.pth --data_path IMAGENET {SHORT} --batch_size 2"
         run_program("main_finetune", [*finetune.split(), "--output_dir", "output/finetune"])

@@ -33,6 +33,7 @@ ROOMS = [
     (r"tools\.encoder", rf"tools(\.given)?|methods|models_(classifier|vit)|{BELOW}"),  # takes models apart
     (r"tools\.(doctor|replay)", rf"programs(\.\w+)?|tools(\.\w+)*|engine_\w+|methods|{BELOW}"),  # like it
     (r"tools(\.\w+)?", rf"tools(\.\w+)*|engine_\w+|methods|{BELOW}"),
+    (r"hubconf", r"tools\.encoder|methods"),
     (r"benchmarks(\.\w+)?", r".*"),
     (r"engine_\w+", BELOW),
     (r"methods", rf"models_\w+|{BELOW}"),

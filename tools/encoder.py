@@ -10,20 +10,24 @@ N images   L patches   D channels   C H W image
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import Tensor
 
 import methods
 import models_classifier
-from data.images import CROP_SHARE, classifier_crop_share
+from data.images import CROP_SHARE, array_pixels, classifier_crop_share, eval_transform, picture_pixels, read_image
 from data.loader import pixel_statistics
 from data.splits import read_classes
 from models_vit import (
@@ -186,8 +190,8 @@ def compare(encoder: Encoder, found: Mapping[str, Tensor], what: str) -> dict[st
     return differences
 
 
-def _create(architecture: str, arguments: Mapping[str, Any]) -> VisionTransformer:
-    model = timm.create_model(architecture, pretrained=False, **arguments)
+def _create(architecture: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -> VisionTransformer:
+    model = timm.create_model(architecture, pretrained=pretrained, **arguments)
     assert isinstance(model, VisionTransformer)
     return model.eval()
 
@@ -274,3 +278,80 @@ def _fill(model: VisionTransformer, weights: Mapping[str, Tensor], file: Path, o
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class Preprocess:
+    """Turn an image into the input of an encoder, as all evaluations of this project do.
+
+    Resize and crop the centre to the encoder's size, scale to 0..1, and normalise each channel. The object can be
+    pickled and given to a `torch.utils.data.Dataset` as its transform.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], crop_share: float, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.channels, self.size = image_shape[0], image_shape[1:]
+        self.crop = eval_transform(self.size, crop_share)
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, image: Any) -> Tensor:
+        """Return float32 `[C, H, W]`.
+
+        Args:
+            image: A PIL image, an array `[H, W, C]`, or the path of a file.
+
+        Raises:
+            ValueError: The image cannot be converted to the channels of the encoder.
+        """
+        if isinstance(image, str | os.PathLike):
+            pixels = read_image(os.fspath(image), self.channels)
+        elif isinstance(image, Image.Image):
+            pixels = picture_pixels(image, self.channels)
+        else:
+            pixels = array_pixels(np.asarray(image), self.channels)
+        return (self.crop(pixels).float() / 255 - self.mean) / self.std
+
+
+def load_encoder(
+    path: str | os.PathLike[str], *, input_size: int | tuple[int, int] | None = None, num_heads: int = 0
+) -> tuple[VisionTransformer, Preprocess]:
+    """Load a trained encoder and the transform of its images.
+
+    `model(images)` takes `[N, C, H, W]` and returns the pooled features `[N, D]`, the same as `python -m tools.embed`;
+    `model.forward_features(images)` returns all tokens `[N, 1 + L, D]`. The head of a classifier is removed.
+
+    Args:
+        path: A run folder, a checkpoint (of this project, MAE, NoR-MAE or timm), or a folder that
+            `python -m tools.export timm` wrote.
+        input_size: Pixels of the images: one side, or height and width; by default those of training.
+        num_heads: Attention heads, for checkpoints of other programs that do not determine them.
+
+    Returns:
+        The model, on the CPU in evaluation mode, and a callable from an image to a tensor `[C, H, W]`.
+
+    Raises:
+        ValueError: There is no plain vision transformer at `path`, or its number of heads is unknown.
+    """
+    path = Path(path)
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if (path / "export.json").is_file():
+        return _load_export(path, size)
+    found = load(path, input_size=size, num_heads=num_heads)
+    found.model.head = torch.nn.Identity()
+    return found.model, Preprocess(found.image_shape, found.crop_share, *found.statistics)
+
+
+def _load_export(folder: Path, size: tuple[int, int] | None) -> tuple[VisionTransformer, Preprocess]:
+    facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    if facts["format"] != "timm":
+        raise ValueError(f"{folder} is an export for {facts['format']}; load_encoder reads exports for timm only")
+    expected = facts["input"]
+    own = (expected["height"], expected["width"])
+    model = _create(f"local-dir:{folder}", {}, pretrained=True)
+    if size not in (None, own):
+        other = _create(f"local-dir:{folder}", {"img_size": size})
+        load_matching(other, model.state_dict(), grid=model.patch_embed.grid_size)
+        model = other
+    model.head = torch.nn.Identity()
+    preprocess = Preprocess((expected["channels"], *(size or own)), expected["crop"], expected["mean"], expected["std"])
+    return model, preprocess
