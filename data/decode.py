@@ -2,8 +2,8 @@
 
 Both packages carry libjpeg-turbo, so their RGB pixels are equal to the last bit. That is not taken on trust: at the
 first use a small picture goes through both, and torchcodec is used only if they agree. So no result depends on whether
-it is installed. What it would read otherwise (CMYK, a file that is cut off, PNG under another name) is left to Pillow,
-and EXIF segments are cut out before, because torchcodec would turn the picture as they say and Pillow does not.
+it is installed. What it would read otherwise (CMYK, a file that is cut off, PNG under another name) is left to Pillow.
+EXIF segments are cut out before, and the orientation in them is applied here, so that it is the same with each decoder.
 
 nvimgcodec, an optional package, decodes no more of a file than a crop shows: the same pixels in less time.
 """
@@ -16,6 +16,7 @@ import importlib.util
 import io
 import logging
 import os
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,12 +34,16 @@ DecodePart = Callable[[bytes, int, int, int, int], np.ndarray | None]  # bytes, 
 START, END, START_OF_SCAN, APP1 = b"\xff\xd8\xff", b"\xff\xd9", 0xDA, 0xE1
 FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive: their headers hold the size
 EXIF = b"Exif\0\0"
+ORIENTATION, LONG = 0x0112, 4  # the tag, and the type of a value of 32 bits
 
 
 def jpeg_pixels(data: bytes) -> np.ndarray | None:
-    """A JPEG file's pixels, uint8 `[H, W, 3]`; None where Pillow must look at it."""
+    """A JPEG file's pixels, uint8 `[H, W, 3]`, upright; None where Pillow must look at it."""
     decode = torchcodec_jpeg()
-    return None if decode is None else _pixels(data, decode)
+    if decode is None or (header := read_header(data)) is None:
+        return None
+    found = _pixels(data, decode, header)
+    return None if found is None else upright(found, header.orientation)
 
 
 @functools.cache
@@ -63,7 +68,8 @@ def torchcodec_jpeg() -> Decode | None:
 def _agree(decode: Decode, subsampling: str) -> bool:
     """Whether `decode` reads a picture as Pillow does."""
     data, expected = _trial(subsampling)
-    found = _pixels(data, decode)
+    header = read_header(data)
+    found = _pixels(data, decode, header) if header else None
     return found is not None and np.array_equal(found, expected)
 
 
@@ -77,16 +83,30 @@ def _trial(subsampling: str) -> tuple[bytes, np.ndarray]:
         return file.getvalue(), np.asarray(by_pillow)
 
 
-def _pixels(data: bytes, decode: Decode) -> np.ndarray | None:
-    header = read_header(data)
-    if header is None:
-        return None
+def _pixels(data: bytes, decode: Decode, header: Header) -> np.ndarray | None:
     try:
         # given bytes, torchcodec makes this tensor too, and changes the filters of warnings each time
         file = torch.frombuffer(bytearray(header.without_exif(data)), dtype=torch.uint8)
         return decode(file).permute(1, 2, 0).numpy()
     except (RuntimeError, ValueError):  # damaged: Pillow decides, and finds the words
         return None
+
+
+def png_values(data: bytes) -> np.ndarray:
+    """Decode a PNG file of 16 bits to uint16 `[H, W, bands]`, upright, which Pillow cannot for several bands.
+
+    Raises:
+        ValueError: If torchcodec cannot be used.
+    """
+    try:
+        from torchcodec.decoders import decode_png
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"a PNG file of 16 bits in colour, which needs torchcodec, and that fails ({str(error).splitlines()[:1]}): "
+            "store it with 8 bits, as a TIFF file or as a .npy array"
+        ) from error
+    file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return decode_png(file, mode="UNCHANGED", output_dtype=torch.uint16).permute(1, 2, 0).numpy()
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -102,9 +122,10 @@ def lacks_parts() -> str:
 
 
 def can_be_cut(data: bytes) -> Header | None:
-    """The header of a JPEG file that seems whole, so that the pixels of a part are those that it has in the whole."""
+    """Return the header of a JPEG file that seems complete and needs no turning, so that a part of its pixels can be
+    decoded alone; None for another file."""
     header = read_header(data) if data.endswith(END) else None
-    return header if header is not None and header.rows else None
+    return header if header is not None and header.rows and header.orientation == 1 else None
 
 
 def jpeg_part(data: bytes, top: int, left: int, rows: int, columns: int) -> np.ndarray | None:
@@ -171,13 +192,15 @@ def _silence() -> Iterator[None]:
 class Header:
     """What a JPEG file says before its pixels.
 
-    rows, columns  0 where it does not say
+    rows, columns  as stored; 0 where it does not say
     exif           from where to where the EXIF segments reach
+    orientation    EXIF's, 1 to 8; 1 where there is none
     """
 
     rows: int
     columns: int
     exif: tuple[tuple[int, int], ...]
+    orientation: int = 1
 
     def without_exif(self, data: bytes) -> bytes:
         start, kept = 0, []
@@ -199,7 +222,8 @@ def read_header(data: bytes) -> Header | None:
 
 
 def _read_header(data: bytes) -> Header | None:
-    position, rows, columns, exif = 2, 0, 0, []
+    position, rows, columns, orientation = 2, 0, 0, 1
+    exif: list[tuple[int, int]] = []
     while (marker := data[position + 1]) != START_OF_SCAN:
         if data[position] != 0xFF or marker == 0xFF:
             return None  # fill bytes or no header at all
@@ -210,6 +234,39 @@ def _read_header(data: bytes) -> Header | None:
             if data[position + 9] not in (1, 3) or rows * columns > (Image.MAX_IMAGE_PIXELS or rows * columns):
                 return None
         elif marker == APP1 and data.startswith(EXIF, position + 4):
+            orientation = orientation_in(data[position + 4 + len(EXIF) : end]) if not exif else orientation
             exif.append((position, end))
         position = end
-    return Header(rows, columns, tuple(exif))
+    return Header(rows, columns, tuple(exif), orientation)
+
+
+# ---- EXIF orientation ------------------------------------------------------------------------------------------------
+
+
+def orientation_in(exif: bytes) -> int:
+    """Return the orientation, 1 to 8, in EXIF data (a TIFF header with its first directory); 1 where it has none."""
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (entries,) = struct.unpack_from(f"{order}H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", exif, place)
+            if tag == ORIENTATION:
+                (value,) = struct.unpack_from(f"{order}{'I' if kind == LONG else 'H'}", exif, place + 8)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # cut off
+        pass
+    return 1
+
+
+def upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and mirror an array `[H, W, ...]` as an EXIF orientation says, so that it lies as viewers show it."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)  # 5
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array

@@ -1,9 +1,10 @@
 """One image: from a file's bytes to uint8 pixels, and from pixels to the crop a model sees.
 
-Everything that can be wrong with a file ends as one exception, `BadImage`, with the reason in words. EXIF orientation
-is ignored, as torchvision and MAE ignore it: pixels are taken as they lie in the file. Crops are cut and resized as
-uint8 tensors, which is Pillow's antialiased bicubic to a level or so, several times faster, and works for any number of
-channels; they become floats on the device (`data.loader.Batch.to`).
+Everything that can be wrong with a file ends as one exception, `BadImage`, with the reason. EXIF orientation is applied
+wherever an image or a mask is read, so that pixels lie as viewers show them; files without the tag are not affected.
+Files of more than 8 bits are read as stored and scaled by the data set's `value_range` (`data.depth`). Crops are cut
+and resized as uint8 tensors, which is Pillow's antialiased bicubic to a level or so, several times faster, and works
+for any number of channels; they become floats on the device (`data.loader.Batch.to`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import functools
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +22,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pixels
 
-from data.decode import can_be_cut, jpeg_part, jpeg_pixels
+from data.decode import EXIF, START, can_be_cut, jpeg_part, jpeg_pixels, orientation_in, png_values, upright
+from data.tiff import is_tiff, pillow_reads, tiff_values
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .npy".split()
 )
+PNG, NUMPY = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> the Pillow mode that has them
 CROP_SHARE = 224 / 256  # of the short side, that evaluation shows
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of MAE's random crops, columns to rows
@@ -62,8 +65,18 @@ def is_image_name(name: str) -> bool:
     return dot > 0 and not name.startswith(".") and name[dot:].lower() in SUFFIXES
 
 
-def read_image(path: str, in_chans: int = 3, *, lazy: bool = False) -> np.ndarray:
-    """Read the image file at `path` as uint8 `[H, W, in_chans]`; see `decode`. Raises `BadImage`."""
+def read_image(path: str, in_chans: int = 3, value_range: Sequence[float] = ()) -> np.ndarray:
+    """Read the image file at `path` as uint8 `[H, W, in_chans]`. Raises `BadImage`.
+
+    Values of more than 8 bits are scaled as `to_uint8` says.
+    """
+    stored = read_stored(path, in_chans)
+    with blamed_on(path):
+        return to_uint8(stored, in_chans, value_range)
+
+
+def read_stored(path: str, in_chans: int = 3, *, lazy: bool = False) -> np.ndarray:
+    """Read the image file at `path` as stored; see `decode`. Raises `BadImage`."""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -79,7 +92,7 @@ def decode(data: bytes, in_chans: int, name: str, *, lazy: bool = False) -> np.n
         lazy: Return a JPEG file of 3 channels as `Undecoded`, from which a crop can be cut.
 
     Returns:
-        uint8 `[H, W, in_chans]`.
+        uint8 `[H, W, in_chans]`; of a file of more than 8 bits the stored values, `[H, W, bands]`, for `to_uint8`.
 
     Raises:
         BadImage: With `name` and the reason.
@@ -91,10 +104,51 @@ def decode(data: bytes, in_chans: int, name: str, *, lazy: bool = False) -> np.n
             return Undecoded(data, name, header.rows, header.columns)  # type: ignore[return-value]  # it stands for it
         if in_chans == 3 and (array_HWC := jpeg_pixels(data)) is not None:
             return array_HWC
-        if data.startswith(b"\x93NUMPY"):
+        if data.startswith(NUMPY):
             return array_pixels(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
+        if is_tiff(data) and (in_chans not in PICTURE_MODES or not _pillow_reads_tiff(data)):
+            return array_pixels(tiff_values(data, in_chans), in_chans)
+        if data.startswith(PNG) and data[24:25] == b"\x10" and data[25:26] != b"\0" and in_chans in PICTURE_MODES:
+            return _colours_of_png16(data, in_chans)  # Pillow would drop the lower eight bits
         with Image.open(io.BytesIO(data)) as picture:
             return picture_pixels(picture, in_chans)
+
+
+def _pillow_reads_tiff(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return pillow_reads(picture)
+    except Image.UnidentifiedImageError:
+        return False
+
+
+def _colours_of_png16(data: bytes, in_chans: int) -> np.ndarray:
+    """Return uint16 `[H, W, bands]`, upright, of a PNG file of 16 bits in colour, or grey with transparency.
+
+    Transparency is dropped unless there are 4 channels.
+    """
+    values = png_values(data)
+    if values.shape[2] in (2, 4) and in_chans != 4:
+        return values[..., :-1]
+    return values if values.shape[2] != 2 else values[..., [0, 0, 0, 1]]
+
+
+def is_uint8_file(path: str) -> bool:
+    """Return whether a file's first bytes tell that its pixels have at most 8 bits; False where they do not tell."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(26)
+    except OSError:
+        return True  # reported when it is read
+    if start.startswith(PNG):
+        return len(start) == 26 and start[24] <= 8
+    return start.startswith((START, b"GIF8", b"BM", b"RIFF"))
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """Return the EXIF orientation of a Pillow image, 1 to 8; 1 where it has none, or Pillow has applied it (TIFF)."""
+    exif = picture.info.get("exif")
+    return 1 if not isinstance(exif, bytes) else orientation_in(exif.removeprefix(EXIF))
 
 
 class Undecoded:
@@ -122,54 +176,79 @@ def blamed_on(name: str) -> Iterator[None]:
 
 
 def picture_pixels(picture: Image.Image, in_chans: int) -> np.ndarray:
-    """A Pillow image of any mode as uint8 `[H, W, in_chans]`, for 1 (grey), 3 (RGB) or 4 (RGBA) channels.
+    """Convert a Pillow image of any mode to uint8 `[H, W, in_chans]`, for 1 (grey), 3 (RGB) or 4 (RGBA) channels.
 
-    Only the first frame of an animation is read. Without a fourth channel transparency is dropped, not blended, as
-    Pillow's and torchvision's conversion to RGB does.
+    One of more than 8 bits is returned as stored, `[H, W, 1]`. Only the first frame of an animation is read. Without a
+    fourth channel transparency is dropped, not blended, as Pillow's and torchvision's conversion to RGB does. EXIF
+    orientation is applied.
     """
+    picture.load()  # Pillow turns a TIFF file as its tag says, and changes its size, only now
     mode = PICTURE_MODES.get(in_chans)
     if mode is None:
-        raise ValueError(f"a picture ({picture.mode}), where {in_chans} channels need .npy arrays [H, W, {in_chans}]")
+        raise ValueError(
+            f"a picture ({picture.mode}), where {in_chans} channels need .npy arrays [H, W, {in_chans}] or TIFF files "
+            "of as many bands"
+        )
     if picture.mode == "F" or picture.mode.startswith("I"):
-        picture = Image.fromarray(to_uint8(np.asarray(picture)))
-    elif picture.mode in ("P", "PA"):
+        return upright(np.asarray(picture)[:, :, None], orientation_of(picture))
+    original = picture
+    if picture.mode in ("P", "PA"):
         picture = picture.convert("RGBA")  # straight to RGB, Pillow warns about each transparent palette
     elif picture.mode in ("CMYK", "YCbCr"):
         picture = picture.convert("RGB")  # Pillow knows no direct way to L or RGBA
     array_HWC = np.asarray(picture if picture.mode == mode else picture.convert(mode))
-    return array_HWC.reshape(*array_HWC.shape[:2], in_chans)
+    return upright(array_HWC.reshape(*array_HWC.shape[:2], in_chans), orientation_of(original))
 
 
 def array_pixels(array: np.ndarray, in_chans: int) -> np.ndarray:
-    """A stored array `[H, W, in_chans]` (or `[H, W]` for one channel) as uint8."""
+    """Check a stored array `[H, W, in_chans]` (or `[H, W]` for one channel), and return it with three axes.
+
+    One band or three colours also serve for 1, 3 and 4 channels, where `to_uint8` can convert them.
+    """
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim != 3 or array.shape[-1] != in_chans or 0 in array.shape:
-        raise ValueError(f"an array of shape {list(array.shape)} where [H, W, {in_chans}] is needed")
-    if array.dtype.kind != "f" and array.dtype.newbyteorder("=") not in (np.uint8, np.uint16, np.bool_):
-        raise ValueError(f"an array of {array.dtype}; bool, uint8, uint16 or floats have a known white")
-    return to_uint8(array)
+    convertible = in_chans in PICTURE_MODES and array.ndim == 3 and array.shape[-1] in (1, 3)
+    if array.ndim != 3 or 0 in array.shape or (array.shape[-1] != in_chans and not convertible):
+        advice = f" (--in_chans {array.shape[-1]}?)" if array.ndim == 3 else ""
+        raise ValueError(f"an array of shape {list(array.shape)} where [H, W, {in_chans}] is needed{advice}")
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"an array of {array.dtype}; pixels are integers, floats or bool")
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint8 and array.shape[-1] != in_chans:
+        return to_uint8(array, in_chans)
+    return array
 
 
-def to_uint8(values: np.ndarray) -> np.ndarray:
-    """Scale (never clip) pixel values to 0..255, rounding to nearest.
+def to_uint8(values: np.ndarray, in_chans: int, value_range: Sequence[float] = ()) -> np.ndarray:
+    """Convert pixels as stored `[H, W, bands]` to uint8 `[H, W, in_chans]`.
 
-    bool: 255 is True. Wider integers: 16 bit, 65535 is white. Floats: white is 1, 255 or 65535, the first of these that
-    the image does not exceed.
+    uint8 values are not changed. Of other types, the lowest value of `value_range` becomes 0 and the highest 255; what
+    lies outside is clipped. Without a range, integers are taken to have 16 bits, and floats to reach 1, 255 or 65535,
+    the first that the image does not exceed. Rounding is to nearest.
+
+    Raises:
+        ValueError: If values are not finite, or without a range lie outside of 0..65535.
     """
-    if values.dtype == np.uint8:
+    if values.dtype != np.uint8:
+        low, high = values.min(), values.max()
+        if not (np.isfinite(low) and np.isfinite(high)) or (not value_range and (low < 0 or high > 65535)):
+            raise ValueError(
+                f"pixel values from {low} to {high}: give --value_range LOW HIGH"
+                if np.isfinite(low) and np.isfinite(high)
+                else f"pixel values from {low} to {high}, which are not finite"
+            )
+        if not value_range:
+            whites = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
+            value_range = 0, next(white for white in whites if high <= white)
+        black, white = value_range
+        scaled = (values.astype(np.float64) - black) * 255 / (white - black) + 0.5
+        values = np.floor(scaled.clip(0, 255)).astype(np.uint8)
+    if values.shape[2] == in_chans:
         return values
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 65535):  # also true of NaN
-        raise ValueError(
-            f"pixel values from {low} to {high}; a known scale is 0..65535, and for floats 0..1 and 0..255"
-        )
-    if values.dtype.kind != "f":
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    scale = 255.0 if high <= 1 else 1.0 if high <= 255 else 1 / 257
-    return np.floor(values.astype(np.float64) * scale + 0.5).astype(np.uint8)
+    picture = Image.fromarray(values.squeeze(-1) if values.shape[2] == 1 else values)
+    mode = PICTURE_MODES[in_chans]
+    return np.asarray(picture if picture.mode == mode else picture.convert(mode)).reshape(*values.shape[:2], in_chans)
 
 
 def pretrain_transform(input_size: int | tuple[int, int], min_scale: float = 0.2, hflip: float = 0.5) -> Transform:
@@ -238,7 +317,8 @@ def _array(image: np.ndarray | Image.Image) -> np.ndarray:
     """`[H, W, C]`, of a Pillow image too (1 or 4 channels where it has them, else 3)."""
     if isinstance(image, np.ndarray | Undecoded):
         return image  # crops are cut from both alike
-    return picture_pixels(image, {"L": 1, "RGBA": 4}.get(image.mode, 3))
+    channels = {"L": 1, "RGBA": 4}.get(image.mode, 3)
+    return to_uint8(picture_pixels(image, channels), channels)
 
 
 def _tensor(array_HWC: np.ndarray) -> Tensor:

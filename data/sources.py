@@ -29,7 +29,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from data import scenes
-from data.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_image
+from data.depth import with_range
+from data.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_stored
 from data.packs import Pack, is_pack, open_pack
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Source:
     classes   the labels' names, or None
     selection sha256 of the class list that chose them, or of a pack; or ""
     path      number of an image -> its file, where each has one of its own
+    value_range lowest and highest value that become 0 and 255, of files of more than 8 bits; ()
     read_lazily as `read`, but JPEG files may be returned as `data.images.Undecoded`; None where there are no files
     """
 
@@ -88,6 +90,7 @@ class Source:
     selection: str = ""
     path: Callable[[int], str] | None = None
     read_lazily: Callable[[int], Any] | None = None
+    value_range: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -104,7 +107,13 @@ class Source:
 
 
 def open_source(
-    dataset: str, data_path: str, split: str = "train", *, in_chans: int = 3, class_list: str | Sequence[str] = ""
+    dataset: str,
+    data_path: str,
+    split: str = "train",
+    *,
+    in_chans: int = 3,
+    class_list: str | Sequence[str] = "",
+    value_range: Sequence[float] = (),
 ) -> Source:
     """Open the images that `dataset` and `data_path` name; `split` is "train" or "val". Errors are ValueErrors.
 
@@ -120,7 +129,8 @@ def open_source(
     pack              PACK           what tools.pack made (`auto` recognises it)
 
     `class_list` keeps these classes of a folder, labelled in that order: a file of folder names, one a line, the word
-    `imagenet100`, or a sequence (such as the training split's `classes`).
+    `imagenet100`, or a sequence (such as the training split's `classes`). `value_range` scales files of more than 8
+    bits; by default it is decided from a sample of them, see `data.depth`.
     """
     if dataset == "auto":
         dataset, data_path = _guess(data_path)
@@ -161,10 +171,16 @@ def open_source(
     if (
         dataset != "pack"
         and in_chans not in PICTURE_MODES
-        and not any(name.lower().endswith(".npy") for name in source.names[:1000])
+        and not any(name.lower().endswith((".npy", ".tif", ".tiff")) for name in source.names[:1000])
     ):
-        raise ValueError(f"in_chans {in_chans} needs .npy arrays [H, W, {in_chans}]; pictures give 1, 3 or 4 channels")
-    return source
+        raise ValueError(
+            f"in_chans {in_chans} needs .npy arrays [H, W, {in_chans}] or TIFF files of {in_chans} bands; pictures "
+            "give 1, 3 or 4 channels"
+        )
+    value_range = value_range or source.value_range
+    return with_range(
+        source, in_chans, value_range, report=split == "train", files=bool(source.read_lazily or source.path)
+    )
 
 
 def _guess(data_path: str) -> tuple[str, str]:
@@ -325,7 +341,7 @@ def _text_of(path: Path) -> str:
 
 
 def _read_file(root: str, names: Sequence[str], in_chans: int, index: int, lazy: bool = False) -> np.ndarray:
-    return read_image(_file(root, names, index), in_chans, lazy=lazy)
+    return read_stored(_file(root, names, index), in_chans, lazy=lazy)
 
 
 def _file(root: str, names: Sequence[str], index: int) -> str:
@@ -429,6 +445,7 @@ def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequ
         pack.manifest["classes"],
         selection=pack.fingerprint,
         read_lazily=functools.partial(read, lazy=True),
+        value_range=tuple(pack.manifest["source"].get("value_range", ())),
     )
     return _said(source, f"pack {folder}", f"{size}, {what}")
 
@@ -443,6 +460,7 @@ def _same_source(pack: Pack) -> None:
             made["split"],
             in_chans=pack.manifest["recipe"]["channels"],
             class_list=made["class_list"],
+            value_range=made.get("value_range", ()),
         )
     except ValueError as error:
         different = str(error)
@@ -618,7 +636,7 @@ def _read_hugging_face(
     with blamed_on(names[index]):
         image = table[index][image_key]
         if image["bytes"] is None:
-            return read_image(image["path"], in_chans, lazy=lazy)
+            return read_stored(image["path"], in_chans, lazy=lazy)
         return decode(image["bytes"], in_chans, names[index], lazy=lazy)
 
 

@@ -49,6 +49,7 @@ def open_splits(options: ClassifierOptions) -> Splits:
     classes = whole.classes or []
     if options.num_classes and len(classes) > options.num_classes:
         raise ValueError(f"num_classes {options.num_classes}: the training images have labels 0 to {len(classes) - 1}")
+    options = replace(options, value_range=whole.value_range)  # of all splits
     test = like(whole, _labelled(options, _test_split(options), classes))
     train = take(whole, subset(_labels(whole), options.label_share, options.labels_per_class, options.subset_seed))
     if _has_both(options):
@@ -173,7 +174,14 @@ def _test_split(options: ClassifierOptions) -> str:
 def _labelled(options: ClassifierOptions, split: str, classes: list[str] | None = None) -> Source:
     """A split with labels; with `classes`, its class folders are those, and each must be there."""
     chosen = classes if classes and _is_folder(options) else options.class_list
-    source = open_source(options.dataset, options.data_path, split, in_chans=options.in_chans, class_list=chosen)
+    source = open_source(
+        options.dataset,
+        options.data_path,
+        split,
+        in_chans=options.in_chans,
+        class_list=chosen,
+        value_range=options.value_range,
+    )
     if source.labels is None:
         raise ValueError(f"a classifier needs labels, and the {split} images have none: give a folder for each class")
     if _is_folder(options) and not chosen:

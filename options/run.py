@@ -27,7 +27,7 @@ from options.schema import (
 Run = TypeVar("Run", bound="RunOptions")
 
 TORCHRUN = "use torchrun, which starts the processes and tells each its rank"
-ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans", "mean", "std")
+ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans", "value_range", "mean", "std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,9 @@ class RunOptions:
     """Pixels of the images given to the model: one number, or rows and columns as `160x96`."""
     in_chans: int = shape(3)
     """Channels of the images."""
+    value_range: tuple[float, ...] = result(())
+    """Lowest and highest pixel value, e.g. `0 4095`, that become black and white in images of more than 8 bits; empty:
+    decided from a sample of the training images, logged and stored. 8-bit images are not changed."""
     mean: tuple[float, ...] = result(())
     """Mean of each channel, on a scale of 0 to 1, that is subtracted; empty: ImageNet's for 3 channels, else 0.5."""
     std: tuple[float, ...] = result(())
@@ -148,6 +151,9 @@ class RunOptions:
         self._between(0, 1, "max_bad_fraction")
         self._between(0, 2**32 - 1, "seed")  # what NumPy takes
         require(min(self.input_size) > 0, f"must be at least 1 pixel, found {show(self.input_size)}", "input_size")
+        limits = self.value_range
+        require(len(limits) in (0, 2), f"must be two numbers, LOW and HIGH, found {show(limits)}", "value_range")
+        require(not limits or limits[0] < limits[1], f"the first must be less, found {show(limits)}", "value_range")
         for name in ("mean", "std"):
             count = len(getattr(self, name))
             require(count in (0, self.in_chans), f"{count} values for in_chans {self.in_chans}", name, "in_chans")

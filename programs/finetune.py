@@ -137,7 +137,7 @@ def judge_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
 
 def train(options: FinetuneOptions, processes: Processes) -> None:
     found = splits.open_splits(options)
-    options = replace(options, num_classes=found.classes)
+    options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
     model = build_model(options, found.classes)
     if options.init_from and not options.from_scratch:
         weights, made_with = checkpoint.load_model(options.init_from)

@@ -62,7 +62,12 @@ def terms_of(model: MaskedAutoencoderViT) -> list[tuple[str, Term]]:
 
 def open_images(options: PretrainOptions, model: MaskedAutoencoderViT, split: str = "train") -> Source:
     source = open_source(
-        options.dataset, options.data_path, split, in_chans=options.in_chans, class_list=options.class_list
+        options.dataset,
+        options.data_path,
+        split,
+        in_chans=options.in_chans,
+        class_list=options.class_list,
+        value_range=options.value_range,
     )
     needy = [name for name, term in terms_of(model) if term.needs_labels]
     if needy and source.labels is None:
@@ -75,7 +80,8 @@ def settle(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source
     if source.classes is not None:
         for _, term in terms_of(model):
             term.learn_classes(len(source.classes))
-    return replace(options, terms=options.terms | {name: asdict(term.options) for name, term in terms_of(model)})
+    terms = options.terms | {name: asdict(term.options) for name, term in terms_of(model)}
+    return replace(options, terms=terms, value_range=source.value_range)
 
 
 def make_batches(

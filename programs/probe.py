@@ -119,7 +119,7 @@ def run(options: ProbeOptions) -> None:
     with distributed.start(options.device) as processes:
         talk(processes.main)
         found = splits.open_splits(options)
-        options = replace(options, num_classes=found.classes)
+        options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
         model = LinearProbe(encoder.embed_dim, found.classes).to(processes.device)
         encoder.to(processes.device)
         run = Run(options, processes, found.train)

@@ -112,7 +112,8 @@ def settle(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentO
     per_epoch = batches.steps_per_epoch
     epochs = math.ceil(options.steps / per_epoch) if options.steps else options.epochs
     warmup = options.warmup_steps / per_epoch if options.warmup_steps else options.warmup_epochs
-    return replace(options, num_classes=found.classes, epochs=epochs, warmup_epochs=warmup)
+    options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
+    return replace(options, epochs=epochs, warmup_epochs=warmup)
 
 
 def run(options: SegmentOptions) -> None:

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import decode, images
 
@@ -57,22 +57,38 @@ def test_grey_files_and_unconverted_rgb_have_pillows_pixels_too():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_not_turned_as_exif_says(orientation):
+def test_a_picture_is_turned_as_exif_says(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = jpeg(picture(40, 60), exif=exif)
     assert b"Exif" in data
-    assert np.array_equal(decode.jpeg_pixels(data), by_pillow(data))
+    assert np.array_equal(decode.jpeg_pixels(data), turned_by_pillow(data))
 
 
-def test_several_exif_segments_are_all_cut_out():
+def turned_by_pillow(data):
+    with Image.open(io.BytesIO(data)) as opened:
+        return np.asarray(ImageOps.exif_transpose(opened))
+
+
+def test_exif_data_that_is_cut_off_or_of_another_type_turns_nothing():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    assert decode.orientation_in(data) == 6
+    for end in range(len(data) - 5):
+        assert decode.orientation_in(data[:end]) in (1, 6)
+    assert decode.orientation_in(b"") == decode.orientation_in(b"XX" + data[2:]) == 1
+    assert decode.orientation_in(b"II*\0\x08\0\0\0\x01\0\x12\x01\x04\0\x01\0\0\0\x08\0\0\0") == 8, "of 32 bits"
+
+
+def test_several_exif_segments_turn_a_picture_once():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = jpeg(picture(40, 60), exif=exif)
     start = data.index(b"Exif\0\0") - 4
     length = int.from_bytes(data[start + 2 : start + 4], "big") + 2
     twice = data[:start] + data[start : start + length] * 2 + data[start + length :]
-    assert np.array_equal(decode.jpeg_pixels(twice), by_pillow(data))
+    assert np.array_equal(decode.jpeg_pixels(twice), turned_by_pillow(data))
 
 
 def test_other_formats_and_colours_are_left_to_pillow():

@@ -120,7 +120,10 @@ def test_nothing_prints():
 
 def test_everything_imported_is_in_the_requirements():
     names = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML", "nvidia": "nvidia-nvimgcodec-cu13"}
-    lists = [PROJECT / name for name in ("requirements.txt", "requirements/export.txt", "requirements/region.txt")]
+    lists = [
+        PROJECT / name
+        for name in ("requirements.txt", "requirements/export.txt", "requirements/region.txt", "requirements/tiff.txt")
+    ]
     pinned = [name for file in lists for name in re.findall(r"^([\w-]+)==\S+$", file.read_text(), re.MULTILINE)]
     used = {name.split(".")[0] for tree in trees().values() for name in imported(tree)}
     own = {name.split(".")[0] for name in MODULES}

@@ -4,14 +4,24 @@ import io
 import math
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 
-from data.images import BadImage, eval_transform, is_image_name, pretrain_transform, read_image
+from data.images import (
+    BadImage,
+    decode,
+    eval_transform,
+    is_image_name,
+    pretrain_transform,
+    read_image,
+    read_stored,
+    to_uint8,
+)
 
 GREY = np.array([[0, 60], [130, 255]], np.uint8)
 RGB = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
@@ -24,13 +34,17 @@ def write(path, picture, **options):
 
 def png16(path, values_HW):
     """A greyscale PNG of 16 bits, byte by byte: no library decides what it means."""
-    rows, columns = values_HW.shape
-    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values_HW)
+    return write_png16(path, values_HW[..., None], 0)
+
+
+def write_png16(path, values_HWC, colour_type):
+    rows, columns = values_HWC.shape[:2]
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values_HWC)
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", columns, rows, 16, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", columns, rows, 16, colour_type, 0, 0, 0)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
     )
@@ -130,6 +144,22 @@ def test_sixteen_bit_colour_is_scaled_too(tmp_path):
     assert read_image(str(path)).tolist() == [[[255, 128, 0]]]
 
 
+@pytest.mark.parametrize(("bands", "channels"), [(3, 3), (3, 1), (3, 4), (4, 3), (4, 4), (2, 1), (2, 3), (2, 4)])
+def test_colour_png_of_sixteen_bits_keeps_them_all(tmp_path, bands, channels):
+    """Pillow would drop the lower eight. Grey with transparency and colours, with and without transparency."""
+    values = np.arange(4 * 6 * bands, dtype=np.uint16).reshape(4, 6, bands) * 30
+    path = tmp_path / "a.png"
+    write_png16(path, values, {2: 4, 3: 2, 4: 6}[bands])
+    found = read_image(str(path), channels, (0, 4095))
+    colours = values[..., : bands - 1] if bands in (2, 4) else values
+    expected = np.floor(colours * (255 / 4095) + 0.5).clip(0, 255).astype(np.uint8)
+    if colours.shape[2] == 3 and channels == 1:
+        expected = np.asarray(Image.fromarray(expected).convert("L"))[..., None]
+    np.testing.assert_array_equal(found[..., : min(channels, 3)], np.broadcast_to(expected, (4, 6, min(channels, 3))))
+    if channels == 4 and bands == 3:
+        assert (found[..., 3] == 255).all()
+
+
 @pytest.mark.parametrize("white", [1, 255, 65535])
 def test_float_tiff_is_scaled_by_its_white(tmp_path, white):
     values = np.array([[0, 0.5], [0.25, 1]], np.float32) * np.float32(white)
@@ -150,11 +180,67 @@ def test_one_pixel(tmp_path):
     assert eval_transform(8)(image).shape == (3, 8, 8)
 
 
-def test_exif_orientation_is_ignored(tmp_path):
+def tagged(path, picture, orientation, **options):
     exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees"
-    path = write(tmp_path / "a.jpg", Image.fromarray(RGB), exif=exif)
-    assert read_image(path).shape == (2, 4, 3)
+    exif[0x0112] = orientation
+    return write(path, picture, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("suffix", "mode", "channels"),
+    [("jpg", "RGB", 3), ("jpg", "L", 3), ("jpg", "CMYK", 3), ("jpg", "RGB", 1), ("png", "RGB", 3), ("png", "P", 3),
+     ("png", "RGBA", 4), ("webp", "RGB", 3), ("tif", "RGB", 3), ("tif", "L", 1), ("tif", "I;16", 1),
+     ("png", "I;16", 1)],
+)  # fmt: skip
+def test_exif_orientation_is_applied_in_every_format(tmp_path, suffix, mode, channels, orientation):
+    """As Pillow's exif_transpose, which is another program's reading of the standard."""
+    if mode == "I;16":
+        picture = Image.fromarray(np.arange(60, dtype=np.uint16).reshape(6, 10) * 1000)
+    else:
+        picture = Image.fromarray(smooth(16, 24)).convert(mode)
+    path = tagged(tmp_path / f"a.{suffix}", picture, orientation, **({"lossless": True} if suffix == "webp" else {}))
+    with Image.open(io.BytesIO(Path(path).read_bytes())) as opened:  # from a file, Pillow maps TIFF pixels unturned
+        turned = ImageOps.exif_transpose(opened)
+        expected = turned if mode == "I;16" else turned.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    found = read_image(path, channels)
+    if mode == "I;16":
+        expected = to_uint8(np.asarray(expected)[..., None], 1)
+    np.testing.assert_array_equal(found, np.asarray(expected).reshape(found.shape))
+    assert (found.shape[0] > found.shape[1]) == (orientation > 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_colour_png_of_sixteen_bits(tmp_path, orientation):
+    values = np.arange(4 * 6 * 3, dtype=np.uint16).reshape(4, 6, 3) * 800
+    write_png16(tmp_path / "a.png", values, 2)
+    data = (tmp_path / "a.png").read_bytes()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    tag = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    place = data.index(b"IDAT") - 4
+    data = data[:place] + struct.pack(">I", len(tag) - 4) + tag + struct.pack(">I", zlib.crc32(tag)) + data[place:]
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))  # the upper eight bits
+    np.testing.assert_array_equal(decode(data, 3, "a.png") >> 8, expected)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 700])
+def test_an_impossible_orientation_is_none(tmp_path, orientation):
+    picture = Image.fromarray(smooth(16, 24))
+    assert read_image(tagged(tmp_path / "a.jpg", picture, orientation)).shape == (16, 24, 3)
+
+
+def test_orientation_is_the_same_with_each_decoder_and_for_crops(tmp_path, monkeypatch):
+    picture = Image.fromarray(smooth(16, 24))
+    for orientation in range(1, 9):
+        path = tagged(tmp_path / f"{orientation}.jpg", picture, orientation)
+        found = read_image(path)
+        lazy = read_stored(path, lazy=True)[2:9, 3:8]
+        monkeypatch.setattr("data.images.jpeg_pixels", lambda data: None)
+        np.testing.assert_array_equal(read_image(path), found)
+        monkeypatch.undo()
+        np.testing.assert_array_equal(lazy, found[2:9, 3:8])
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
@@ -188,7 +274,9 @@ def test_a_flat_array_is_one_channel(tmp_path):
     [
         (np.zeros((4, 4, 5), np.uint8), r"shape \[4, 4, 5\] where \[H, W, 6\] is needed"),
         (np.zeros((0, 4, 6), np.uint8), "shape"),
-        (np.zeros((4, 4, 6), np.int64), "int64"),
+        (np.zeros((4, 4, 6), np.complex64), "complex64"),
+        (np.zeros((4, 4, 6, 1), np.uint8), "shape"),
+        (np.full((4, 4, 6), -1, np.int64), "give --value_range"),
         (np.array([{"code": 1}]), "allow_pickle"),
     ],
 )

@@ -93,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if output.suffix != ".npz":
             raise ValueError(f"output: {output} must end in .npz, which is what is written")
         output.parent.mkdir(parents=True, exist_ok=True)
-        source = open_source("auto", words.images, words.split, in_chans=encoder.image_shape[0])
+        value_range = encoder.options.get("value_range", ())
+        source = open_source(
+            "auto", words.images, words.split, in_chans=encoder.image_shape[0], value_range=value_range
+        )
         how = {"batch_size": words.batch_size, "num_workers": words.num_workers}
         arrays = embed(encoder, source, device=device, **how)
         write(output, arrays)

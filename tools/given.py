@@ -61,6 +61,8 @@ def source(trained: Trained, split: str, data_path: str = "") -> Source:
     options = trained.options
     in_chans = options["in_chans"]
     if data_path:
-        return open_source("auto", data_path, split, in_chans=in_chans)
-    chosen = options["class_list"]
-    return open_source(options["dataset"], options["data_path"], split, in_chans=in_chans, class_list=chosen)
+        return open_source("auto", data_path, split, in_chans=in_chans, value_range=options.get("value_range", ()))
+    chosen, value_range = options["class_list"], options.get("value_range", ())
+    return open_source(
+        options["dataset"], options["data_path"], split, in_chans=in_chans, class_list=chosen, value_range=value_range
+    )

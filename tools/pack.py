@@ -62,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", default="auto", help="how data_path is read, as for training")
     parser.add_argument("--class_list", default="", help="only these classes, as for training")
     parser.add_argument("--in_chans", type=int, default=3, help="channels of the images")
+    parser.add_argument(
+        "--value_range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="of images of more than 8 bits, as for training",
+    )
     parser.add_argument("--split", nargs="+", choices=["train", "val"], help="None: train, and val if there is one")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of images that may be unreadable")
@@ -105,6 +112,7 @@ def pack(given: argparse.Namespace) -> None:
         raise ValueError(f"--num_workers is {given.num_workers}; it takes at least one process")
     recipe = Recipe(given.size, given.quality, given.raw, given.in_chans)
     classes: list[str] | None = None
+    value_range = list(given.value_range or ())
     for split in given.split or ("train", "val"):
         origin = {
             "dataset": given.dataset,
@@ -113,17 +121,21 @@ def pack(given: argparse.Namespace) -> None:
             "class_list": given.class_list,
         }
         try:
-            source = open_split(origin, recipe.channels, classes)
+            source = open_split(origin, recipe.channels, classes, value_range)
         except ValueError as error:
             if given.split or split == "train":
                 raise
             log.info("no val split is packed: %s", error)
             continue
-        classes = source.classes
+        classes, value_range = source.classes, list(source.value_range)
+        if value_range:  # of all splits, and of what is later compared with images from this pack
+            origin["value_range"] = value_range
         pack_split(given.output / split, source, origin, recipe, given.num_workers, given.max_bad_fraction)
 
 
-def open_split(origin: dict[str, Any], channels: int, classes: list[str] | None) -> Source:
+def open_split(
+    origin: dict[str, Any], channels: int, classes: list[str] | None, value_range: Sequence[float] = ()
+) -> Source:
     """The images, with the labels of the classes of the split before, if there are any."""
     of_folders = origin["dataset"] == "folder" or (
         origin["dataset"] == "auto" and os.path.isdir(origin["data_path"]) and not packs_below(origin["data_path"])
@@ -131,7 +143,12 @@ def open_split(origin: dict[str, Any], channels: int, classes: list[str] | None)
     if classes and not origin["class_list"] and of_folders:
         origin["class_list"] = classes
     return open_source(
-        origin["dataset"], origin["data_path"], origin["split"], in_chans=channels, class_list=origin["class_list"]
+        origin["dataset"],
+        origin["data_path"],
+        origin["split"],
+        in_chans=channels,
+        class_list=origin["class_list"],
+        value_range=value_range or origin.get("value_range", ()),
     )
 
 

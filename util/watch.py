@@ -60,7 +60,14 @@ class Watch:
         by_folder = options.dataset in ("auto", "folder", "pack") and Path(options.data_path).is_dir()
         classes = train.classes if by_folder and train.classes else options.class_list
         try:
-            return open_source(options.dataset, options.data_path, "val", in_chans=options.in_chans, class_list=classes)
+            return open_source(
+                options.dataset,
+                options.data_path,
+                "val",
+                in_chans=options.in_chans,
+                class_list=classes,
+                value_range=options.value_range,
+            )
         except ValueError:
             return None
 

@@ -168,20 +168,25 @@ def open_images(paths: Sequence[str], models: Sequence[Shown]) -> tuple[Source, 
     where there is no run, or its images are gone, the photos. ValueError for anything else.
     """
     in_chans = models[0].size[0]
+    origin = next((shown.origin for shown in models if shown.origin), None)
+    value_range = origin.options.get("value_range", ()) if origin else ()
     files = [path for path in paths if Path(path).is_file() and is_image_name(Path(path).name)]
     if files and len(files) == len(paths):
-        return Source(files, lambda index: read_image(files[index], in_chans)), True
+        return Source(files, lambda index: read_image(files[index], in_chans, value_range)), True
     if len(paths) > 1:
         wrong = ", ".join(path for path in paths if path not in files)
         raise ValueError(f"--images takes image files, or one folder; no image file: {wrong}")
     if paths and paths[0] != PHOTOS:
-        return _held_out(lambda split: open_source("auto", paths[0], split, in_chans=in_chans)), False
-    origin = next((shown.origin for shown in models if shown.origin), None)
+        return _held_out(
+            lambda split: open_source("auto", paths[0], split, in_chans=in_chans, value_range=value_range)
+        ), False
     if origin is not None and not paths:
         kind, place, classes = (origin.options[name] for name in ("dataset", "data_path", "class_list"))
         try:
             return _held_out(
-                lambda split: open_source(kind, place, split, in_chans=in_chans, class_list=classes)
+                lambda split: open_source(
+                    kind, place, split, in_chans=in_chans, class_list=classes, value_range=value_range
+                )
             ), False
         except ValueError as error:
             log.warning("%s; showing scikit-learn's photos instead", error)
