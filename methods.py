@@ -1,50 +1,90 @@
-"""The menu: method name -> decoder and terms with the paper's weights; `build` makes the model.
+"""The registry: method name -> model class, options, terms with the paper's weights. `build` makes the model.
 
-To add a term, write it in its paper's file, list it in `TERMS` and name it in a method. To add a decoder, write a
-subclass of MaskedAutoencoderViT that overrides `build_decoder` and `decode`, and name it in a method. Options of its
-own it takes as further arguments.
+Importing this module imports neither torch nor timm, so that `--help` is fast: model classes are named as
+"module:Class" and imported when a model is built.
+
+To add a method, write its model in a file of its own and its options in options/, and add an entry to `METHODS`. To add
+a loss term, do the same and add it to `TERMS`.
 """
+
+from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from models_cross_mae import CrossMAE
-from models_dmae import TeacherTerm
-from models_mae import MaskedAutoencoderViT, Term
-from models_nor_mae import NeighborTerm
-from models_simmim import SimMIM
-from models_sup_mae import LabelTerm
-from models_u_mae import UniformityTerm
-from models_vit import SIZES, parse_name
-from options import nearest
+from options import OptionError, PretrainOptions, nearest
+from options.dmae import TeacherOptions
+from options.mae import CrossMAEOptions, MAEOptions, SimMIMOptions
+from options.nor_mae import NeighborOptions
+from options.schema import Options, chosen, compose, default_of, from_dict, parse
+from options.sup_mae import LabelOptions
+from options.u_mae import UniformityOptions
+
+if TYPE_CHECKING:
+    from models_mae import Term
+    from models_vit import Pretrainer
 
 
 @dataclass(frozen=True)
 class Method:
-    """A decoder, as the class that has it; terms, with the options that differ from the term's defaults; a note for
-    people; and the run's options of which the method has its own default."""
+    """An entry of the registry."""
 
-    decoder: type[MaskedAutoencoderViT] = MaskedAutoencoderViT
+    model: str | type = "models_mae:MaskedAutoencoderViT"
+    """The `Pretrainer` class, or where to import it from."""
+    options: type[Options] = MAEOptions
+    """The class of the method's options."""
     terms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Loss terms with the options that differ from the term's defaults."""
     note: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    """One line for people."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Options of the run for which the method has its own default."""
+
+    def model_class(self) -> type[Pretrainer]:
+        return _imported(self.model)
 
 
-TERMS: dict[str, type[Term]] = {term.name: term for term in (NeighborTerm, LabelTerm, UniformityTerm, TeacherTerm)}
+@dataclass(frozen=True)
+class TermEntry:
+    """A loss term of the registry."""
+
+    Options: type
+    """The dataclass of its options."""
+    term: str | type
+    """The `Term` class, or where to import it from."""
+
+    def term_class(self) -> type[Term]:
+        return _imported(self.term)
+
+
+def _imported(where: str | type) -> Any:
+    if not isinstance(where, str):
+        return where
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+TERMS: dict[str, TermEntry] = {
+    "neighbor": TermEntry(NeighborOptions, "models_nor_mae:NeighborTerm"),
+    "label": TermEntry(LabelOptions, "models_sup_mae:LabelTerm"),
+    "uniformity": TermEntry(UniformityOptions, "models_u_mae:UniformityTerm"),
+    "teacher": TermEntry(TeacherOptions, "models_dmae:TeacherTerm"),
+}
 
 METHODS: dict[str, Method] = {
-    "mae": Method(note="MAE: reconstruction alone"),
+    "mae": Method(note="MAE: reconstruction only"),
     "nor_mae": Method(
         terms={"neighbor": {}},
         note="NoR-MAE as its paper describes it: true closest neighbours, natural borders",
     ),
     "nor_mae_released": Method(
         terms={"neighbor": {"cnp": "released"}},
-        note="NoR-MAE as its released code computes it: a selection by mistake, wrapped borders",
+        note="NoR-MAE as its released code computes it: an unintended selection, wrapped borders",
     ),
     "noa_mae": Method(
         terms={"neighbor": {"relation": "alignment"}},
@@ -52,154 +92,174 @@ METHODS: dict[str, Method] = {
     ),
     "random_asymmetry_mae": Method(
         terms={"neighbor": {"companion": "random"}},
-        note="the supplement's control: an independent second mask in the neighbours' place",
+        note="the supplement's control: an independent second mask in place of the neighbours",
     ),
-    "sup_mae": Method(terms={"label": {}}, note="SupMAE: the visible patches also tell the class"),
+    "sup_mae": Method(terms={"label": {}}, note="SupMAE: the visible patches also predict the class"),
     "sup_nor_mae": Method(terms={"label": {}, "neighbor": {}}, note="SupMAE and NoR-MAE together"),
     "u_mae": Method(terms={"uniformity": {}}, note="U-MAE: features of different images are kept apart"),
-    "dmae": Method(terms={"teacher": {}}, note="DMAE: a larger, trained encoder is imitated"),
+    "dmae": Method(terms={"teacher": {}}, note="DMAE: imitates a larger, trained encoder"),
     "nor_dmae": Method(terms={"teacher": {}, "neighbor": {}}, note="DMAE and NoR-MAE together"),
     "cross_mae": Method(
-        decoder=CrossMAE,
-        note="CrossMAE: hidden patches look at the visible ones, not at each other; a third of them is predicted",
+        "models_cross_mae:CrossMAE",
+        CrossMAEOptions,
+        note="CrossMAE: hidden patches attend to visible ones, not to each other; a third of them is predicted",
     ),
     "simmim": Method(
-        decoder=SimMIM,
-        options={"mask_ratio": 0.6},
-        note="SimMIM: the encoder sees the whole image with blanks; no decoder but one layer",
+        "models_simmim:SimMIM",
+        SimMIMOptions,
+        note="SimMIM: the encoder sees every place, hidden ones replaced; the decoder is one linear layer",
     ),
 }
 
-DECODERS: dict[str, tuple[int, int, int]] = {  # by size: channels, blocks, heads
-    "tiny": (192, 8, 12),
-    "small": (256, 8, 8),
-    "base": (512, 8, 16),
-    "large": (512, 8, 16),
-    "huge": (512, 8, 16),
-}
+ENCODER_OVERRIDES = ("input_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "grad_checkpointing")
+"""What `build` accepts for every method, besides `terms` and the method's own options."""
 
-INPUT_SIZE, IN_CHANS, MLP_RATIO, MASK_RATIO = 224, 3, 4.0, 0.75
 
-OVERRIDES = (
-    "input_size",
-    "in_chans",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "decoder_embed_dim",
-    "decoder_depth",
-    "decoder_num_heads",
-    "mlp_ratio",
-    "predict_ratio",
-    "mask_cell",
-    "mask_ratio",
-    "norm_pix_loss",
-    "grad_checkpointing",
-    "terms",
-)
-
-DECODER_OPTIONS = {name for method in METHODS.values() for name in method.decoder.choices}
+# ---- options --------------------------------------------------------------------------------------------------------
 
 
 def preset(method: str) -> dict[str, Any]:
-    """What the method brings, before recipes and flags: `{"terms": {name: {option: value}}}`, and other options."""
+    """Return what the method sets before recipes and flags: `{"terms": {name: {option: value}}}`, and other options."""
     _known("method", method, METHODS)
-    return {"terms": copy.deepcopy(METHODS[method].terms), **METHODS[method].options}
+    return {"terms": copy.deepcopy(METHODS[method].terms), **METHODS[method].defaults}
 
 
-def build(method: str, model: str = "mae_vit_tiny_patch16", **overrides: Any) -> MaskedAutoencoderViT:
-    """A method's model, of a size `mae_vit_<tiny|small|base|large|huge>_patch<pixels>`.
+def own_options(method: str) -> list[str]:
+    """Return the names of the options that the method itself declares."""
+    _known("method", method, METHODS)
+    return [option.name for option in fields(METHODS[method].options)]
 
-    `overrides` are `input_size` (pixels of one side, or height and width), `in_chans`, `embed_dim`, `depth`,
-    `num_heads`, `decoder_embed_dim`, `decoder_depth`, `decoder_num_heads`, `mlp_ratio` (0 or None: the size's own),
-    `predict_ratio`, `mask_cell` (0 or None: the decoder's own), `mask_ratio`, `norm_pix_loss`, `grad_checkpointing` and
-    `terms`: `{name: {option: value}}` over the method's own, option by option, or `{name: None}` to leave a term out.
-    Checkpoints that terms learn from are read. ValueError for an unknown name or an impossible value.
+
+def schema(method: str) -> Any:
+    """Return the dataclass of all options of a pretraining run with this method."""
+    own = own_options(method)
+    elsewhere = {option.name: option for entry in METHODS.values() for option in fields(entry.options)}
+    unused = []
+    for name, option in elsewhere.items():
+        if name not in own:
+            users = ", ".join(other for other in METHODS if name in own_options(other))
+            message = f"the method {method} does not use it; methods that do: {users}"
+            unused.append((name, message, default_of(option)))
+    own_class: Any = METHODS[method].options
+    return compose(own_class, PretrainOptions, unused=tuple(unused))
+
+
+def term_options() -> dict[str, type]:
+    return {name: entry.Options for name, entry in TERMS.items()}
+
+
+def parse_options(argv: Sequence[str]) -> PretrainOptions:
+    """Read the options of a pretraining run from a command line; the method decides which there are."""
+    method, source = chosen(PretrainOptions, argv, "method")
+    try:
+        _known("method", method, METHODS)
+    except ValueError as error:
+        raise OptionError(f"{source}: {error}", "method") from None
+    return parse(schema(method), argv, preset=preset, term_options=term_options())
+
+
+def read_options(stored: Mapping[str, Any]) -> PretrainOptions:
+    """Read the options that a run has stored, without those of other methods, which older versions stored too."""
+    made = schema(stored["method"])
+    elsewhere = {option for name in METHODS for option in own_options(name)} - {option.name for option in fields(made)}
+    return from_dict(made, {name: value for name, value in stored.items() if name not in elsewhere})
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def build(method: str, model: str = "mae_vit_tiny_patch16", **overrides: Any) -> Pretrainer:
+    """Build a method's model of a size `mae_vit_<tiny|small|base|large|huge>_patch<pixels>`.
+
+    Args:
+        method: A key of `METHODS`.
+        model: Name of the encoder's size and patch size.
+        overrides: `input_size` (pixels of one side, or height and width), `in_chans`, `embed_dim`, `depth`,
+            `num_heads`, `mlp_ratio` (0 or None: the default of the size), `grad_checkpointing`; every option that the
+            method declares (see `own_options`); `terms`, `{name: {option: value}}` over the method's own, option by
+            option, or `{name: None}` to remove a term.
+
+    Returns:
+        The model, on the CPU, with what training needs: checkpoints named in the options are read.
+
+    Raises:
+        ValueError: For an unknown name or an impossible value.
     """
+    from util.checkpoint import load_model  # imports torch
+
     terms = build_terms(method, overrides.get("terms") or {})
     for name, term in terms.items():
         with _named(name):
-            term.settle(_read_checkpoint)
-    return _assemble(method, model, overrides, terms)
+            term.settle(load_model)
+    built = _assemble(method, model, overrides, terms)
+    built.prepare(load_model, None)
+    return built
 
 
-def _read_checkpoint(path: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    from util.checkpoint import load_model  # a run's business, needed only where a term has a teacher
+def _assemble(method: str, model: str, overrides: Mapping[str, Any], terms: Mapping[str, Term]) -> Pretrainer:
+    from models_vit import encoder_sizes
 
-    return load_model(path)
-
-
-def _assemble(method: str, model: str, overrides: Mapping[str, Any], terms: Mapping[str, Term]) -> MaskedAutoencoderViT:
-    size, patch_size = parse_name(model)
-    decoder = METHODS[method].decoder
-    for name in overrides:
-        _known("option", name, OVERRIDES)
-        if name in DECODER_OPTIONS and overrides[name] and name not in decoder.choices:
-            raise ValueError(f"{name} is {overrides[name]}, but the method {method!r} has no use for it")
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    own = {name: overrides.get(name) or 0 for name in decoder.choices if name not in MaskedAutoencoderViT.choices}
-
-    encoder, (decoder_embed_dim, decoder_depth, decoder_num_heads) = SIZES[size], DECODERS[size]
-    built = decoder(
-        img_size=_height_and_width(overrides.get("input_size") or INPUT_SIZE),
-        patch_size=patch_size,
-        in_chans=overrides.get("in_chans") or IN_CHANS,
-        embed_dim=overrides.get("embed_dim") or encoder.embed_dim,
-        depth=overrides.get("depth") or encoder.depth,
-        num_heads=overrides.get("num_heads") or encoder.num_heads,
-        decoder_embed_dim=overrides.get("decoder_embed_dim") or decoder_embed_dim,
-        decoder_depth=overrides.get("decoder_depth") or decoder_depth,
-        decoder_num_heads=overrides.get("decoder_num_heads") or decoder_num_heads,
-        mlp_ratio=overrides.get("mlp_ratio") or MLP_RATIO,
-        norm_pix_loss=overrides.get("norm_pix_loss", False),
-        mask_ratio=overrides.get("mask_ratio", METHODS[method].options.get("mask_ratio", MASK_RATIO)),
-        terms=terms,
-        **own,
-    )
-    built.set_grad_checkpointing(overrides.get("grad_checkpointing", False))
+    own = own_options(method)
+    for name, value in overrides.items():
+        elsewhere = any(name in own_options(other) for other in METHODS)
+        if name not in own and elsewhere and value:
+            raise ValueError(f"{name} is {value}, but the method {method!r} does not use it")
+        if not elsewhere:
+            _known("option", name, [*ENCODER_OVERRIDES, "terms", *own])
+    given = {name: value for name, value in overrides.items() if value is not None}
+    entry = METHODS[method]
+    own_defaults = {name: value for name, value in entry.defaults.items() if name in own}
+    options = entry.options(**own_defaults | {name: value for name, value in given.items() if name in own})
+    chosen_class = entry.model_class()
+    more: dict[str, Any] = {"terms": terms} if chosen_class.takes_terms else {}
+    if terms and not more:
+        raise ValueError(f"the method {method!r} takes no loss terms, found {', '.join(terms)}")
+    built = chosen_class(**encoder_sizes(model, given), options=options, **more)
+    built.set_grad_checkpointing(given.get("grad_checkpointing", False))
     return built
 
 
 def build_terms(method: str, overrides: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Term]:
-    """The method's terms, with `overrides` as in `build`, before they have read anything."""
-    chosen = preset(method)["terms"]
+    """Build the method's terms, with `overrides` as in `build`, before they have read anything."""
+    wanted = preset(method)["terms"]
     for name, options in overrides.items():
         _known("term", name, TERMS)
-        chosen[name] = None if options is None else {**(chosen.get(name) or {}), **options}
+        wanted[name] = None if options is None else {**(wanted.get(name) or {}), **options}
     terms = {}
-    for name, options in chosen.items():
+    for name, options in wanted.items():
         if options is None:
             continue
-        schema = TERMS[name].Options
+        declared = TERMS[name].Options
         for option in options:
-            _known(f"option of the term {name!r}", option, [known.name for known in fields(schema)])
+            _known(f"option of the term {name!r}", option, [known.name for known in fields(declared)])
         with _named(name):
-            terms[name] = TERMS[name](schema(**options))
+            terms[name] = TERMS[name].term_class()(declared(**options))
     return terms
 
 
 @contextlib.contextmanager
 def _named(term: str) -> Iterator[None]:
-    """Errors inside say which term they are about."""
+    """Name the term in errors that are raised inside."""
     try:
         yield
     except ValueError as problem:
         raise ValueError(f"term {term!r}: {problem}") from problem
 
 
-def from_options(options: Mapping[str, Any]) -> MaskedAutoencoderViT:
-    """The model of a run's resolved options, in which `terms` are all there are: one of the method's may be gone.
+def from_options(options: Mapping[str, Any]) -> Pretrainer:
+    """Build the model of a run's stored options, in which `terms` are complete: one of the method's may be missing.
 
-    It is for looking at: what only training needs, such as a teacher's checkpoint, is not read.
+    The model is for inspection: what only training needs, such as a teacher's checkpoint, is not read.
     """
-    given = {name: options[name] for name in OVERRIDES if name in options}
-    chosen = {name: None for name in preset(options["method"])["terms"]} | dict(given.get("terms") or {})
-    return _assemble(options["method"], options["model"], given, build_terms(options["method"], chosen))
+    method = options["method"]
+    wanted = [name for name in (*ENCODER_OVERRIDES, *own_options(method)) if name in options]
+    terms = {name: None for name in preset(method)["terms"]} | dict(options.get("terms") or {})
+    return _assemble(method, options["model"], {n: options[n] for n in wanted}, build_terms(method, terms))
 
 
-def from_checkpoint(path: str | Path) -> tuple[MaskedAutoencoderViT, dict[str, Any]]:
-    """The trained model in one of our checkpoints, on the CPU in evaluation mode, and its run's options."""
-    from util.checkpoint import load  # a run's business, needed by nothing else here
+def from_checkpoint(path: str | Path) -> tuple[Pretrainer, dict[str, Any]]:
+    """Load the trained model of one of our checkpoints, on the CPU in evaluation mode, and its run's options."""
+    from util.checkpoint import load
 
     state = load(path)
     model = from_options(state["options"])
@@ -207,14 +267,13 @@ def from_checkpoint(path: str | Path) -> tuple[MaskedAutoencoderViT, dict[str, A
     return model.eval(), state["options"]
 
 
-def _height_and_width(input_size: int | Iterable[int]) -> tuple[int, int]:
-    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    if len(sides) != 2:
-        raise ValueError(f"input_size is {list(sides)}; it is one side in pixels, or height and width")
-    return sides
+def settled(options: PretrainOptions, model: Pretrainer) -> dict[str, Any]:
+    """Return the options that building and preparing the model has decided: the method's own, and its terms'."""
+    terms = {name: asdict(term.options) for name, term in model.loss_terms.items()}
+    return asdict(model.options) | {"terms": options.terms | terms}
 
 
 def _known(what: str, word: str, words: Iterable[str]) -> None:
-    """ValueError, with the nearest of `words`, unless `word` is one of them."""
+    """Raise ValueError, with the nearest of `words`, unless `word` is one of them."""
     if word not in words:
         raise ValueError(f"unknown {what} {word!r}; {nearest(word, words) or 'there are ' + ', '.join(words)}")

@@ -8,7 +8,7 @@ N images   V visible patches   Q queries   D encoder channels   E decoder channe
 """
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from models_mae import (
     without_autocast,
 )
 from models_vit import Mlp
+from options.mae import CrossMAEOptions
 
 PREDICT_RATIO = 0.25
 
@@ -69,11 +70,13 @@ class CrossMAE(MaskedAutoencoderViT):
     query gets does not depend on the others.
     """
 
-    choices: ClassVar[tuple[str, ...]] = (*MaskedAutoencoderViT.choices, "predict_ratio")
+    Options: ClassVar[type] = CrossMAEOptions
+    options: CrossMAEOptions
 
-    def __init__(self, *sizes: Any, predict_ratio: float = 0.0, **more: Any) -> None:
-        self.predict_ratio = predict_ratio or PREDICT_RATIO
-        super().__init__(*sizes, **more)
+    @property
+    def predict_ratio(self) -> float:
+        """Share of all patches that training predicts."""
+        return self.options.predict_ratio or PREDICT_RATIO
 
     @property
     def num_predicted(self) -> int:
@@ -91,8 +94,9 @@ class CrossMAE(MaskedAutoencoderViT):
                 f"and at least one of {L} patches, not {self.predict_ratio}"
             )
 
-    def build_decoder(self, decoder_embed_dim: int, decoder_depth: int, decoder_num_heads: int) -> None:
+    def build_decoder(self) -> None:
         """Create the decoder: mixtures of the encoder's features, and blocks of cross-attention to them."""
+        decoder_embed_dim, decoder_depth, decoder_num_heads = self.decoder_sizes()
         D, norm_layer = self.embed_dim, partial(nn.LayerNorm, eps=1e-6)
         self.norm = norm_layer(D, elementwise_affine=False)
         self.decoder_taps = (ENCODER_INPUT, *range(len(self.blocks)))
@@ -104,7 +108,7 @@ class CrossMAE(MaskedAutoencoderViT):
             CrossBlock(decoder_embed_dim, D, decoder_num_heads, self.mlp_ratio) for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, self.patch_pixels)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.target.width)
 
     def decode_at(self, ids: Tensor, taps: dict[int, Tensor]) -> Tensor:
         """The patches `ids` `[N, Q]`, wherever they lie: `[N, Q, E]` after the decoder's norm."""
@@ -112,7 +116,7 @@ class CrossMAE(MaskedAutoencoderViT):
         memories = torch.einsum("bm,mnvd->bnvd", self.feature_mix.weight, maps_MNVD)
         x = take((self.mask_token + self.decoder_pos_embed[:, 1:]).expand(len(ids), -1, -1), ids)
         for block, norm, memory in zip(self.decoder_blocks, self.feature_norms, memories.unbind(), strict=True):
-            x = self._through(block, x, norm(memory))
+            x = self.run_block(block, x, norm(memory))
         return self.decoder_norm(x)
 
     def predicted(self, ids_restore: Tensor) -> Tensor:
@@ -123,11 +127,11 @@ class CrossMAE(MaskedAutoencoderViT):
         """From the encoder's features to the predicted patches: `[N, Q, E]`, after the decoder's norm."""
         return self.decode_at(self.predicted(masking.ids_restore), taps)
 
-    def reconstruction_loss(self, view: View) -> Tensor:
+    def target_loss(self, view: View) -> Tensor:
         """The mean error over the predicted patches of all images."""
         with without_autocast(view.pred):
             target = take(self.target(view.images), self.predicted(view.ids_restore))
-            return self.patch_error(view.pred, target).mean()
+            return self.target.error(view.pred, target).mean()
 
     def predict(self, images: Tensor, *, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The prediction `[N, L, P]` of every patch in the target's space and the mask `[N, L]`, 1 = removed."""

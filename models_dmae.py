@@ -9,9 +9,8 @@ The teacher is of no use after training: it is in no checkpoint, and a trained m
 N images   V visible patches   D the student's channels   T the teacher's channels
 """
 
-import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,59 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models_mae import (
-    MaskedAutoencoderViT,
-    Reader,
+    MaskedImageModel,
     Term,
     View,
     at_least_float32,
-    require_number,
     take,
     without_autocast,
 )
-from models_vit import SIZES, VisionTransformer, load_matching, patch_grid, require_plain_encoder
-
-
-@dataclass(frozen=True)
-class TeacherOptions:
-    """Who teaches, and where the two are compared."""
-
-    weight: float = 1.0
-    """Weight of the difference."""
-    checkpoint: str = ""
-    """The teacher: a checkpoint of MAE's, timm's or ours, with patches of the student's size."""
-    student_block: int = 0
-    """Block of the student, counted from 1, whose output is compared; 0: at three quarters of its depth."""
-    teacher_block: int = 0
-    """Block of the teacher, counted from 1, whose output is compared; 0: at three quarters of its depth."""
-    embed_dim: int = 0
-    """Channels of the teacher; 0: from its checkpoint, as for the two options that follow."""
-    depth: int = 0
-    """Blocks of the teacher."""
-    num_heads: int = 0
-    """Attention heads of the teacher. Only our own checkpoints tell; for others 0 means what `model` has with those
-    channels, so 12 for 192 of them."""
-    digest: str = ""
-    """SHA-256 of the teacher's weights, which a run notes, so that it does not go on with another teacher."""
-
-    def __post_init__(self) -> None:
-        require_number("weight", self.weight)
-        for name in ("student_block", "teacher_block", "embed_dim", "depth", "num_heads"):
-            require_number(name, getattr(self, name), 0)
+from models_vit import (
+    SIZES,
+    FrozenNetwork,
+    Reader,
+    VisionTransformer,
+    digest_of,
+    load_matching,
+    patch_grid,
+    require_plain_encoder,
+)
+from options.dmae import TeacherOptions
 
 
 def tapped(block: int, depth: int) -> int:
     """The block counted from 1, at three quarters of the depth where it is 0: 9 of 12, 18 of 24."""
     return block or max(1, depth * 3 // 4)
-
-
-def digest_of(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and float32 values."""
-    found = hashlib.sha256()
-    for name in sorted(weights):
-        values = weights[name].detach().to("cpu", torch.float32).contiguous()
-        found.update(f"{name} {list(values.shape)}\n".encode())
-        found.update(values.numpy().tobytes())
-    return found.hexdigest()
 
 
 def encoder_weights(weights: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
@@ -128,7 +97,6 @@ class Teacher(VisionTransformer):
             weight_init="skip",
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
-        self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor, ids_keep: Tensor) -> Tensor:  # type: ignore[override]
@@ -149,7 +117,7 @@ class TeacherTerm(Term):
         super().__init__(options)
         self._weights: dict[str, Tensor] = {}
         self._grid: tuple[int, int] | None = None
-        self._teacher: tuple[Teacher, ...] = ()  # in a tuple, so that it is no part of this module's state
+        self.teacher = FrozenNetwork()
 
     def settle(self, read: Reader) -> None:
         if not self.options.checkpoint:
@@ -161,7 +129,7 @@ class TeacherTerm(Term):
             patch_size = self._weights["patch_embed.proj.weight"].shape[-1]
             self._grid = patch_grid(tuple(trained_with["input_size"]), patch_size)
 
-    def attach(self, model: MaskedAutoencoderViT) -> None:
+    def attach(self, model: MaskedImageModel) -> None:
         options = self.options
         if not options.embed_dim:
             raise ValueError("the teacher's channels are not known: --terms.teacher.checkpoint FILE tells them")
@@ -174,36 +142,31 @@ class TeacherTerm(Term):
         self.taps = (tapped(options.student_block, len(model.blocks)) - 1,)
         self.head = nn.Linear(model.embed_dim, options.embed_dim)
         if self._weights:
-            teacher = Teacher(options, model.patch_embed.img_size, model.patch_size, model.in_chans)
+            teacher = Teacher(options, model.input_size, model.patch_size, model.in_chans)
             try:
                 load_matching(teacher, self._weights, grid=self._grid)
             except ValueError as problem:
                 raise ValueError(f"checkpoint {options.checkpoint} cannot teach this model: {problem}") from problem
-            self._teacher, self._weights = (teacher,), {}
+            self.teacher.hold(teacher)
+            self._weights = {}
 
-    def check(self, model: MaskedAutoencoderViT) -> None:
+    def check(self, model: MaskedImageModel) -> None:
         if not model.drops_hidden:
             raise ValueError("the teacher sees what the student sees, so it needs an encoder of visible patches alone")
-        for teacher in self._teacher:
-            if teacher.patch_embed.grid_size != model.grid:
-                teacher.set_input_size(model.patch_embed.img_size)
-                teacher.requires_grad_(False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TeacherTerm":
-        """Where this term goes, `.to(device)` for one, the teacher goes too."""
-        for teacher in self._teacher:
-            teacher._apply(fn)
-        return super()._apply(fn, recurse)
+        teacher = self.teacher.network
+        if teacher is not None and teacher.patch_embed.grid_size != model.grid:
+            teacher.set_input_size(model.input_size)
+            self.teacher.hold(teacher)  # the resampled positions have no gradient either
 
     def teacher_tokens(self, view: View) -> Tensor:
         """`[N, 1 + V, T]` of the patches that the student sees."""
-        if not self._teacher:
+        if self.teacher.network is None:
             raise ValueError(
                 "this model was loaded to be looked at, without its teacher: to train it, build it with methods.build"
             )
-        return self._teacher[0](view.images, view.ids_keep)
+        return self.teacher.network(view.images, view.ids_keep)
 
-    def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
+    def forward(self, model: MaskedImageModel, view: View) -> Tensor:
         teacher, student = self.teacher_tokens(view), self.head(view.taps[self.taps[0]])
         with without_autocast(student):
             teacher, student = (F.normalize(at_least_float32(x), dim=-1) for x in (teacher, student))

@@ -12,8 +12,8 @@ P pixel values of a patch   K neighbour slots
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,33 +21,24 @@ from torch import Tensor
 
 from models_mae import (
     MaskedAutoencoderViT,
+    MaskedImageModel,
     Masking,
     Term,
     View,
     at_least_float32,
     mean_over_ranks,
-    patchify,
     random_masking,
-    require_number,
-    standardize,
     take,
     without_autocast,
 )
-
-Border = Literal["natural", "wrap"]
-Relation = Literal["off_diagonal", "off_diagonal_squared", "diagonal", "token_off_diagonal", "alignment"]
-Normalize = Literal["token", "feature", "none"]
+from models_targets import patchify, standardize
+from options.nor_mae import Border, NeighborOptions, Normalize, Relation
+from options.schema import require_choice
 
 LINEAR = ("off_diagonal", "diagonal", "token_off_diagonal")  # relations, in the first prediction
 AHEAD = ((0, 1), (1, -1), (1, 0), (1, 1))  # rows, columns: half of the eight neighbours; the others are opposite
 K = 2 * len(AHEAD)
 EPS = 1e-6
-
-
-def require(name: str, value: object, choices: object) -> None:
-    """ValueError unless the Literal type `choices` has `value`."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} is {value!r}; it can be {', '.join(get_args(choices))}")
 
 
 # ---- neighbours -----------------------------------------------------------------------------------------------------
@@ -81,7 +72,7 @@ def neighbor_table(grid: tuple[int, int], border: str = "natural", device: torch
 
     Natural borders leave 3, 5 or 8 neighbours; `wrap` makes the grid a torus. ValueError for a grid of one patch.
     """
-    require("border", border, Border)
+    require_choice("border", border, Border)
     rows, columns = grid
     L = rows * columns
     if L < 2:
@@ -172,8 +163,8 @@ def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", 
     `token_off_diagonal`: the sum of a b^T / P without its diagonal, as the mean over images;
     `alignment`: the mean squared difference (the supplement's NoA).
     """
-    require("relation", relation, Relation)
-    require("normalize", normalize, Normalize)
+    require_choice("relation", relation, Relation)
+    require_choice("normalize", normalize, Normalize)
     with without_autocast(z):
         predicted, predicted_in = z, z_cnp.dtype
         z, z_cnp = at_least_float32(z), at_least_float32(z_cnp.detach())
@@ -246,64 +237,6 @@ class MeanProduct(torch.autograd.Function):
 # ---- the term -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NeighborOptions:
-    """What is related, and how."""
-
-    weight: float = 5e-5
-    """The paper's lambda. With standardised tokens it weighs the correlation of the predictions by weight x (P - 1)."""
-    cnp: Literal["closest", "released"] = "closest"
-    """Which patch is a patch's companion: `closest`, its most similar neighbour; `released`, what the released code
-    selects instead, which settles `border`, `similarity` and `normalize` (on under norm_pix_loss, else off)."""
-    border: Literal["auto", "natural", "wrap"] = "auto"
-    """The grid's edge: `natural`, 3 neighbours in a corner and 5 on a side; `wrap`, 8 everywhere as on a torus; `auto`,
-    natural unless cnp is released."""
-    similarity: Literal["embed_pos", "embed", "pixels"] = "embed_pos"
-    """What is compared to find the companion: patch embeddings with positions, without them, or the image's pixels."""
-    companion: Literal["closest", "random"] = "closest"
-    """Whose prediction is the second: that of the companions, or that of an independent random mask."""
-    relation: Relation = "off_diagonal"
-    """Which sum over the two predictions is minimised; `alignment` is the supplement's NoA."""
-    normalize: Normalize = "token"
-    """What is standardised first: each token, each feature over images and patches, or nothing."""
-    space: Literal["pixels", "embedding"] = "pixels"
-    """What is related: predicted pixels, or what the decoder's norm hands to the last layer."""
-    tokens: Literal["all", "visible", "masked"] = "all"
-    """Which patches' predictions are related."""
-    fraction: float = 1.0
-    """Share of the images, drawn anew in each step, that take the second pass: it costs that share, and the term has
-    the same mean and gradient on average. With k of a batch of N it varies more, by 1/k - 1/N times its variance
-    between images."""
-
-    def __post_init__(self) -> None:
-        require_number("weight", self.weight)
-        require_number("fraction", self.fraction)
-        for option in fields(self):
-            if option.name not in ("weight", "fraction"):
-                require(option.name, getattr(self, option.name), option.type)
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction is {self.fraction:g}; it must be more than 0 and at most 1")
-        if self.fraction < 1 and self.together:
-            raise ValueError(
-                f"fraction is {self.fraction:g}; with {self.together} the term is no mean over images, and a share of "
-                "them would aim at something else: use fraction 1"
-            )
-        if self.border == "auto":
-            object.__setattr__(self, "border", "wrap" if self.cnp == "released" else "natural")
-        if self.cnp == "released":
-            settled = {"border": "wrap", "similarity": "embed_pos", "companion": "closest", "normalize": "token"}
-            for name, value in settled.items():
-                if getattr(self, name) != value:
-                    raise ValueError(f"{name} is {getattr(self, name)!r}; with cnp released it can only be {value!r}")
-
-    @property
-    def together(self) -> str:
-        """The option by which the term looks at all images together, in words; empty where it is a mean over them."""
-        if self.normalize == "feature":
-            return "normalize 'feature'"
-        return "relation 'off_diagonal_squared'" if self.relation == "off_diagonal_squared" else ""
-
-
 class NeighborTerm(Term):
     """Companions, their second pass, and the relation of the two predictions."""
 
@@ -317,7 +250,7 @@ class NeighborTerm(Term):
         if options.together:
             self.images_together = "ranks"
 
-    def check(self, model: MaskedAutoencoderViT) -> None:
+    def check(self, model: MaskedImageModel) -> None:
         if not model.drops_hidden:
             raise ValueError("an encoder that sees every place, hidden ones blanked, leaves none for the neighbours")
         if model.num_predicted < model.num_patches and self.options.tokens != "all":
@@ -332,15 +265,16 @@ class NeighborTerm(Term):
         if self.normalization(model) == "token" and self.width(model) < 2:
             raise ValueError("normalize 'token' needs patches of more than one value")
 
-    def width(self, model: MaskedAutoencoderViT) -> int:
+    def width(self, model: MaskedImageModel) -> int:
         """P, or E where embeddings are related."""
         return model.patch_pixels if self.options.space == "pixels" else model.decoder_pred.in_features
 
-    def normalization(self, model: MaskedAutoencoderViT) -> str:
+    def normalization(self, model: MaskedImageModel) -> str:
         """The option, but for the released selection what the released code does."""
-        return "none" if self.options.cnp == "released" and not model.norm_pix_loss else self.options.normalize
+        standardized = getattr(model.target, "normalize", False)
+        return "none" if self.options.cnp == "released" and not standardized else self.options.normalize
 
-    def scale(self, model: MaskedAutoencoderViT) -> dict[str, float]:
+    def scale(self, model: MaskedImageModel) -> dict[str, float]:
         """With standardised tokens, the weight times what the relation reaches between equal predictions, at most."""
         P, L, V = self.width(model), model.num_patches, model.num_visible
         L = {"all": model.num_predicted, "visible": V, "masked": L - V}[self.options.tokens]
@@ -411,7 +345,8 @@ class NeighborTerm(Term):
         ids = view.ids_keep if self.options.tokens == "visible" else view.ids_restore.argsort(dim=1)[:, V:]
         return take(z, ids)
 
-    def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
+    def forward(self, model: MaskedImageModel, view: View) -> Tensor:
+        assert isinstance(model, MaskedAutoencoderViT)  # `check` has refused any other
         view = self.some_images(view)
         pixels = self.options.space == "pixels"
         return neighbor_relation(

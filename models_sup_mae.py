@@ -6,38 +6,17 @@ off the mean of the encoded visible patches; its cross-entropy, at a high temper
 N images   D encoder channels
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_mae import MaskedAutoencoderViT, Term, View, at_least_float32, require_number
+from models_mae import MaskedImageModel, Term, View, at_least_float32
 from models_vit import initialize
+from options.sup_mae import LabelOptions
 
 IMAGENET_CLASSES = 1000
-
-
-@dataclass(frozen=True)
-class LabelOptions:
-    """How the class is learned."""
-
-    weight: float = 0.01
-    """Weight of the cross-entropy."""
-    temperature: float = 10.0
-    """What the logits are divided by before the cross-entropy."""
-    hidden: int = 3072
-    """Width of the head's hidden layer."""
-    classes: int = 0
-    """Number of classes; 0: as many as the training images have."""
-
-    def __post_init__(self) -> None:
-        require_number("weight", self.weight)
-        require_number("classes", self.classes, 0)
-        require_number("hidden", self.hidden, 1)
-        require_number("temperature", self.temperature)
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be more than 0")
 
 
 class LabelTerm(Term):
@@ -53,7 +32,7 @@ class LabelTerm(Term):
     needs_labels = True
     images_together = "device"
 
-    def attach(self, model: MaskedAutoencoderViT) -> None:
+    def attach(self, model: MaskedImageModel) -> None:
         """The head; for ImageNet's number of classes until the data's is known."""
         hidden = self.options.hidden
         self.head = nn.Sequential(
@@ -79,6 +58,6 @@ class LabelTerm(Term):
         """`[N, classes]` from the mean of the encoded patches, without the class token."""
         return self.head(view.latent[:, 1:].mean(dim=1))
 
-    def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
+    def forward(self, model: MaskedImageModel, view: View) -> Tensor:
         assert view.labels is not None  # the model has seen to it
         return F.cross_entropy(at_least_float32(self.logits(view)) / self.options.temperature, view.labels)

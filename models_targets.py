@@ -4,12 +4,115 @@ N images   L patches, row by row   P pixel values of a patch   C H W image
 """
 
 import math
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from models_vit import at_least_float32
 
 HOG_BINS, HOG_CELL = 9, 8  # orientations over half a circle, and the side of a cell in pixels
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images `[N, C, H, W]` into patches `[N, L, P]`; within a patch the order is row, column, channel."""
+    N, C, H, W = images.shape
+    rows, columns = H // patch_size, W // patch_size
+    cut = images.reshape(N, C, rows, patch_size, columns, patch_size)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(N, rows * columns, patch_size * patch_size * C)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Join patches `[N, L, P]` on a grid of (rows, columns) to images `[N, C, H, W]`: the inverse of `patchify`."""
+    N, (rows, columns) = patches.shape[0], grid
+    cut = patches.reshape(N, rows, columns, patch_size, patch_size, -1)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(N, -1, rows * patch_size, columns * patch_size)
+
+
+def standardize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Subtract the mean along the last axis and divide by the root of the unbiased variance plus `eps`.
+
+    A layer norm uses the biased variance, which is the unbiased one times (P - 1) / P. With a smaller eps and a
+    constant weight it computes the same in one kernel that keeps only its input.
+    """
+    width = x.shape[-1]
+    ratio = (width - 1) / width
+    return F.layer_norm(x, (width,), weight=x.new_full((width,), ratio**0.5), eps=eps * ratio)
+
+
+class Target(nn.Module):
+    """What the patches of an image should be predicted as, and the error of a prediction."""
+
+    name: ClassVar[str] = "reconstruction"
+    """Name of the loss part."""
+
+    width: int
+    """Values, or classes, that are predicted per patch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the target of normalised images `[N, C, H, W]`: `[N, L, width]`, or class numbers int64 `[N, L]`."""
+        raise NotImplementedError
+
+    def error(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Return the error `[N, L]` of each patch of the prediction `[N, L, width]`."""
+        raise NotImplementedError
+
+    def pixels(self, pred: Tensor, images: Tensor) -> Tensor | None:
+        """Return the predicted patches `[N, L, P]` in the space of the images; None where the target is no picture."""
+        return None
+
+    def constant_loss(self, images: Tensor) -> float | None:
+        """Return the error of the best prediction that is the same for every image; None where it is not known."""
+        return None
+
+
+class Pixels(Target):
+    """The pixel values of each patch.
+
+    Args:
+        patch_size: Side of a patch in pixels.
+        in_chans: Channels of the images.
+        normalize: Standardise each patch by its own mean and unbiased variance (MAE's norm_pix_loss).
+        norm: "l2" for the mean squared difference, "l1" for the mean absolute difference.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, normalize: bool = False, norm: Literal["l1", "l2"] = "l2"):
+        super().__init__()
+        self.patch_size, self.normalize, self.norm = patch_size, normalize, norm
+        self.width = patch_size * patch_size * in_chans
+        if normalize and self.width == 1:
+            raise ValueError("norm_pix_loss standardises each patch, and patches of a single value have no variance")
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        patches = patchify(at_least_float32(images), self.patch_size)
+        return standardize(patches) if self.normalize else patches
+
+    def error(self, pred: Tensor, target: Tensor) -> Tensor:
+        if self.norm == "l1":
+            return (pred - target).abs().mean(dim=-1)
+        return F.mse_loss(pred, target, reduction="none").mean(dim=-1)
+
+    def pixels(self, pred: Tensor, images: Tensor) -> Tensor:
+        """Return `pred` in the images' space. Standardisation is undone with the true mean and variance of each patch,
+        which the model does not know."""
+        if not self.normalize:
+            return pred
+        variance, mean = torch.var_mean(patchify(at_least_float32(images), self.patch_size), dim=-1, keepdim=True)
+        return pred * (variance + 1e-6).sqrt() + mean
+
+    @torch.no_grad()
+    def constant_loss(self, images: Tensor) -> float:
+        """Return the error of the mean patch of `images`, for "l1" of their median patch; of zeros for standardised
+        patches under "l2"."""
+        target = self(images)
+        if self.norm == "l1":
+            return self.error(target.flatten(0, 1).median(dim=0).values, target).mean().item()
+        return (target.square() if self.normalize else target.var(dim=(0, 1), correction=0)).mean().item()
+
+
+# ---- histograms of oriented gradients
 
 
 def require_cells(patch_size: int) -> None:

@@ -7,39 +7,20 @@ the mean squared cosine of the features of any two images of a step, on all rank
 N images of this rank   M images of all ranks   D encoder channels
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from models_mae import (
-    MaskedAutoencoderViT,
+    MaskedImageModel,
     Term,
     View,
     at_least_float32,
     mean_over_ranks,
-    require_number,
     without_autocast,
 )
-
-POOLS = ("patches", "class", "class_released")
-
-
-@dataclass(frozen=True)
-class UniformityOptions:
-    """What is kept apart, and how strongly."""
-
-    weight: float = 0.01
-    """Weight of the mean squared cosine."""
-    pool: Literal["patches", "class", "class_released"] = "patches"
-    """Feature of an image: `patches`, the mean of its encoded visible patches; `class`, its class token;
-    `class_released`, its class token after the encoder's norm a second time, as the released code computes it."""
-
-    def __post_init__(self) -> None:
-        require_number("weight", self.weight)
-        if self.pool not in POOLS:
-            raise ValueError(f"pool is {self.pool!r}; it can be {', '.join(POOLS)}")
+from options.u_mae import UniformityOptions
 
 
 def uniformity(features: Tensor) -> Tensor:
@@ -62,7 +43,7 @@ class UniformityTerm(Term):
     options: UniformityOptions
     images_together = "ranks"
 
-    def forward(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
+    def forward(self, model: MaskedImageModel, view: View) -> Tensor:
         if self.options.pool == "patches":
             return uniformity(view.latent[:, 1:].mean(dim=1))
         class_ND = view.latent[:, 0]

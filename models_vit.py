@@ -5,13 +5,16 @@ Everything the models take from timm (pinned: 1.0.31) is named here: `VisionTran
 for other channels. An encoder is timm's own class, so its state has timm's names, which are MAE's.
 """
 
+import hashlib
 import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from timm.layers.mlp import Mlp
@@ -20,16 +23,28 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from options.schema import Options
 
 __all__ = [
+    "ENCODER_INPUT",
     "ONE_WIDTH_TWO_HEADS",
     "SIZES",
     "Block",
+    "Crop",
+    "FrozenNetwork",
     "LoadReport",
+    "Pretrainer",
+    "Progress",
+    "Reader",
     "Mlp",
     "Size",
     "VisionTransformer",
     "adapt_input_conv",
+    "at_least_float32",
+    "digest_of",
+    "encoder_sizes",
     "for_channels",
     "initialize",
     "load_from_run",
@@ -39,6 +54,8 @@ __all__ = [
     "position_table",
     "require_plain_encoder",
     "resample_abs_pos_embed",
+    "take",
+    "without_autocast",
 ]
 
 log = logging.getLogger(__name__)
@@ -63,6 +80,7 @@ SIZES: dict[str, Size] = {
 
 
 ONE_WIDTH_TWO_HEADS = {192: "12 in NoR-MAE and MAE-Lite, 3 in DeiT and timm"}
+INPUT_SIZE = 224
 
 
 def parse_name(model: str) -> tuple[str, int]:
@@ -71,6 +89,29 @@ def parse_name(model: str) -> tuple[str, int]:
     if match is None or match[1] not in SIZES:
         raise ValueError(f"unknown model {model!r}: a model is mae_vit_<{'|'.join(SIZES)}>_patch<pixels>")
     return match[1], int(match[2])
+
+
+def encoder_sizes(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Pretrainer` for a model's name, with the sizes in `overrides` where they are not 0."""
+    size, patch_size = parse_name(model)
+    encoder = SIZES[size]
+    return {
+        "img_size": _height_and_width(overrides.get("input_size") or INPUT_SIZE),
+        "patch_size": patch_size,
+        "in_chans": overrides.get("in_chans") or 3,
+        "embed_dim": overrides.get("embed_dim") or encoder.embed_dim,
+        "depth": overrides.get("depth") or encoder.depth,
+        "num_heads": overrides.get("num_heads") or encoder.num_heads,
+        "mlp_ratio": overrides.get("mlp_ratio") or 4.0,
+        "size": size,
+    }
+
+
+def _height_and_width(input_size: int | Iterable[int]) -> tuple[int, int]:
+    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    if len(sides) != 2:
+        raise ValueError(f"input_size is {list(sides)}; it is one side in pixels, or height and width")
+    return sides
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
@@ -300,3 +341,306 @@ def _resampled(name: str, table: Tensor, old_grid: tuple[int, int] | None, new_g
     if old_grid == new_grid:
         return table
     return resample_abs_pos_embed(table.float(), list(new_grid), list(old_grid), antialias=False)
+
+
+# ---- helpers of every method ----------------------------------------------------------------------------------------
+
+ENCODER_INPUT = -1  # the tap of what enters the first block
+
+Reader = Callable[[str], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+"""From a checkpoint's path to its weights by name and, if it is one of ours, its run's options (else empty)."""
+
+
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """Gather from `x` `[N, L, D]` the rows `ids` `[N, V]`: `[N, V, D]`."""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast half precision to float32; leave float32 and float64 unchanged."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Context in which nothing on the device of `x` is rounded to half precision."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        values = weights[name].detach().to("cpu", torch.float32).contiguous()
+        found.update(f"{name} {list(values.shape)}\n".encode())
+        found.update(values.numpy().tobytes())
+    return found.hexdigest()
+
+
+class FrozenNetwork(nn.Module):
+    """Hold a network that training uses and does not train: a teacher, a tokenizer.
+
+    It follows `.to()`, is in evaluation mode, has no gradients and is not part of the state_dict, so checkpoints do not
+    contain it. Store `digest_of` its weights in the options, so that a run does not resume with another network.
+    """
+
+    def __init__(self, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self._held: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not a submodule
+        if network is not None:
+            self.hold(network)
+
+    def hold(self, network: nn.Module) -> None:
+        """Freeze `network` and keep it in place of any earlier one."""
+        self._held = (network.requires_grad_(False).eval(),)
+
+    @property
+    def network(self) -> Any:
+        """The network; None where there is none, as in a model that is loaded without what only training needs."""
+        return self._held[0] if self._held else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for network in self._held:
+            network._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+# ---- the base of every method ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Describe one kind of augmented crop of an image. `data/` turns it into a transform.
+
+    Probabilities are between 0 and 1; a probability of 0 leaves the operation out.
+    """
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the share of the image's area."""
+    count: int = 1
+    """Crops of this kind per image."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Strength of brightness, contrast, saturation and hue jitter, in random order."""
+    jitter_prob: float = 0.0
+    grayscale: float = 0.0
+    """Probability of conversion to grey."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of its standard deviation in pixels."""
+    solarize: float = 0.0
+    """Probability of inverting every value above the middle."""
+
+
+class Progress(Protocol):
+    """What `before_step` and `adjust_gradients` receive."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+
+    @property
+    def total_steps(self) -> int: ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+
+    @property
+    def fraction(self) -> float:
+        """Share of the training that is done, from 0 to 1."""
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, fractional."""
+
+
+class Pretrainer(VisionTransformer):
+    """A ViT encoder that computes its own pretraining loss from a batch: the base of every method.
+
+    A method overrides `forward` and, as needed, the hooks below. The engine knows only `loss`. Whatever a method
+    changes outside the optimizer (an EMA teacher, a centre) is a parameter or a buffer, so that a run resumes exactly.
+
+    Args:
+        img_size: Pixels of one side, or (height, width).
+        patch_size: Side of a square patch in pixels.
+        in_chans: Channels of the images.
+        embed_dim: Channels of the encoder (D).
+        depth: Blocks of the encoder.
+        num_heads: Attention heads of the encoder.
+        mlp_ratio: Width of a block's MLP over `embed_dim`.
+        options: An instance of the class's `Options`; None for the defaults.
+        size: The model's size, a key of `SIZES`, which decides further default sizes.
+
+    Raises:
+        ValueError: If the sizes do not fit together.
+    """
+
+    Options: ClassVar[type] = Options
+    """Frozen dataclass of the method's options, declared in options/."""
+
+    takes_terms: ClassVar[bool] = False
+    """Whether loss terms can be added."""
+
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter
+
+    noise_rows: int = 0
+    """R: rows of random numbers that each sample needs, one number per patch."""
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        *,
+        options: Any = None,
+        size: str = "tiny",
+    ) -> None:
+        patch_grid(img_size, patch_size)
+        require_sizes("encoder", embed_dim, depth, num_heads)
+        if in_chans < 1:
+            raise ValueError(f"images have at least one channel, not {in_chans}")
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=0,
+            global_pool="token",
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            weight_init="skip",
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+        self.options = self.Options() if options is None else options
+        self.patch_size, self.mlp_ratio, self.size = patch_size, mlp_ratio, size
+
+    # ---- sizes
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patch_embed.grid_size
+
+    @property
+    def num_patches(self) -> int:
+        """L."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.patch_embed.img_size
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of matrices that are not decayed: none, as in MAE. Vectors and biases never are."""
+        return set()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Raise: a pretraining model has no classifier."""
+        raise ValueError(
+            "a pretraining model returns losses and has no classifier: build a timm VisionTransformer of the same "
+            "sizes with num_classes, and load into it the part of this model's state that is the encoder's"
+        )
+
+    # ---- hooks
+
+    def views(self, min_scale: float, hflip: float) -> tuple[Crop, ...]:
+        """Describe the crops that one sample consists of; `min_scale` and `hflip` are the run's options."""
+        return (Crop(self.input_size, (min_scale, 1.0), hflip=hflip),)
+
+    @property
+    def draw_noise(self) -> Callable[[torch.Generator], Tensor] | None:
+        """Return a picklable function from a CPU generator to a sample's noise `[R, L]`; None: uniform numbers."""
+        return None
+
+    def prepare(self, read: Reader, classes: int | None) -> None:
+        """Read the checkpoints that training needs, and learn the number of classes, where it is known.
+
+        Called by `methods.build`, and again when the data set is open; the second call must not read again. May replace
+        `self.options` by a completed copy, which the run then stores.
+        """
+
+    def before_step(self, progress: Progress) -> None:
+        """Set what follows a schedule of the method: momentum, temperature, weight decay."""
+
+    def adjust_gradients(self, progress: Progress) -> None:
+        """Change gradients after the backward pass and before their norm is taken."""
+
+    def after_update(self, taken: Tensor) -> None:
+        """Update what moves with the weights, such as an EMA teacher, unless the update was refused.
+
+        Args:
+            taken: 0-d bool on the model's device. Use `torch.where`: reading it would synchronise the device.
+        """
+
+    @property
+    def loss_terms(self) -> dict[str, Any]:
+        """The loss terms that were added to the method, by name."""
+        return {}
+
+    def pictures(self, images: Tensor, *, noise: Tensor | None = None) -> dict[str, Tensor] | None:
+        """Return pictures `[N, C, H, W]` of what the model does, by name; None where there is nothing to show."""
+        return None
+
+    def constant_loss(self, images: Tensor) -> float | None:
+        """Return the loss of the best prediction that does not depend on the image; None where there is none."""
+        return None
+
+    # ---- the encoder
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (self.in_chans, *self.input_size)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images are {list(images.shape)}; this model takes [images, {', '.join(map(str, expected))}]"
+            )
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed every patch, with its position: `[N, L, D]`."""
+        self._check_images(images)
+        return self.patch_embed(images) + self.pos_embed[:, 1:]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the features of unmasked images: `[N, 1 + L, D]` after the last norm, class token first."""
+        self._check_images(images)
+        return self.forward_features(images)
+
+    def run_blocks(
+        self, blocks: Iterable[nn.Module], x: Tensor, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Pass `x` through the blocks; also return the outputs of those in `taps`."""
+        seen = {ENCODER_INPUT: x} if ENCODER_INPUT in taps else {}
+        for index, block in enumerate(blocks):
+            x = self.run_block(block, x)
+            if index in taps:
+                seen[index] = x
+        return x, seen
+
+    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """Run one block; under gradient checkpointing it is computed again for its gradient."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def require_sizes(part: str, channels: int, blocks: int, heads: int) -> None:
+    """Raise ValueError where a transformer cannot have these sizes."""
+    if min(channels, blocks, heads) < 1 or channels % heads or channels % 4:
+        raise ValueError(
+            f"{part}: {blocks} blocks of {channels} channels in {heads} heads: "
+            "each must be positive, and the heads and 4 must divide the channels"
+        )

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from options.schema import (
-    field_types,
+    Options,
     machine,
     nearest,
-    read,
     require,
     result,
     shape,
@@ -31,7 +30,7 @@ ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans",
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Options):
     """What every training command shares."""
 
     ALIASES: ClassVar[dict[str, str]] = {
@@ -141,9 +140,8 @@ class RunOptions:
     max_save_failures: int = machine(5)
     """Stop after this many checkpoints in a row could not be written."""
 
-    def __post_init__(self) -> None:
-        for name, expected in field_types(type(self)).items():
-            object.__setattr__(self, name, read(getattr(self, name), expected, name))
+    def _check(self) -> None:
+        super()._check()
         self._at_least(1, "in_chans", "epochs", "save_every", "keep", "log_every", "max_bad_steps", "max_save_failures")
         self._at_least(0, "save_minutes", "save_steps", "num_workers", "total_batch_size", "batch_size", "accum_iter")
         self._at_least(0, "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad", "skip_spikes")
@@ -178,16 +176,6 @@ class RunOptions:
         require(not self.overwrite or self.resume == "auto", "starts anew, resume goes on", "overwrite", "resume")
         self._check_allow_change()
 
-    def _at_least(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            require(value >= low, f"must be at least {low}, found {show(value)}", name)
-
-    def _between(self, low: float, high: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            require(low <= value <= high, f"must be from {low} to {high}, found {show(value)}", name)
-
     def _check_allow_change(self) -> None:
         kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(self) if field.name != "terms"}
         for term, options in getattr(self, "terms", {}).items():
@@ -218,8 +206,8 @@ class EncoderOptions(RunOptions):
     hflip: float = result(0.5)
     """Probability of mirroring an image left to right."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._at_least(0, "embed_dim", "depth", "num_heads")
         self._between(0, 1, "hflip", "min_scale")
         require(self.min_scale > 0, "must be more than 0, or a crop is empty", "min_scale")
@@ -227,28 +215,14 @@ class EncoderOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(EncoderOptions):
-    """Pretrain a masked autoencoder on a folder of images."""
+    """Pretrain a vision transformer on images without labels."""
 
     epochs: int = result(400)
     warmup_epochs: float = result(40.0)
     blr: float = result(1.5e-4)
 
-    method: str = shape("nor_mae", section="Model and objective")
-    """What is learned: a decoder and terms with their weights, e.g. `mae`, `nor_mae`, `nor_mae_released`."""
-    decoder_embed_dim: int = shape(0)
-    """Channels of the decoder; 0: the model's own, as for the two options that follow."""
-    decoder_depth: int = shape(0)
-    """Blocks of the decoder: 8 in MAE, 12 in the NoR-MAE paper's script."""
-    decoder_num_heads: int = shape(0)
-    """Attention heads of the decoder."""
-    mask_ratio: float = result(0.75)
-    """Share of the patches that is hidden from the encoder."""
-    predict_ratio: float = result(0.0)
-    """Share of the patches that training predicts, at most mask_ratio (cross_mae alone); 0: 0.25."""
-    mask_cell: int = result(0)
-    """Side in pixels of the cells that are hidden as a whole (simmim alone); 0: two patches."""
-    norm_pix_loss: bool = result(False)
-    """Reconstruct pixels standardised within each patch, not the pixels themselves."""
+    method: str = shape("nor_mae", section="Objective")
+    """Pretraining method, e.g. `mae`, `nor_mae`, `simmim`; it decides which further options and loss terms exist."""
     terms: dict[str, dict[str, Any] | None] = result({})
     """Changes to the method's loss terms: `{neighbor: {weight: 1e-4}}`; `{label: {}}` adds one, `null` removes it."""
 
@@ -264,15 +238,9 @@ class PretrainOptions(EncoderOptions):
     picture_every: int = machine(0)
     """Epochs between pictures of reconstructions, in `samples/` and TensorBoard; 0 never."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._at_least(0, "knn_every", "picture_every", "embed_dim", "depth", "num_heads")
-        self._at_least(0, "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-        self._at_least(0, "mask_cell")
-        self._between(0, 1, "hflip", "min_scale", "mask_ratio", "predict_ratio")
-        require(self.min_scale > 0, "must be more than 0, or a crop is empty", "min_scale")
-        require(self.mask_ratio > 0, "0 hides nothing, and nothing is left to learn", "mask_ratio")
-        require(self.mask_ratio < 1, "1 keeps nothing for the encoder", "mask_ratio")
+    def _check(self) -> None:
+        super()._check()
+        self._at_least(0, "knn_every", "picture_every")
         both = self.region_decode and self.data_on_device
         require(not both, "reads whole images once: no parts of them", "data_on_device", "region_decode")
 
@@ -311,8 +279,8 @@ class ClassifierOptions(EncoderOptions):
     eval_every: int = result(1)
     """Epochs between evaluations; the last epoch has one anyway."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._at_least(0, "num_classes", "labels_per_class")
         self._at_least(1, "eval_every")
         self._between(0, 1, "label_share", "holdout")
@@ -361,8 +329,8 @@ class FinetuneOptions(ClassifierOptions):
     smoothing: float = result(0.1)
     """Share of the target that is spread over all classes."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._at_least(0, "steps", "color_jitter", "mixup", "cutmix")
         self._between(0, 1, "drop_path", "layer_decay", "ema", "reprob", "smoothing")
         require(bool(self.init_from) or not self.from_scratch, "goes with init_from", "from_scratch", "init_from")
@@ -485,8 +453,8 @@ class SegmentOptions(EncoderOptions):
     picture_every: int = machine(10)
     """Epochs between pictures of predicted masks, in `samples/` and TensorBoard; 0 never."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._at_least(0, "num_classes", "auxiliary", "steps", "warmup_steps", "power", "ignore_label")
         self._at_least(0, "short_side", "stride", "picture_every")
         self._at_least(1, "eval_every")

@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 COMMAND_LINE = "command line"
+_NOTHING = object()
 
 Schema = TypeVar("Schema")
 Given = list[tuple[str, Any]]  # names and values, in the order in which they were given
@@ -46,6 +47,44 @@ def require(holds: bool, message: str, *keys: str) -> None:
     """Refuse the first of `keys`, because of the others perhaps, unless the condition holds."""
     if not holds:
         raise OptionError(f"{keys[0]}: {message}", *keys)
+
+
+def require_number(name: str, value: object, low: float = -math.inf) -> None:
+    """Raise ValueError unless `value` is a finite number of at least `low`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < low:  # type: ignore[arg-type, operator]
+        least = "" if low == -math.inf else f" of at least {low:g}"
+        raise ValueError(f"{name} is {value!r}; it must be a finite number{least}")
+
+
+def require_choice(name: str, value: object, choices: object) -> None:
+    """Raise ValueError unless `value` is among the values of the Literal type `choices`."""
+    allowed = typing.get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(str, allowed))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of option classes: every value is read by its declared type, then the combination is checked."""
+
+    def __post_init__(self) -> None:
+        for name, expected in field_types(type(self)).items():
+            object.__setattr__(self, name, read(getattr(self, name), expected, name))
+        self._check()
+
+    def _check(self) -> None:
+        """Raise OptionError for a combination that is impossible. Subclasses call `super()._check()` first."""
+
+    def _at_least(self, low: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(value >= low, f"must be at least {low}, found {show(value)}", name)
+
+    def _between(self, low: float, high: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(low <= value <= high, f"must be from {low} to {high}, found {show(value)}", name)
 
 
 # ---- declaring ------------------------------------------------------------------------------------------------------
@@ -125,6 +164,22 @@ def _sections(schema: Any) -> dict[str, list[dataclasses.Field[Any]]]:
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """A field's default; `dataclasses.MISSING` when it must be given."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+@functools.cache
+def compose(own: Any, base: Any, unused: tuple[tuple[str, str, Any], ...] = ()) -> Any:
+    """Return a dataclass with the options of `own` and of `base`, both subclasses of `Options`.
+
+    `unused` are options that it does not have, each as (name, message, default): the default is ignored, so that a
+    list of all options can be read, and any other value is refused with the message.
+    """
+    members = {
+        "__doc__": base.__doc__,
+        "__module__": __name__,
+        "FOREIGN": {**base.FOREIGN, **{name: message for name, message, _ in unused}},
+        "UNUSED": {name: default for name, _, default in unused},
+    }
+    return dataclass(frozen=True, kw_only=True)(type(f"{own.__name__}Of{base.__name__}", (own, base), members))
 
 
 # ---- reading one value ----------------------------------------------------------------------------------------------
@@ -259,6 +314,26 @@ def parse(
     return merge.finish()
 
 
+def chosen(schema: Any, argv: Sequence[str], name: str) -> tuple[str, str]:
+    """Return the text option `name`, which decides what further options there are, and the place that it comes from."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", nargs="+", action="append", default=[])
+    parser.add_argument(f"--{name}")
+    given, _ = parser.parse_known_args(list(argv))
+    field = next(field for field in dataclasses.fields(schema) if field.name == name)
+    value, source = default_of(field), "default"
+    for file in (file for files in given.config for file in files):
+        for key, found in _read_recipe(file):
+            if key == name:
+                value, source = found, file
+    if getattr(given, name) is not None:
+        value, source = getattr(given, name), COMMAND_LINE
+    try:
+        return read(value, str, name), source
+    except OptionError as error:
+        raise OptionError(f"{source}: {error}", name) from None
+
+
 def _canonical(schema: Any, given: Given, source: str) -> Given:
     """The same with one spelling for each option: aliases resolved, `-` as `_`. Twice in one recipe is refused."""
     spelled: Given = []
@@ -266,6 +341,8 @@ def _canonical(schema: Any, given: Given, source: str) -> Given:
         if not isinstance(key, str):
             raise OptionError(f"{source}: an option's name is a word, found {show(key)}")
         name = key.replace("-", "_")
+        if source != COMMAND_LINE and value == getattr(schema, "UNUSED", {}).get(name, _NOTHING):
+            continue
         _refuse_foreign(schema, name, source)
         name = _aliases(schema).get(name, name)
         if source != COMMAND_LINE and any(name == other for other, _ in spelled):

@@ -47,8 +47,7 @@ def parse_options(name: str, argv: Sequence[str]) -> Any:
     if name == "pretrain":
         import methods
 
-        term_options = {term: declared.Options for term, declared in methods.TERMS.items()}
-        return parse(schema, argv, preset=methods.preset, term_options=term_options)
+        return methods.parse_options(argv)
     return parse(schema, argv, base=partial(_inherit, schema))
 
 

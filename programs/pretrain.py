@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ from data.loader import (
     pretrain_transform,
 )
 from engine_pretrain import train_one_epoch
-from models_mae import MaskedAutoencoderViT, Term
-from models_vit import load_from_run
+from models_vit import Pretrainer, load_from_run
 from options import PretrainOptions
 from util import checkpoint, distributed, optim
 from util.distributed import Processes
@@ -35,32 +34,14 @@ from util.watch import Watch
 log = logging.getLogger("pretrain")
 
 
-def build_model(options: PretrainOptions) -> MaskedAutoencoderViT:
+def build_model(options: PretrainOptions) -> Pretrainer:
+    names = (*methods.ENCODER_OVERRIDES, *methods.own_options(options.method), "terms")
     return methods.build(
-        options.method,
-        options.model,
-        input_size=options.input_size,
-        in_chans=options.in_chans,
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.num_heads,
-        decoder_embed_dim=options.decoder_embed_dim,
-        decoder_depth=options.decoder_depth,
-        decoder_num_heads=options.decoder_num_heads,
-        predict_ratio=options.predict_ratio,
-        mask_cell=options.mask_cell,
-        mask_ratio=options.mask_ratio,
-        norm_pix_loss=options.norm_pix_loss,
-        grad_checkpointing=options.grad_checkpointing,
-        terms=options.terms,
+        options.method, options.model, **{name: getattr(options, name) for name in names if hasattr(options, name)}
     )
 
 
-def terms_of(model: MaskedAutoencoderViT) -> list[tuple[str, Term]]:
-    return list(model.terms.items())
-
-
-def open_images(options: PretrainOptions, model: MaskedAutoencoderViT, split: str = "train") -> Source:
+def open_images(options: PretrainOptions, model: Pretrainer, split: str = "train") -> Source:
     source = open_source(
         options.dataset,
         options.data_path,
@@ -69,27 +50,24 @@ def open_images(options: PretrainOptions, model: MaskedAutoencoderViT, split: st
         class_list=options.class_list,
         value_range=options.value_range,
     )
-    needy = [name for name, term in terms_of(model) if term.needs_labels]
+    needy = [name for name, term in model.loss_terms.items() if term.needs_labels]
     if needy and source.labels is None:
         raise ValueError(f"the term {needy[0]} learns from labels, and {options.data_path or options.dataset} has none")
     return source
 
 
-def settle(options: PretrainOptions, model: MaskedAutoencoderViT, source: Source) -> PretrainOptions:
-    """The options with what the data, and the checkpoints that terms have read, decide about the terms."""
+def settle(options: PretrainOptions, model: Pretrainer, source: Source) -> PretrainOptions:
+    """Return the options with what the data, and the checkpoints that were read, decide."""
     if source.classes is not None:
-        for _, term in terms_of(model):
-            term.learn_classes(len(source.classes))
-    terms = options.terms | {name: asdict(term.options) for name, term in terms_of(model)}
-    return replace(options, terms=terms, value_range=source.value_range)
+        model.prepare(checkpoint.load_model, len(source.classes))
+    return replace(options, value_range=source.value_range, **methods.settled(options, model))
 
 
-def make_batches(
-    options: PretrainOptions, model: MaskedAutoencoderViT, source: Source, processes: Processes
-) -> Batches:
+def make_batches(options: PretrainOptions, model: Pretrainer, source: Source, processes: Processes) -> Batches:
     shared: dict[str, Any] = {
         "seed": options.seed,
-        "noise_shape": (model.noise_rows, model.num_patches),
+        "noise_shape": (model.noise_rows, model.num_patches) if model.noise_rows else None,
+        "draw_noise": model.draw_noise,
         "mean": options.mean,
         "std": options.std,
     }
@@ -109,7 +87,7 @@ def make_batches(
 
 def announce(
     options: PretrainOptions,
-    model: MaskedAutoencoderViT,
+    model: Pretrainer,
     source: Source,
     records: RunLog,
     step: int,
@@ -118,7 +96,7 @@ def announce(
     """What will be trained, before it is, and the loss that a model which learns nothing of the images has."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.method, options.model, weights / 1e6, *model.grid)
-    for name, term in terms_of(model):
+    for name, term in model.loss_terms.items():
         records.scalars(f"strength_{name}", term.scale(model), step)
         scale = ", ".join(f"{what} = {value:.4g}" for what, value in term.scale(model).items())
         log.info("term %s: %s%s", name, options.terms[name], f"; {scale}" if scale else "")
@@ -134,7 +112,8 @@ def announce(
             )
     few = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)
     first = next(eval_batches(few, batch_size=32)).to(device)
-    log.info("a constant prediction has a reconstruction loss of about %.3f", model.baseline(first.images))
+    if (constant := model.constant_loss(first.images)) is not None:
+        log.info("a constant prediction has a loss of about %.3f", constant)
 
 
 def run(options: PretrainOptions) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models_mae import MaskedAutoencoderViT
+from options.mae import MAEOptions
 
 FOLDER = os.environ.get("NOR_MAE_VECTORS", "")
 
@@ -23,9 +24,9 @@ def model_of(vectors, **terms):
     """The model that the arrays come from, with their weights, and what its position tables were before."""
     size, patch, dim, depth, heads, *decoder = vectors["cfg"].tolist()
     norm_pix_loss, mask_ratio = bool(vectors["norm_pix_loss"]), float(vectors["mask_ratio"])
-    model = MaskedAutoencoderViT(
-        size, patch, 3, dim, depth, heads, *decoder, norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio, terms=terms
-    )
+    names = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+    options = MAEOptions(norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio, **dict(zip(names, decoder, strict=True)))
+    model = MaskedAutoencoderViT(size, patch, 3, dim, depth, heads, options=options, terms=terms)
     tables = {name: model.state_dict()[name].clone() for name in ("pos_embed", "decoder_pos_embed")}
     model.load_state_dict({k.removeprefix("state:"): v for k, v in vectors.items() if k.startswith("state:")})
     return model, tables

@@ -1,11 +1,13 @@
 """A model of few weights for any method of the menu, and a batch for it."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
 
 import torch
 
+import methods
 from methods import METHODS, build
 from util import checkpoint
 
@@ -27,8 +29,15 @@ scratch = tempfile.TemporaryDirectory()
 
 def sizes(method, options=SMALL):
     """Those of the options that the method has: one without a decoder takes no sizes for it."""
-    choices = METHODS[method].decoder.choices
-    return {name: value for name, value in options.items() if not name.startswith("decoder_") or name in choices}
+    known = (*methods.ENCODER_OVERRIDES, *methods.own_options(method))
+    return {name: value for name, value in options.items() if name in known or name == "model"}
+
+
+def direct(model_class, **mixed):
+    """An instance of the class itself; `mixed` holds its arguments and its options."""
+    own = {field.name for field in dataclasses.fields(model_class.Options)}
+    options = model_class.Options(**{name: value for name, value in mixed.items() if name in own})
+    return model_class(**{name: value for name, value in mixed.items() if name not in own}, options=options)
 
 
 def small(method, **changes):

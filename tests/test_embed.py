@@ -9,7 +9,7 @@ import methods
 import models_classifier
 from data.loader import pixel_statistics
 from data.splits import CLASSES
-from options import FinetuneOptions, PretrainOptions, to_dict
+from options import FinetuneOptions, to_dict
 from tools import embed
 from util import checkpoint
 
@@ -26,7 +26,7 @@ def save(file, model, options):
 def run(tmp_path_factory):
     """(run folder, its masked autoencoder)."""
     torch.manual_seed(0)
-    options = PretrainOptions(
+    options = methods.schema("mae")(
         **SIZES, input_size=(16, 24), decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, method="mae",
         total_batch_size=8,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import methods
 import models_classifier
 from data.images import eval_transform
 from data.splits import CLASSES
-from options import FinetuneOptions, PretrainOptions, to_dict
+from options import FinetuneOptions, to_dict
 from tools import encoder as encoders
 from tools import export
 from util import checkpoint
@@ -68,7 +68,7 @@ def pretrain(source, folder):
     torch.manual_seed(0)
     size, channels = {SQUARES: ((16, 16), 3), RECTANGLES: ((16, 24), 4)}[source]
     mean, std = tuple(0.1 * i + 0.1 for i in range(channels)), (0.3,) * channels
-    options = PretrainOptions(
+    options = methods.schema("mae")(
         **SIZES, input_size=size, in_chans=channels, mean=mean, std=std, norm_pix_loss=True, total_batch_size=32,
         decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, data_path="/home/me/photos", device="cpu",
         init_from="/home/me/weights/mae.pth", terms={"neighbor": {}},
@@ -428,9 +428,9 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(pretrain
 def test_every_method_has_an_encoder_that_can_leave(method, tmp_path):
     chosen = methods.METHODS[method]
     decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
-    options = PretrainOptions(
-        **SIZES, method=method, input_size=(16, 16), total_batch_size=8, **chosen.options,
-        **{name: value for name, value in decoder.items() if name in chosen.decoder.choices},
+    options = methods.schema(method)(
+        **SIZES, method=method, input_size=(16, 16), total_batch_size=8, **chosen.defaults,
+        **{name: value for name, value in decoder.items() if name in methods.own_options(method)},
         terms={name: given | SETTLED.get(name, {}) for name, given in chosen.terms.items()},
     )  # fmt: skip
     model = methods.from_options(to_dict(options)).eval()

@@ -29,6 +29,7 @@ ROOMS = [
     (r"programs", rf"programs|methods|{BELOW}"),
     (r"programs\.\w+", rf"programs(\.\w+)?|engine_\w+|methods|models_\w+|{BELOW}"),
     (r"tools\.figures\.figure9", rf"tools(\.\w+)*|engine_segment|models_upernet|{BELOW}"),  # shows what it predicts
+    (r"tools\.given", rf"methods|models_vit|{BELOW}"),
     (r"tools\.figures(\.\w+)?", rf"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|{BELOW}"),  # shows their maths
     (r"tools\.encoder", rf"tools(\.given)?|methods|models_(classifier|vit)|{BELOW}"),  # takes models apart
     (r"tools\.(doctor|replay)", rf"programs(\.\w+)?|tools(\.\w+)*|engine_\w+|methods|{BELOW}"),  # like it
@@ -37,10 +38,12 @@ ROOMS = [
     (r"benchmarks(\.\w+)?", r".*"),
     (r"engine_\w+", BELOW),
     (r"methods", rf"models_\w+|{BELOW}"),
-    (r"models_vit", r"nothing"),
+    (r"models_vit", r"options(\.\w+)?"),
+    (r"models_targets", r"models_vit"),
     (r"models_upernet", r"models_classifier|models_vit"),  # segments with the encoder that classifies
-    (r"models_mae", r"models_vit"),
-    (r"models_\w+", r"models_mae|models_vit"),  # one paper a file: terms do not import each other
+    (r"models_mae", r"models_(targets|vit)|options(\.\w+)?"),
+    # One paper a file: methods and terms do not import each other, but for the base of replaced patches.
+    (r"models_\w+", r"models_(mae|simmim|targets|vit)|options(\.\w+)?"),
     (r"options(\.\w+)?", r"options(\.\w+)?"),
     (r"data(\.\w+)?", r"(data|options)(\.\w+)?"),
     (r"util(\.\w+)?", BELOW),

@@ -65,11 +65,11 @@ def test_every_method_predicts_and_encodes(method):
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     features = model.encode(images)
     assert features.shape == (4, 21, 16) and torch.equal(features, model.encode(images))
-    pictures = model.reconstruct(images, noise=noise)
+    pictures = model.pictures(images, noise=noise)
     assert {*pictures} == {"original", "masked", "reconstruction", "pasted"}
     assert all(picture.shape == images.shape for picture in pictures.values())
-    constant = model.patch_error(torch.zeros_like(pred), model.target(images)).mean()  # of standardised patches
-    assert model.baseline(images).item() == pytest.approx(constant.item(), abs=0.05)
+    constant = model.target.error(torch.zeros_like(pred), model.target(images)).mean()  # of standardised patches
+    assert model.constant_loss(images) == pytest.approx(constant.item(), abs=0.05)
 
 
 def test_every_method_tells_its_sizes_and_scales(method):
@@ -113,7 +113,7 @@ def test_every_method_has_the_encoder_of_plain_mae(method):
     """And with its decoder all of its state, so that MAE's checkpoints fit, and from one seed the same weights."""
     own = {name: value for name, value in small(method).state_dict().items() if not name.startswith("terms.")}
     mae = small("mae").state_dict()
-    if METHODS[method].decoder is MaskedAutoencoderViT:
+    if METHODS[method].model_class() is MaskedAutoencoderViT:
         assert list(own) == list(mae) and all(torch.equal(value, mae[name]) for name, value in own.items())
     else:
         encoder = [name for name in mae if name.startswith(("cls_token", "pos_embed", "patch_embed.", "blocks."))]
@@ -148,7 +148,7 @@ def test_sizes_have_the_known_numbers_of_weights(model, weights):
     with torch.device("meta"):
         built = build("nor_mae", model)
     assert sum(p.numel() for p in built.parameters() if p.requires_grad) == weights
-    assert built.grid == (14, 14) and built.mask_ratio == 0.75 and not built.norm_pix_loss
+    assert built.grid == (14, 14) and built.mask_ratio == 0.75 and not built.options.norm_pix_loss
 
 
 def test_large_and_huge():
@@ -165,7 +165,7 @@ def test_overrides():
     assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (16, 2, 2)
     assert model.blocks[0].mlp.fc1.out_features == 32
     assert (model.decoder_pred.in_features, len(model.decoder_blocks)) == (12, 1)
-    assert model.decoder_blocks[0].attn.num_heads == 3 and model.norm_pix_loss
+    assert model.decoder_blocks[0].attn.num_heads == 3 and model.options.norm_pix_loss
     own = dict.fromkeys(("input_size", "embed_dim", "depth", "num_heads", "decoder_depth", "in_chans", "mlp_ratio"), 0)
     with torch.device("meta"):
         assert len(build("mae", **own, decoder_embed_dim=None, terms=None, mask_ratio=None).blocks) == 12

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import methods
 from methods import METHODS
 from tests.runs import context, finish
 from tests.small import batch, small, teacher_checkpoint
@@ -83,7 +84,7 @@ def test_a_run_on_two_processes_equals_one(tmp_path, method):
     if "teacher" in METHODS[method].terms:
         finish(tmp_path / "teacher", "--method", "mae", "--embed_dim", 32, "--depth", 4, "--epochs", 1)
         words += ["--terms.teacher.checkpoint", tmp_path / "teacher/checkpoints/last.pth"]
-    if "decoder_depth" not in METHODS[method].decoder.choices:
+    if "decoder_depth" not in methods.own_options(method):
         words += [word for size in ("embed_dim", "depth", "num_heads") for word in (f"--decoder_{size}", 0)]
     finish(tmp_path / "one", *words)
     finish_ranks(2, tmp_path / "two", *words)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from methods import build, from_checkpoint, from_options
-from models_dmae import TeacherOptions, TeacherTerm, digest_of, encoder_weights, settled, tapped
-from models_mae import take
+from models_dmae import TeacherOptions, TeacherTerm, encoder_weights, settled, tapped
+from models_vit import digest_of, take
 from tests.runs import Training, assert_same_end, finish
 from tests.small import SMALL, TEACHER, batch, options_of, small, teacher_checkpoint, write_checkpoint
 
 
 def teacher_of(model):
-    return model.terms["teacher"]._teacher[0]
+    return model.terms["teacher"].teacher.network
 
 
 def its_model():
@@ -117,9 +117,7 @@ def test_a_trained_model_needs_no_teacher(tmp_path):
     again, found = from_checkpoint(write_checkpoint(tmp_path / "last.pth", model, options))
     images, _, noise = batch(model)
     assert torch.equal(again.encode(images), model.encode(images)) and found["terms"]["teacher"]["embed_dim"] == 24
-    assert torch.equal(
-        again.reconstruct(images, noise=noise)["pasted"], model.reconstruct(images, noise=noise)["pasted"]
-    )
+    assert torch.equal(again.pictures(images, noise=noise)["pasted"], model.pictures(images, noise=noise)["pasted"])
     with pytest.raises(ValueError, match="without its teacher"):
         again(images, noise=noise)
 

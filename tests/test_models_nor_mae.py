@@ -19,6 +19,7 @@ from models_nor_mae import (
     released_neighbors,
 )
 from tests.published import assert_as_published, model_of, needs_vectors, read
+from tests.small import direct
 
 RELATIONS = ("off_diagonal", "off_diagonal_squared", "diagonal", "token_off_diagonal", "alignment")
 GRIDS = [(1, 2), (2, 1), (2, 2), (1, 5), (3, 5), (4, 4), (14, 14)]
@@ -404,7 +405,8 @@ def test_unknown_words_are_refused():
 def build(norm_pix_loss=True, grid=(4, 5), mask_ratio=0.75, **options):
     """A small model with the neighbour term; the same weights each time."""
     torch.manual_seed(0)
-    return MaskedAutoencoderViT(
+    return direct(
+        MaskedAutoencoderViT,
         img_size=(4 * grid[0], 4 * grid[1]),
         patch_size=4,
         embed_dim=16,
@@ -560,7 +562,7 @@ def test_the_second_pass_gets_no_gradient():
     view = model.observe(images, noise=noise)
     assert not model.terms["neighbor"].second_pass(model, view).requires_grad
     fixed = model.terms["neighbor"].second_pass(model, view)
-    (neighbor_relation(view.pred, fixed) + model.reconstruction_loss(view)).backward()
+    (neighbor_relation(view.pred, fixed) + model.target_loss(view)).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     model(images, noise=noise)["loss"].backward()

@@ -4,22 +4,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from methods import METHODS, build, preset
-from models_mae import patchify, unpatchify
+from methods import METHODS, build
 from models_simmim import SimMIM
-from tests.small import SMALL, batch, small
+from models_targets import Target, patchify, unpatchify
+from tests.small import SMALL, batch, direct, small
 
 
 def plain(**changes):
     sizes = dict(img_size=32, patch_size=4, embed_dim=16, depth=1, num_heads=2, mask_ratio=0.6)
     torch.manual_seed(0)
-    return SimMIM(**(sizes | changes))
+    return direct(SimMIM, **(sizes | changes))
 
 
 def test_it_hides_30_of_49_cells_of_32_pixels():
     with torch.device("meta"):
         model = build("simmim", "mae_vit_tiny_patch16")
-    mask = model.hide(torch.rand(3, 196))
+    mask = model.draw_mask(torch.rand(3, 196))
     assert mask.sum(dim=1).tolist() == [120.0] * 3
     cells = unpatchify(mask[:, :, None].repeat(1, 1, 256), 16, (14, 14)).reshape(3, 7, 32, 7, 32)
     share = cells.mean(dim=(2, 4))
@@ -28,14 +28,14 @@ def test_it_hides_30_of_49_cells_of_32_pixels():
 
 
 def test_any_cell_may_be_hidden():
-    often = plain().hide(torch.rand(2000, 64)).mean(dim=0)
+    often = plain().draw_mask(torch.rand(2000, 64)).mean(dim=0)
     assert often.min() > 0.55 and often.max() < 0.70  # 10 of 16
 
 
 @pytest.mark.parametrize(("mask_cell", "hidden"), [(4, 39), (8, 40), (12, 6 * 9), (16, 3 * 16)])
 def test_cells_of_other_sizes(mask_cell, hidden):
     model = plain(mask_cell=mask_cell)
-    mask = model.hide(torch.rand(5, 64))
+    mask = model.draw_mask(torch.rand(5, 64))
     if mask_cell == 12:  # 3 x 3 cells of which 6 are hidden; those at the edges are cut
         assert all(count <= hidden for count in mask.sum(dim=1).tolist())
         first = mask.reshape(5, 8, 8)[:, ::3, ::3].sum(dim=(1, 2))
@@ -77,21 +77,23 @@ def test_the_head_is_a_convolution_and_a_pixel_shuffle():
     torch.testing.assert_close(F.pixel_shuffle(convolved, 4), made)
 
 
-def test_another_target_is_three_overrides():
-    """As of MaskFeat: other values, another distance, and nothing else."""
+def test_another_target_is_one_class():
+    class Brightness(Target):
+        width = 2
 
-    class Brightness(SimMIM):
-        target_values = 2
-
-        def target(self, images):
-            patches = patchify(images, self.patch_size)
+        def forward(self, images):
+            patches = patchify(images, 4)
             return torch.stack([patches.mean(dim=-1), patches.amax(dim=-1)], dim=-1)
 
-        def patch_error(self, pred, target):
+        def error(self, pred, target):
             return (pred - target).square().mean(dim=-1)
 
+    class Brightest(SimMIM):
+        def make_target(self):
+            return Brightness()
+
     torch.manual_seed(0)
-    model = Brightness(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    model = Brightest(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     pred, mask = model.predict(images, noise=noise)
     error = (pred - model.target(images)).square().mean(dim=-1)
@@ -102,15 +104,14 @@ def test_the_baseline_is_the_best_constant_patch():
     model = plain()
     images = torch.randn(8, 3, 32, 32).exp()
     target = model.target(images).flatten(0, 1)
-    best = model.baseline(images).item()
+    best = model.constant_loss(images)
     assert best == pytest.approx((target - target.median(dim=0).values).abs().mean().item())
     assert best < (target - target.mean(dim=0)).abs().mean().item()
 
 
 def test_its_share_of_hidden_patches_is_the_papers():
-    assert preset("simmim") == {"terms": {}, "mask_ratio": 0.6}
     assert small("simmim").mask_ratio == 0.6 and small("simmim", mask_ratio=0.5).mask_ratio == 0.5
-    assert METHODS["simmim"].decoder is SimMIM
+    assert METHODS["simmim"].model_class() is SimMIM
 
 
 def test_terms_that_need_visible_patches_alone_are_refused():
@@ -125,10 +126,10 @@ def test_terms_that_need_visible_patches_alone_are_refused():
     ("changes", "answer"),
     [
         ({"mask_cell": 6}, "mask_cell is 6 pixels, which patches of 4 do not fill"),
-        ({"mask_cell": -4}, "mask_cell is -4"),
+        ({"mask_cell": -4}, "mask_cell: must be at least 0, found -4"),
         ({"mask_cell": 32}, "hides 1 of the 1 cells"),
         ({"mask_ratio": 0.999}, "hides 6 of the 6 cells"),
-        ({"decoder_depth": 2}, "decoder_depth is 2, but the method 'simmim' has no use for it"),
+        ({"decoder_depth": 2}, "decoder_depth is 2, but the method 'simmim' does not use it"),
         ({"predict_ratio": 0.5}, "predict_ratio is 0.5, but"),
     ],
 )
@@ -138,5 +139,5 @@ def test_what_cannot_be_is_refused(changes, answer):
 
 
 def test_cells_are_for_methods_that_hide_them():
-    with pytest.raises(ValueError, match="mask_cell is 8, but the method 'mae' has no use for it"):
+    with pytest.raises(ValueError, match="mask_cell is 8, but the method 'mae' does not use it"):
         build("mae", **SMALL, mask_cell=8)

@@ -11,11 +11,11 @@ from typing import Literal
 import pytest
 import yaml
 
+import methods
 import options.run as options_module
 from options import (
     Difference,
     OptionError,
-    PretrainOptions,
     RunOptions,
     differences,
     from_dict,
@@ -30,6 +30,7 @@ from options import (
 from options.schema import documentation
 
 PROJECT = Path(__file__).resolve().parent.parent
+Pretrain = methods.schema("nor_mae")
 SCHEMAS = [kind for kind in vars(options_module).values() if inspect.isclass(kind) and issubclass(kind, RunOptions)]
 
 
@@ -66,7 +67,7 @@ def preset(method):
 
 
 def pretrain(*words):
-    return parse(PretrainOptions, words, preset=preset, term_options=TERMS)
+    return parse(Pretrain, words, preset=preset, term_options=TERMS)
 
 
 @pytest.fixture
@@ -202,9 +203,7 @@ def test_a_term_may_demand_an_option():
         """Where the teacher comes from."""
 
     def taught(*words):
-        return parse(
-            PretrainOptions, words, preset=lambda _: {"terms": {"teacher": {}}}, term_options={"teacher": Teacher}
-        )
+        return parse(Pretrain, words, preset=lambda _: {"terms": {"teacher": {}}}, term_options={"teacher": Teacher})
 
     assert taught("--terms.teacher.checkpoint", "best.pth").terms == {"teacher": {"checkpoint": "best.pth"}}
     with pytest.raises(OptionError, match="terms.teacher.checkpoint must be given: Where the teacher comes from."):
@@ -232,11 +231,10 @@ def test_wrong_terms(recipe, text, message):
 
 
 def test_the_real_menu():
-    methods = pytest.importorskip("methods")
-    term_options = {name: term.Options for name, term in methods.TERMS.items()}
+    term_options = methods.term_options()
 
     def real(*words):
-        return parse(PretrainOptions, words, preset=methods.preset, term_options=term_options)
+        return methods.parse_options(words)
 
     neighbor = real().terms["neighbor"]
     assert neighbor["weight"] == 5e-5 and neighbor["cnp"] == "closest" and neighbor["relation"] == "off_diagonal"
@@ -406,13 +404,13 @@ def test_help_shows_every_option_with_its_documentation(capsys):
         pretrain("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    for schema, prefix in ((PretrainOptions, ""), (Neighbor, "terms.neighbor."), (Label, "terms.label.")):
+    for schema, prefix in ((Pretrain, ""), (Neighbor, "terms.neighbor."), (Label, "terms.label.")):
         for name, meaning in documentation(schema).items():
             assert f"--{prefix}{name}" in text and meaning.replace("`", "'") in text
-    assert text.index("Model and objective:") < text.index("Run folder:") < text.index("Batch and optimizer:")
+    assert text.index("Objective:") < text.index("Run folder:") < text.index("Batch and optimizer:")
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("schema", [*SCHEMAS, *map(methods.schema, methods.METHODS)])
 def test_every_field_is_documented_and_of_a_kind(schema):
     for field in fields(schema):
         assert field.metadata["kind"] in ("result", "shape", "machine")
@@ -420,10 +418,10 @@ def test_every_field_is_documented_and_of_a_kind(schema):
 
 
 def test_the_table_for_the_readme():
-    lines = option_table(PretrainOptions, TERMS).splitlines()
+    lines = option_table(Pretrain, TERMS).splitlines()
     assert lines[0] == "| option | default | kind | meaning |"
-    assert len(lines) == 2 + len(fields(PretrainOptions)) + len(fields(Neighbor)) + len(fields(Label))
-    meaning = documentation(PretrainOptions)["blr"]
+    assert len(lines) == 2 + len(fields(Pretrain)) + len(fields(Neighbor)) + len(fields(Label))
+    meaning = documentation(Pretrain)["blr"]
     assert f"| `blr` | 0.00015 | result | {meaning} |" in lines
     assert "| `terms.neighbor.weight` | 5e-05 | result | How much it counts. |" in lines
 
@@ -439,42 +437,42 @@ def test_nearest():
 def test_options_survive_yaml_and_json(recipe):
     options = pretrain("--input_size", "160x96", "--lamda", "1e-4", "--allow_change", "lr")
     plain = to_dict(options)
-    assert from_dict(PretrainOptions, plain) == options
-    assert from_dict(PretrainOptions, json.loads(json.dumps(plain))) == options
-    assert from_dict(PretrainOptions, yaml.safe_load(yaml.safe_dump(plain))) == options
+    assert from_dict(Pretrain, plain) == options
+    assert from_dict(Pretrain, json.loads(json.dumps(plain))) == options
+    assert from_dict(Pretrain, yaml.safe_load(yaml.safe_dump(plain))) == options
     assert pretrain("-c", recipe(yaml.safe_dump(plain))) == options  # a run's options.yaml is a recipe
     with pytest.raises(OptionError, match="unknown key 'epoch'; did you mean 'epochs'"):
-        from_dict(PretrainOptions, {"epoch": 3})
+        from_dict(Pretrain, {"epoch": 3})
     with pytest.raises(OptionError, match="epochs: expected a whole number"):
-        from_dict(PretrainOptions, {"epochs": "three"})
+        from_dict(Pretrain, {"epochs": "three"})
 
 
 def test_options_made_in_python_are_checked_too():
-    assert PretrainOptions(input_size=64, mean=[0, 0, 0]).input_size == (64, 64)
+    assert Pretrain(input_size=64, mean=[0, 0, 0]).input_size == (64, 64)
     with pytest.raises(OptionError, match="amp: expected one of"):
-        PretrainOptions(amp="int8")
+        Pretrain(amp="int8")
     with pytest.raises(OptionError, match="mask_ratio"):
-        replace(PretrainOptions(), mask_ratio=1.0)
+        replace(Pretrain(), mask_ratio=1.0)
 
 
 def test_differences_are_of_results_only():
     old = to_dict(pretrain("--num_workers", "1", "--lr", "1e-3"))
     new = to_dict(pretrain("--num_workers", "2", "--lr", "2e-3", "--depth", "3", "--lamda", "1e-4"))
-    assert differences(PretrainOptions, old, new) == [
+    assert differences(Pretrain, old, new) == [
         Difference("lr", 1e-3, 2e-3, "result"),
         Difference("depth", 0, 3, "shape"),
         Difference("terms.neighbor.weight", 5e-5, 1e-4, "result"),
     ]
-    assert differences(PretrainOptions, old, json.loads(json.dumps(old))) == []
-    assert differences(PretrainOptions, {name: value for name, value in old.items() if name != "seed"}, old) == []
+    assert differences(Pretrain, old, json.loads(json.dumps(old))) == []
+    assert differences(Pretrain, {name: value for name, value in old.items() if name != "seed"}, old) == []
 
 
 def test_a_term_more_is_another_model():
     mae, nor = to_dict(pretrain("--method", "mae")), to_dict(pretrain())
-    found = {difference.name: difference for difference in differences(PretrainOptions, mae, nor)}
+    found = {difference.name: difference for difference in differences(Pretrain, mae, nor)}
     assert found["terms.neighbor"] == Difference("terms.neighbor", None, nor["terms"]["neighbor"], "shape")
     assert found["method"].kind == "shape" and len(found) == 2
-    assert not differences(PretrainOptions, mae, {**mae, "terms": {"label": None}})
+    assert not differences(Pretrain, mae, {**mae, "terms": {"label": None}})
 
 
 # ---- batches
@@ -495,7 +493,7 @@ def test_a_term_more_is_another_model():
     ],
 )
 def test_the_batch_is_worked_out_for_any_number_of_processes(given, processes, resolved):
-    options = resolve_batch(PretrainOptions(**given), processes)
+    options = resolve_batch(Pretrain(**given), processes)
     assert (options.total_batch_size, options.batch_size, options.accum_iter) == resolved
 
 
@@ -511,7 +509,7 @@ def test_the_batch_is_worked_out_for_any_number_of_processes(given, processes, r
 )
 def test_a_batch_that_does_not_divide_is_refused(given, processes, message):
     with pytest.raises(OptionError, match=message):
-        resolve_batch(PretrainOptions(**given), processes)
+        resolve_batch(Pretrain(**given), processes)
 
 
 # ---- no option is read by nothing

@@ -12,7 +12,7 @@ import yaml
 
 import methods
 from main_pretrain import parse_options
-from options import PretrainOptions, resolve_batch, to_dict
+from options import resolve_batch, to_dict
 from programs.pretrain import build_model
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -130,7 +130,7 @@ def test_the_headers_command_runs_this_recipe(path):
 def test_a_recipe_holds_only_what_differs(path):
     """Beside the method and the model, which it always names."""
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    defaults, resolved = to_dict(PretrainOptions()), to_dict(recipe(path.stem))
+    defaults, resolved = to_dict(methods.schema(given["method"])()), to_dict(recipe(path.stem))
     assert {"method", "model"} <= set(given)
     assert not [name for name in given if name not in ("method", "model") and resolved[name] == defaults[name]]
     for term, options in given.get("terms", {}).items():

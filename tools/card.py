@@ -14,13 +14,14 @@ from typing import Any
 
 import yaml
 
-from options import FinetuneOptions, PretrainOptions
+import methods
+from options import FinetuneOptions
 from tools.encoder import Encoder
 from util.logging import environment
 
 MACHINE = {
     field.name
-    for schema in (PretrainOptions, FinetuneOptions)
+    for schema in (*map(methods.schema, methods.METHODS), FinetuneOptions)
     for field in fields(schema)
     if field.metadata["kind"] == "machine"
 }

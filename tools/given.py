@@ -12,6 +12,7 @@ import torch
 import methods
 from data.loader import pixel_statistics
 from data.sources import Source, open_source
+from models_vit import Pretrainer
 from util import checkpoint
 from util.distributed import pick_device
 
@@ -20,7 +21,7 @@ from util.distributed import pick_device
 class Trained:
     """A model in eval mode on its device, the options and updates it was trained with, and where it came from."""
 
-    model: methods.MaskedAutoencoderViT
+    model: Pretrainer
     options: Mapping[str, Any]
     updates: int
     checkpoint: Path

@@ -37,7 +37,11 @@ def page() -> str:
         HEAD,
         "## Pretraining\n\nOptions of `main_pretrain.py`. Options of a term apply to runs that have the term.\n",
     ]
-    parts.append(option_table(PretrainOptions, {name: term.Options for name, term in methods.TERMS.items()}))
+    parts.append(option_table(PretrainOptions, methods.term_options()))
+    for declared in dict.fromkeys(method.options for method in methods.METHODS.values()):
+        names = [f"`{name}`" for name, method in methods.METHODS.items() if method.options is declared]
+        parts.append(f"### Only of the methods {', '.join(names)}\n" if len(names) > 1 else f"### Only of {names[0]}\n")
+        parts.append(option_table(declared))
     others = {
         "Fine-tuning": ("main_finetune.py", FinetuneOptions),
         "Linear probe": ("main_linprobe.py", ProbeOptions),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import methods
 from data import masks, splits
 from data.loader import Batch, Batches, Source
 from options import FinetuneOptions, PretrainOptions, SegmentOptions
@@ -126,7 +127,9 @@ class Replay:
 
 
 def _options(made_with: Mapping[str, Any], dump: Path) -> PretrainOptions | FinetuneOptions | SegmentOptions:
-    for schema, own in ((PretrainOptions, "method"), (FinetuneOptions, "mixup"), (SegmentOptions, "max_class_share")):
+    if "method" in made_with:
+        return methods.read_options(made_with)
+    for schema, own in ((FinetuneOptions, "mixup"), (SegmentOptions, "max_class_share")):
         if own in made_with:
             return schema(**made_with)
     raise ValueError(f"{dump} is of a program whose steps are not replayed, such as a linear probe")

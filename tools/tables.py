@@ -281,9 +281,9 @@ class Plan:
             options["terms.teacher.checkpoint"] = self._teacher(row)
             after = (self._smoke_teacher().done,) if setting.smoke else ()
         if setting.smoke:
-            decoder = methods.METHODS[row.options["method"]].decoder
+            own = methods.own_options(row.options["method"])
             options |= SMOKE_MODEL | SMOKE_RUN
-            options |= {name: value for name, value in SMOKE_DECODER.items() if name in decoder.choices}
+            options |= {name: value for name, value in SMOKE_DECODER.items() if name in own}
         options |= self._dataset(row) | {"seed": seed, "data_path": self._data(), "output_dir": folder}
         recipe = ("main_pretrain.py", "-c", f"configs/pretrain/{row.recipe}.yaml")
         return Job((*recipe, *flags(options), *setting.more), folder / "result.json", after)

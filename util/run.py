@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -142,6 +142,9 @@ class Run:
             fp16=self.amp == "fp16",
             seed=options.seed,
             rank=processes.rank,
+            hooks=cast(Any, model) if hasattr(model, "before_step") else None,
+            total_steps=self.total_steps,
+            steps_per_epoch=batches.steps_per_epoch,
         )
         self.means = Means(processes)
         if self._start:

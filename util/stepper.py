@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,12 +27,51 @@ class Unstable(RuntimeError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
-class Stepper:
-    """Call it with the loss of every micro-batch; it answers True when that ended an optimizer step.
+@dataclass(frozen=True)
+class Progress:
+    """Where in its training a model is, for the schedules of a method."""
 
-    An update that would not be finite is left out: weights and optimizer state stay as they were, the step number and
-    the learning rate go on, and `bad_steps` counts it. So is one whose gradient has more than `skip_spikes` times the
-    usual norm, which is a running mean of those before it (0: none; not with fp16, whose scaler decides alone).
+    step: int
+    """Optimizer steps done so far, refused ones included."""
+    total_steps: int
+    steps_per_epoch: int
+    param_groups: list[dict[str, Any]]
+    """The optimizer's groups; a method with a schedule of its own for weight decay writes to them."""
+
+    @property
+    def fraction(self) -> float:
+        """Share of the training that is done, from 0 to 1."""
+        return self.step / max(1, self.total_steps)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, fractional."""
+        return self.step / max(1, self.steps_per_epoch)
+
+
+class Hooks(Protocol):
+    """What a method may do around an optimizer step; see `models_vit.Pretrainer`."""
+
+    def before_step(self, progress: Progress) -> None: ...
+
+    def adjust_gradients(self, progress: Progress) -> None: ...
+
+    def after_update(self, taken: Tensor) -> None: ...
+
+
+class Stepper:
+    """Back-propagate the loss of every micro-batch; return True when that completed an optimizer step.
+
+    An update that would not be finite is refused: weights, optimizer state and the running statistics of batch norms
+    stay as they were, the step number and the learning rate advance, and `bad_steps` counts it. The same applies to an
+    update whose gradient norm exceeds `skip_spikes` times its running mean (0: no limit; not with fp16, where the
+    scaler decides alone).
+
+    Args:
+        hooks: Called around every step; `before_step` before the forward pass of its first micro-batch,
+            `adjust_gradients` before the gradient norm is taken, `after_update` with a 0-d bool on the device.
+        total_steps: Optimizer steps of the training, for `Progress`.
+        steps_per_epoch: Optimizer steps of one epoch, for `Progress`.
     """
 
     def __init__(
@@ -45,8 +86,14 @@ class Stepper:
         fp16: bool = False,
         seed: int = 0,
         rank: int = 0,
+        hooks: Hooks | None = None,
+        total_steps: int = 1,
+        steps_per_epoch: int = 1,
     ):
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self._hooks, self._total_steps, self._steps_per_epoch = hooks, total_steps, steps_per_epoch
+        self._statistics = running_statistics(model)
+        self._statistics_before: list[Tensor] = []
         assert not (fp16 and skip_spikes), "the scaler would not hear of it"
         self.accum, self.clip_grad, self.skip_spikes = accum, clip_grad, skip_spikes
         self.step = 0
@@ -69,8 +116,15 @@ class Stepper:
 
     @contextlib.contextmanager
     def micro_step(self) -> Iterator[None]:
-        """Around forward and loss of one micro-batch: fixed device randomness (and NumPy's, of which mixup is made),
-        gradients exchanged only at the last."""
+        """Context for forward and loss of one micro-batch.
+
+        Random numbers of the device (and of NumPy, which mixup uses) are seeded; gradients are exchanged only in the
+        last micro-batch of a step.
+        """
+        if self._micro == 0:
+            self._statistics_before = [buffer.clone() for buffer in self._statistics]
+            if self._hooks is not None:
+                self._hooks.before_step(self.progress())
         seed_micro_step(self._seed, self.step * self.accum + self._micro, self._rank)
         last = self._micro == self.accum - 1
         if isinstance(self.model, DistributedDataParallel) and not last:
@@ -99,6 +153,8 @@ class Stepper:
     def _update(self) -> None:
         self.schedule.step_update(self.step)
         self._scaler.unscale_(self.optimizer)
+        if self._hooks is not None:
+            self._hooks.adjust_gradients(self.progress())
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip_grad > 0:
@@ -115,6 +171,15 @@ class Stepper:
             self.optimizer.step()
         self._bad = torch.stack([self._bad[0] + bad, (self._bad[1] + 1) * bad])
         self.step += 1
+        with torch.no_grad():
+            for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
+                buffer.copy_(torch.where(bad, before, buffer))
+        self._statistics_before = []
+        if self._hooks is not None:
+            self._hooks.after_update(~bad)
+
+    def progress(self) -> Progress:
+        return Progress(self.step, self._total_steps, self._steps_per_epoch, self.optimizer.param_groups)
 
     def _refused(self) -> Tensor:
         """Whether the update must not happen, on the device; the norm is the same on every rank."""
@@ -163,6 +228,12 @@ class Stepper:
             group.update({name: value for name, value in now.items() if name not in ("params", "lr")})
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that batch norms change in a forward pass."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 def seed_micro_step(seed: int, micro_number: int, rank: int) -> None:

@@ -144,11 +144,11 @@ class Watch:
         was_training = self.model.training
         self.model.eval()
         with self.autocast():
-            made = self.model.reconstruct(batch.images, noise=noise)  # type: ignore[operator]
+            made = self.model.pictures(batch.images, noise=noise)  # type: ignore[operator]
         self.model.train(was_training)
         sheet = contact_sheet([made[name].cpu() for name in ROWS], options.mean, options.std)
         caption = f"rows: {', '.join(ROWS[:3])}, hidden patches pasted into the original"
-        if options.norm_pix_loss:
+        if getattr(options, "norm_pix_loss", False):
             caption += "; predictions are of standardised patches, undone with each patch's true mean and deviation"
         return written(sheet, caption, path)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import methods
 from data.loader import pixel_statistics
-from models_vit import VisionTransformer, load_from_run, patch_grid
+from models_vit import SIZES, VisionTransformer, load_from_run, patch_grid
 from options import nearest
 from tools import encoder, given
 from util import checkpoint
@@ -136,7 +136,7 @@ def load(
         raise ValueError(f"{word} does not exist; give a run folder, a checkpoint or the name of a model")
     else:
         known = [
-            *(f"mae_vit_{size}_patch16" for size in methods.SIZES),
+            *(f"mae_vit_{size}_patch16" for size in SIZES),
             *timm.list_models("vit_*"),
             *timm.list_models(),
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from matplotlib.figure import Figure
 
-from models_mae import MaskedAutoencoderViT
+from models_mae import MaskedImageModel
 from tools.figures.models import Shown
 from tools.figures.style import note, picture, short_name
 from tools.figures.subject import Subject
@@ -23,9 +23,9 @@ UNDONE = (
 )
 
 
-def autoencoder(shown: Shown) -> MaskedAutoencoderViT:
+def autoencoder(shown: Shown) -> MaskedImageModel:
     """The model, if it can reconstruct; ValueError if not."""
-    if not isinstance(shown.model, MaskedAutoencoderViT):
+    if not isinstance(shown.model, MaskedImageModel):
         raise ValueError(f"{shown.label} is an encoder without a decoder, which cannot reconstruct")
     if not shown.decoder_trained:
         raise ValueError(
@@ -42,7 +42,10 @@ def reconstruction(subject: Subject) -> Figure:
         model = autoencoder(shown)
         model.mask_ratio = subject.mask_ratio
         with torch.inference_mode():
-            made.append(model.reconstruct(shown.normalized(subject.pixels), noise=noise.to(shown.device)))
+            pictures = model.pictures(shown.normalized(subject.pixels), noise=noise.to(shown.device))
+        if pictures is None:
+            raise ValueError(f"{shown.label} ({shown.about}) predicts no pixels, so there is no reconstruction to show")
+        made.append(pictures)
     panels = [(0, name, TITLES[name]) for name in OF_THE_IMAGE]
     for number, shown in enumerate(subject.models):
         whose = "" if len(subject.models) == 1 else f"{shown.label}\n"
@@ -61,6 +64,8 @@ def reconstruction(subject: Subject) -> Figure:
     said = [f"{shown.label}: {shown.about}." for shown in subject.models]
     same = ", the same for all" if len(subject.models) > 1 else ""
     said.append(f"{subject.mask_ratio:.0%} of the patches hidden{same}.")
-    said += [f"{shown.label} {UNDONE}" for shown in subject.models if autoencoder(shown).norm_pix_loss]
+    said += [
+        f"{shown.label} {UNDONE}" for shown in subject.models if getattr(autoencoder(shown).target, "normalize", False)
+    ]
     note(figure, [*said, *subject.channels_note], inches)
     return figure

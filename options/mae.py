@@ -1,0 +1,72 @@
+"""Options of the masked autoencoder and of its relatives that drop hidden patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from options.schema import Options, require, result, shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions(Options):
+    """Options of every method that hides patches."""
+
+    mask_ratio: float = result(0.75, section="Method")
+    """Share of the patches that is hidden from the encoder."""
+
+    def _check(self) -> None:
+        super()._check()
+        self._between(0, 1, "mask_ratio")
+        require(self.mask_ratio > 0, "0 hides nothing, and nothing is left to learn", "mask_ratio")
+        require(self.mask_ratio < 1, "1 keeps nothing for the encoder", "mask_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptions(MaskOptions):
+    """Options of every method with a decoder of transformer blocks."""
+
+    decoder_embed_dim: int = shape(0)
+    """Channels of the decoder; 0: the default of the model's size, as for the next two options."""
+    decoder_depth: int = shape(0)
+    """Blocks of the decoder: 8 in MAE, 12 in the NoR-MAE paper's script."""
+    decoder_num_heads: int = shape(0)
+    """Attention heads of the decoder."""
+
+    def _check(self) -> None:
+        super()._check()
+        self._at_least(0, "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEOptions(DecoderOptions):
+    """Options of MAE."""
+
+    norm_pix_loss: bool = result(False)
+    """Reconstruct pixels standardised within each patch, not the pixels themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossMAEOptions(MAEOptions):
+    """Options of CrossMAE."""
+
+    predict_ratio: float = result(0.0)
+    """Share of the patches that training predicts, at most mask_ratio; 0: 0.25."""
+
+    def _check(self) -> None:
+        super()._check()
+        self._between(0, 1, "predict_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimMIMOptions(MaskOptions):
+    """Options of SimMIM."""
+
+    mask_ratio: float = result(0.6)
+    mask_cell: int = result(0)
+    """Side in pixels of the square cells that are hidden as a unit; 0: two patches."""
+    norm_pix_loss: bool = result(False)
+    """Reconstruct pixels standardised within each patch, not the pixels themselves."""
+
+    def _check(self) -> None:
+        super()._check()
+        self._at_least(0, "mask_cell")

@@ -1,0 +1,69 @@
+"""Options of NoR-MAE's neighbor term."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_type_hints
+
+from options.schema import require_choice, require_number
+
+Border = Literal["natural", "wrap"]
+Relation = Literal["off_diagonal", "off_diagonal_squared", "diagonal", "token_off_diagonal", "alignment"]
+Normalize = Literal["token", "feature", "none"]
+
+
+@dataclass(frozen=True)
+class NeighborOptions:
+    """What is related, and how."""
+
+    weight: float = 5e-5
+    """The paper's lambda. With standardised tokens it weighs the correlation of the predictions by weight x (P - 1)."""
+    cnp: Literal["closest", "released"] = "closest"
+    """Which patch is a patch's companion: `closest`, its most similar neighbour; `released`, what the released code
+    selects instead, which settles `border`, `similarity` and `normalize` (on under norm_pix_loss, else off)."""
+    border: Literal["auto", "natural", "wrap"] = "auto"
+    """The grid's edge: `natural`, 3 neighbours in a corner and 5 on a side; `wrap`, 8 everywhere as on a torus; `auto`,
+    natural unless cnp is released."""
+    similarity: Literal["embed_pos", "embed", "pixels"] = "embed_pos"
+    """What is compared to find the companion: patch embeddings with positions, without them, or the image's pixels."""
+    companion: Literal["closest", "random"] = "closest"
+    """Whose prediction is the second: that of the companions, or that of an independent random mask."""
+    relation: Relation = "off_diagonal"
+    """Which sum over the two predictions is minimised; `alignment` is the supplement's NoA."""
+    normalize: Normalize = "token"
+    """What is standardised first: each token, each feature over images and patches, or nothing."""
+    space: Literal["pixels", "embedding"] = "pixels"
+    """What is related: predicted pixels, or what the decoder's norm hands to the last layer."""
+    tokens: Literal["all", "visible", "masked"] = "all"
+    """Which patches' predictions are related."""
+    fraction: float = 1.0
+    """Share of the images, drawn anew in each step, that take the second pass: it costs that share, and the term has
+    the same mean and gradient on average. With k of a batch of N it varies more, by 1/k - 1/N times its variance
+    between images."""
+
+    def __post_init__(self) -> None:
+        require_number("weight", self.weight)
+        require_number("fraction", self.fraction)
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            if option.name not in ("weight", "fraction"):
+                require_choice(option.name, getattr(self, option.name), hints[option.name])
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction:g}; it must be more than 0 and at most 1")
+        if self.fraction < 1 and self.together:
+            raise ValueError(
+                f"fraction is {self.fraction:g}; with {self.together} the term is no mean over images, and a share of "
+                "them would aim at something else: use fraction 1"
+            )
+        if self.border == "auto":
+            object.__setattr__(self, "border", "wrap" if self.cnp == "released" else "natural")
+        if self.cnp == "released":
+            settled = {"border": "wrap", "similarity": "embed_pos", "companion": "closest", "normalize": "token"}
+            for name, value in settled.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"{name} is {getattr(self, name)!r}; with cnp released it can only be {value!r}")
+
+    @property
+    def together(self) -> str:
+        """The option by which the term looks at all images together, in words; empty where it is a mean over them."""
+        if self.normalize == "feature":
+            return "normalize 'feature'"
+        return "relation 'off_diagonal_squared'" if self.relation == "off_diagonal_squared" else ""
