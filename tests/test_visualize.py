@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ RUN = (
     "--decoder_num_heads 2 --input_size 8 --in_chans 1 --norm_pix_loss --data_path digits --epochs 2 --warmup_epochs 0 "
     "--batch_size 256 --num_workers 0 --device cpu --terms.neighbor.weight 0.01"
 ).split()
+PROJECT = Path(__file__).resolve().parent.parent
 SMALL = "mae_vit_tiny_patch16"  # with --input_size 64 its 16 patches are quick to draw
 
 
@@ -144,7 +146,7 @@ def test_the_house_style_does_not_depend_on_a_users_settings():
 
 
 def test_every_script_of_a_figure_draws_a_picture_that_exists():
-    scripts = sorted((visualize.PROJECT / "scripts").glob("figure?.sh"))
+    scripts = sorted((PROJECT / "scripts").glob("figure?.sh"))
     assert [path.stem for path in scripts] == [f"figure{number}" for number in (1, 2, 3, 4, 6, 7, 8, 9)]
     for path in scripts:
         (picture,) = re.findall(r'figure\.sh" (\w+)', path.read_text())
@@ -159,7 +161,7 @@ def test_figure_8_is_of_patches_of_4_pixels_unless_models_are_named(words, model
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$@"\n')
     python.chmod(0o755)
-    script = ["bash", str(visualize.PROJECT / "scripts" / "figure8.sh"), *words.split()]
+    script = ["bash", str(PROJECT / "scripts" / "figure8.sh"), *words.split()]
     told = subprocess.run(script, env=os.environ | {"NOR_MAE_PYTHON": str(python)}, capture_output=True, text=True)
     assert told.stdout.strip().endswith(f"visualize.py separation {models}{words}".strip())
 
