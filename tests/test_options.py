@@ -516,15 +516,17 @@ def test_a_batch_that_does_not_divide_is_refused(given, processes, message):
 
 
 def unread_options(schema: type) -> set[str]:
-    """The options of `schema` that its front doors and what they import never read.
+    """Return the options of `schema` that neither the program that names it nor what that imports ever reads.
 
-    A front door is a top-level module that names the schema. Reading is `options.NAME`, also behind another name as in
-    `self.options.NAME`, or `getattr(options, "NAME")`. Writing all options into a file, or comparing them, is not.
+    Reading is `options.NAME`, also behind another name as in `self.options.NAME`, or `getattr(options, "NAME")`.
+    Writing all options into a file, or comparing them, is not.
     """
     modules = {".".join(p.relative_to(PROJECT).with_suffix("").parts): p for p in PROJECT.glob("*.py")}
-    modules |= {f"{room}.{p.stem}": p for room in ("util", "data") for p in PROJECT.glob(f"{room}/*.py")}
+    modules |= {f"{room}.{p.stem}": p for room in ("programs", "util", "data") for p in PROJECT.glob(f"{room}/*.py")}
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
-    doors = [name for name, tree in trees.items() if "." not in name and schema.__name__ in imported_names(tree)]
+    doors = [
+        name for name, tree in trees.items() if name.startswith("programs.") and schema.__name__ in imported_names(tree)
+    ]
     assert doors, f"no command takes {schema.__name__}"
     reached: set[str] = set()
     while doors:
@@ -560,6 +562,12 @@ def options_read(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("schema", [schema for schema in SCHEMAS if not schema.__subclasses__()])
 def test_every_option_is_read_by_something(schema):
     assert unread_options(schema) == set()
+
+
+@pytest.mark.parametrize("declared", dict.fromkeys(entry.options for entry in methods.METHODS.values()))
+def test_every_option_of_a_method_is_read_by_its_model(declared):
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PROJECT.glob("models_*.py")]
+    assert {field.name for field in fields(declared)} <= {name for tree in trees for name in options_read(tree)}
 
 
 def test_the_search_for_readers_tells_reading_from_naming():
