@@ -163,7 +163,7 @@ def test_figure_8_is_of_patches_of_4_pixels_unless_models_are_named(words, model
     python.chmod(0o755)
     script = ["bash", str(PROJECT / "scripts" / "figure8.sh"), *words.split()]
     told = subprocess.run(script, env=os.environ | {"NOR_MAE_PYTHON": str(python)}, capture_output=True, text=True)
-    assert told.stdout.strip().endswith(f"visualize.py separation {models}{words}".strip())
+    assert told.stdout.strip().endswith(f"visualize separation {models}{words}".strip())
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
