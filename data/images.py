@@ -31,6 +31,7 @@ SUFFIXES = frozenset(
 PNG, NUMPY = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> the Pillow mode that has them
 CROP_SHARE = 224 / 256  # of the short side, that evaluation shows
+EVAL_CROPS = ("keep_size", "mae")  # what evaluation does with an image that already has the input size
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of MAE's random crops, columns to rows
 LOG_RATIOS = torch.tensor(ASPECT_RATIOS).log().tolist()
 ATTEMPTS = 10  # at a crop that fits, as torchvision's; then the largest central one
@@ -257,12 +258,28 @@ def pretrain_transform(input_size: int | tuple[int, int], min_scale: float = 0.2
     return functools.partial(_random_crop, size=_rows_columns(input_size), min_scale=min_scale, hflip=hflip)
 
 
-def eval_transform(input_size: int | tuple[int, int], crop_share: float = CROP_SHARE) -> Transform:
-    """The middle of the image: resized so that `input_size` is `crop_share` of its short side, then cut.
+def eval_transform(
+    input_size: int | tuple[int, int], crop_share: float = CROP_SHARE, eval_crop: str = "keep_size"
+) -> Transform:
+    """Make the transform of evaluation: resize so that `input_size` is `crop_share` of the short side, crop the centre.
 
-    An image that already has the input's size is left as it is.
+    Args:
+        input_size: pixels of the result, one side or (rows, columns).
+        crop_share: share of the short side of the resized image that the crop shows.
+        eval_crop: `keep_size` leaves an image that already has the input size unchanged; `mae` resizes and crops it
+            like any other, as the evaluation of MAE and timm does.
     """
-    return functools.partial(_centre_crop, size=_rows_columns(input_size), crop_share=crop_share)
+    if eval_crop not in EVAL_CROPS:
+        raise ValueError(f"eval_crop is {eval_crop!r}; it can be {', '.join(EVAL_CROPS)}")
+    keep = eval_crop == "keep_size"
+    return functools.partial(_centre_crop, size=_rows_columns(input_size), crop_share=crop_share, keep=keep)
+
+
+def describe_eval_crop(input_size: tuple[int, int], crop_share: float, eval_crop: str) -> str:
+    """Say in one line how images are prepared for evaluation, to be printed beside a metric."""
+    rows, columns = (int(side / crop_share) for side in input_size)
+    how = f"eval_crop {eval_crop}: resized to cover {rows} x {columns}, centre crop {input_size[0]} x {input_size[1]}"
+    return how if eval_crop == "mae" else f"{how}; images of the input size are not resized or cropped"
 
 
 def classifier_crop_share(input_size: tuple[int, int]) -> float:
@@ -300,10 +317,10 @@ def random_box(height: int, width: int, min_scale: float) -> tuple[int, int, int
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
-def _centre_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], crop_share: float) -> Tensor:
+def _centre_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], crop_share: float, keep: bool) -> Tensor:
     image_CHW = _tensor(_array(image))
     rows, columns = image_CHW.shape[1:]
-    if (rows, columns) == size:
+    if keep and (rows, columns) == size:
         return image_CHW
     inner_rows, inner_columns = (int(side / crop_share) for side in size)
     if inner_rows * columns >= inner_columns * rows:  # the rows are what is short

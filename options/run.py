@@ -214,7 +214,16 @@ class EncoderOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(EncoderOptions):
+class WholeImageOptions(EncoderOptions):
+    """What commands that evaluate one vector or class per image share."""
+
+    eval_crop: Literal["keep_size", "mae"] = result("keep_size", section="Crops")
+    """How images are prepared for evaluation, k-NN and features. `mae`: all are resized and their centre cropped, as by
+    MAE and timm (32 -> 36 -> 32); `keep_size`: the same, but an image that already has input_size stays unchanged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(WholeImageOptions):
     """Pretrain a vision transformer on images without labels."""
 
     epochs: int = result(400)
@@ -246,7 +255,7 @@ class PretrainOptions(EncoderOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierOptions(EncoderOptions):
+class ClassifierOptions(WholeImageOptions):
     """What fine-tuning and probing share: labelled images, and how the answer is measured."""
 
     ALIASES: ClassVar[dict[str, str]] = {
@@ -260,7 +269,7 @@ class ClassifierOptions(EncoderOptions):
         "dist_eval": "evaluation is always shared among the processes, each image counted once",
     }
     INHERITS: ClassVar[tuple[str, ...]] = ENCODER
-    INHERITS_EVAL: ClassVar[tuple[str, ...]] = (*ENCODER, "global_pool")
+    INHERITS_EVAL: ClassVar[tuple[str, ...]] = (*ENCODER, "global_pool", "eval_crop")
 
     num_classes: int = shape(0, section="Classifier")
     """Classes of the head; 0: as many as the training images have."""

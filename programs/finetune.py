@@ -18,7 +18,7 @@ from torch import nn
 import models_classifier
 from data import splits
 from data.augment import finetune_transform
-from data.images import classifier_crop_share
+from data.images import classifier_crop_share, describe_eval_crop
 from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_batches, eval_transform
 from data.splits import Splits
 from engine_finetune import Objective, evaluate, in_words, judge_of
@@ -91,9 +91,14 @@ def make_optimizer(options: FinetuneOptions, model: Classifier, device: torch.de
     return optim.adamw(groups, lr, betas=(0.9, 0.999), device=device)
 
 
+def prepared(options: FinetuneOptions) -> str:
+    """Say how the images of `image_batches` are prepared."""
+    return describe_eval_crop(options.input_size, classifier_crop_share(options.input_size), options.eval_crop)
+
+
 def image_batches(options: FinetuneOptions, source: Source, processes: Processes) -> Iterator[Batch]:
     """This process's share of a whole source, each image cut in the middle and shown once."""
-    transform = eval_transform(options.input_size, classifier_crop_share(options.input_size))
+    transform = eval_transform(options.input_size, classifier_crop_share(options.input_size), options.eval_crop)
     samples = EvalSamples(source, transform, mean=options.mean, std=options.std)
     return eval_batches(
         samples,
@@ -131,8 +136,9 @@ def judge_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     batches = image_batches(options, test, processes)
     figures = evaluate(model, batches, classes=classes, processes=processes, autocast=autocast)
     log.info("%s on %d test images: %s", path, figures["images"], in_words(figures))
+    log.info("evaluation: %s", prepared(options))
     if processes.main:
-        sys.stdout.write(json.dumps({"checkpoint": path, **figures}) + "\n")
+        sys.stdout.write(json.dumps({"checkpoint": path, "eval_crop": options.eval_crop, **figures}) + "\n")
 
 
 def train(options: FinetuneOptions, processes: Processes) -> None:
@@ -171,7 +177,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
                 objective, itertools.islice(batches.epoch(epoch, done), left), **run.loop | {"after_step": after_step}
             )
             run.end_epoch(**judge.after(epoch))
-        run.finish(**judge.reckoning())
+        run.finish(**judge.reckoning(), eval_crop=options.eval_crop)
 
 
 def announce(options: FinetuneOptions, model: Classifier, found: Splits, run: Run) -> None:
@@ -179,4 +185,5 @@ def announce(options: FinetuneOptions, model: Classifier, found: Splits, run: Ru
     rows, columns = model.patch_embed.grid_size
     start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
+    log.info("evaluation: %s", prepared(options))
     splits.write_lists(found, run.folder, write_whole)

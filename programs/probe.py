@@ -15,6 +15,7 @@ from torch import Tensor
 
 import models_classifier
 from data import splits
+from data.images import CROP_SHARE, describe_eval_crop
 from data.loader import Batch, Batches, Source, TrainSamples, pretrain_transform
 from data.splits import Splits
 from engine_finetune import Objective, judge_of
@@ -82,6 +83,7 @@ class Features:
             autocast=self.run.autocast,
             indices=range(processes.rank, len(source), processes.world_size),
             pool=self.pool,
+            eval_crop=options.eval_crop,
         )
         return interleaved(processes.gather(share))
 
@@ -137,9 +139,10 @@ def run(options: ProbeOptions) -> None:
         with run:
             if processes.main:
                 splits.write_lists(found, run.folder, write_whole)
+            log.info("features: %s", describe_eval_crop(options.input_size, CROP_SHARE, options.eval_crop))
             knn_acc1 = features.knn()
             log.info("k nearest neighbours (k = 20, T = 0.07), %d test images: %.2f%%", len(found.test), knn_acc1)
             for epoch, done in run.epochs():
                 train_one_epoch(objective, batches.epoch(epoch, done), **run.loop)
                 run.end_epoch(**judge.after(epoch))
-            run.finish(**judge.reckoning(), knn_acc1=knn_acc1)
+            run.finish(**judge.reckoning(), knn_acc1=knn_acc1, eval_crop=options.eval_crop)

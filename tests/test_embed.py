@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 import methods
 import models_classifier
@@ -70,6 +71,21 @@ def test_each_image_has_the_average_of_its_patch_tokens_beside_its_name(run, pho
         with torch.no_grad():
             tokens = model.encode(pixels(photos / name)[None])
         np.testing.assert_allclose(features, tokens[0, 1:].mean(dim=0), atol=1e-5)
+
+
+def test_eval_crop_is_the_runs_or_the_one_given(run, photos, tmp_path, capsys):
+    assert run_tool(run[0], photos, "--output", tmp_path / "kept.npz") == 0
+    assert "eval_crop keep_size" in capsys.readouterr().out
+    assert run_tool(run[0], photos, "--output", tmp_path / "mae.npz", "--eval_crop", "mae") == 0
+    assert "eval_crop mae: resized to cover 18 x 27, centre crop 16 x 24\n" in capsys.readouterr().out
+    kept, cropped = (np.load(tmp_path / name)["features"] for name in ("kept.npz", "mae.npz"))
+    image = torch.tensor(np.asarray(Image.open(photos / "ant" / "a.png"))).permute(2, 0, 1)
+    inner = F.resize(image, [18, 27], interpolation=F.InterpolationMode.BICUBIC, antialias=True)[:, 1:17, 2:26]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in pixel_statistics(3))
+    with torch.no_grad():
+        expected = run[1].encode(((inner / 255 - mean) / std)[None])[0, 1:].mean(dim=0)
+    np.testing.assert_allclose(cropped[0], expected, atol=1e-4)
+    assert abs(kept[0] - cropped[0]).max() > 1e-2
 
 
 def test_a_flat_folder_has_no_labels_and_another_size_is_resized_to(run, photos, tmp_path):

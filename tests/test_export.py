@@ -341,7 +341,11 @@ def test_the_facts_hold_what_a_user_must_know_and_nothing_of_the_machine(pretrai
     height, width = model.patch_embed.img_size
     assert facts["model"]["num_heads"] == 6 and facts["model"]["features"].startswith("the average of the patch tokens")
     assert (facts["input"]["height"], facts["input"]["width"]) == (height, width)
-    assert facts["input"]["crop"] == 0.875 and facts["input"]["std"] == [0.3] * model.in_chans
+    assert (
+        facts["input"]["eval_crop"] == "keep_size"
+        and facts["input"]["crop"] == 0.875
+        and facts["input"]["std"] == [0.3] * model.in_chans
+    )
     origin = facts["origin"]
     assert (origin["method"], origin["updates"], origin["images_seen"]) == ("nor_mae", 7, 7 * 32)
     assert origin["commit"] == "abc123"

@@ -3,8 +3,10 @@
 import argparse
 import json
 import math
+import os
 import random
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +26,7 @@ from tests.runs import Training, assert_same_end, final, finish, losses, metrics
 from util import checkpoint, optim
 from util.distributed import Processes
 from util.judge import Judge
+from util.run import Run
 
 DOOR = "main_finetune"
 STEPS_PER_EPOCH = 5
@@ -318,6 +321,55 @@ def test_steps_end_a_run_within_an_epoch(tmp_path):
     finish(tmp_path / "killed", *words, door=DOOR)
     assert_same_end(tmp_path / "run", tmp_path / "killed")
     assert result(tmp_path / "killed")["accuracy"] == result(tmp_path / "run")["accuracy"]
+
+
+def follow_the_average():
+    """In the process of a run: note the head's bias before the first update and after each, beside its average."""
+    prepare, after_step, path = Run.prepare, Run.after_step, os.environ["AVERAGES"]
+
+    def prepare_and_note(self, model, *args, ema, **others):
+        self.noted = [(model.head.bias.tolist(), ema.head.bias.tolist())]
+        self.pair = model, ema
+        prepare(self, model, *args, ema=ema, **others)
+
+    def step_and_note(self):
+        self.noted.append(tuple(each.head.bias.tolist() for each in self.pair))
+        Path(path).write_text(json.dumps(self.noted))
+        after_step(self)
+
+    Run.prepare, Run.after_step = prepare_and_note, step_and_note
+
+
+def test_the_moving_average_follows_every_update(pretrained, tmp_path):
+    words = ["--init_from", pretrained, "--ema", "0.75", "--epochs", 1, "--warmup_epochs", 0]
+    environment = {"AVERAGES": str(tmp_path / "averages.json")}
+    training = Training(tmp_path / "run", *words, door=DOOR, environment=environment, fault=follow_the_average)
+    assert training.wait() == 0, training.said
+    noted = torch.tensor(json.loads((tmp_path / "averages.json").read_text()), dtype=torch.float64)
+    weights, averages = noted[:, 0], noted[:, 1]
+    assert len(noted) == 1 + STEPS_PER_EPOCH and (weights.diff(dim=0).abs().amax(dim=1) > 0).all()
+    expected = weights[0]
+    for step in range(1, len(noted)):
+        expected = 0.75 * expected + 0.25 * weights[step]
+        torch.testing.assert_close(averages[step], expected, rtol=1e-4, atol=1e-8)
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pth")
+    torch.testing.assert_close(saved["ema"]["head.bias"].double(), averages[-1], rtol=0, atol=0)
+
+
+def test_every_metric_says_how_images_were_cropped(whole, pretrained, tmp_path):
+    last = whole / "checkpoints" / "last.pth"
+    assert result(whole)["eval_crop"] == "keep_size"
+    kept = finish(tmp_path / "none", "--eval", "--resume", last, door=DOOR)
+    assert "evaluation: eval_crop keep_size: resized to cover 9 x 9, centre crop 8 x 8; images of the input" in kept
+    cropped = finish(tmp_path / "none", "--eval", "--resume", last, "--eval_crop", "mae", door=DOOR)
+    assert "evaluation: eval_crop mae: resized to cover 9 x 9, centre crop 8 x 8\n" in cropped
+    top1 = [line for said in (kept, cropped) for line in said.splitlines() if "top-1" in line]
+    assert top1[0].partition("images:")[2] != top1[1].partition("images:")[2]
+    words = ["--init_from", pretrained, "--epochs", 1, "--eval_crop", "mae"]
+    finish(tmp_path / "run", *words, door=DOOR)
+    assert result(tmp_path / "run")["eval_crop"] == "mae"
+    said = finish(tmp_path / "none", "--eval", "--resume", tmp_path / "run" / "checkpoints" / "last.pth", door=DOOR)
+    assert "evaluation: eval_crop mae" in said, "inherited from the run"
 
 
 def test_eval_says_the_accuracy_that_training_said(whole, tmp_path):

@@ -14,6 +14,7 @@ from torchvision import transforms
 
 from data.images import (
     BadImage,
+    classifier_crop_share,
     decode,
     eval_transform,
     is_image_name,
@@ -411,6 +412,29 @@ def test_evaluation_crops_as_torchvision_does(rows, columns):
 def test_evaluation_leaves_an_image_of_the_right_size_alone():
     image = smooth(32, 48)
     np.testing.assert_array_equal(eval_transform((32, 48))(image).permute(1, 2, 0).numpy(), image)
+
+
+@pytest.mark.parametrize(("size", "inner"), [(32, 36), (224, 256)])
+def test_mae_evaluation_also_resizes_and_crops_an_image_of_the_right_size(size, inner):
+    """MAE's build_transform: Resize(int(size / (224 / 256)), bicubic), CenterCrop(size)."""
+    image = smooth(size, size)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(inner, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+        ]
+    )
+    found = eval_transform(size, classifier_crop_share((size, size)), "mae")(image)
+    assert_close_to_pillows(found, reference(Image.fromarray(image)))
+    assert (found.permute(1, 2, 0).numpy() != image).any()
+    other = smooth(size + 9, size + 30)
+    assert torch.equal(eval_transform(size, eval_crop="mae")(other), eval_transform(size)(other))
+
+
+def test_an_unknown_evaluation_crop_is_refused():
+    with pytest.raises(ValueError, match="eval_crop is 'MAE'; it can be keep_size, mae"):
+        eval_transform(32, eval_crop="MAE")
 
 
 def test_evaluation_of_rectangles_takes_the_middle():

@@ -60,6 +60,23 @@ def test_updates_equal_a_plain_loop(accum, clip_grad):
     torch.testing.assert_close(weights(model), weights(plain), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("accum", [1, 3])
+def test_gradients_are_averaged_over_micro_batches(accum):
+    """AdamW's update is the same for a gradient of any scale: SGD's, and the logged norm, are not."""
+    model, _ = make()
+    plain = copy.deepcopy(model)
+    optimizer = optim.sgd(optim.pretrain_groups(model, 0.0), 1e-1)
+    schedule = optim.warmup_cosine(optimizer, epochs=9, warmup_epochs=0, steps_per_epoch=9, min_lr=1e-1)
+    stepper = Stepper(model, optimizer, schedule, accum=accum)
+    data = batches(accum)
+    run(model, stepper, data)
+    plain(torch.cat(data)).square().mean().backward()
+    norm = torch.stack([p.grad.square().sum() for p in plain.parameters()]).sum().sqrt()
+    torch.testing.assert_close(stepper.grad_norm, norm)
+    for trained, before in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(trained, before - 1e-1 * before.grad)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_changes_nothing_but_the_count(poison, fused):

@@ -30,6 +30,7 @@ def test_the_curve_is_the_knn_of_the_checkpoints_encoder(watched):
     lines = [json.loads(line) for line in (watched / "log.txt").read_text().splitlines()]
     assert lines[1]["knn_acc1"] == pytest.approx(100 * knn_accuracy(*bank, *queries), abs=1e-4)
     assert all(20 < line["knn_acc1"] < 100 for line in lines)
+    assert "online kNN: eval_crop keep_size: resized to cover 9 x 9" in (watched / "train.log").read_text()
 
 
 def test_watching_changes_nothing(watched, tmp_path):

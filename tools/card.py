@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 import methods
+from data.images import describe_eval_crop
 from options import FinetuneOptions
 from tools.encoder import Encoder
 from util.logging import environment
@@ -52,6 +53,7 @@ def facts(encoder: Encoder) -> dict[str, Any]:
             "std": list(std),
             "interpolation": "bicubic, antialiased",
             "crop": encoder.crop_share,
+            "eval_crop": encoder.eval_crop,
         },
         "origin": {
             "checkpoint": encoder.checkpoint.name,
@@ -79,7 +81,9 @@ def _measured(run: Path) -> dict[str, Any]:
         found["nearest_neighbours"] = json.loads((run / "knn.json").read_text())
     if (run / "result.json").is_file():
         result = json.loads((run / "result.json").read_text())
-        found |= {name: result[name] for name in ("accuracy", "metric", "best_chosen_on") if name in result}
+        found |= {
+            name: result[name] for name in ("accuracy", "metric", "best_chosen_on", "eval_crop") if name in result
+        }
     return found
 
 
@@ -154,12 +158,8 @@ def _images(encoder: Encoder) -> str:
 
 
 def _preparation(encoder: Encoder) -> str:
-    height, width = encoder.image_shape[1:]
-    inner = f"{int(height / encoder.crop_share)} x {int(width / encoder.crop_share)}"
-    return (
-        f"bicubic and antialiased resizing, keeping proportions, to just cover {inner}; the middle cut out; "
-        "an image that has the size already stays as it is; values from 0 to 1, minus mean, over std"
-    )
+    how = describe_eval_crop(encoder.image_shape[1:], encoder.crop_share, encoder.eval_crop)
+    return f"bicubic and antialiased, keeping proportions; {how}; values from 0 to 1, minus mean, over std"
 
 
 def _yaml(value: Mapping[str, Any]) -> str:

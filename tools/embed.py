@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.images import EVAL_CROPS, describe_eval_crop
 from data.loader import EvalSamples, eval_batches, eval_transform
 from data.sources import Source, open_source
 from options.schema import read
@@ -36,12 +37,19 @@ from util.logging import talk
 
 
 def embed(
-    encoder: Encoder, source: Source, *, device: torch.device, batch_size: int = 64, num_workers: int = 0
+    encoder: Encoder,
+    source: Source,
+    *,
+    device: torch.device,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    eval_crop: str = "",
 ) -> dict[str, np.ndarray]:
-    """Arrays by name, as they are written to the file."""
+    """Compute the arrays that are written to the file, by name. `eval_crop` "" is that of the encoder's run."""
     encoder.model.to(device)
     mean, std = encoder.statistics
-    samples = EvalSamples(source, eval_transform(encoder.image_shape[1:], encoder.crop_share), mean=mean, std=std)
+    transform = eval_transform(encoder.image_shape[1:], encoder.crop_share, eval_crop or encoder.eval_crop)
+    samples = EvalSamples(source, transform, mean=mean, std=std)
     found: dict[str, list[np.ndarray]] = {}
     indices: list[int] = []
     for batch in eval_batches(samples, batch_size=batch_size, num_workers=num_workers):
@@ -79,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="an .npz file (default: features.npz in the run's folder)")
     parser.add_argument("--input_size", help="pixels, 224 or 160x96 (default: those it was trained on)")
     parser.add_argument("--num_heads", type=int, default=0, help="of weights of another program, which do not tell")
+    parser.add_argument("--eval_crop", choices=EVAL_CROPS, help="for images of the input size (default: as its run)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0)
@@ -98,14 +107,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             "auto", words.images, words.split, in_chans=encoder.image_shape[0], value_range=value_range
         )
         how = {"batch_size": words.batch_size, "num_workers": words.num_workers}
-        arrays = embed(encoder, source, device=device, **how)
+        eval_crop = words.eval_crop or encoder.eval_crop
+        arrays = embed(encoder, source, device=device, eval_crop=eval_crop, **how)
         write(output, arrays)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     count, width = arrays["features"].shape
     left_out = f", {len(source) - count} could not be read" if count < len(source) else ""
-    sys.stdout.write(f"Written: {output}\n  {count} images{left_out}; {width} values each: {encoder.pooling}\n")
+    prepared = describe_eval_crop(encoder.image_shape[1:], encoder.crop_share, eval_crop)
+    sys.stdout.write(
+        f"Written: {output}\n  {count} images{left_out}; {width} values each: {encoder.pooling}\n  {prepared}\n"
+    )
     return 0
 
 

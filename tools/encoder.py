@@ -113,6 +113,11 @@ class Encoder:
         """How much of an image's short side evaluation shows."""
         return classifier_crop_share(self.image_shape[1:]) if self.classes else CROP_SHARE
 
+    @property
+    def eval_crop(self) -> str:
+        """How its run evaluated images of the input size, as `data.images.eval_transform` takes it."""
+        return self.options.get("eval_crop", "keep_size")
+
     @torch.inference_mode()
     def answers(self, images: Tensor) -> dict[str, Tensor]:
         """Of normalised images `[N, C, H, W]`: `tokens` `[N, 1 + L, D]` after the last norm if there is one before the

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import methods
+from data.images import CROP_SHARE, EVAL_CROPS, describe_eval_crop
 from data.sources import Source
 from data.splits import like
 from tools import given, report
@@ -50,12 +51,15 @@ def splits(trained: Trained, data_path: str) -> tuple[Source, Source]:
     return bank, like(bank, queries)
 
 
-def measure(trained: Trained, data_path: str = "", batch_size: int = 256, workers: int = 0) -> dict[str, Any]:
+def measure(
+    trained: Trained, data_path: str = "", batch_size: int = 256, workers: int = 0, eval_crop: str = ""
+) -> dict[str, Any]:
     """Accuracy in % of each kind of features, and how it was measured."""
     bank, queries = splits(trained, data_path)
     mean, std = trained.statistics
     reading: dict[str, Any] = dict(input_size=trained.options["input_size"], mean=mean, std=std)
-    reading |= dict(batch_size=batch_size, num_workers=workers)
+    eval_crop = eval_crop or trained.options.get("eval_crop", "keep_size")
+    reading |= dict(batch_size=batch_size, num_workers=workers, eval_crop=eval_crop)
 
     def accuracy(bank_features: Features, query_features: Features) -> float:
         (bank_MD, bank_labels_M), (queries_ND, labels_N) = bank_features, query_features
@@ -74,6 +78,7 @@ def measure(trained: Trained, data_path: str = "", batch_size: int = 256, worker
     protocol = (
         f"Average of the patch tokens (or all pixels), k = {K}, temperature {TEMPERATURE}. "
         f"Bank: {len(bank):,} training images, queries: {len(queries):,} validation images. "
+        f"Images: {describe_eval_crop(tuple(trained.options['input_size']), CROP_SHARE, eval_crop)}. "
         f"{trained.checkpoint.name} after {trained.updates:,} updates, {seen:,} images seen."
     )
     return {
@@ -90,13 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What the features of an encoder are worth, by nearest neighbours.")
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--data_path", default="", help="labelled images, train and val (default: the run's own data)")
+    parser.add_argument(
+        "--eval_crop", default="", choices=EVAL_CROPS, help="for images of the input size (default: as the run)"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--num_workers", type=int, default=0)
     words = parser.parse_args(argv)
     try:
         trained = given.load(words.model, words.device)
-        found = measure(trained, words.data_path, words.batch_size, words.num_workers)
+        found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop)
         (trained.run / "knn.json").write_text(json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

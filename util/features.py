@@ -40,10 +40,12 @@ def encode_source(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     indices: Sequence[int] | None = None,
     pool: str = "avg",
+    eval_crop: str = "keep_size",
 ) -> tuple[Tensor, Tensor | None]:
     """(features float32 `[n, D]`, labels int64 `[n]` or None) on the CPU, of all images or those of `indices`.
 
-    `model.encode(images)` gives `[N, 1+L, D]`; `pool` as in `pooled`. The model is put into eval mode and back.
+    `model.encode(images)` gives `[N, 1+L, D]`; `pool` as in `pooled`, `eval_crop` as in `eval_transform`. The
+    model is put into eval mode and back.
     Unreadable images are left out, with a warning in the log.
     """
 
@@ -56,7 +58,7 @@ def encode_source(
     model.eval()
     try:
         return _vectors(
-            features, source, input_size, mean, std, device, batch_size, num_workers, worker_timeout, indices
+            features, source, input_size, mean, std, device, batch_size, num_workers, worker_timeout, indices, eval_crop
         )
     finally:
         model.train(was_training)
@@ -109,13 +111,16 @@ def pixels_of_source(
     batch_size: int = 64,
     num_workers: int = 0,
     indices: Sequence[int] | None = None,
+    eval_crop: str = "keep_size",
 ) -> tuple[Tensor, Tensor | None]:
     """As `encode_source`, with the normalised pixels themselves for features: what an encoder has to beat."""
 
     def flat(images: Tensor) -> Tensor:
         return images.flatten(1)
 
-    return _vectors(flat, source, input_size, mean, std, "cpu", batch_size, num_workers, WORKER_TIMEOUT, indices)
+    return _vectors(
+        flat, source, input_size, mean, std, "cpu", batch_size, num_workers, WORKER_TIMEOUT, indices, eval_crop
+    )
 
 
 @torch.no_grad()
@@ -130,8 +135,9 @@ def _vectors(
     num_workers: int,
     worker_timeout: float,
     indices: Sequence[int] | None,
+    eval_crop: str,
 ) -> tuple[Tensor, Tensor | None]:
-    samples = EvalSamples(source, eval_transform(input_size), mean=mean, std=std)
+    samples = EvalSamples(source, eval_transform(input_size, eval_crop=eval_crop), mean=mean, std=std)
     vectors, labels = [], []
     for batch in eval_batches(
         samples,

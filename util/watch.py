@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from data.images import CROP_SHARE, describe_eval_crop
 from data.loader import EvalSamples, Source, eval_batches, eval_transform, open_source
 from data.splits import like
 from options import PretrainOptions
@@ -83,6 +84,7 @@ class Watch:
         step = -(-len(self.bank_index) // BANK_LIMIT)
         self.bank_index = self.bank_index[::step]
         log.info("online kNN (k = 20, T = 0.07): %d training images classify %s", len(self.bank_index), what)
+        log.info("online kNN: %s", describe_eval_crop(self.options.input_size, CROP_SHARE, self.options.eval_crop))
 
     def after(self, epoch: int) -> dict[str, float]:
         """Look if it is time after `epoch` (from 0); answers figures for the epoch's record. All processes call it."""
@@ -122,6 +124,7 @@ class Watch:
             worker_timeout=options.worker_timeout,
             autocast=self.autocast,
             indices=share,
+            eval_crop=options.eval_crop,
         )
         assert labels is not None
         return features, labels
