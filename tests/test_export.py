@@ -177,6 +177,21 @@ def test_a_classifier_answers_as_it_did(name, pool, tmp_path):
 
 
 @pytest.mark.parametrize("name", [installed("hf")])
+def test_the_class_token_is_what_hugging_face_pools_of_a_classifier_at_every_load(name, tmp_path):
+    import transformers
+
+    folder, _ = classifier(tmp_path / "run", "token")
+    assert run_tool(name, folder) == 0
+    images = images_for((3, 16, 16))
+    with torch.no_grad():
+        class_token = encoders.load(folder).answers(images)["features"]
+        for _ in range(2):
+            loaded, report = transformers.AutoModel.from_pretrained(folder / "export" / name, output_loading_info=True)
+            assert not report["missing_keys"]
+            torch.testing.assert_close(loaded.eval()(images).pooler_output, class_token, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [installed("hf")])
 def test_hugging_face_is_refused_a_classifier_that_it_cannot_hold(name, tmp_path, capsys):
     folder, _ = classifier(tmp_path / "run", "avg")
     assert run_tool(name, folder) == 2

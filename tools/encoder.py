@@ -293,10 +293,15 @@ class Preprocess:
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], crop_share: float, mean: Sequence[float], std: Sequence[float]
+        self,
+        image_shape: tuple[int, int, int],
+        crop_share: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        eval_crop: str = "keep_size",
     ) -> None:
         self.channels, self.size = image_shape[0], image_shape[1:]
-        self.crop = eval_transform(self.size, crop_share)
+        self.crop = eval_transform(self.size, crop_share, eval_crop)
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
     def __call__(self, image: Any) -> Tensor:
@@ -343,7 +348,7 @@ def load_encoder(
         return _load_export(path, size)
     found = load(path, input_size=size, num_heads=num_heads)
     found.model.head = torch.nn.Identity()
-    return found.model, Preprocess(found.image_shape, found.crop_share, *found.statistics)
+    return found.model, Preprocess(found.image_shape, found.crop_share, *found.statistics, found.eval_crop)
 
 
 def _load_export(folder: Path, size: tuple[int, int] | None) -> tuple[VisionTransformer, Preprocess]:
@@ -358,5 +363,6 @@ def _load_export(folder: Path, size: tuple[int, int] | None) -> tuple[VisionTran
         load_matching(other, model.state_dict(), grid=model.patch_embed.grid_size)
         model = other
     model.head = torch.nn.Identity()
-    preprocess = Preprocess((expected["channels"], *(size or own)), expected["crop"], expected["mean"], expected["std"])
-    return model, preprocess
+    shape = (expected["channels"], *(size or own))
+    eval_crop = expected.get("eval_crop", "keep_size")
+    return model, Preprocess(shape, expected["crop"], expected["mean"], expected["std"], eval_crop)

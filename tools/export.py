@@ -164,13 +164,16 @@ def write_hf(encoder: Encoder, folder: Path) -> None:
         weights = {name if name.startswith("classifier") else f"vit.{name}": value for name, value in weights.items()}
     else:
         model = ViTModel(config)
-        # Its pooler is one more layer, on the class token. Left out, it would be invented at every loading; as the
-        # identity it hands on the class token.
-        weights["pooler.dense.weight"] = torch.eye(encoder.model.embed_dim)
-        weights["pooler.dense.bias"] = torch.zeros(encoder.model.embed_dim)
-    model.load_state_dict(weights)
+    # ViTModel has one more layer on the class token, the pooler, which AutoModel initialises randomly at each load if
+    # it is not in the file. The identity makes `pooler_output` the class token. A classifier's own class has no pooler.
+    prefix = "vit." if encoder.classes else ""
+    weights[f"{prefix}pooler.dense.weight"] = torch.eye(encoder.model.embed_dim)
+    weights[f"{prefix}pooler.dense.bias"] = torch.zeros(encoder.model.embed_dim)
+    unknown = model.load_state_dict(weights, strict=not encoder.classes)
+    if unknown.missing_keys:
+        raise ValueError(f"transformers' ViT has weights that this encoder lacks: {', '.join(unknown.missing_keys)}")
     with _quiet_transformers():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     if has_hf_processor(encoder):
         processor = CLIPImageProcessor(  # the one that resizes and then cuts out the middle
             size={"shortest_edge": int(height / encoder.crop_share)},
