@@ -22,14 +22,15 @@ RUN = "--total_batch_size 4 --epochs 1 --warmup_epochs 0 --num_workers 0 --devic
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Six images of other sizes than the encoder's, in folders of two classes."""
+    """Six images in folders of two classes, one of the encoder's size."""
     folder = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     for number in range(6):
         for split in ("train", "val"):
             path = folder / split / "ab"[number % 2] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+            size = (16, 24) if number == 0 else (30, 40)
+            Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
     return folder
 
 
@@ -44,7 +45,7 @@ def run(tmp_path_factory, photos):
 def classifier(tmp_path_factory, photos, run):
     folder = tmp_path_factory.mktemp("runs") / "finetuned"
     words = ["--init_from", run / "checkpoints/last.pth", "--data_path", photos, "--output_dir", folder, "--mixup", "0"]
-    assert main_finetune.main([*RUN, *map(str, words), "--cutmix", "0"]) == 0
+    assert main_finetune.main([*RUN, *map(str, words), "--cutmix", "0", "--eval_crop", "mae"]) == 0
     return folder
 
 

@@ -348,7 +348,8 @@ def load_encoder(
         return _load_export(path, size)
     found = load(path, input_size=size, num_heads=num_heads)
     found.model.head = torch.nn.Identity()
-    return found.model, Preprocess(found.image_shape, found.crop_share, *found.statistics, found.eval_crop)
+    mean, std = found.statistics
+    return found.model, Preprocess(found.image_shape, found.crop_share, mean, std, found.eval_crop)
 
 
 def _load_export(folder: Path, size: tuple[int, int] | None) -> tuple[VisionTransformer, Preprocess]:
