@@ -107,7 +107,7 @@ def decode(data: bytes, in_chans: int, name: str, *, lazy: bool = False) -> np.n
             return array_HWC
         if data.startswith(NUMPY):
             return array_pixels(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
-        if is_tiff(data) and (in_chans not in PICTURE_MODES or not _pillow_reads_tiff(data)):
+        if is_tiff(data) and (in_chans not in PICTURE_MODES or not pillow_reads_tiff(data)):
             return array_pixels(tiff_values(data, in_chans), in_chans)
         if data.startswith(PNG) and data[24:25] == b"\x10" and data[25:26] != b"\0" and in_chans in PICTURE_MODES:
             return _colours_of_png16(data, in_chans)  # Pillow would drop the lower eight bits
@@ -115,7 +115,8 @@ def decode(data: bytes, in_chans: int, name: str, *, lazy: bool = False) -> np.n
             return picture_pixels(picture, in_chans)
 
 
-def _pillow_reads_tiff(data: bytes) -> bool:
+def pillow_reads_tiff(data: bytes) -> bool:
+    """Return whether Pillow reads a TIFF file with all its bands and bits."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return pillow_reads(picture)

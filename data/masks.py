@@ -4,20 +4,21 @@
     DATA/images/a.jpg                   DATA/masks/a.png                         a seeded slice is set aside to judge
     ADE/images/{training,validation}/   ADE/annotations/{training,validation}/   ADEChallengeData2016 as it is unpacked
 
-A mask holds numbers of classes: a grey PNG of 8 or 16 bits, or one with a palette, of which the numbers count and not
-the colours. Every mask is looked at before training: a pair that does not fit is told by name, not met at night.
+A mask holds the number of each pixel's class: a grey file of 1, 8 or 16 bits, one with a palette, of which the numbers
+count and not the colours, or a `.npy` array. `mask_values` maps other stored values, or colours, to classes. EXIF
+orientation is applied to images and masks alike. Every mask is looked at before training: a pair that does not fit is
+reported by name, and values that cannot be what the class list says are refused.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -25,21 +26,25 @@ import numpy as np
 from PIL import Image
 
 from data import scenes
-from data.images import BadImage, Pair, blamed_on, read_image
+from data.depth import with_range
+from data.images import BadImage, Pair, blamed_on, orientation_of, read_stored
+from data.mask_files import IGNORE, MOST_LISTED, Coding, ignored_value, read_mask
 from data.sources import Names, Source, contents_of, images_below, read_class_list
 from data.splits import CLASSES, HELD_OUT, TEST, VAL, Splits, take
 from options import SegmentOptions
 
+__all__ = ["IGNORE", "Coding", "ignored_value", "open_splits", "open_test", "read_mask"]
+
 log = logging.getLogger(__name__)
 
-IGNORE = -1  # the class of pixels that count for nothing, in a mask that was read
 ADE20K = Path(__file__).resolve().parent.parent / "configs" / "ade20k.txt"
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
 MASK_FOLDERS = ("masks", "annotations")
 WANTED = f"a folder images, and a folder {' or '.join(MASK_FOLDERS)}"
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
-GREY_PNG = b"\x89PNG\r\n\x1a\n", 0  # the first bytes, and the colour type
-NUMBER_MODES = {"1": "1 bit", "L": "grey", "P": "palette", "I;16": "16 bit", "I;16B": "16 bit", "I": "16 bit"}
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".npy")
+REAL_AREA = (
+    0.01  # of all pixels. Outlines drawn as "ignore" fill about 5% (Pascal VOC), stray pixels far less than this
+)
 
 
 T = TypeVar("T")
@@ -58,72 +63,29 @@ class Processes(Protocol):
         """Return every process's value, in the order of ranks."""
 
 
-@dataclass(frozen=True)
-class Coding:
-    """How the numbers of a mask's file are read: from 0 on, or from 1 on with `reduce_zero`, where 0 is no class."""
-
-    classes: int
-    ignore: int
-    reduce_zero: bool
-
-    def classes_of(self, numbers_HW: np.ndarray) -> np.ndarray:
-        """int16 `[H, W]`, each pixel's class or IGNORE; ValueError for a number that is neither."""
-        found_HW = numbers_HW.astype(np.int32) - self.reduce_zero
-        found_HW[numbers_HW == self.ignore] = IGNORE
-        low = IGNORE if self.reduce_zero else 0
-        wrong = (found_HW != IGNORE) & ((found_HW < low) | (found_HW >= self.classes))
-        if wrong.any():
-            numbers = ", ".join(map(str, np.unique(numbers_HW[wrong])[:5]))
-            first, last = int(self.reduce_zero), self.classes - 1 + self.reduce_zero
-            raise ValueError(
-                f"it holds {numbers}; the {self.classes} classes are {first} to {last}, and {self.ignore} is no class"
-            )
-        return found_HW.astype(np.int16)
-
-
-# ---- one mask --------------------------------------------------------------------------------------------------------
-
-
-def read_mask(path: str) -> tuple[np.ndarray, str]:
-    """The numbers in a mask's file `[H, W]`, and what kind of file it is; raises `BadImage`."""
-    with blamed_on(path):
-        data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
-            kind = NUMBER_MODES.get(picture.mode)
-            if kind is None:
-                raise ValueError(
-                    f"a picture in colour ({picture.mode}) where each pixel's class number belongs: store the numbers "
-                    "as a grey PNG or one with a palette"
-                )
-            if picture.format == "JPEG":
-                raise ValueError("a JPEG file, which changes the numbers a little: store masks as PNG")
-            numbers_HW = np.asarray(picture)
-        if kind == "1 bit":
-            numbers_HW = numbers_HW.astype(np.uint8)
-        elif kind == "grey" and (bits := _bits_of_grey_png(data)) < 8:
-            numbers_HW = numbers_HW // (255 // (2**bits - 1))  # Pillow has spread 2 and 4 bits over 0 to 255
-    return numbers_HW, kind
-
-
-def _bits_of_grey_png(data: bytes) -> int:
-    """Bits of a pixel that a grey PNG's header tells; 8 for any other file."""
-    start, colour_type = GREY_PNG
-    return data[24] if data.startswith(start) and data[25] == colour_type else 8
+# ---- one pair --------------------------------------------------------------------------------------------------------
 
 
 def _read_pair(root: str, images: Sequence[str], masks: Sequence[str], coding: Coding, channels: int, n: int) -> Pair:
-    image_HWC = read_image(os.path.join(root, images[n]), channels)
+    image_HWC = read_stored(os.path.join(root, images[n]), channels)
     path = os.path.join(root, masks[n])
-    numbers_HW, _ = read_mask(path)
+    numbers_HW, _ = read_mask(path, coding.colours)
     with blamed_on(path):
         mask_HW = coding.classes_of(numbers_HW)
         if mask_HW.shape != image_HWC.shape[:2]:
-            raise ValueError(_other_size(mask_HW.shape, image_HWC.shape[:2]))
+            raise ValueError(_other_size(mask_HW.shape, image_HWC.shape[:2], 1))
     return Pair(image_HWC, mask_HW)
 
 
-def _other_size(mask: Sequence[int], image: Sequence[int]) -> str:
-    return f"it has {mask[0]} x {mask[1]} pixels, and its image {image[0]} x {image[1]}"
+def _other_size(mask: Sequence[int], image: Sequence[int], orientation: int) -> str:
+    """Return what is wrong with a mask of another size than its image, whose size is that after turning."""
+    found = f"it has {mask[0]} x {mask[1]} pixels, and its image {image[0]} x {image[1]}"
+    if orientation > 4 and tuple(mask) == tuple(image[::-1]):
+        found += (
+            f" after it is turned as its EXIF orientation tag ({orientation}) says, which is done wherever images are "
+            "read. The mask lies as the pixels are stored: remove the tag from the image (exiftool -Orientation= FILE)"
+        )
+    return found
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -139,6 +101,10 @@ class _Folder:
     names: list[str]
     channels: int
     selection: str
+    value_range: list[float] = field(default_factory=list)
+    """Of images of more than 8 bits; the split that is opened first decides it, where it is empty."""
+    confirmed: bool = True
+    """Whether the options say which value is ignored."""
 
     def split(self, split: str) -> str:
         """The folder of a split's images, below `images`; "" where there is none. Test images may have no masks: then
@@ -173,6 +139,9 @@ class _Folder:
         read = functools.partial(_read_pair, self.root, image_names, mask_names, self.coding, self.channels)
         path = functools.partial(_path, self.root, image_names)
         source = Source(image_names, read, classes=self.names, selection=self.selection, path=path)
+        first = not self.value_range
+        source = with_range(source, self.channels, self.value_range, report=first or inside in SPLITS["train"])
+        self.value_range[:] = source.value_range
         log.info("data: %s: %d images with masks", os.path.join(self.root, "images", inside), len(source))
         return source, mask_names
 
@@ -187,7 +156,8 @@ def _by_stem(folder: str, what: str, suffixes: tuple[str, ...] = ()) -> dict[str
     for name in sorted(images_below(folder)):
         stem, suffix = os.path.splitext(name)
         if suffixes and suffix.lower() not in suffixes:
-            raise ValueError(f"{folder}/{name} cannot be a mask: masks are {', '.join(suffixes)} files")
+            jpeg = "; JPEG changes the numbers at every edge" if suffix.lower() in (".jpg", ".jpeg") else ""
+            raise ValueError(f"{folder}/{name} cannot be a mask: masks are {', '.join(suffixes)} files{jpeg}")
         if stem in found:
             raise ValueError(f"{folder} holds {found[stem]} and {name}: which of them is meant?")
         found[stem] = name
@@ -216,58 +186,178 @@ def _open_folder(options: SegmentOptions) -> _Folder:
             f"{listed} does not exist: give --class_list FILE, a class's name a line in the order of the masks' numbers"
         )
     names, digest = read_class_list(listed)
-    coding = Coding(len(names), options.ignore_label, ade or options.reduce_zero_label)
-    if 0 <= (number := coding.ignore - coding.reduce_zero) < len(names):
+    if len(names) < 2:
+        raise ValueError(
+            f"{listed} lists one class, {names[0]}, and then every pixel is of it: list what is around it as a class "
+            f"too, such as background (number 0) and {names[0]} (number 1)"
+        )
+    coding = Coding.of(options, len(names))
+    if not coding.values and 0 <= (number := coding.ignore - coding.reduce_zero) < len(names):
         raise ValueError(f"ignore_label {coding.ignore} is the number of the class {names[number]}: name another")
-    return _Folder(root, there[0], coding, names, options.in_chans, f"{digest} {coding}")
+    mapped = f" {coding.values}" if coding.values else ""
+    confirmed = ade or options.ignore_label is not None
+    selection = f"{digest} {coding}{mapped}"
+    return _Folder(root, there[0], coding, names, options.in_chans, selection, [*options.value_range], confirmed)
 
 
 # ---- before training -------------------------------------------------------------------------------------------------
 
 
-def _check(folder: _Folder, source: Source, masks: Names, processes: Processes, threads: int) -> None:
-    """ValueError that names masks which cannot be trained on; every process looks at its share of them."""
+@dataclass(frozen=True)
+class _Look:
+    """What was found in one mask."""
+
+    problem: str = ""
+    kind: str = ""
+    orientation: int = 1
+    """EXIF orientation of its image."""
+    values: dict[int, int] = field(default_factory=dict)
+    """Pixels of each stored value."""
+
+
+def _look(folder: _Folder, image: str, mask: str) -> _Look:
+    """Look at one mask, and at the size of its image."""
+    path = os.path.join(folder.root, mask)
+    kind, orientation, values = "", 1, {}
+    try:
+        numbers_HW, kind = read_mask(path, folder.coding.colours)
+        if numbers_HW.dtype in (np.uint8, np.uint16):
+            counts = np.bincount(numbers_HW.ravel())
+            stored = np.flatnonzero(counts)
+            counts = counts[stored]
+        else:
+            stored, counts = np.unique(numbers_HW, return_counts=True)
+        values = dict(zip(stored.tolist(), counts.tolist(), strict=True))
+        folder.coding.classes_of(stored[None])
+        rows, columns, orientation = _size(os.path.join(folder.root, image)) or (*numbers_HW.shape, 1)
+        if (rows, columns) != numbers_HW.shape:
+            raise ValueError(_other_size(numbers_HW.shape, (rows, columns), orientation))
+    except BadImage as error:
+        return _Look(f"{mask}: {error.reason}", kind, orientation, values)
+    except ValueError as error:
+        return _Look(f"{mask}: {error}", kind, orientation, values)
+    return _Look("", kind, orientation, values)
+
+
+def _check(
+    folder: _Folder, source: Source, masks: Names, processes: Processes, threads: int, train: bool
+) -> np.ndarray:
+    """Look at every mask; each process looks at its share of them.
+
+    Returns:
+        int64 `[n, K]`, the pixels of each class in each mask.
+
+    Raises:
+        ValueError: Naming masks that cannot be trained on, or values that cannot be what the class list says.
+    """
     mine = range(processes.rank, len(source), processes.world_size)
-
-    def look(index: int) -> tuple[str, str, list[int]]:
-        path = os.path.join(folder.root, masks[index])
-        try:
-            numbers_HW, kind = read_mask(path)
-            classes_HW = folder.coding.classes_of(numbers_HW)
-            size = _size(os.path.join(folder.root, source.names[index]))
-            if size not in (None, classes_HW.shape):
-                raise ValueError(_other_size(classes_HW.shape, size))
-        except BadImage as error:
-            return f"{masks[index]}: {error.reason}", "", []
-        except ValueError as error:
-            return f"{masks[index]}: {error}", "", []
-        return "", kind, (np.flatnonzero(np.bincount((classes_HW - IGNORE).ravel())) + IGNORE).tolist()
-
     with ThreadPoolExecutor(max(1, threads)) as pool:  # decoding lets go of Python's lock
-        found = [each for share in processes.gather(list(pool.map(look, mine))) for each in share]
-    if problems := sorted(problem for problem, _, _ in found if problem):
+        found = list(pool.map(lambda n: (n, _look(folder, source.names[n], masks[n])), mine))
+    looks = [look for _, look in sorted(sum(processes.gather(found), []), key=lambda each: each[0])]
+    total = Counter[int]()
+    for look in looks:
+        total.update(look.values)
+    if problems := sorted(look.problem for look in looks if look.problem):
         raise ValueError(
             f"{len(problems)} of {len(source)} masks in {folder.root} cannot be trained on: {'; '.join(problems[:5])}"
+            f"{_mapping_hint(folder.coding, total)}"
         )
-    kinds = Counter(kind for _, kind, _ in found)
-    log.info("masks: %s", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+    _report(folder, looks, total)
+    known = sorted(total)
+    class_of = dict(zip(known, folder.coding.classes_of(np.array([known], np.int32))[0].tolist(), strict=True))
+    pixels = np.zeros((len(looks), len(folder.names)), np.int64)
+    for row, look in zip(pixels, looks, strict=True):
+        for value, count in look.values.items():
+            if class_of[value] != IGNORE:
+                row[class_of[value]] += count
+    _require_classes(folder, len(source), pixels.sum(axis=0), total, train)
+    return pixels
+
+
+def _report(folder: _Folder, looks: Sequence[_Look], total: Counter[int]) -> None:
+    """Log what the masks hold."""
+    kinds = Counter(look.kind for look in looks)
+    sum_ = total.total()
+    shares = [
+        f"{folder.coding.show(value)} {100 * count / sum_:.1f}%{' (ignored)' * (value == folder.coding.ignore)}"
+        for value, count in total.most_common(MOST_LISTED)
+    ]
+    more = f" and {len(total) - MOST_LISTED} more" if len(total) > MOST_LISTED else ""
+    log.info(
+        "masks: %s; values: %s%s",
+        ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
+        *(", ".join(shares), more),
+    )
     if kinds["palette"]:
         log.info("masks with a palette: the numbers count, not the colours")
-    seen = {number for _, _, numbers in found for number in numbers}
-    if not seen - {IGNORE}:
-        raise ValueError(f"not one pixel of the {len(source)} masks in {folder.root} has a class")
-    if never := [name for number, name in enumerate(folder.names) if number not in seen]:
-        log.warning("%d of %d classes are in none of these masks: %s", len(never), len(folder.names), _some(never))
+    if turned := sum(look.orientation > 1 for look in looks):
+        log.warning(
+            "masks: %d of %d images have an EXIF orientation tag and are turned as it says; their masks are taken to "
+            "lie as viewers show the images",
+            *(turned, len(looks)),
+        )
 
 
-def _size(path: str) -> tuple[int, int] | None:
-    """Rows and columns of an image, from its header; None where that cannot be read, which reading it will tell."""
+def _require_classes(folder: _Folder, masks: int, pixels_K: np.ndarray, total: Counter[int], train: bool) -> None:
+    """ValueError where the values of training masks cannot be what the class list says."""
+    coding, names = folder.coding, folder.names
+    if not pixels_K.any():
+        raise ValueError(f"not one pixel of the {masks} masks in {folder.root} has a class")
+    never = [number for number, count in enumerate(pixels_K) if not count]
+    if not never:
+        return
+    ignored = total[coding.ignore] / total.total()
+    missing = f"{names[never[0]]} (value {coding.class_of(never[0])})"
+    advice = (
+        f"{coding.ignore} fills {100 * ignored:.1f}% of the mask pixels and is ignored, while the class {missing} is "
+        f"in none of the {masks} masks in {folder.root}. If {coding.ignore} stands for that class, store "
+        f"{coding.class_of(never[0])} in its place"
+    )
+    stored = sorted({*total, coding.ignore})
+    if len(stored) == len(names):
+        advice += f", or give --mask_values {','.join(map(coding.show, stored))}"
+    advice += f", or name the value that is really ignored with --ignore_label ({coding.ignore} if it is this one)"
+    if train and len(never) == len(names) - 1:
+        only = names[int(pixels_K.argmax())]
+        raise ValueError(
+            f"every pixel of the {masks} training masks in {folder.root} that has a class is {only}: nothing can be "
+            f"learned. {advice if ignored else 'Are the others stored under these numbers?'}"
+        )
+    if train and ignored >= REAL_AREA and not folder.confirmed:
+        raise ValueError(advice)
+    named = _some([names[number] for number in never])
+    log.warning("%d of %d classes are in none of these %d masks: %s", len(never), len(names), masks, named)
+
+
+def _mapping_hint(coding: Coding, total: Counter[int]) -> str:
+    """Return which option maps the values found to the classes; "" where it cannot be told."""
+    stored = sorted(total)
+    if coding.values or not 2 <= len(stored) <= 256:
+        return ""
+    listed = ", ".join(map(str, stored[:MOST_LISTED])) + " ..." * (len(stored) > MOST_LISTED)
+    hint = f". All masks together hold the values {listed}"
+    if len(stored) == coding.classes:
+        hint += f": as many as there are classes. --mask_values {','.join(map(str, stored))} maps them in this order"
+    elif len(stored) == coding.classes + 1 and coding.ignore in stored:
+        listed = ",".join(str(value) for value in stored if value != coding.ignore)
+        hint += f": with {coding.ignore} ignored, --mask_values {listed} maps them in this order"
+    elif len(stored) > coding.classes:
+        hint += f", and {coding.classes} classes are listed"
+    return hint
+
+
+def _size(path: str) -> tuple[int, int, int] | None:
+    """Return rows and columns of an image, upright, and its EXIF orientation, from its header.
+
+    None where that cannot be read, which is reported when the image is.
+    """
     try:
         if path.lower().endswith(".npy"):
             rows, columns = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
-            return rows, columns
+            return rows, columns, 1
         with Image.open(path) as picture:
-            return picture.height, picture.width
+            rows, columns, orientation = picture.height, picture.width, orientation_of(picture)
+            return (columns, rows, orientation) if orientation > 4 else (rows, columns, orientation)
     except Exception:  # whatever a broken file does
         return None
 
@@ -333,7 +423,9 @@ def _is_scenes(options: SegmentOptions) -> bool:
 def _opened(folder: _Folder, inside: str, options: SegmentOptions, processes: Processes) -> Source:
     source, masks = folder.open(inside)
     if options.check_masks:
-        _check(folder, source, masks, processes, options.num_workers)
+        train = inside in ("", *SPLITS["train"]) and not options.eval
+        pixels = _check(folder, source, masks, processes, options.num_workers, train)
+        source = replace(source, class_pixels=pixels)
     return source
 
 

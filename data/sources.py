@@ -79,6 +79,7 @@ class Source:
     classes   the labels' names, or None
     selection sha256 of the class list that chose them, or of a pack; or ""
     path      number of an image -> its file, where each has one of its own
+    class_pixels int64 `[n, K]`, pixels of each class in each mask, where they were counted
     value_range lowest and highest value that become 0 and 255, of files of more than 8 bits; ()
     read_lazily as `read`, but JPEG files may be returned as `data.images.Undecoded`; None where there are no files
     """
@@ -91,6 +92,7 @@ class Source:
     path: Callable[[int], str] | None = None
     read_lazily: Callable[[int], Any] | None = None
     value_range: tuple[float, ...] = ()
+    class_pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)

@@ -127,6 +127,7 @@ def take(source: Source, indices: np.ndarray) -> Source:
         read=functools.partial(_taken, source.read, indices),
         labels=None if source.labels is None else source.labels[indices],
         path=source.path and functools.partial(_taken, source.path, indices),
+        class_pixels=None if source.class_pixels is None else source.class_pixels[indices],
         read_lazily=source.read_lazily and functools.partial(_taken, source.read_lazily, indices),
     )
 

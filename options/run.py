@@ -391,7 +391,7 @@ class SegmentOptions(EncoderOptions):
     INHERITS: ClassVar[tuple[str, ...]] = tuple(name for name in ENCODER if name != "input_size")
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = (
         *ENCODER,
-        *("dataset", "class_list", "reduce_zero_label", "ignore_label", "test_share", "subset_seed"),
+        *("dataset", "class_list", "reduce_zero_label", "ignore_label", "mask_values", "test_share", "subset_seed"),
         *("short_side", "window", "stride", "flip"),
     )
 
@@ -428,8 +428,12 @@ class SegmentOptions(EncoderOptions):
 
     reduce_zero_label: bool = result(False, section="Masks")
     """In a mask 0 is no class and 1 the first one, as in ADE20K (where it is so without saying)."""
-    ignore_label: int = result(255)
-    """The number of pixels that count for nothing, neither in training nor in a figure."""
+    ignore_label: int | None = result(None)
+    """Value of mask pixels that are ignored, in training and in metrics; not given: 255, and a run is refused where
+    255 fills a real area while a listed class is in no mask."""
+    mask_values: tuple[str, ...] = result(())
+    """Value stored in the masks for each class, in the order of the class list: `0,255`, or colours as
+    `#000000,#ff0000`; empty: the classes' numbers."""
     check_masks: bool = machine(True)
     """Look at every mask before training. Off: what is wrong counts among the unreadable images as it is met."""
     label_share: float = result(1.0)
@@ -464,8 +468,11 @@ class SegmentOptions(EncoderOptions):
 
     def _check(self) -> None:
         super()._check()
-        self._at_least(0, "num_classes", "auxiliary", "steps", "warmup_steps", "power", "ignore_label")
+        self._at_least(0, "num_classes", "auxiliary", "steps", "warmup_steps", "power")
         self._at_least(0, "short_side", "stride", "picture_every")
+        require(self.ignore_label is None or self.ignore_label >= 0, "must be at least 0", "ignore_label")
+        mapped = bool(self.mask_values) and (self.reduce_zero_label or self.dataset == "ade20k")
+        require(not mapped, "says itself which value is which class: leave out", "mask_values", "reduce_zero_label")
         self._at_least(1, "eval_every")
         self._between(0, 1, "drop_path", "layer_decay", "label_share", "test_share", "holdout", "max_class_share")
         self._between(0, 2**32 - 1, "subset_seed")

@@ -113,6 +113,7 @@ def settle(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentO
     epochs = math.ceil(options.steps / per_epoch) if options.steps else options.epochs
     warmup = options.warmup_steps / per_epoch if options.warmup_steps else options.warmup_epochs
     options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
+    options = replace(options, ignore_label=masks.ignored_value(options))
     return replace(options, epochs=epochs, warmup_epochs=warmup)
 
 

@@ -89,8 +89,8 @@ def test_grey_png_of_few_bits_keeps_its_numbers(tmp_path, bits):
 
 
 def test_colours_and_jpeg_are_no_masks(tmp_path):
-    save(tmp_path / "c.png", np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(BadImage, match="in colour .RGB. where each pixel's class number belongs"):
+    save(tmp_path / "c.png", np.array([[[0, 0, 0], [255, 0, 0]]], np.uint8))
+    with pytest.raises(BadImage, match="in colour .RGB. of 2 colours .#000000, #ff0000. where each pixel"):
         read_mask(str(tmp_path / "c.png"))
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "j.png", format="JPEG")
     with pytest.raises(BadImage, match="JPEG"):
@@ -102,10 +102,226 @@ def test_numbers_become_classes_as_ade20k_counts_them():
     found = ade.classes_of(np.array([[0, 1, 150, 255]], np.uint8))
     assert found.tolist() == [[IGNORE, 0, 149, IGNORE]] and found.dtype == np.int16
     assert plain.classes_of(np.array([[0, 2, 255]], np.uint8)).tolist() == [[0, 2, IGNORE]]
-    with pytest.raises(ValueError, match="it holds 3, 7; the 3 classes are 0 to 2, and 255 is no class"):
+    with pytest.raises(ValueError, match="it holds 3, 7; the 3 classes are 0 to 2, and 255 is ignored"):
         plain.classes_of(np.array([[3, 0], [7, 3]], np.uint8))
     with pytest.raises(ValueError, match="it holds 151; the 150 classes are 1 to 150"):
         ade.classes_of(np.array([[151]], np.uint8))
+
+
+# ---- what values stand for
+
+
+def binary(root, values=(0, 255), count=4, names=("ground", "tumour"), split="", size=(10, 14), area=0.3):
+    """Pairs whose masks hold the values, the later ones in a share of the pixels."""
+    for number in range(count):
+        drawn = np.random.default_rng(number)
+        save(root / "images" / split / f"{number}.png", drawn.integers(0, 255, (*size, 3), dtype=np.uint8))
+        mask = np.full(size, values[0])
+        later = drawn.permutation(mask.size)[: max(len(values) - 1, round(area * mask.size))]
+        for place, value in enumerate(values[1:]):
+            mask.reshape(-1)[later[place :: len(values) - 1]] = value
+        dtype = np.uint8 if max(values) < 256 else np.uint16
+        save(root / "masks" / split / f"{number}.png", mask.astype(dtype))
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    return root
+
+
+def test_masks_of_0_and_255_are_refused_with_the_ways_out(tmp_path):
+    """Taken as stored, every 255 would be ignored, and a model that says 0 everywhere would have 100%."""
+    root = binary(tmp_path)
+    words = (
+        r"nothing can be learned\. 255 fills 30\.0% .* ignored, while the class tumour \(value 1\) is in none of the 4"
+    )
+    ways = r"store 1 in its place, or give --mask_values 0,255, or name .* --ignore_label \(255 if it is this one\)"
+    with pytest.raises(ValueError, match=rf"{words}.*{ways}"):
+        opened(root)
+    found = opened(root, mask_values=("0", "255"), holdout=0.0, test_share=0.25)
+    mask = np.asarray(Image.open(root / "masks" / found.train.names[0].removeprefix("images/")))
+    assert np.array_equal(found.train.read(0).mask_HW, mask // 255)
+    assert found.train.class_pixels.sum(axis=0).tolist() == [3 * 98, 3 * 42]
+
+
+def test_a_few_ignored_pixels_and_a_confirmed_label_are_accepted(tmp_path):
+    """Three classes listed, of which one is in no mask."""
+    root = binary(tmp_path / "area", (0, 1, 255), names=NAMES)
+    with pytest.raises(ValueError, match=r"255 fills 15\.0% .* the class a cat \(value 2\) .*--mask_values 0,1,255"):
+        opened(root)
+    assert opened(root, ignore_label=255).classes == 3
+    few = binary(tmp_path / "few", (0, 1, 255), names=NAMES, size=(40, 50), area=0.015)
+    assert opened(few).classes == 3
+
+
+@pytest.mark.parametrize("values", [(0,), (1,), (0, 255)])
+@pytest.mark.parametrize("label", [None, 255])
+def test_training_masks_of_one_class_are_refused(tmp_path, values, label):
+    root = binary(tmp_path, values)
+    (only,) = {value for value in values if value != 255}
+    with pytest.raises(
+        ValueError, match=f"every pixel of the 4 training masks .* is {('ground', 'tumour')[only]}: nothing"
+    ):
+        opened(root, ignore_label=label)
+
+
+def test_a_list_of_one_class_is_refused_with_advice(tmp_path):
+    with pytest.raises(ValueError, match=r"lists one class, tumour, .*background \(number 0\) and tumour \(number 1\)"):
+        opened(binary(tmp_path, names=("tumour",)))
+
+
+def test_validation_masks_may_lack_classes(tmp_path, caplog):
+    root = binary(binary(tmp_path, (0, 1), split="train"), (0, 255), split="val")
+    assert len(opened(root, holdout=0.0).test) == 4
+    assert "1 of 2 classes are in none of these 4 masks: tumour" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "words"),
+    [
+        ((0, 127, 255), NAMES, r"it holds 127; .* values 0, 127, 255: as many as .* --mask_values 0,127,255 maps"),
+        ((0, 100, 200, 255), NAMES, r"it holds 100, 200; .*with 255 ignored, --mask_values 0,100,200 maps"),
+        ((0, 1, 2, 3, 4), NAMES, r"it holds 3, 4; .*hold the values 0, 1, 2, 3, 4, and 3 classes are listed"),
+        ((0, 300), ("ground", "tumour"), r"it holds 300; .*--mask_values 0,300 maps"),
+    ],
+)
+def test_values_that_are_no_class_numbers_are_listed_with_a_mapping(tmp_path, values, names, words):
+    with pytest.raises(ValueError, match=words):
+        opened(binary(tmp_path, values, names=names))
+
+
+def test_mapped_values_are_classes_in_the_order_given(tmp_path):
+    root = binary(tmp_path, (0, 127, 255), names=NAMES)
+    found = opened(root, mask_values=("255", "0", "127"))
+    assert np.array_equal(np.unique(found.train.read(0).mask_HW), [0, 1, 2])
+    stored = np.asarray(Image.open(root / "masks" / found.train.names[0].removeprefix("images/")))
+    assert np.array_equal(found.train.read(0).mask_HW == 0, stored == 255)
+    with pytest.raises(ValueError, match="it holds 255; the 3 classes have the values 0, 1, 127"):
+        opened(root, mask_values=("0", "1", "127"), ignore_label=254)
+    known = opened(root, mask_values=("0", "1", "127"), ignore_label=255)
+    assert (known.train.read(0).mask_HW == IGNORE).sum() == (stored == 255).sum(), "255 is ignored"
+    assert known.train.fingerprint != found.train.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mask_values": ("0", "1", "2")}, r"mask_values: 3 values \(0, 1, 2\) for 2 classes"),
+        ({"mask_values": ("0", "0")}, "mask_values: 0, 0 holds a value twice"),
+        ({"mask_values": ("0", "red")}, "mask_values: expected numbers, or colours as #ff0000, found 0, red"),
+        ({"mask_values": ("0", "#ff0000")}, "mask_values: expected numbers, or colours"),
+        ({"mask_values": ("0", "255"), "ignore_label": 255}, "ignore_label 255 is also among mask_values"),
+    ],
+)
+def test_a_mapping_that_cannot_be_is_refused(tmp_path, given, words):
+    with pytest.raises(ValueError, match=words):
+        opened(binary(tmp_path), **given)
+    with pytest.raises(ValueError, match="mask_values: says itself"):
+        SegmentOptions(mask_values=("0", "255"), reduce_zero_label=True)
+
+
+def test_coloured_masks_are_mapped_by_their_colours(tmp_path):
+    root = binary(tmp_path, (0, 1, 2), names=NAMES)
+    palette = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 7]], np.uint8)
+    for path in (root / "masks").iterdir():
+        save(path, palette[np.asarray(Image.open(path))])
+    with pytest.raises(ValueError, match="in colour .RGB. of 3 colours .#000000, #008007, #ff0000.*--mask_values"):
+        opened(root)
+    found = opened(root, mask_values=("#000000", "#ff0000", "#008007"))
+    stored = np.asarray(Image.open(root / "masks" / found.train.names[0].removeprefix("images/")))
+    assert np.array_equal(palette[found.train.read(0).mask_HW], stored)
+    with pytest.raises(ValueError, match="it holds #008007; the 3 classes have the values #000000, #ff0000, #000001"):
+        opened(root, mask_values=("#000000", "#ff0000", "#000001"))
+
+
+def test_what_masks_hold_is_logged(tmp_path, caplog):
+    caplog.set_level("INFO")
+    opened(binary(tmp_path, (0, 1, 255), size=(10, 20), area=0.2), ignore_label=255)
+    assert "masks: 4 grey; values: 0 80.0%, 1 10.0%, 255 10.0% (ignored)" in caplog.text
+
+
+def test_other_files_that_hold_class_numbers_are_read(tmp_path):
+    numbers = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    save(tmp_path / "rgb.png", np.repeat(numbers[..., None], 3, -1))
+    save(tmp_path / "rgba.png", np.dstack([numbers] * 3 + [np.full_like(numbers, 255)]))
+    Image.fromarray(numbers.astype(np.float32)).save(tmp_path / "float.tif")
+    for name, array in (
+        ("u8", numbers),
+        ("i64", numbers.astype(np.int64)[..., None]),
+        ("f", numbers.astype(np.float64)),
+    ):
+        np.save(tmp_path / f"{name}.npy", array)
+    np.save(tmp_path / "bool.npy", numbers > 1)
+    expected = dict.fromkeys(["rgb.png", "rgba.png", "float.tif", "u8.npy", "i64.npy", "f.npy"], numbers)
+    for name, right in {**expected, "bool.npy": numbers > 1}.items():
+        assert np.array_equal(read_mask(str(tmp_path / name))[0], right), name
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.array([[0, 0.5]], np.float32), "floats that are not whole numbers"),
+        (np.array([[0, np.nan]], np.float32), "floats that are not whole numbers"),
+        (np.zeros((2, 3, 4), np.uint8), r"shape \[2, 3, 4\] where \[H, W\] is needed"),
+        (np.array([[-1, 0]]), "it holds -1 to 0; class numbers are 0 to 65535"),
+        (np.array([["a"]]), "class numbers are integers"),
+    ],
+)
+def test_arrays_that_hold_no_class_numbers_are_refused(tmp_path, array, words):
+    np.save(tmp_path / "m.npy", array)
+    with pytest.raises(BadImage, match=words):
+        read_mask(str(tmp_path / "m.npy"))
+
+
+def test_a_mask_in_the_alpha_channel_is_named(tmp_path):
+    alpha = np.array([[0, 255], [255, 0]], np.uint8)
+    save(tmp_path / "a.png", np.dstack([np.zeros((2, 2, 3), np.uint8), alpha]))
+    with pytest.raises(BadImage, match=r"transparent pixels \(RGBA\), which seem to be the mask.*getchannel"):
+        read_mask(str(tmp_path / "a.png"))
+    Image.merge("LA", [Image.fromarray(alpha), Image.fromarray(alpha)]).save(tmp_path / "la.png")
+    with pytest.raises(BadImage, match=r"transparent pixels \(LA\), whose meaning is not known"):
+        read_mask(str(tmp_path / "la.png"))
+    (tmp_path / "masks" / "x").mkdir(parents=True)
+    Image.fromarray(alpha).save(tmp_path / "masks" / "m.jpg")
+    with pytest.raises(ValueError, match="m.jpg cannot be a mask: .*JPEG changes the numbers"):
+        masks._by_stem(str(tmp_path / "masks"), "masks", masks.MASK_SUFFIXES)
+
+
+# ---- EXIF orientation
+
+
+def tag(path, orientation, **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(path) as opened_:
+        opened_.load()
+        opened_.save(path, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("size", [(12, 12), (8, 12)])
+def test_a_tagged_photograph_and_an_upright_mask_fit(tmp_path, orientation, size, caplog):
+    """The image says which pixel it is; the mask was drawn on the image as viewers show it."""
+    numbers = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size) % 3
+    stored = {1: numbers, 3: np.rot90(numbers, 2), 6: np.rot90(numbers)}[orientation]  # what the tag turns back
+    for number in range(4):
+        save(tmp_path / "images" / f"{number}.png", np.repeat(stored[..., None], 3, -1))
+        save(tmp_path / "masks" / f"{number}.png", numbers)
+        tag(tmp_path / "images" / f"{number}.png", orientation)
+    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in NAMES))
+    pair = opened(tmp_path).train.read(0)
+    assert np.array_equal(pair.image_HWC[..., 0], pair.mask_HW) and pair.mask_HW.shape == size
+    assert ("4 of 4 images have an EXIF orientation tag" in caplog.text) == (orientation > 1)
+    for path in (tmp_path / "masks").iterdir():
+        save(path, stored)
+        tag(path, orientation)
+    pair = opened(tmp_path).train.read(0)
+    assert np.array_equal(pair.image_HWC[..., 0], pair.mask_HW), "both tagged"
+
+
+def test_a_mask_that_lies_as_the_pixels_are_stored_is_refused_naming_the_tag(tmp_path):
+    root = paint(tmp_path)
+    tag(root / "images" / "1.jpg", 6)
+    words = r"masks/1\.png: it has 10 x 14 pixels, and its image 14 x 10 after .* EXIF orientation tag \(6\).*exiftool"
+    with pytest.raises(ValueError, match=words):
+        opened(root)
 
 
 # ---- layouts and splits
@@ -191,7 +407,7 @@ def broken(root, what):
     elif what == "label":
         save(mask, np.full((10, 14), 9, np.uint8))
     elif what == "colour":
-        save(mask, np.zeros((10, 14, 3), np.uint8))
+        save(mask, np.arange(420, dtype=np.uint8).reshape(10, 14, 3))
     elif what == "damaged":
         mask.write_bytes(mask.read_bytes()[:60])
     elif what == "empty":
@@ -219,7 +435,7 @@ def broken(root, what):
     [
         ("no mask", r"1 of 4 images in .* have no mask: 1\.jpg \(there is no masks/train/1\.png\)"),
         ("size", r"1 of 4 masks .*: masks/train/1\.png: it has 10 x 15 pixels, and its image 10 x 14"),
-        ("label", r"masks/train/1\.png: it holds 9; the 3 classes are 0 to 2, and 255 is no class"),
+        ("label", r"masks/train/1\.png: it holds 9; the 3 classes are 0 to 2, and 255 is ignored"),
         ("colour", r"masks/train/1\.png: a picture in colour \(RGB\).* a grey PNG or one with a palette"),
         ("damaged", r"1 of 4 masks in .* cannot be trained on: masks/train/1\.png"),
         ("empty", r"no images in .*val: it holds nothing"),
@@ -274,8 +490,8 @@ def test_processes_share_the_check_and_all_hear_of_it(tmp_path):
     folder = masks._open_folder(options(root))
     source, names = folder.open("train")
     for rank in range(2):
-        masks._check(folder, source, names, Pretend(rank, 2, 0, torch.device("cpu")), threads=2)
-    assert list(map(len, looked)) == [3, 2]
+        masks._check(folder, source, names, Pretend(rank, 2, 0, torch.device("cpu")), threads=2, train=True)
+    assert [[index for index, _ in share] for share in looked] == [[0, 2, 4], [1, 3]]
 
 
 # ---- scenes
