@@ -137,8 +137,9 @@ def schema(method: str) -> Any:
     unused = []
     for name, option in elsewhere.items():
         if name not in own:
-            users = ", ".join(other for other in METHODS if name in own_options(other))
-            message = f"the method {method} does not use it; methods that do: {users}"
+            users = [other for other in METHODS if name in own_options(other)]
+            more = f" and {len(users) - 3} more" if len(users) > 3 else ""
+            message = f"the method {method} does not use it; methods that do: {', '.join(users[:3])}{more}"
             unused.append((name, message, default_of(option)))
     own_class: Any = METHODS[method].options
     return compose(own_class, PretrainOptions, unused=tuple(unused))

@@ -25,17 +25,13 @@ from models_vit import (
     Pretrainer,
     Reader,
     at_least_float32,
-    initialize,
     patch_grid,
-    position_table,
     require_sizes,
     resample_abs_pos_embed,
     take,
     without_autocast,
 )
 from options.mae import DecoderOptions, MAEOptions, MaskOptions
-
-POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 
 DECODERS: dict[str, tuple[int, int, int]] = {  # by size: channels, blocks, heads
     "tiny": (192, 8, 12),
@@ -189,8 +185,6 @@ class MaskedImageModel(Pretrainer):
         self.target = self.make_target()
         self.build_decoder()
         self.init_weights()
-        for table in self._position_tables():
-            table.requires_grad_(False)
 
         self.noise_rows = 1  # the mask's
         self.terms: dict[str, Term] = nn.ModuleDict()  # type: ignore[assignment]
@@ -271,18 +265,6 @@ class MaskedImageModel(Pretrainer):
         if classes is not None:
             for term in self.terms.values():
                 term.learn_classes(classes)
-
-    def _position_tables(self) -> list[nn.Parameter]:
-        return [getattr(self, name) for name in POSITION_TABLES if hasattr(self, name)]
-
-    @torch.no_grad()
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Set MAE's initial weights and positions. The arguments are timm's and unused."""
-        for table in self._position_tables():
-            table.copy_(position_table(self.grid, table.shape[-1]))
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
-        self.apply(initialize)
 
     def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode tokens `[N, V, D]` with positions: `[N, 1 + V, D]` after the norm, and the taps."""

@@ -602,6 +602,22 @@ class Pretrainer(VisionTransformer):
 
     # ---- the encoder
 
+    @torch.no_grad()
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Set MAE's initial weights and fixed positions. Call it when all layers exist.
+
+        The arguments are timm's and unused.
+        """
+        for name in ("pos_embed", "decoder_pos_embed"):
+            if hasattr(self, name):
+                table = getattr(self, name)
+                table.copy_(position_table(self.grid, table.shape[-1]))
+                table.requires_grad_(False)
+        for name in ("cls_token", "mask_token"):
+            if hasattr(self, name):
+                nn.init.normal_(getattr(self, name), std=0.02)
+        self.apply(initialize)
+
     def _check_images(self, images: Tensor) -> None:
         expected = (self.in_chans, *self.input_size)
         if images.ndim != 4 or images.shape[1:] != expected:

@@ -155,9 +155,15 @@ def children(of: int) -> list[int]:
     return sorted(found)
 
 
-def finish(folder: Path, *words: object, door: str = "main_pretrain", fault: Callable[[], None] | None = None) -> str:
+def finish(
+    folder: Path,
+    *words: object,
+    door: str = "main_pretrain",
+    tiny: bool = True,
+    fault: Callable[[], None] | None = None,
+) -> str:
     """Run to the end, which must be a good one; answers what was said."""
-    training = Training(folder, *words, door=door, fault=fault)
+    training = Training(folder, *words, door=door, tiny=tiny, fault=fault)
     code = training.wait()
     assert code == 0, training.said
     return training.said
