@@ -8,9 +8,11 @@ Markers in the line before a block change this: `<!-- test: smoke -->` runs its 
 import argparse
 import contextlib
 import importlib
+import json
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -335,3 +337,25 @@ def test_every_method_and_recipe_kind_is_documented():
     named = [path.stem for path in PROJECT.glob("configs/finetune/*.yaml")]
     named += [path.stem for path in PROJECT.glob("configs/segment/*.yaml")]
     assert not [name for name in named if f"`{name}`" not in recipes]
+
+
+# ---- the notebook ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its code cells in order, with fewer images and epochs, into another folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(PROJECT / "examples")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    notebook = json.loads((PROJECT / "examples/own_images.ipynb").read_text(encoding="utf-8"))
+    namespace: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            source = source.replace("COUNT, EPOCHS = 600, 40", "COUNT, EPOCHS = 64, 1").replace("--warmup_epochs 3", "")
+            source = source.replace('CHECKOUT / "output" / "notebook"', f"Path({str(tmp_path)!r})")
+            exec(compile(source, cell["id"], "exec"), namespace)
+    assert namespace["RUN"].is_relative_to(tmp_path) and namespace["features"].shape == (64, 96)
