@@ -101,6 +101,10 @@ class Term(nn.Module):
         super().__init__()
         self.options = options
 
+    def combines(self, batch_size: int) -> Literal["", "device", "ranks"]:
+        """Return `images_together` for batches of `batch_size` images on each device; a run warns if it is not ""."""
+        return self.images_together
+
     def settle(self, read: Reader) -> None:
         """Read the checkpoints that training needs and store in the options what they decide. Called before `attach`.
 

@@ -13,7 +13,7 @@ P pixel values of a patch   K neighbour slots
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -323,18 +323,28 @@ class NeighborTerm(Term):
         """The companions' prediction: `[N, L, P]`, without gradient, as precise as the last layer gives it."""
         return model.decoder_pred(self.second_decoded(model, view))
 
-    def some_images(self, view: View) -> View:
-        """The view of k = max(1, round(fraction x N)) images: those of the smallest numbers in their own noise.
+    def combines(self, batch_size: int) -> Literal["", "device", "ranks"]:
+        """Return "device" also where a batch is not made of whole groups of which `fraction` draws some images."""
+        return "device" if batch_size % self.options.drawn[1] else super().combines(batch_size)
 
-        Each image is as likely as any other, so the mean over them is on average the mean over all.
+    def some_images(self, view: View) -> View:
+        """Draw the images that take the second pass: of every g consecutive ones the k of the smallest noise.
+
+        Micro-batches and processes get consecutive parts of an update's images, so the same images are drawn for any
+        number of them whose batches consist of whole groups. Other batches are one group, with
+        k = max(1, round(fraction x N)). Each image is drawn with equal probability, and each group counts equally, so
+        that the expectation of the mean over the drawn images is the mean over all.
         """
         if self.options.fraction == 1:
             return view
-        N = view.tokens.shape[0]
+        N, (k, group) = view.tokens.shape[0], self.options.drawn
+        if N % group:
+            k, group = max(1, round(self.options.fraction * N)), N
         number_N = view.noise[:, self.noise_row + self.noise_rows - 1, 0]
-        chosen = number_N.topk(max(1, round(self.options.fraction * N)), largest=False).indices
-        parts = {name: part[chosen] for name, part in vars(view).items() if isinstance(part, Tensor)}
-        taps = {block: tap[chosen] for block, tap in view.taps.items()}
+        first = torch.arange(0, N, group, device=number_N.device)
+        drawn = (number_N.view(-1, group).topk(k, largest=False).indices + first[:, None]).flatten()
+        parts = {name: part[drawn] for name, part in vars(view).items() if isinstance(part, Tensor)}
+        taps = {block: tap[drawn] for block, tap in view.taps.items()}
         return replace(view, **parts, taps=taps)
 
     def related(self, view: View, z: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ patch; the loss is the mean absolute difference over hidden patches.
 
 The encoder is that of the other methods, with fixed positions, so that their features compare and one program
 fine-tunes them. The release differs: no absolute positions, a relative position bias shared by its blocks, layer scale,
-drop path.
+drop path, no bias of keys, crops resized bilinearly. Its initial weights and weight decay are used here.
 
 `ReplacedViT` is the base of this kind of method. They differ in what they hide (`draw_mask`) and what they predict
 (`make_target`).
@@ -24,6 +24,8 @@ from models_mae import MaskedImageModel, View
 from models_targets import Pixels, Target
 from models_vit import at_least_float32, without_autocast
 from options.mae import SimMIMOptions
+
+INIT_STD = 0.02
 
 
 class ReplacedViT(MaskedImageModel):
@@ -70,6 +72,28 @@ class SimMIM(ReplacedViT):
 
     def make_target(self) -> Target:
         return Pixels(self.patch_size, self.in_chans, self.options.norm_pix_loss, norm="l1")
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the class token, which the release does not decay; it decays the mask token."""
+        return {"cls_token"}
+
+    @torch.no_grad()
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Set the initial weights of the release.
+
+        Matrices and tokens of the encoder are normal with standard deviation 0.02 before truncation at +-0.02, biases
+        0. Both matrices that end a residual branch of block n (from 1) are divided by sqrt(2 n). The layer that
+        predicts has PyTorch's defaults: weights and biases uniform within +-1 / sqrt(D).
+        """
+        super().init_weights(mode, needs_reset)
+        matrices = [module.weight for module in self.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        for drawn in (self.cls_token, self.mask_token, *matrices):
+            nn.init.trunc_normal_(drawn, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for number in range(len(self.blocks)):
+            for last in ("attn.proj", "mlp.fc2"):
+                self.get_parameter(f"blocks.{number}.{last}.weight").div_(math.sqrt(2 * (number + 1)))
+        self.decoder_pred.reset_parameters()
 
     def _cells(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Return the number of cells and how many of them are hidden."""

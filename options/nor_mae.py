@@ -1,6 +1,8 @@
 """Options of NoR-MAE's neighbor term."""
 
+import math
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Literal, get_type_hints
 
 from options.schema import require_choice, require_number
@@ -35,9 +37,10 @@ class NeighborOptions:
     tokens: Literal["all", "visible", "masked"] = "all"
     """Which patches' predictions are related."""
     fraction: float = 1.0
-    """Share of the images, drawn anew in each step, that take the second pass: it costs that share, and the term has
-    the same mean and gradient on average. With k of a batch of N it varies more, by 1/k - 1/N times its variance
-    between images."""
+    """Share k/g of the images that take the second pass, drawn in each step: 0.25 is 1 of every 4 consecutive images of
+    an update, 0.3 is 3 of 10. The cost falls by that share; mean and gradient of the term are the same on average, and
+    its variance grows by (g/k - 1)/B times that between images, for B images in an update. If batch_size is not a
+    multiple of g, round(fraction x batch_size) of each batch are drawn, at least 1, and the result depends on it."""
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight)
@@ -60,6 +63,12 @@ class NeighborOptions:
             for name, value in settled.items():
                 if getattr(self, name) != value:
                     raise ValueError(f"{name} is {getattr(self, name)!r}; with cnp released it can only be {value!r}")
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """k and g: of every g consecutive images, k take the second pass."""
+        share = Fraction(self.fraction).limit_denominator(max(100, math.ceil(1 / self.fraction)))
+        return share.numerator, share.denominator
 
     @property
     def together(self) -> str:

@@ -100,8 +100,9 @@ def announce(
         records.scalars(f"strength_{name}", term.scale(model), step)
         scale = ", ".join(f"{what} = {value:.4g}" for what, value in term.scale(model).items())
         log.info("term %s: %s%s", name, options.terms[name], f"; {scale}" if scale else "")
-        ranks = distributed.world_size() if term.images_together == "ranks" else 1
-        if term.images_together and (together := options.batch_size * ranks) < options.total_batch_size:
+        combined = term.combines(options.batch_size)
+        ranks = distributed.world_size() if combined == "ranks" else 1
+        if combined and (together := options.batch_size * ranks) < options.total_batch_size:
             log.warning(
                 "term %s looks at %d images together (batch_size%s), not at the %d of an update: "
                 "with another batch_size or number of processes the result is another",

@@ -1,4 +1,4 @@
-"""The neighbour term on a share of the images: on average the whole term and gradient, at the stated variance."""
+"""The neighbor term on a share of the images: mean, variance and cost, whatever the size of a batch."""
 
 import itertools
 
@@ -94,14 +94,60 @@ def test_k_images_take_the_second_pass(fraction, k, monkeypatch):
     assert passed == [N, k]
 
 
+@pytest.mark.parametrize(("fraction", "drawn"), [(1, (1, 1)), (0.25, (1, 4)), (0.3, (3, 10)), (0.3333, (1, 3)),
+                                                  (0.01, (1, 100)), (0.003, (1, 333)), (0.375, (3, 8))])  # fmt: skip
+def test_a_fraction_draws_k_of_every_g_images(fraction, drawn):
+    assert built(fraction).terms["neighbor"].options.drawn == drawn
+
+
+@pytest.mark.parametrize(("fraction", "batch_sizes"), [(0.5, (2, 4, 6, 12)), (0.25, (4, 12)), (1 / 3, (3, 6, 12))])
+def test_the_images_of_an_update_are_drawn_alike_in_batches_of_any_size(fraction, batch_sizes):
+    """Accumulation, processes and batch size divide an update's images into consecutive parts."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(12, 3, 16, 16, generator=generator, dtype=torch.float64)
+    noise = torch.rand(12, 2, 16, generator=generator)
+    model = built(fraction)
+    found = []
+    for size in batch_sizes:
+        parts = [term_and_gradient(model, *each) for each in zip(images.split(size), noise.split(size), strict=True)]
+        found.append([torch.stack(values).mean(dim=0) for values in zip(*parts, strict=True)])
+    for value, gradient in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-5, atol=1e-7)
+    drawn = model.terms["neighbor"].some_images(numbered(model, images, noise)).labels
+    k, group = model.terms["neighbor"].options.drawn
+    for first in range(0, 12, group):
+        smallest = sorted(range(first, first + group), key=lambda n: noise[n, 1, 0].item())[:k]
+        assert sorted(n for n in drawn.tolist() if first <= n < first + group) == sorted(smallest)
+
+
+@pytest.mark.parametrize(("batch_size", "combined"), [(4, ""), (8, ""), (6, "device"), (1, "device")])
+def test_batches_of_incomplete_groups_are_reported(batch_size, combined):
+    assert built(0.25).terms["neighbor"].combines(batch_size) == combined
+    assert built(1.0).terms["neighbor"].combines(batch_size) == ""
+
+
+def test_one_image_takes_the_second_pass():
+    images, noise = batch()
+    one = images[:1], noise[:1, :2]
+    torch.testing.assert_close(
+        built(0.25)(one[0], noise=one[1])["neighbor"], built(1.0)(*one[:1], noise=one[1][:, 0])["neighbor"]
+    )
+
+
+def numbered(model, images, noise):
+    """The view of a forward pass, with the number of each image for its label."""
+    view = model.observe(images, noise=noise)
+    view.labels = torch.arange(len(images))
+    return view
+
+
 def test_every_image_is_drawn_equally_often_and_independently_of_its_mask():
     model, counts = built(0.4), torch.zeros(N)
     images, _ = batch()
     for seed in range(400):
         noise = torch.rand(N, 2, 16, generator=torch.Generator().manual_seed(seed))
-        view = model.observe(images, noise=noise)
-        view.labels = torch.arange(N)
-        counts[model.terms["neighbor"].some_images(view).labels] += 1
+        counts[model.terms["neighbor"].some_images(numbered(model, images, noise)).labels] += 1
     assert counts.sum() == 800
     assert (counts / 400 - 0.4).abs().max() < 4 * (0.4 * 0.6 / 400) ** 0.5
     assert model.noise_rows == 2

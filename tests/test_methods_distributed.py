@@ -19,6 +19,7 @@ from tests.test_distributed import assert_equal_to_rounding, finish_ranks
 SHARED = [name for name, method in METHODS.items() if "label" not in method.terms]
 RANKS, IMAGES = 2, 8
 VARIANTS = {
+    "with half of the images": ("nor_mae", {"neighbor": {"fraction": 0.5}}),
     "with a class token's uniformity": ("u_mae", {"uniformity": {"pool": "class", "weight": 1.0}}),
     "with all terms": ("cross_mae", {"neighbor": {}, "uniformity": {}, "teacher": {}}),
 }

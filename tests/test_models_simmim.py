@@ -8,6 +8,7 @@ from methods import METHODS, build
 from models_simmim import SimMIM
 from models_targets import Target, patchify, unpatchify
 from tests.small import SMALL, batch, direct, small
+from util.optim import pretrain_groups
 
 
 def plain(**changes):
@@ -107,6 +108,39 @@ def test_the_baseline_is_the_best_constant_patch():
     best = model.constant_loss(images)
     assert best == pytest.approx((target - target.median(dim=0).values).abs().mean().item())
     assert best < (target - target.mean(dim=0)).abs().mean().item()
+
+
+def test_initial_weights_are_those_of_the_release():
+    """A normal distribution cut off at one standard deviation has 0.5396 of it."""
+    torch.manual_seed(0)
+    model = build("simmim", "mae_vit_small_patch16", depth=3)
+    std = 0.02 * 0.5396
+    assert model.patch_embed.proj.weight.std().item() == pytest.approx(std, rel=0.02)
+    for number, block in enumerate(model.blocks, start=1):
+        for first in (block.attn.qkv, block.mlp.fc1):
+            assert first.weight.std().item() == pytest.approx(std, rel=0.02)
+        for last in (block.attn.proj, block.mlp.fc2):
+            assert last.weight.std().item() == pytest.approx(std / (2 * number) ** 0.5, rel=0.02)
+            assert last.weight.abs().max() <= 0.02 / (2 * number) ** 0.5 + 1e-6
+        assert not any(bias.any() for name, bias in block.named_parameters() if name.endswith("bias"))
+        assert (block.norm1.weight == 1).all()
+    for token in (model.cls_token, model.mask_token):
+        assert token.std().item() == pytest.approx(std, rel=0.15) and token.abs().max() <= 0.02
+    assert not model.patch_embed.proj.bias.any()
+    for drawn in (model.decoder_pred.weight, model.decoder_pred.bias):  # a 1 x 1 convolution's defaults
+        bound = 384**-0.5
+        assert drawn.abs().max() <= bound and drawn.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_the_class_token_is_not_decayed_and_the_mask_token_is():
+    model = plain()
+    decayed = {id(p): group["weight_decay"] for group in pretrain_groups(model, 0.05) for p in group["params"]}
+    found = {name: decayed[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    expected = {n: 0.0 if n == "cls_token" or n.endswith("bias") or "norm" in n else 0.05 for n in found}
+    assert found == expected and found["mask_token"] == 0.05
+    mae = small("mae")
+    groups = {id(p): group["weight_decay"] for group in pretrain_groups(mae, 0.05) for p in group["params"]}
+    assert groups[id(mae.cls_token)] == 0.05
 
 
 def test_its_share_of_hidden_patches_is_the_papers():

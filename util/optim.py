@@ -49,8 +49,13 @@ def _fused(device: torch.device | None) -> bool:
 
 
 def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weights with decay, biases and norms without; `cls_token` and `mask_token` are decayed, as in MAE."""
-    return param_groups_weight_decay(model, weight_decay)
+    """Return one parameter group with weight decay and one without.
+
+    Vectors (biases and norms) are not decayed, nor what the model's `no_weight_decay` names. That is nothing for MAE,
+    which decays `cls_token` and `mask_token`.
+    """
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
 
 
 def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
