@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,10 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .npy".split()
 )
 PNG, NUMPY = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
+HEIF = (".heic", ".heif", ".hif")
+HEIF_EXTRA = "HEIF photographs (.heic) need an optional package: pip install -r requirements/heif.txt"
+if importlib.util.find_spec("pillow_heif") is not None:
+    SUFFIXES |= frozenset(HEIF)
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> the Pillow mode that has them
 CROP_SHARE = 224 / 256  # of the short side, that evaluation shows
 EVAL_CROPS = ("keep_size", "mae")  # what evaluation does with an image that already has the input size
@@ -111,6 +116,8 @@ def decode(data: bytes, in_chans: int, name: str, *, lazy: bool = False) -> np.n
             return array_pixels(tiff_values(data, in_chans), in_chans)
         if data.startswith(PNG) and data[24:25] == b"\x10" and data[25:26] != b"\0" and in_chans in PICTURE_MODES:
             return _colours_of_png16(data, in_chans)  # Pillow would drop the lower eight bits
+        if data[4:8] == b"ftyp":
+            register_heif()
         with Image.open(io.BytesIO(data)) as picture:
             return picture_pixels(picture, in_chans)
 
@@ -151,6 +158,14 @@ def orientation_of(picture: Image.Image) -> int:
     """Return the EXIF orientation of a Pillow image, 1 to 8; 1 where it has none, or Pillow has applied it (TIFF)."""
     exif = picture.info.get("exif")
     return 1 if not isinstance(exif, bytes) else orientation_in(exif.removeprefix(EXIF))
+
+
+@functools.cache
+def register_heif() -> None:
+    """Let Pillow read HEIF files, where the optional package is installed."""
+    with contextlib.suppress(ImportError):
+        pillow_heif = importlib.import_module("pillow_heif")
+        pillow_heif.register_heif_opener()
 
 
 class Undecoded:

@@ -27,10 +27,22 @@ from PIL import Image
 
 from data import scenes
 from data.depth import with_range
+from data.folders import contents_of, images_below
 from data.images import BadImage, Pair, blamed_on, orientation_of, read_stored
 from data.mask_files import IGNORE, MOST_LISTED, Coding, ignored_value, read_mask
-from data.sources import Names, Source, contents_of, images_below, read_class_list
-from data.splits import CLASSES, HELD_OUT, TEST, VAL, Splits, take
+from data.sources import Names, Source, read_class_list
+from data.splits import (
+    CLASSES,
+    HELD_OUT,
+    LEAST,
+    TEST,
+    VAL,
+    Splits,
+    groups_of,
+    take,
+    warn_of_split_folders,
+    whole_groups,
+)
 from options import SegmentOptions
 
 __all__ = ["IGNORE", "Coding", "ignored_value", "open_splits", "open_test", "read_mask"]
@@ -392,12 +404,14 @@ def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
     _settled_classes(options, whole)
     train, chosen_on = whole, VAL
     if not both and options.holdout:
-        train, choice = _slice(whole, options.holdout, options.subset_seed, "holdout")
+        train, choice = _slice(whole, options.holdout, options, "holdout")
         chosen_on = HELD_OUT
     elif not both:
         choice, chosen_on = test, TEST
     if options.label_share < 1:
-        _, train = _slice(train, options.label_share, options.subset_seed, "label_share")
+        _, train = _slice(train, options.label_share, options, "label_share")
+    if len(choice) < LEAST:
+        log.warning("best is chosen on %d images only: differences between epochs are mostly chance", len(choice))
     log.info(
         "%d training images of %d classes; best is chosen on %d images (%s); %d test images",
         *(len(train), len(whole.classes or []), len(choice), chosen_on, len(test)),
@@ -413,7 +427,7 @@ def open_test(options: SegmentOptions, processes: Processes) -> Source:
     judging = folder.split("test") or folder.split("val")
     if judging:
         return _opened(folder, judging, options, processes)
-    return _slice(_whole(folder, options, processes), options.test_share, options.subset_seed, "test_share")[1]
+    return _slice(_whole(folder, options, processes), options.test_share, options, "test_share")[1]
 
 
 def _is_scenes(options: SegmentOptions) -> bool:
@@ -441,20 +455,31 @@ def _open_pairs(options: SegmentOptions, processes: Processes) -> tuple[Source, 
         raise ValueError(f"{folder.root} has {val or test} images with masks, and none in a folder train beside them")
     train = _whole(folder, options, processes)
     if not val and not test:
-        train, judging = _slice(train, options.test_share, options.subset_seed, "test_share")
+        train, judging = _slice(train, options.test_share, options, "test_share")
         return train, judging, judging, False
     judging = _opened(folder, test or val, options, processes)
     choosing = _opened(folder, val, options, processes) if val and test else judging
     return train, choosing, judging, bool(val and test)
 
 
-def _slice(source: Source, share: float, seed: int, what: str) -> tuple[Source, Source]:
-    """(what is left, a share of the images): at least one image each. ValueError where there are not two."""
+def _slice(source: Source, share: float, options: SegmentOptions, what: str) -> tuple[Source, Source]:
+    """Return (what is left, a share of the images): at least one image each, and whole groups with `group_by`.
+
+    Raises:
+        ValueError: There are not two images, or not two groups.
+    """
     if len(source) < 2:
         raise ValueError(f"{what}: there is {len(source)} image, which cannot be in two parts")
     count = min(max(1, round(share * len(source))), len(source) - 1)
-    order = np.random.RandomState(seed).permutation(len(source))  # a legacy generator: its stream never changes
-    return take(source, np.sort(order[count:])), take(source, np.sort(order[:count]))
+    if (groups := groups_of(source, options.group_by)) is not None:
+        chosen = whole_groups(np.zeros(len(source), np.int64), groups, {0: count}, options.subset_seed, keep=True)
+        if not len(chosen):
+            raise ValueError(f"{what}: all {len(source)} images are of one group ({options.group_by})")
+    else:
+        order = np.random.RandomState(options.subset_seed).permutation(len(source))  # its stream never changes
+        chosen = np.sort(order[:count])
+        warn_of_split_folders(source.names, chosen, what)
+    return take(source, np.setdiff1d(np.arange(len(source)), chosen)), take(source, chosen)
 
 
 def _settled_classes(options: SegmentOptions, source: Source) -> None:

@@ -2,23 +2,21 @@
 
 Every store becomes the same thing, a `Source`: names, labels where there are any, and a function that reads one image
 by its number. All are random access, so a run resumes exactly on any of them; streaming readers cannot do that and are
-refused. What could be ambiguous (is this folder labelled?) is decided by a stated rule and said in the log.
+refused. What could be ambiguous (is this folder labelled?) is decided by a stated rule and logged, with what was left
+out.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
-import glob
 import hashlib
 import importlib
 import logging
 import os
-import re
-import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, overload
@@ -29,16 +27,42 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from data import scenes
+from data.archives import find_shards, read_archive
 from data.depth import with_range
-from data.images import PICTURE_MODES, BadImage, blamed_on, decode, is_image_name, picture_pixels, read_stored
+from data.folders import (
+    SPLIT_WORDS,
+    Found,
+    NoSplit,
+    contents_of,
+    folder_of_splits,
+    holds_images,
+    images_below,
+    label_by_folder,
+    match_classes,
+    some,
+    split_folders,
+    split_named,
+    visible_folders,
+    walk,
+)
+from data.images import (
+    HEIF,
+    HEIF_EXTRA,
+    PICTURE_MODES,
+    BadImage,
+    blamed_on,
+    decode,
+    is_image_name,
+    picture_pixels,
+    read_stored,
+)
+from data.labels import read_labels
 from data.packs import Pack, is_pack, open_pack
 
 log = logging.getLogger(__name__)
 
 IMAGENET100 = Path(__file__).resolve().parent.parent / "configs" / "imagenet100.txt"
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}  # in folders and shards
 CALTECH_TRAIN, CALTECH_TEST = 30, 50  # images of each class, as the literature takes them
-LARGEST_LABEL = 1_000_000  # of a list file's numbers: beyond it they are ids, not class numbers
 
 
 class Names(Sequence[str]):
@@ -82,6 +106,8 @@ class Source:
     class_pixels int64 `[n, K]`, pixels of each class in each mask, where they were counted
     value_range lowest and highest value that become 0 and 255, of files of more than 8 bits; ()
     read_lazily as `read`, but JPEG files may be returned as `data.images.Undecoded`; None where there are no files
+    notes     what a user would want to know of how the images were found, a line each
+    problem   why no classifier can be trained on the labels, or on images without any; or ""
     """
 
     names: Sequence[str]
@@ -93,6 +119,8 @@ class Source:
     read_lazily: Callable[[int], Any] | None = None
     value_range: tuple[float, ...] = ()
     class_pixels: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    problem: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -108,6 +136,19 @@ class Source:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a source is opened by: the arguments of `open_source`."""
+
+    dataset: str
+    data_path: str
+    split: str
+    in_chans: int
+    class_list: str | Sequence[str]
+    known: Sequence[str] | None
+    label_offset: int | None
+
+
 def open_source(
     dataset: str,
     data_path: str,
@@ -116,8 +157,27 @@ def open_source(
     in_chans: int = 3,
     class_list: str | Sequence[str] = "",
     value_range: Sequence[float] = (),
+    known: Sequence[str] | None = None,
+    label_offset: int | None = None,
+    exact: bool = False,
 ) -> Source:
-    """Open the images that `dataset` and `data_path` name; `split` is "train" or "val". Errors are ValueErrors.
+    """Open the images of a split. docs/data.md lists what is accepted.
+
+    Args:
+        dataset: `auto` or one of the kinds below.
+        data_path: Folder, file or word that is read.
+        split: `train`, `val` or `test`. Without validation images `val` is the test images, unless `exact` is set.
+        in_chans: Channels of the images.
+        class_list: Use these classes of a folder, labelled in that order: a file of folder names, one a line, the word
+            `imagenet100`, or a sequence.
+        known: Classes of the training images, to which folders of another split are matched by name.
+        value_range: Scales files of more than 8 bits; by default it is decided from a sample, see `data.depth`.
+        label_offset: Number of the first class in a list or in label files; None: 0.
+        exact: Raise NoSplit where there are no validation images, although there are test images.
+
+    Raises:
+        NoSplit: There are no images of this split.
+        ValueError: Anything else that is wrong with the data.
 
     dataset           data_path      what is read
     auto              anything       digits, a list (.txt), a tar shard (.tar) or a folder, by the look of data_path
@@ -129,47 +189,21 @@ def open_source(
     hfds/NAME         "" or a cache  a Hugging Face data set (package `datasets`), which downloads what it lacks
     wds, wds/SHARDS   DATA           tar shards of WebDataset or of class folders; SHARDS may hold * and {00..99}
     pack              PACK           what tools.pack made (`auto` recognises it)
-
-    `class_list` keeps these classes of a folder, labelled in that order: a file of folder names, one a line, the word
-    `imagenet100`, or a sequence (such as the training split's `classes`). `value_range` scales files of more than 8
-    bits; by default it is decided from a sample of them, see `data.depth`.
     """
     if dataset == "auto":
         dataset, data_path = _guess(data_path)
     if class_list and dataset not in ("folder", "pack"):
-        raise ValueError(f"class_list chooses among class folders and does not apply to dataset {dataset!r}")
-    kind, _, name = dataset.partition("/")
-    if dataset == "folder":
+        raise ValueError(f"class_list selects class folders and does not apply to dataset {dataset!r}")
+    wanted = _Wanted(dataset, data_path, split, in_chans, class_list, known, label_offset)
+    try:
+        source = _open(wanted)
+    except NoSplit as missing:
+        if split != "val" or exact:
+            raise
         try:
-            source = _open_folder(data_path, split, in_chans, class_list)
-        except OSError as error:
-            raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-    elif dataset == "digits":
-        source = _open_digits(split, in_chans)
-    elif dataset == "scenes":
-        source = _open_scenes(split, in_chans)
-    elif dataset.endswith(".txt"):
-        source = _open_list(dataset, data_path, split, in_chans)
-    elif kind == "torch" and name:
-        source = _open_torchvision(name.lower(), data_path, split, in_chans)
-    elif kind == "hfds" and name:
-        source = _open_hugging_face(name, data_path, split, in_chans)
-    elif dataset == "pack":
-        source = _open_pack(data_path, split, in_chans, class_list)
-    elif kind == "wds":
-        source = _open_shards(name, data_path, split, in_chans)
-    elif kind in ("hfids", "tfds"):
-        raise ValueError(
-            f"dataset {dataset!r} is a stream, which cannot be resumed at an exact image. Use hfds/NAME (Hugging Face, "
-            "random access), wds (tar shards, indexed at the start) or a folder"
-        )
-    else:
-        known = ["auto", "folder", "digits", "scenes", "wds", "pack", *(f"torch/{name}" for name in TORCHVISION)]
-        close = get_close_matches(dataset, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"unknown dataset {dataset!r}{hint} (auto, folder, digits, scenes, LIST.txt, torch/, hfds/, wds/, pack)"
-        )
+            source = _open(replace(wanted, split="test"))
+        except NoSplit:
+            raise missing from None
     if (
         dataset != "pack"
         and in_chans not in PICTURE_MODES
@@ -185,6 +219,55 @@ def open_source(
     )
 
 
+def _open(wanted: _Wanted) -> Source:
+    """Open exactly this split."""
+    dataset, data_path, split, in_chans = wanted.dataset, wanted.data_path, wanted.split, wanted.in_chans
+    kind, _, name = dataset.partition("/")
+    if dataset == "folder":
+        try:
+            return _open_folder(wanted)
+        except OSError as error:
+            raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+    if dataset == "digits":
+        return _open_digits(split, in_chans)
+    if dataset == "scenes":
+        return _open_scenes(split, in_chans)
+    if dataset.endswith(".txt"):
+        return _open_list(wanted)
+    if kind == "torch" and name:
+        return _open_torchvision(name.lower(), data_path, split, in_chans)
+    if kind == "hfds" and name:
+        return _open_hugging_face(name, data_path, split, in_chans)
+    if dataset == "pack":
+        return _open_pack(data_path, split, in_chans, wanted.class_list)
+    if kind == "wds":
+        return _open_shards(wanted, name)
+    if kind in ("hfids", "tfds"):
+        raise ValueError(
+            f"dataset {dataset!r} is a stream, which cannot be resumed at an exact image. Use hfds/NAME (Hugging Face, "
+            "random access), wds (tar shards, indexed at the start) or a folder"
+        )
+    words = ["auto", "folder", "digits", "scenes", "wds", "pack", *(f"torch/{name}" for name in TORCHVISION)]
+    close = get_close_matches(dataset, words, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"unknown dataset {dataset!r}{hint} (auto, folder, digits, scenes, LIST.txt, torch/, hfds/, wds/, pack)"
+    )
+
+
+def official_split(dataset: str, split: str) -> str:
+    """Return `train` or `val` for a public data set whose one other split is its test split.
+
+    Raises:
+        NoSplit: For validation images, which such a data set has none of.
+    """
+    if split == "train":
+        return "train"
+    if split == "test":
+        return "val"
+    raise NoSplit(f"no {split} images: {dataset} has a training and a test split")
+
+
 def _guess(data_path: str) -> tuple[str, str]:
     """The dataset and data path that dataset "auto" stands for."""
     if not data_path:
@@ -195,127 +278,174 @@ def _guess(data_path: str) -> tuple[str, str]:
         return data_path, ""
     if data_path.endswith(".tar"):
         return f"wds/{os.path.basename(data_path)}", os.path.dirname(data_path) or "."
-    if any(is_pack(os.path.join(data_path, name)) for name in ("", *SPLIT_NAMES)):
+    if any(is_pack(os.path.join(data_path, name)) for name in ("", "train", "val")):
         return "pack", data_path
     return "folder", data_path
 
 
 def _said(source: Source, what: str, why: str) -> Source:
-    """The source, after a line in the log about what was found and how it was read."""
+    """Log what was found, how it was read and what was left out; return the source."""
     labels = "no labels" if source.labels is None else f"{len(source.classes or [])} classes"
     log.info("data: %s: %d images, %s (%s)", what, len(source), labels, why)
+    for note in source.notes:
+        log.warning("data: %s", note)
     return source
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _open_folder(data_path: str, split: str, in_chans: int, class_list: str | Sequence[str]) -> Source:
-    root = _split_folder(data_path, split)
+def _open_folder(wanted: _Wanted) -> Source:
+    root, others = _split_folder(wanted.data_path, wanted.split)
+    selection, class_list = "", wanted.class_list
+    classes: list[str] | None = list(wanted.known or ())
     if class_list:
         classes, selection = read_class_list(class_list)
-        names, labels = _selected_classes(root, classes)
-        found: list[str] | None = classes
-        why = f"class list {class_list if isinstance(class_list, str) else 'as given'}, sha256 {selection}"
+    if classes:
+        strict = bool(class_list) and wanted.split == "train"
+        found, labels, notes = _selected_classes(root, classes, strict=strict, others=bool(class_list))
+        names, problem = found.names, ""
+        if class_list:
+            why = f"class list {class_list if isinstance(class_list, str) else 'as given'}, sha256 {selection}"
+        else:
+            why = "a folder for each class of the training images"
+        if not names and not class_list:  # its folders are named otherwise, or it is flat
+            found = _walk_without(root, others)
+            names, labels, classes, notes = found.names, None, None, []
+            problem = why = f"no folder is named like a class of the training images, such as {wanted.known[0]}"  # type: ignore[index]
     else:
-        selection = ""
-        names = sorted(images_below(root))
-        if not names:
-            raise ValueError(f"no images in {root}: it holds {contents_of(root)} (images are .jpg .png .tif .npy ...)")
-        labels, found, why = label_by_folder(names)
+        found = _walk_without(root, others)
+        names = found.names
+        notes = []
+        if names:
+            labels, classes, why = label_by_folder(names)
+            problem = "" if classes else why
+            notes += _looks_of(classes or [])
+    if not names:
+        heif = f". {HEIF_EXTRA}" if any(found.other[suffix] for suffix in HEIF) else ""
+        raise ValueError(
+            f"no images in {root}: it holds {contents_of(root)} (images are .jpg .png .tif .npy ...){heif}"
+        )
+    if heic := sum(found.other[suffix] for suffix in HEIF):
+        notes.append(f"{heic} of them are HEIF photographs. {HEIF_EXTRA}")
+    notes = [f"left out: {line}" for line in found.left_out()] + notes
     compact = Names(names)
-    read = functools.partial(_read_file, root, compact, in_chans)
+    read = functools.partial(_read_file, root, compact, wanted.in_chans)
     path = functools.partial(_file, root, compact)
     lazily = functools.partial(read, lazy=True)
-    return _said(Source(compact, read, labels, found, selection, path, lazily), root, why)
+    source = Source(
+        compact, read, labels, classes, selection, path, read_lazily=lazily, notes=tuple(notes), problem=problem
+    )
+    return _said(source, root, why)
 
 
-def _split_folder(data_path: str, split: str) -> str:
-    """The folder that holds `split`; for "train" that is `data_path` itself when it has no folder of that name."""
+def _split_folder(data_path: str, split: str) -> tuple[str, list[str]]:
+    """Return the folder that holds `split`, and which of its folders are other splits.
+
+    For "train" that is `data_path` itself when it has no folder of that name.
+    """
     if not data_path:
         raise ValueError("no data: give --data_path FOLDER")
     if not os.path.isdir(data_path):
-        file = "is a file and not a folder (a list of images ends in .txt)"
-        raise ValueError(f"data_path {data_path} {file if os.path.exists(data_path) else 'does not exist'}")
-    names = SPLIT_NAMES.get(split, (split,))
-    for name in names:
-        if os.path.isdir(os.path.join(data_path, name)) and not _is_a_class(data_path, name):
-            return os.path.join(data_path, name)
-    if split == "train":
-        return data_path
+        raise ValueError(f"data_path {data_path} {_no_folder(data_path)}")
+    above = folder_of_splits(data_path)
+    splits = split_folders(above)
+    if split in splits:
+        root = os.path.join(above, splits[split])
+        inside = visible_folders(root)
+        if len(inside) == 1 and split_named(inside[0]) == (split, True) and not holds_images(root):
+            root = os.path.join(root, inside[0])  # unpacked into a folder of its own name: train/train
+        return root, []
+    if split == "train" and "train" not in splits:
+        others = sorted(splits.values())
+        beside = set(visible_folders(above)) - set(others)
+        if others and not beside and not holds_images(above):
+            return data_path, []  # nothing else: the folder is meant as it is
+        return above if others else data_path, others
+    names = (*SPLIT_WORDS["val"], "test") if split == "val" else SPLIT_WORDS.get(split, (split,))
     held = contents_of(data_path)
-    raise ValueError(f"no {split} images: {data_path} has no folder {' or '.join(names)}; it holds {held}")
+    raise NoSplit(f"no {split} images: {data_path} has no folder {' or '.join(names)}; it holds {held}")
 
 
-def class_folders_without_images(data_path: str, split: str) -> list[str]:
-    """Folders of a split that look like classes and hold no image: most often a copy that was cut short."""
-    root = _split_folder(data_path, split)
-    with os.scandir(root) as entries:
-        folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    return sorted(entry.name for entry in folders if not images_below(entry.path))
+def _no_folder(data_path: str) -> str:
+    if not os.path.exists(data_path):
+        return "does not exist"
+    if data_path.lower().endswith((".zip", ".rar", ".7z", ".gz", ".tgz", ".bz2", ".xz", ".zst")):
+        return "is a compressed archive: unpack it, or make an uncompressed .tar of it, which can be read in any order"
+    return "is a file and not a folder (a list of images ends in .txt)"
 
 
-def _is_a_class(data_path: str, name: str) -> bool:
-    """Whether a folder named like a split is a class (CIFAR-100 has a "train"): it and others beside it hold images."""
-    splits = {name for names in SPLIT_NAMES.values() for name in names}
-    with os.scandir(data_path) as entries:
-        beside = [entry.path for entry in entries if entry.name not in splits and entry.is_dir()]
-    return _holds_images(os.path.join(data_path, name)) and any(_holds_images(folder) for folder in beside)
-
-
-def _holds_images(folder: str) -> bool:
-    with os.scandir(folder) as entries:
-        return any(is_image_name(entry.name) for entry in entries)
-
-
-def images_below(root: str) -> list[str]:
-    """Names of all image files below `root`, relative to it, with / between folders. Hidden names are skipped, links
-    followed (a link that leads nowhere counts as an image: it is reported when it is read)."""
-    found: list[str] = []
-
-    def visit(folder: str, prefix: str, above: frozenset[str]) -> None:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-                    real = os.path.realpath(entry.path)
-                    if real not in above:  # a link back to a folder on the way here would never end
-                        visit(entry.path, f"{prefix}{entry.name}/", above | {real})
-                elif is_image_name(entry.name):
-                    found.append(prefix + entry.name)
-
-    visit(root, "", frozenset([os.path.realpath(root)]))
+def _walk_without(root: str, others: Sequence[str]) -> Found:
+    """Find all images below `root` that are not in the folders `others`, those of other splits."""
+    found = walk(root)
+    if others:
+        found.names = [name for name in found.names if name.split("/")[0] not in others]
+        log.warning("data: %s has no folder train; the folders of other splits (%s) are left out", root, some(others))
     return found
 
 
-def label_by_folder(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None, str]:
-    """(labels, classes, the reading in words) of relative names: labelled exactly if every image is CLASS/IMAGE."""
-    depths = {name.count("/") for name in names}
-    if depths == {1}:
-        folders = [name.split("/")[0] for name in names]
-        classes = sorted(set(folders))
-        number = {name: label for label, name in enumerate(classes)}
-        if len(classes) > 1:
-            return np.array([number[folder] for folder in folders], np.int64), classes, "a folder for each class"
-        return None, None, f"all in one folder, {classes[0]}, which is not taken for a class"
-    if depths == {0}:
-        return None, None, "a flat folder"
-    return None, None, f"images lie {min(depths)} to {max(depths)} folders deep, so folders are not taken for classes"
+def _looks_of(classes: Sequence[str]) -> list[str]:
+    """Say what is odd about the names of classes."""
+    notes = []
+    folded = collections.Counter(name.casefold() for name in classes)
+    if twice := [name for name in classes if folded[name.casefold()] > 1]:
+        notes.append(f"classes whose names differ in capitals alone: {some(twice)}")
+    if named := [name for name in classes if split_named(name)[0]]:
+        notes.append(f"the folders {some(named)} are used as classes, although they are named like splits")
+    return notes
 
 
-def _selected_classes(root: str, classes: list[str]) -> tuple[list[str], np.ndarray | None]:
-    missing = [name for name in classes if not os.path.isdir(os.path.join(root, name))]
-    if missing:
+def class_folders_without_images(data_path: str, split: str) -> list[str]:
+    """Return the folders of a split that look like classes and hold no image: most often an unfinished copy."""
+    root, others = _split_folder(data_path, split)
+    names = [name for name in visible_folders(root) if name not in others]
+    found = {name: walk(os.path.join(root, name)) for name in names}
+    return sorted(name for name, inside in found.items() if not inside.names and not inside.runs)
+
+
+def _selected_classes(
+    root: str, classes: list[str], *, strict: bool, others: bool
+) -> tuple[Found, np.ndarray | None, list[str]]:
+    """Find the images of these classes, in their order, below `root` or below the only folder in it, and so on.
+
+    Args:
+        strict: Refuse a class that is not there.
+        others: Ignore folders of other classes, which are refused otherwise if there are images in them.
+
+    Returns:
+        What was found, the labels, and notes.
+    """
+    base, prefix = root, ""
+    folders = visible_folders(root)
+    numbers, foreign = match_classes(folders, classes)
+    while not numbers and len(folders) == 1 and not holds_images(base):
+        base, prefix = os.path.join(base, folders[0]), f"{prefix}{folders[0]}/"
+        folders = visible_folders(base)
+        numbers, foreign = match_classes(folders, classes)
+    if strict and len(numbers) < len(classes):
+        missing = [name for number, name in enumerate(classes) if number not in numbers.values()]
         raise ValueError(
-            f"{len(missing)} of the {len(classes)} listed classes have no folder in {root}: {_some(missing)}"
+            f"{len(missing)} of the {len(classes)} listed classes have no folder in {root}: {some(missing)}"
         )
-    images = [[f"{name}/{image}" for image in sorted(images_below(os.path.join(root, name)))] for name in classes]
-    empty = [name for name, inside in zip(classes, images, strict=True) if not inside]
-    if empty:
-        raise ValueError(f"{len(empty)} of the {len(classes)} listed classes have no images in {root}: {_some(empty)}")
-    labels = np.repeat(np.arange(len(classes)), [len(inside) for inside in images])
-    return [name for inside in images for name in inside], labels
+    found, counts = Found(), []
+    folder_of = {number: name for name, number in numbers.items()}
+    for number in range(len(classes)):
+        inside = walk(os.path.join(base, folder_of[number])) if number in folder_of else Found()
+        found.add(inside, f"{prefix}{folder_of.get(number, '')}/")
+        counts.append(len(inside.names))
+    empty = [classes[number] for number, count in enumerate(counts) if not count]
+    if strict and empty:
+        raise ValueError(f"{len(empty)} of the {len(classes)} listed classes have no images in {root}: {some(empty)}")
+    if numbers and not others:
+        foreign = [name for name in foreign if images_below(os.path.join(base, name))]
+        if foreign:
+            raise ValueError(f"{base} has images of classes that training has not: {some(foreign)}")
+    notes = []
+    if others and foreign:
+        notes.append(f"left out: {len(foreign)} folders that the class list does not name ({some(foreign)})")
+    if differing := [name for name, number in numbers.items() if name != classes[number]]:
+        notes.append(f"folders that name a class in other characters: {some([ascii(name) for name in differing])}")
+    return found, np.repeat(np.arange(len(classes)), counts), notes
 
 
 def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
@@ -329,7 +459,7 @@ def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
         classes = list(class_list)
     twice = [name for name, count in collections.Counter(classes).items() if count > 1]
     if twice or not classes:
-        what = f"names {_some(twice)} more than once" if twice else "is empty"
+        what = f"names {some(twice)} more than once" if twice else "is empty"
         raise ValueError(f"class_list {class_list!r} {what}")
     return classes, hashlib.sha256(os.fsencode("".join(f"{name}\n" for name in classes))).hexdigest()
 
@@ -350,46 +480,71 @@ def _file(root: str, names: Sequence[str], index: int) -> str:
     return os.path.join(root, names[index])
 
 
-def contents_of(folder: str) -> str:
-    """What lies in a folder, for an error message."""
-    with os.scandir(folder) as entries:
-        kinds = collections.Counter(
-            "folders" if entry.is_dir() else Path(entry.name).suffix or "files" for entry in entries
-        )
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())[:8]) or "nothing"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 # --- list files -------------------------------------------------------------------------------------------------------
 
 
-def _open_list(list_path: str, data_path: str, split: str, in_chans: int) -> Source:
-    """A text file with an image's path a line, perhaps followed by a tab or spaces and a label (a number or a word).
+def _open_list(wanted: _Wanted) -> Source:
+    """Open a text file with an image's path a line, perhaps followed by a tab or spaces and a label (a number or word).
 
     The val split of `lists/train.txt` is `lists/val.txt`.
     """
-    path = Path(list_path)
-    if split != "train":
-        path = path.with_name(path.name.replace("train", split))
-        if path == Path(list_path):
-            raise ValueError(f"no {split} images: {list_path} has no `train` in its name to be replaced by `{split}`")
+    path = _list_of_split(Path(wanted.dataset), wanted.split)
     if not path.is_file():
         raise ValueError(f"the list of images {path} does not exist")
-    root = data_path or str(path.parent)
+    root = wanted.data_path or str(path.parent)
     rows = [_path_and_label(line) for line in _text_of(path).split("\n") if line.strip()]
     if not rows:
         raise ValueError(f"the list of images {path} is empty")
     names = Names(name for name, _ in rows)
     if not any(os.path.exists(os.path.join(root, name)) for name in names[:16]):
-        raise ValueError(f"{path}: none of the first images exists, such as {os.path.join(root, names[0])}")
-    labels, classes = _list_labels(path, [label for _, label in rows])
-    read = functools.partial(_read_file, root, names, in_chans)
+        comma = " (a label is separated by a tab or spaces, not by a comma)" if "," in names[0] else ""
+        raise ValueError(f"{path}: none of the first images exists, such as {os.path.join(root, names[0])}{comma}")
+    if not is_image_name(os.path.basename(names[0])) and not os.path.exists(os.path.join(root, names[0])):
+        raise ValueError(f"{path}: the first line is not the path of an image, found {names[0]!r}: remove a heading")
+    labels, classes, problem, notes = None, None, "the list has no labels", []
+    given = [label for _, label in rows if label is not None]
+    if given and len(given) < len(rows):
+        first = next(number for number, (_, label) in enumerate(rows, start=1) if label is None)
+        raise ValueError(f"{path}: {len(given)} of {len(rows)} images have a label, number {first} has none")
+    if given:
+        found = read_labels(given, str(path), wanted.label_offset)
+        labels, classes, problem, notes = found.numbers, found.classes, found.problem, found.notes
+    notes += _repeated(path, rows)
+    read = functools.partial(_read_file, root, names, wanted.in_chans)
     path_of, lazily = functools.partial(_file, root, names), functools.partial(read, lazy=True)
-    source = Source(names, read, labels, classes, path=path_of, read_lazily=lazily)
+    source = Source(names, read, labels, classes, path=path_of, read_lazily=lazily, notes=tuple(notes), problem=problem)
     return _said(source, str(path), f"paths relative to {root}")
+
+
+def _list_of_split(path: Path, split: str) -> Path:
+    """Return the list of another split: the training list's name with `train` replaced."""
+    if split == "train":
+        return path
+    word = next((word for word in ("training", "train", "Train", "TRAIN") if word in path.name), "")
+    if not word:
+        raise NoSplit(f"no {split} images: {path} has no `train` in its name to be replaced by `{split}`")
+    there = [path.with_name(path.name.replace(word, other)) for other in SPLIT_WORDS.get(split, (split,))]
+    there += [path.with_name(path.name.replace(word, split.capitalize()))]
+    found = next((other for other in there if other.is_file()), None)
+    if found is None:
+        raise NoSplit(f"no {split} images: there is no list {there[0]}")
+    return found
+
+
+def _repeated(path: Path, rows: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Say how often images are repeated in a list; ValueError for one with two labels."""
+    labels: dict[str, str | None] = {}
+    repeated = 0
+    for name, label in rows:
+        if name not in labels:
+            labels[name] = label
+            continue
+        repeated += 1
+        if labels[name] != label:
+            raise ValueError(
+                f"{path}: {name} is listed with the labels {labels[name]!r} and {label!r}; an image has one class"
+            )
+    return [f"{repeated} of {len(rows)} lines repeat an image"] if repeated else []
 
 
 def _path_and_label(line: str) -> tuple[str, str | None]:
@@ -404,25 +559,6 @@ def _path_and_label(line: str) -> tuple[str, str | None]:
     return parts[0], parts[1]
 
 
-def _list_labels(path: Path, words: list[str | None]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Numbers stand for themselves, other words are numbered in alphabetical order."""
-    given = [word for word in words if word is not None]
-    if not given:
-        return None, None
-    if len(given) < len(words):
-        raise ValueError(
-            f"{path}: {len(given)} of {len(words)} images have a label, number {words.index(None) + 1} has none"
-        )
-    if all(word.isdecimal() for word in given):
-        labels = np.array([int(word) for word in given], np.int64)
-        if labels.max() > LARGEST_LABEL:
-            raise ValueError(f"{path}: label {labels.max()} is too large for the number of a class")
-        return labels, [str(label) for label in range(labels.max() + 1)]
-    classes = sorted(set(given))
-    number = {name: label for label, name in enumerate(classes)}
-    return np.array([number[word] for word in given], np.int64), classes
-
-
 # --- packs ------------------------------------------------------------------------------------------------------------
 
 
@@ -430,7 +566,7 @@ def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequ
     """`data_path` holds a pack for each split; or is one, of the training images."""
     folder = data_path if split == "train" and is_pack(data_path) else os.path.join(data_path, split)
     if not is_pack(folder):
-        raise ValueError(f"no {split} images: {folder} holds no pack made by tools.pack")
+        raise NoSplit(f"no {split} images: {folder} holds no pack made by tools.pack")
     pack = open_pack(folder)
     if class_list and read_class_list(class_list)[0] != pack.manifest["classes"]:
         raise ValueError(f"the pack {folder} has other classes than class_list: give class_list when packing")
@@ -471,7 +607,7 @@ def _same_source(pack: Pack) -> None:
             return
         packed = {*pack.names, *(name for name, _ in pack.manifest["left_out"])}
         added, gone = sorted(set(now.names) - packed), sorted(packed - set(now.names))
-        different = f"{len(added)} images were added ({_some(added)}), {len(gone)} are gone ({_some(gone)})"
+        different = f"{len(added)} images were added ({some(added)}), {len(gone)} are gone ({some(gone)})"
         different = different if added or gone else "classes or labels are others"
     raise ValueError(
         f"{made['data_path']} is not as it was when the pack {pack.folder} was made of it: {different}. Pack it anew, "
@@ -486,8 +622,7 @@ def _open_digits(split: str, in_chans: int) -> Source:
     """scikit-learn's handwritten digits; "val" is a quarter of each digit's images, drawn with seed 0."""
     from sklearn.datasets import load_digits  # here, because it takes longer to import than all else in this file
 
-    if split not in SPLIT_NAMES:
-        raise ValueError(f"the digits have the splits train and val, not {split!r}")
+    split = official_split("digits", split)
     digits = load_digits()
     drawn = np.random.RandomState(0)  # a legacy generator, because its stream is promised never to change
     groups = [drawn.permutation(np.flatnonzero(digits.target == digit)) for digit in range(10)]
@@ -502,8 +637,7 @@ def _open_digits(split: str, in_chans: int) -> Source:
 
 
 def _open_scenes(split: str, in_chans: int) -> Source:
-    if split not in scenes.SIZES:
-        raise ValueError(f"the scenes have the splits train and val, not {split!r}")
+    split = official_split("scenes", split)
     names = Names(f"scenes/{split}/{number:04d}" for number in range(scenes.SIZES[split]))
     source = Source(names, functools.partial(scenes.image, split, in_chans))
     return _said(source, "scenes", f"{split} split of the generated scenes")
@@ -549,8 +683,7 @@ def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> S
         hint = f"; did you mean torch/{close[0]}?" if close else ""
         raise ValueError(f"unknown torchvision data set {name!r}{hint} (known: {', '.join(TORCHVISION)})")
     class_name, splits = TORCHVISION[name]
-    if split not in splits:
-        raise ValueError(f"torch/{name} has the splits {' and '.join(splits)}, not {split!r}")
+    split = official_split(f"torch/{name}", split)
     if not data_path:
         raise ValueError(f"torch/{name} needs --data_path: the folder that torchvision unpacked it in")
     maker = getattr(torchvision.datasets, class_name)
@@ -613,10 +746,13 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
         raise ValueError(f"hfds/{name} needs an optional package: pip install -r requirements/data.txt") from error
     try:
         available = datasets.get_dataset_split_names(name, cache_dir=cache or None)
-        theirs = next((word for word in SPLIT_NAMES.get(split, (split,)) if word in available), None)
+        theirs = next((word for word in SPLIT_WORDS.get(split, (split,)) if word in available), None)
         if theirs is None:
-            raise ValueError(f"it has the splits {', '.join(available)} and none of them is for {split}")
+            splits = f"it has the splits {', '.join(available)} and none of them is for {split}"
+            raise NoSplit(f"no {split} images in hfds/{name}: {splits}")
         table = datasets.load_dataset(name, split=theirs, cache_dir=cache or None)
+    except NoSplit:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a set that is a program, which is not run
         raise ValueError(f"hfds/{name} cannot be opened: {error}") from error
     image_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
@@ -624,11 +760,14 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
     if image_key is None:
         raise ValueError(f"hfds/{name} has no column of images, only {', '.join(table.features)}")
     labels = np.array(table[label_key][:], np.int64) if label_key else None
-    classes = list(table.features[label_key].names) if label_key else None
+    problem = "" if label_key else f"no column is a ClassLabel: {', '.join(table.features)}"
+    if labels is not None and (unlabelled := int((labels < 0).sum())):
+        problem, labels = f"{unlabelled} of {len(labels)} images have the label -1, which means none", None
+    classes = list(table.features[label_key].names) if labels is not None else None
     names = Names(f"{name}/{theirs}/{index:06d}" for index in range(len(table)))
     table = table.cast_column(image_key, datasets.Image(decode=False)).select_columns(image_key)
     read = functools.partial(_read_hugging_face, table, image_key, names, in_chans)
-    source = Source(names, read, labels, classes, read_lazily=functools.partial(read, lazy=True))
+    source = Source(names, read, labels, classes, read_lazily=functools.partial(read, lazy=True), problem=problem)
     return _said(source, f"hfds/{name}", f"split {theirs}")
 
 
@@ -645,108 +784,31 @@ def _read_hugging_face(
 # --- tar shards -------------------------------------------------------------------------------------------------------
 
 
-def _open_shards(pattern: str, data_path: str, split: str, in_chans: int) -> Source:
-    """Tar files as random-access stores: their headers are read once, images by their offset afterwards.
-
-    Labels are WebDataset's (`KEY.cls` beside `KEY.jpg`), or class folders inside the archives.
-    """
-    shards = _find_shards(pattern, data_path, split)
+def _open_shards(wanted: _Wanted, pattern: str) -> Source:
+    """Open tar files as random-access stores: their headers are read once, images by their offset afterwards."""
+    data_path = wanted.data_path
+    shards, named = find_shards(pattern, data_path, wanted.split)
     log.info("data: indexing %d tar shards in %s", len(shards), data_path)
-    members, labels_of = _index(shards)
-    names = [member.name for member in members]
-    if not names:
-        raise ValueError(f"no images in the {len(shards)} tar shards of {data_path} ({_some(shards)})")
-    labels, classes, why = _shard_labels(members, labels_of) if labels_of else label_by_folder(names)
+    try:
+        found = read_archive(
+            shards, wanted.split, named=named, label_offset=wanted.label_offset, known=wanted.known or ()
+        )
+    except NoSplit as error:
+        raise NoSplit(f"no {wanted.split} shards in {data_path}; {error}") from error
+    members = found.members
     compact = Names(f"{os.path.basename(shards[member.shard])}/{member.name}" for member in members)
     places = np.array([(member.shard, member.offset, member.size) for member in members], np.int64)
-    read = functools.partial(_read_member, shards, places, compact, in_chans)
-    source = Source(compact, read, labels, classes, read_lazily=functools.partial(read, lazy=True))
-    return _said(source, f"{len(shards)} tar shards in {data_path}", why)
-
-
-@dataclass(slots=True)
-class _Member:
-    """An image in a shard: which shard, its name there, where its bytes are, and what it shares with its label."""
-
-    shard: int
-    name: str
-    offset: int
-    size: int
-    key: str
-
-
-def _index(shards: Sequence[str]) -> tuple[list[_Member], dict[str, int]]:
-    """All images of the shards, and the labels by key."""
-    members: list[_Member] = []
-    labels_of: dict[str, int] = {}
-    for number, shard in enumerate(shards):
-        try:
-            with tarfile.open(shard, "r:") as archive:  # no decompression: only then is an image where its offset says
-                for entry in archive:
-                    folder, slash, base = entry.name.removeprefix("./").rpartition("/")
-                    key = f"{number}/{folder}/{base.split('.')[0]}"
-                    if entry.isreg() and base.endswith(".cls"):
-                        labels_of[key] = _class_number(archive, entry, shard)
-                    elif entry.isreg() and is_image_name(base):
-                        members.append(_Member(number, folder + slash + base, entry.offset_data, entry.size, key))
-        except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"{shard} is not a whole, uncompressed tar file: {error}") from error
-    return members, labels_of
-
-
-def _class_number(archive: tarfile.TarFile, entry: tarfile.TarInfo, shard: str) -> int:
-    file = archive.extractfile(entry)
-    text = file.read().decode(errors="replace").strip() if file else ""
-    if not text.isdecimal():
-        raise ValueError(f"{shard}: {entry.name} holds {text[:40]!r} where the number of a class belongs")
-    return int(text)
-
-
-def _shard_labels(members: Sequence[_Member], labels_of: dict[str, int]) -> tuple[np.ndarray, list[str], str]:
-    without = [member.name for member in members if member.key not in labels_of]
-    if without:
-        raise ValueError(f"{len(without)} of {len(members)} images in the shards have no .cls file: {_some(without)}")
-    labels = np.array([labels_of[member.key] for member in members], np.int64)
-    return labels, [str(label) for label in range(labels.max() + 1)], "labels from .cls files"
-
-
-def _find_shards(pattern: str, data_path: str, split: str) -> list[str]:
-    """The split's tar files below `data_path`, among those that match `pattern` (with * and {000..123}) if given.
-
-    A shard is of the split that it, or its folder, is named after. Where none is of the training set, that is the
-    shards that name no split, or whatever a pattern asked for.
-    """
-    if not os.path.isdir(data_path):
-        raise ValueError(f"wds needs --data_path: the folder of the tar shards ({data_path!r} is none)")
-    if pattern:
-        found = [path for each in _braces(pattern) for path in glob.glob(os.path.join(data_path, each))]
-    else:
-        found = glob.glob(os.path.join(data_path, "*.tar"))
-        for name in SPLIT_NAMES.get(split, (split,)):
-            found += glob.glob(os.path.join(data_path, name, "*.tar"))
-    others = [name for key, names in SPLIT_NAMES.items() if key != split for name in names]
-    ours = [path for path in found if _mentions(path, data_path, SPLIT_NAMES.get(split, (split,)))]
-    if not ours and split == "train":
-        ours = [path for path in found if pattern or not _mentions(path, data_path, others)]
-    if not ours:
-        raise ValueError(
-            f"no {split} shards in {data_path} among {len(found)} named {pattern or '*.tar'}: {_some(found)}"
-        )
-    return sorted(ours)
-
-
-def _mentions(path: str, data_path: str, words: Iterable[str]) -> bool:
-    return any(word in re.split(r"[^a-z]+", os.path.relpath(path, data_path).lower()) for word in words)
-
-
-def _braces(pattern: str) -> list[str]:
-    """`a-{008..010}.tar` -> a-008.tar, a-009.tar, a-010.tar."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not found:
-        return [pattern]
-    first, last = found.groups()
-    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [each for number in numbers for each in _braces(pattern[: found.start()] + number + pattern[found.end() :])]
+    read = functools.partial(_read_member, shards, places, compact, wanted.in_chans)
+    source = Source(
+        compact,
+        read,
+        found.labels,
+        found.classes,
+        read_lazily=functools.partial(read, lazy=True),
+        notes=tuple(found.notes),
+        problem=found.problem,
+    )
+    return _said(source, f"{len(shards)} tar shards in {data_path}", found.why)
 
 
 def _read_member(

@@ -1,8 +1,10 @@
-"""Which labelled images train a classifier, which choose its best epoch, and which judge it.
+"""Which labelled images train a classifier, which choose its best epoch, and which evaluate it.
 
 Published numbers are mostly the best epoch on the test images, which flatters. Here the best epoch is chosen on other
-images: on the split `val` where there is a `test` beside it, else on a slice of the training images. Subsets take the
-same number or share of each class, and are fixed by a seed: a smaller one is part of a larger one.
+images where there are enough: on the split `val` where there is a `test` beside it, else on a slice of the training
+images. Where there is neither `val` nor `test`, a share of the images is set aside for testing. Subsets take the same
+number or share of each class, and are fixed by a seed: a smaller one is part of a larger one. With `group_by` images of
+one group (a film, a patient) are never on both sides of such a split.
 """
 
 from __future__ import annotations
@@ -10,14 +12,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from data.sources import SPLIT_NAMES, Names, Source, class_folders_without_images, open_source
+from data.folders import NoSplit, match_classes, some
+from data.sources import Names, Source, class_folders_without_images, open_source
 from options import ClassifierOptions
 
 log = logging.getLogger(__name__)
@@ -27,11 +31,13 @@ T = TypeVar("T")
 TEST, VAL, HELD_OUT = "the test images", "the split val", "held-out training images"
 CLASSES = "classes.txt"  # of a run's folder: the name of each class, in the order of the logits
 MEAN_CLASS_ACC = ("torch/oxford_iiit_pet", "torch/caltech101")  # the literature averages these over classes
+LEAST, LEAST_PER_CLASS = 20, 2  # images on which a best epoch is chosen, where there are so many
+MOST = 4  # at most one image in so many of a class is held out to reach that minimum
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training images; those on which the best epoch is chosen, and what they are; those that judge."""
+    """Training images; those on which the best epoch is chosen, and what they are; those that evaluate."""
 
     train: Source
     choice: Source
@@ -44,40 +50,122 @@ class Splits:
 
 
 def open_splits(options: ClassifierOptions) -> Splits:
-    """The images that `options` name, of one numbering of classes. ValueError for all that cannot be learned from."""
-    whole = _labelled(options, "train")
+    """Open the images that `options` name, with one numbering of classes.
+
+    Raises:
+        ValueError: The images cannot be learned from.
+    """
+    whole = _training_images(options)
     classes = whole.classes or []
     if options.num_classes and len(classes) > options.num_classes:
         raise ValueError(f"num_classes {options.num_classes}: the training images have labels 0 to {len(classes) - 1}")
     options = replace(options, value_range=whole.value_range)  # of all splits
-    test = like(whole, _labelled(options, _test_split(options), classes))
-    train = take(whole, subset(_labels(whole), options.label_share, options.labels_per_class, options.subset_seed))
-    if _has_both(options):
-        choice, chosen_on = like(whole, _labelled(options, "val", classes)), VAL
-    elif options.holdout:
-        kept, held = hold_out(_labels(train), options.holdout, options.subset_seed)
-        train, choice, chosen_on = take(train, kept), take(train, held), HELD_OUT
-    else:
-        choice, chosen_on = test, TEST
+    val, test = (_evaluation_images(options, split, whole) for split in ("val", "test"))
+    train = whole
+    if not val and not test:
+        train, test = divide(whole, options.test_share, options.subset_seed, options.group_by, "test_share")
+    several = groups_of(train, options.group_by)
+    small = subset(_labels(train), options.label_share, options.labels_per_class, options.subset_seed, several)
+    _warn_of_split_folders(train, small, options, "label_share")
+    train = take(train, small)
+    train, choice, chosen_on = _choose(options, train, val, test)
+    judging = test or val
+    assert judging is not None
+    if options.dataset.endswith(".txt") or options.data_path.endswith(".txt"):
+        _warn_of_overlap(train, judging)
     counts = np.bincount(_labels(train), minlength=len(classes))
     log.info(
         "%d of %d labelled training images, %d to %d of each of %d classes; best is chosen by %s on %d images (%s); "
         "%d test images",
         *(len(train), len(whole), counts.min(), counts.max(), len(classes)),
-        *(metric(options), len(choice), chosen_on, len(test)),
+        *(metric(options), len(choice), chosen_on, len(judging)),
     )
-    return Splits(replace(train, classes=_enough(classes, options.num_classes)), choice, chosen_on, test)
+    return Splits(replace(train, classes=_enough(classes, options.num_classes)), choice, chosen_on, judging)
+
+
+def _choose(
+    options: ClassifierOptions, train: Source, val: Source | None, test: Source | None
+) -> tuple[Source, Source, str]:
+    """Return (training images, images on which the best epoch is chosen, what these are)."""
+    if val and test:
+        return train, val, VAL
+    if not options.holdout:
+        judging = val or test
+        assert judging is not None
+        return train, judging, TEST
+    least = least_held_out(len(train.classes or []))
+    if val and round(options.holdout * len(train)) < least:
+        log.warning(
+            "holdout %g of %d training images is less than %d: best is chosen on the split val, which also evaluates "
+            "and so flatters best (not last). A folder test beside val avoids that",
+            *(options.holdout, len(train), least),
+        )
+        return train, val, TEST
+    train, held = divide(train, options.holdout, options.subset_seed, options.group_by, "holdout")
+    if len(held) < least:
+        log.warning(
+            "best is chosen on %d held-out images only: differences between epochs are mostly chance. Give validation "
+            "images (a folder val), a larger --holdout, or read last",
+            len(held),
+        )
+    return train, held, HELD_OUT
+
+
+def least_held_out(classes: int) -> int:
+    """Return how many images a best epoch should at least be chosen on."""
+    return max(LEAST, LEAST_PER_CLASS * classes)
+
+
+def divide(source: Source, share: float, seed: int, group_by: str, what: str) -> tuple[Source, Source]:
+    """Split off a share of each class's images.
+
+    Args:
+        share: Of each class, raised to `least_held_out` images in all where every class has four times its part.
+        group_by: See `groups_of`.
+        what: The option that asks for it, for messages.
+
+    Returns:
+        What is left, and the share.
+    """
+    labels, groups = _labels(source), groups_of(source, group_by)
+    least = least_held_out(len(np.unique(labels)))
+    try:
+        kept, held = hold_out(labels, share, seed, least=least, groups=groups)
+    except ValueError as error:
+        advice = {"holdout": "; --holdout 0 sets none aside", "test_share": "; give validation images (a folder val)"}
+        raise ValueError(f"{what}: {error}{advice.get(what, '')}") from error
+    by_group = f" ({len(np.unique(groups[held]))} of {len(np.unique(groups))} groups)" if groups is not None else ""
+    log.info("%s: %d of %d images are set aside%s, seed %d", what, len(held), len(source), by_group, seed)
+    if groups is None:
+        warn_of_split_folders(source.names, held, what, labels)
+    return take(source, kept), take(source, held)
 
 
 def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
-    """The images that judge, alone.
+    """Open the images that evaluate, alone.
 
     Their classes are numbered as the `trained` ones of the same names, because a class may be missing here; where names
     are others, in their own order.
     """
-    test = _labelled(options, _test_split(options))
-    by_name = test.classes and set(test.classes) <= set(trained)
-    return like(replace(test, classes=trained), test) if by_name else test
+    train = Source([], _nothing, np.empty(0, np.int64), trained or None)
+    for split in ("test", "val"):
+        try:
+            test = _open(options, split, trained or None, exact=True)
+        except NoSplit:
+            continue
+        if test.labels is None:  # its folders may have names of their own
+            test = _open(options, split, exact=True)
+        if test.labels is None:
+            log.warning("the %s images have no labels (%s) and are not evaluated", split, test.problem)
+            continue
+        found, foreign = match_classes(test.classes or [], trained)
+        return like(train, test, split) if found and not foreign else test
+    whole = _training_images(options)
+    return divide(whole, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
+
+
+def _nothing(index: int) -> None:
+    raise IndexError(index)
 
 
 def read_classes(folder: Path) -> list[str]:
@@ -91,26 +179,156 @@ def metric(options: ClassifierOptions) -> str:
     return "mean_class_acc" if options.dataset in MEAN_CLASS_ACC else "acc1"
 
 
-def subset(labels: np.ndarray, share: float, per_class: int, seed: int) -> np.ndarray:
-    """Indices, in order, of `per_class` images of each class, or of a `share` of them (rounded, at least one)."""
-    chosen = []
+def subset(labels: np.ndarray, share: float, per_class: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """Select `per_class` images of each class, or a `share` of them (rounded, at least one).
+
+    Args:
+        groups: Number of each image's group; groups are selected whole, until each class has at least so many images.
+
+    Returns:
+        Indices, in order.
+    """
+    wanted = {}
     for label, group in _shuffled(labels, seed):
         if per_class > len(group):
             raise ValueError(f"labels_per_class is {per_class}, but class {label} has {len(group)} images")
-        chosen.append(group[: per_class or max(1, round(share * len(group)))])
-    return np.sort(np.concatenate(chosen))
+        wanted[label] = per_class or max(1, round(share * len(group)))
+    if groups is not None and (per_class or share < 1):
+        return whole_groups(labels, groups, wanted, seed)
+    return np.sort(np.concatenate([group[: wanted[label]] for label, group in _shuffled(labels, seed)]))
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices to train on, indices held out): of each class `share`, at least one image, none of a single one."""
-    kept, held = [], []
-    for _, group in _shuffled(labels, seed):
-        count = min(max(1, round(share * len(group))), len(group) - 1)
-        kept.append(group[count:])
-        held.append(group[:count])
-    if not any(map(len, held)):
-        raise ValueError("holdout: no class has a second image that could be held out; say --holdout 0")
-    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(held))
+def hold_out(
+    labels: np.ndarray, share: float, seed: int, *, least: int = 0, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out `share` of each class, at least one image, none of a single one.
+
+    Args:
+        least: Images to hold out in all; for that a class gives up to a quarter of its images.
+        groups: Number of each image's group; groups are held out whole.
+
+    Returns:
+        Indices to train on and indices held out, in order.
+    """
+    classes = _shuffled(labels, seed)
+    each = -(-least // len(classes))
+    wanted = {}
+    for label, group in classes:
+        count = max(1, round(share * len(group)), min(each, len(group) // MOST))
+        wanted[label] = min(count, len(group) - 1)
+    if not any(wanted.values()):
+        raise ValueError("no class has a second image that could be set aside")
+    if groups is None:
+        held = np.sort(np.concatenate([group[: wanted[label]] for label, group in classes]))
+    else:
+        held = whole_groups(labels, groups, wanted, seed, keep=True)
+        if not len(held):
+            raise ValueError(
+                f"no group can be held out: there are {len(np.unique(groups))} groups, and every class must keep one"
+            )
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def whole_groups(
+    labels: np.ndarray, groups: np.ndarray, wanted: dict[int, int], seed: int, keep: bool = False
+) -> np.ndarray:
+    """Select whole groups, in random order, while they hold images of a class that has fewer than `wanted`.
+
+    Args:
+        keep: Leave images of every class unselected.
+    """
+    left = {label: int((labels == label).sum()) for label in wanted}
+    missing, chosen = dict(wanted), []
+    order = np.random.RandomState(seed).permutation(np.unique(groups))
+    members = {int(group): np.flatnonzero(groups == group) for group in order}
+    for group in order.tolist():
+        counts = {
+            int(label): int(count)
+            for label, count in zip(*np.unique(labels[members[group]], return_counts=True), strict=True)
+        }
+        if not any(missing[label] > 0 for label in counts):
+            continue
+        if keep and any(left[label] <= count for label, count in counts.items()):
+            continue
+        chosen.append(members[group])
+        for label, count in counts.items():
+            missing[label] -= count
+            left[label] -= count
+    return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
+
+
+def groups_of(source: Source, group_by: str) -> np.ndarray | None:
+    """Number the groups of a source's images.
+
+    Args:
+        group_by: `folder`, the folder that an image lies in; or a regular expression with one group, which is searched
+            in the image's name; "" for none.
+
+    Returns:
+        The number of each image's group, or None without groups.
+    """
+    if not group_by:
+        return None
+    names = source.names
+    if group_by == "folder":
+        keys: list[str] = [os.path.dirname(name) for name in names]
+    else:
+        try:
+            pattern = re.compile(group_by)
+        except re.error as error:
+            raise ValueError(
+                f"group_by {group_by!r} is neither the word folder nor a regular expression: {error}"
+            ) from error
+        if pattern.groups != 1:
+            raise ValueError(f"group_by {group_by!r} has {pattern.groups} groups in parentheses; one names the group")
+        found = [pattern.search(name) for name in names]
+        without = [name for name, match in zip(names, found, strict=True) if match is None]
+        if without:
+            raise ValueError(
+                f"group_by {group_by!r} is not found in {len(without)} of {len(names)} names, such as {without[0]}"
+            )
+        keys = [match[1] for match in found if match]
+    distinct, numbers = np.unique(np.array(keys), return_inverse=True)
+    if source.labels is not None and group_by == "folder":
+        of_class = {(int(label), int(number)) for label, number in zip(source.labels, numbers, strict=True)}
+        if len(of_class) == len(distinct) == len(np.unique(source.labels)):
+            raise ValueError(
+                "group_by folder: every class is one folder, which cannot be on one side alone. Give a regular "
+                f"expression with one group for names such as {names[0]}, e.g. --group_by '([^/]+)_[0-9]+'"
+            )
+    log.info("group_by %s: %d images in %d groups", group_by, len(names), len(distinct))
+    return numbers.astype(np.int64)
+
+
+def warn_of_split_folders(
+    names: Sequence[str], chosen: np.ndarray, what: str, labels: np.ndarray | None = None
+) -> None:
+    """Log where a random split puts images of one folder on both sides, unless folders are classes."""
+    folders = np.array([os.path.dirname(name) for name in names])
+    inside = np.zeros(len(names), bool)
+    inside[chosen] = True
+    if labels is not None and len(np.unique(folders)) <= len(np.unique(labels)):
+        return
+    real = [folder for folder in np.unique(folders).tolist() if folder and not folder.endswith(".tar")]
+    both = [folder for folder in real if 0 < inside[folders == folder].sum() < (folders == folder).sum()]
+    if both and len(real) > 1:
+        log.warning(
+            "%s: images of %d of %d folders are on both sides, such as %s. If a folder holds frames of one film or "
+            "images of one patient, --group_by folder keeps it on one side",
+            *(what, len(both), len(real), both[0]),
+        )
+
+
+def _warn_of_split_folders(train: Source, chosen: np.ndarray, options: ClassifierOptions, what: str) -> None:
+    if not options.group_by and len(chosen) < len(train):
+        warn_of_split_folders(train.names, chosen, what, _labels(train))
+
+
+def _warn_of_overlap(train: Source, other: Source) -> None:
+    """Log how many images are listed for training and for evaluation."""
+    both = set(train.names) & set(other.names)
+    if both:
+        log.warning("%d of %d test images are also training images: %s", len(both), len(other), some(sorted(both)))
 
 
 def _shuffled(labels: np.ndarray, seed: int) -> list[tuple[int, np.ndarray]]:
@@ -160,47 +378,69 @@ def _is_folder(options: ClassifierOptions) -> bool:
     return options.dataset == "folder" or (options.dataset == "auto" and os.path.isdir(options.data_path))
 
 
-def _has_both(options: ClassifierOptions) -> bool:
-    """Whether a folder of images has `test` beside its validation images."""
-    if not _is_folder(options):
-        return False
-    there = [name for name in SPLIT_NAMES["val"] if os.path.isdir(os.path.join(options.data_path, name))]
-    return len(there) > 1 and "test" in there
-
-
-def _test_split(options: ClassifierOptions) -> str:
-    return "test" if _has_both(options) else "val"
-
-
-def _labelled(options: ClassifierOptions, split: str, classes: list[str] | None = None) -> Source:
-    """A split with labels; with `classes`, its class folders are those, and each must be there."""
-    chosen = classes if classes and _is_folder(options) else options.class_list
-    source = open_source(
+def _open(options: ClassifierOptions, split: str, known: Sequence[str] | None = None, exact: bool = False) -> Source:
+    return open_source(
         options.dataset,
         options.data_path,
         split,
         in_chans=options.in_chans,
-        class_list=chosen,
+        class_list=options.class_list,
         value_range=options.value_range,
+        known=known,
+        label_offset=options.label_offset,
+        exact=exact,
     )
-    if source.labels is None:
-        raise ValueError(f"a classifier needs labels, and the {split} images have none: give a folder for each class")
-    if _is_folder(options) and not chosen:
-        empty = class_folders_without_images(options.data_path, split)
+
+
+def _training_images(options: ClassifierOptions) -> Source:
+    """Open the training images. ValueError where their labels cannot be learned from."""
+    source = _open(options, "train")
+    if source.problem or source.labels is None:
+        reason = source.problem or "the data set has none"
+        raise ValueError(f"a classifier needs labels, and the training images have none that it can learn: {reason}")
+    if _is_folder(options) and not options.class_list:
+        empty = class_folders_without_images(options.data_path, "train")
         if empty:
-            raise ValueError(f"class folders without images: {', '.join(empty[:5])}; remove them, or give a class_list")
+            raise ValueError(f"class folders without images: {some(empty)}; remove them, or give a class_list")
     return source
 
 
-def like(known: Source, other: Source) -> Source:
-    """`other` with the class numbers of `known`: a class that it lacks must not shift the numbers of the others."""
+def _evaluation_images(options: ClassifierOptions, split: str, train: Source) -> Source | None:
+    """Open the split with the class numbers of `train`; None where there is none, or it has no labels."""
+    try:
+        source = _open(options, split, train.classes, exact=True)
+    except NoSplit:
+        return None
+    if source.labels is None:
+        log.warning("the %d %s images have no labels (%s) and are not used", len(source), split, source.problem)
+        return None
+    return like(train, source, split)
+
+
+def like(known: Source, other: Source, what: str = "validation") -> Source:
+    """Return `other` with the class numbers of `known`, where a class may have no images.
+
+    Args:
+        what: Which images `other` are, for messages.
+
+    Raises:
+        ValueError: `other` has classes that `known` has not.
+    """
     classes, labels = known.classes or [], _labels(other)
     if other.classes and other.classes != classes:
-        foreign = [name for name in other.classes if name not in classes]
+        numbers, foreign = match_classes(other.classes, classes)
+        counts = np.bincount(labels, minlength=len(other.classes))
+        foreign = [name for name in foreign if counts[other.classes.index(name)]]
         if foreign:
-            raise ValueError(f"images to judge by are of classes that training has not: {', '.join(foreign[:5])}")
-        labels = np.array([classes.index(name) for name in other.classes])[labels]
+            raise ValueError(f"the {what} images are of classes that training has not: {some(foreign)}")
+        labels = np.array([numbers.get(name, -1) for name in other.classes])[labels]
     if labels.max() >= len(classes) or labels.min() < 0:
         wrong = labels.max() if labels.max() >= len(classes) else labels.min()
         raise ValueError(f"label {wrong} is outside the range of the {len(classes)} classes of the training images")
+    absent = [classes[label] for label in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
+    if absent:
+        log.warning(
+            "%d of %d classes have no %s images, so nothing evaluates them: %s",
+            *(len(absent), len(classes), what, some(absent)),
+        )
     return replace(other, labels=labels, classes=classes)

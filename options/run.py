@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -55,10 +56,13 @@ class RunOptions(Options):
     INHERITS: ClassVar[tuple[str, ...]] = ()  # options that the checkpoint in `init_from` decides unless they are given
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = ()  # the same for the checkpoint that `eval` evaluates
 
+    # In these `~` is expanded.
+    PATHS: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "init_from", "data_path", "dataset", "class_list")
+
     output_dir: str = machine("output", section="Run folder")
     """Folder of the run: options, logs, checkpoints. It must be new, or hold an earlier part of this very run."""
     resume: str = machine("auto")
-    """The checkpoint to go on from; `auto`: the newest one in the run's folder, if it holds any."""
+    """Checkpoint to resume from; `auto` or empty: the latest one in the run's folder, if there is one."""
     overwrite: bool = machine(False)
     """Start anew in a folder that holds a run, whose files are lost."""
     allow_change: tuple[str, ...] = machine(())
@@ -83,6 +87,9 @@ class RunOptions(Options):
     `auto` goes by the look of data_path, which may be the word `digits`."""
     class_list: str = result("")
     """Use only these classes: a file with one class folder a line, or `imagenet100`; empty uses all."""
+    label_offset: int | None = result(None)
+    """Number of the first class in a list or in label files of an archive: 0 or 1. None: 0, and classifiers refuse
+    labels of which none is 0."""
     input_size: tuple[int, int] = shape((224, 224))
     """Pixels of the images given to the model: one number, or rows and columns as `160x96`."""
     in_chans: int = shape(3)
@@ -142,6 +149,10 @@ class RunOptions(Options):
 
     def _check(self) -> None:
         super()._check()
+        for name in self.PATHS:
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        object.__setattr__(self, "resume", self.resume or "auto")
+        require((self.label_offset or 0) >= 0, f"must be at least 0, found {self.label_offset}", "label_offset")
         self._at_least(1, "in_chans", "epochs", "save_every", "keep", "log_every", "max_bad_steps", "max_save_failures")
         self._at_least(0, "save_minutes", "save_steps", "num_workers", "total_batch_size", "batch_size", "accum_iter")
         self._at_least(0, "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad", "skip_spikes")
@@ -281,10 +292,17 @@ class ClassifierOptions(WholeImageOptions):
     labels_per_class: int = result(0)
     """Training images of each class to use; 0: as label_share says."""
     subset_seed: int = result(0)
-    """Decides which images a low-label subset and the held-out slice take, whatever `seed` is."""
+    """Seed of every random split of the images (label_share, holdout, test_share), whatever `seed` is."""
+    test_share: float = result(0.1)
+    """Share of each class's images that is set aside for testing, where there is no split `val` or `test`; at least 20
+    images, and two of each class, where a quarter of each class is so many."""
     holdout: float = result(0.02)
     """Share of each class's training images that is set aside to choose `best` on, where there are no validation images
-    beside the test images; 0: it is chosen on the test images themselves, as by MAE's script, and flattered by that."""
+    beside the test images; at least as many images as for test_share, unless there is a split `val`, on which it is
+    chosen then. 0: it is chosen on the test images themselves, as by MAE's script, and flattered by that."""
+    group_by: str = result("")
+    """Never divide a group of images by a random split: `folder`, or a regular expression with one group in parentheses
+    that is searched in each image's name, such as `([^/]+)_[0-9]+` for the frames of a film."""
     eval_every: int = result(1)
     """Epochs between evaluations; the last epoch has one anyway."""
 
@@ -292,7 +310,8 @@ class ClassifierOptions(WholeImageOptions):
         super()._check()
         self._at_least(0, "num_classes", "labels_per_class")
         self._at_least(1, "eval_every")
-        self._between(0, 1, "label_share", "holdout")
+        self._between(0, 1, "label_share", "holdout", "test_share")
+        require(0 < self.test_share < 1, "must be more than 0 and less than 1", "test_share")
         self._between(0, 2**32 - 1, "subset_seed")
         require(self.num_classes != 1, "one class leaves nothing to tell apart", "num_classes")
         require(self.label_share > 0, "must be more than 0, or no image is left", "label_share")
@@ -391,7 +410,8 @@ class SegmentOptions(EncoderOptions):
     INHERITS: ClassVar[tuple[str, ...]] = tuple(name for name in ENCODER if name != "input_size")
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = (
         *ENCODER,
-        *("dataset", "class_list", "reduce_zero_label", "ignore_label", "mask_values", "test_share", "subset_seed"),
+        *("dataset", "class_list", "reduce_zero_label", "ignore_label", "mask_values"),
+        *("test_share", "subset_seed", "group_by"),
         *("short_side", "window", "stride", "flip"),
     )
 
@@ -444,7 +464,10 @@ class SegmentOptions(EncoderOptions):
     """Share of the training images that is set aside to choose `best` on, where there is no `val` beside `test`; 0: it
     is chosen on the test images themselves, as everyone does on ADE20K, and flattered by that."""
     subset_seed: int = result(0)
-    """Decides which images are set aside, whatever `seed` is."""
+    """Seed of every random split of the images (label_share, holdout, test_share), whatever `seed` is."""
+    group_by: str = result("")
+    """Never divide a group of images by a random split: `folder`, or a regular expression with one group in parentheses
+    that is searched in each image's name, such as `([^/]+)_[0-9]+` for the frames of a film."""
 
     short_side: int = result(0, section="Scaling")
     """Pixels of an image's short side when it is judged; 0: the crop's. The long side is at most four times that."""
@@ -473,6 +496,7 @@ class SegmentOptions(EncoderOptions):
         require(self.ignore_label is None or self.ignore_label >= 0, "must be at least 0", "ignore_label")
         mapped = bool(self.mask_values) and (self.reduce_zero_label or self.dataset == "ade20k")
         require(not mapped, "says itself which value is which class: leave out", "mask_values", "reduce_zero_label")
+        require(self.label_offset is None, "is for lists; for masks see reduce_zero_label", "label_offset")
         self._at_least(1, "eval_every")
         self._between(0, 1, "drop_path", "layer_decay", "label_share", "test_share", "holdout", "max_class_share")
         self._between(0, 2**32 - 1, "subset_seed")

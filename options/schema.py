@@ -17,6 +17,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import textwrap
 import types
@@ -347,6 +348,8 @@ def _canonical(schema: Any, given: Given, source: str) -> Given:
         name = _aliases(schema).get(name, name)
         if source != COMMAND_LINE and any(name == other for other, _ in spelled):
             raise OptionError(f"{source}: {name} is given twice", name)
+        if isinstance(value, str) and (name in getattr(schema, "PATHS", ()) or name.endswith(".checkpoint")):
+            value = os.path.expanduser(value)
         spelled.append((name, value))
     return spelled
 

@@ -49,10 +49,12 @@ def open_images(options: PretrainOptions, model: Pretrainer, split: str = "train
         in_chans=options.in_chans,
         class_list=options.class_list,
         value_range=options.value_range,
+        label_offset=options.label_offset,
     )
     needy = [name for name, term in model.loss_terms.items() if term.needs_labels]
     if needy and source.labels is None:
-        raise ValueError(f"the term {needy[0]} learns from labels, and {options.data_path or options.dataset} has none")
+        what, why = options.data_path or options.dataset, source.problem or "the data set has none"
+        raise ValueError(f"the term {needy[0]} learns from labels, and {what} has none: {why}")
     return source
 
 

@@ -52,12 +52,23 @@ def test_knn_takes_labels_by_class_name_where_a_class_has_no_validation_images(r
             shade = 80 * "abc".index(name) + brightness
             Image.fromarray(np.full((8, 8), shade, np.uint8)).save(tmp_path / split / name / "x.png")
     trained = given.load(run, "cpu")
-    bank, queries = knn.splits(trained, str(tmp_path))
-    assert bank.labels.tolist() == [0, 1, 2]
+    bank, queries, what = knn.splits(trained, str(tmp_path))
+    assert what == "validation" and bank.labels.tolist() == [0, 1, 2]
     assert queries.labels.tolist() == [0, 2]
     (tmp_path / "train" / "a" / "x.png").unlink()
     with pytest.raises(ValueError, match="classes that training has not: a"):
         knn.splits(trained, str(tmp_path))
+
+
+def test_knn_sets_training_images_aside_where_there_are_no_validation_images(run, tmp_path, caplog):
+    for name in "ab":
+        (tmp_path / name).mkdir(parents=True)
+        for shade in range(40):
+            Image.fromarray(np.full((8, 8), shade, np.uint8)).save(tmp_path / name / f"{shade}.png")
+    bank, queries, what = knn.splits(given.load(run, "cpu"), str(tmp_path))
+    assert what == "held-out training" and "no val images" in caplog.text
+    assert (len(bank), np.bincount(queries.labels).tolist()) == (60, [10, 10])  # a minimum of 20, not a tenth of 80
+    assert not set(bank.names) & set(queries.names)
 
 
 def test_knn_refuses_data_without_labels_in_words(run, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,19 @@ def load(given: Path, device: str) -> Trained:
     return Trained(model.to(where).eval(), options, checkpoint.load(path)["step"], path, where)
 
 
-def source(trained: Trained, split: str, data_path: str = "") -> Source:
-    """A split of the run's own data, or of another data path."""
+def source(trained: Trained, split: str, data_path: str = "", known: Sequence[str] | None = None) -> Source:
+    """Open a split of the run's own data, or of another data path.
+
+    Args:
+        known: Classes of the training images, for another split.
+    """
     options = trained.options
-    in_chans = options["in_chans"]
+    how: dict[str, Any] = {
+        "in_chans": options["in_chans"],
+        "value_range": options.get("value_range", ()),
+        "label_offset": options.get("label_offset"),
+        "known": known,
+    }
     if data_path:
-        return open_source("auto", data_path, split, in_chans=in_chans, value_range=options.get("value_range", ()))
-    chosen, value_range = options["class_list"], options.get("value_range", ())
-    return open_source(
-        options["dataset"], options["data_path"], split, in_chans=in_chans, class_list=chosen, value_range=value_range
-    )
+        return open_source("auto", data_path, split, **how)
+    return open_source(options["dataset"], options["data_path"], split, class_list=options["class_list"], **how)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +22,20 @@ import torch
 from torch import Tensor, nn
 
 import methods
+from data.folders import NoSplit
 from data.images import CROP_SHARE, EVAL_CROPS, describe_eval_crop
 from data.sources import Source
-from data.splits import like
+from data.splits import divide, like
 from tools import given, report
 from tools.given import Trained
 from util.features import encode_source, pixels_of_source
 from util.knn import knn_accuracy
+from util.logging import talk
 
 K, TEMPERATURE = 20, 0.07
+SHARE = 0.1  # of the training images, that are the queries where there are no validation images
+
+log = logging.getLogger(__name__)
 
 Features = tuple[Tensor, Tensor | None]
 
@@ -40,22 +46,34 @@ def untrained(options: Mapping[str, Any]) -> nn.Module:
     return methods.from_options(options)
 
 
-def splits(trained: Trained, data_path: str) -> tuple[Source, Source]:
-    """Bank (train) and queries (val) with the same labels; ValueError where there are none."""
+def splits(trained: Trained, data_path: str) -> tuple[Source, Source, str]:
+    """Open the bank (train) and the queries (val) with the same labels; say what the queries are.
+
+    Without labelled validation images, a tenth of each class's training images are the queries; the encoder has seen
+    them without their labels.
+
+    Raises:
+        ValueError: The training images have no labels.
+    """
     bank = given.source(trained, "train", data_path)
     if bank.labels is None:
-        raise ValueError("nearest neighbours need labels, and the training images have none")
-    queries = given.source(trained, "val", data_path)
+        raise ValueError(f"nearest neighbours need labels, and the training images have none: {bank.problem}")
+    try:
+        queries = given.source(trained, "val", data_path, bank.classes)
+    except NoSplit as error:
+        log.warning("%s; a share of the training images are the queries instead", error)
+        return *divide(bank, SHARE, 0, "", "queries"), "held-out training"
     if queries.labels is None:
-        raise ValueError("nearest neighbours need labels, and the validation images have none")
-    return bank, like(bank, queries)
+        log.warning("the validation images have no labels (%s); training images are the queries", queries.problem)
+        return *divide(bank, SHARE, 0, "", "queries"), "held-out training"
+    return bank, like(bank, queries), "validation"
 
 
 def measure(
     trained: Trained, data_path: str = "", batch_size: int = 256, workers: int = 0, eval_crop: str = ""
 ) -> dict[str, Any]:
     """Accuracy in % of each kind of features, and how it was measured."""
-    bank, queries = splits(trained, data_path)
+    bank, queries, asked = splits(trained, data_path)
     mean, std = trained.statistics
     reading: dict[str, Any] = dict(input_size=trained.options["input_size"], mean=mean, std=std)
     eval_crop = eval_crop or trained.options.get("eval_crop", "keep_size")
@@ -77,7 +95,7 @@ def measure(
     seen = trained.updates * trained.options["total_batch_size"]
     protocol = (
         f"Average of the patch tokens (or all pixels), k = {K}, temperature {TEMPERATURE}. "
-        f"Bank: {len(bank):,} training images, queries: {len(queries):,} validation images. "
+        f"Bank: {len(bank):,} training images, queries: {len(queries):,} {asked} images. "
         f"Images: {describe_eval_crop(tuple(trained.options['input_size']), CROP_SHARE, eval_crop)}. "
         f"{trained.checkpoint.name} after {trained.updates:,} updates, {seen:,} images seen."
     )
@@ -102,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--num_workers", type=int, default=0)
     words = parser.parse_args(argv)
+    talk(main=True)
     try:
         trained = given.load(words.model, words.device)
         found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop)

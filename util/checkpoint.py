@@ -211,7 +211,7 @@ def inherited(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, A
 def to_judge(given: Mapping[str, Any]) -> str:
     """The checkpoint that `--eval` means by the options given. OptionError where there is none."""
     named = given.get("resume", "auto")
-    if named != "auto":
+    if named not in ("auto", ""):
         return str(named)
     if given.get("init_from"):
         return str(given["init_from"])

@@ -278,8 +278,11 @@ class Run:
         self._save_seconds += self._saved_at - began
 
     def save_best(self, name: str, value: float) -> bool:
-        """Keep this state as `best.pth` if `value` is the highest yet (with the epoch's save that follows)."""
-        if self.best and value <= self.best["value"]:
+        """Keep this state as `best.pth`, with the next save, if `value` is the highest yet or equal to it.
+
+        Among equal values the latest counts: on few images the first epoch, at a rate of almost 0, often ties.
+        """
+        if self.best and value < self.best["value"]:
             return False
         self.best = {"name": name, "value": value, "epoch": self.epoch}
         return True

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from data.folders import NoSplit
 from data.images import CROP_SHARE, describe_eval_crop
 from data.loader import EvalSamples, Source, eval_batches, eval_transform, open_source
 from data.splits import like
@@ -56,20 +57,23 @@ class Watch:
             self.shown = self.queries
 
     def _held_out(self, train: Source) -> Source | None:
-        """The val split; None where there is none."""
+        """Open the val split; None where there is none."""
         options = self.options
-        by_folder = options.dataset in ("auto", "folder", "pack") and Path(options.data_path).is_dir()
-        classes = train.classes if by_folder and train.classes else options.class_list
         try:
             return open_source(
                 options.dataset,
                 options.data_path,
                 "val",
                 in_chans=options.in_chans,
-                class_list=classes,
+                class_list=options.class_list,
                 value_range=options.value_range,
+                known=train.classes,
+                label_offset=options.label_offset,
             )
-        except ValueError:
+        except NoSplit:
+            return None
+        except ValueError as error:
+            log.warning("the val split is not used: %s", error)
             return None
 
     def _split(self, train: Source) -> None:
