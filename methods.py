@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from options import OptionError, PretrainOptions, nearest
+from options.beit import BEiTOptions
+from options.cluster_mim import ClusterMIMOptions
 from options.dmae import TeacherOptions
 from options.mae import CrossMAEOptions, MAEOptions, SimMIMOptions
+from options.maskfeat import MaskFeatOptions
 from options.nor_mae import NeighborOptions
 from options.schema import Options, chosen, compose, default_of, from_dict, parse
 from options.sup_mae import LabelOptions
+from options.tokenizer import VQKDTokenizerOptions, VQTokenizerOptions
 from options.u_mae import UniformityOptions
 
 if TYPE_CHECKING:
@@ -108,6 +112,36 @@ METHODS: dict[str, Method] = {
         "models_simmim:SimMIM",
         SimMIMOptions,
         note="SimMIM: the encoder sees every place, hidden ones replaced; the decoder is one linear layer",
+    ),
+    "maskfeat": Method(
+        "models_maskfeat:MaskFeat",
+        MaskFeatOptions,
+        note="MaskFeat: as SimMIM, with blocks hidden and histograms of oriented gradients predicted",
+    ),
+    "beit": Method(
+        "models_beit:BEiT",
+        BEiTOptions,
+        note="BEiT: as SimMIM, with blocks hidden and the tokens of a trained tokenizer predicted",
+    ),
+    "peco": Method(
+        "models_beit:BEiT",
+        BEiTOptions,
+        note="PeCo, an interpretation: BEiT with a vq_tokenizer that was trained with a perceptual loss",
+    ),
+    "cluster_mim": Method(
+        "models_cluster_mim:ClusterMIM",
+        ClusterMIMOptions,
+        note="ClusterMIM: MAE that predicts the k-means tokens of hidden patches",
+    ),
+    "vq_tokenizer": Method(
+        "models_tokenizer:VQTokenizer",
+        VQTokenizerOptions,
+        note="a tokenizer for beit, peco and cluster_mim: an autoencoder of pixels with discrete codes",
+    ),
+    "vqkd_tokenizer": Method(
+        "models_tokenizer:VQKDTokenizer",
+        VQKDTokenizerOptions,
+        note="BEiT v2's tokenizer: discrete codes from which a teacher's features are reconstructed",
     ),
 }
 

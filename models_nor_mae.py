@@ -267,7 +267,7 @@ class NeighborTerm(Term):
 
     def width(self, model: MaskedImageModel) -> int:
         """P, or E where embeddings are related."""
-        return model.patch_pixels if self.options.space == "pixels" else model.decoder_pred.in_features
+        return model.target.width if self.options.space == "pixels" else model.decoder_pred.in_features
 
     def normalization(self, model: MaskedImageModel) -> str:
         """The option, but for the released selection what the released code does."""

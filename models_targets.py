@@ -1,16 +1,16 @@
 """What a method predicts for each hidden patch.
 
-N images   L patches, row by row   P pixel values of a patch   C H W image
+N images   L patches, row by row   P pixel values of a patch   D channels   K centres or tokens   C H W image
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_vit import at_least_float32
+from models_vit import FrozenNetwork, at_least_float32, without_autocast
 
 HOG_BINS, HOG_CELL = 9, 8  # orientations over half a circle, and the side of a cell in pixels
 
@@ -112,7 +112,110 @@ class Pixels(Target):
         return (target.square() if self.normalize else target.var(dim=(0, 1), correction=0)).mean().item()
 
 
-# ---- histograms of oriented gradients
+class HOG(Target):
+    """Histograms of oriented gradients; the error is the mean squared difference.
+
+    Args:
+        patch_size: Side of a patch in pixels, a multiple of 8.
+        in_chans: Channels of the images.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int) -> None:
+        super().__init__()
+        require_cells(patch_size)
+        self.patch_size = patch_size
+        self.width = in_chans * HOG_BINS * (patch_size // HOG_CELL) ** 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return hog(images, self.patch_size)
+
+    def error(self, pred: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(pred, target, reduction="none").mean(dim=-1)
+
+    def constant_loss(self, images: Tensor) -> float:
+        """Return the error of the mean histogram of `images`."""
+        return self(images).var(dim=(0, 1), correction=0).mean().item()
+
+
+class Tokens(Target):
+    """The token that a tokenizer gives each patch; the error is the cross-entropy.
+
+    Args:
+        width: Number of different tokens.
+        smoothing: Share of the target that is spread over all tokens.
+    """
+
+    name: ClassVar[str] = "tokens"
+
+    def __init__(self, width: int, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.width, self.smoothing = width, smoothing
+        self.tokenizer = FrozenNetwork()
+        self._size = (0, 0)
+
+    def hold(self, tokenizer: Any, grid: tuple[int, int]) -> None:
+        """Take tokens from `tokenizer`, for images of (rows, columns) patches.
+
+        A tokenizer with patches of another size gets the images resized to as many patches of its own.
+        """
+        self._size = grid[0] * tokenizer.patch_size, grid[1] * tokenizer.patch_size
+        tokenizer.set_input_size(self._size)
+        self.tokenizer.hold(tokenizer)
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer.network is None:
+            raise ValueError(
+                "this model was loaded without its tokenizer, which only training needs: build it with methods.build"
+            )
+        return self.tokenizer.network
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        tokenizer = self._tokenizer()
+        return tokenizer.tokenize(scaled_to(images, self._size))
+
+    def error(self, pred: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(pred.flatten(0, 1), target.flatten(), reduction="none", label_smoothing=self.smoothing)
+        return loss.view_as(target)
+
+    def pixels(self, pred: Tensor, images: Tensor) -> Tensor | None:
+        """Return what the tokenizer shows for the most likely tokens; None where it cannot show tokens.
+
+        Patches of another size than the model's are None too.
+        """
+        tokenizer = self.tokenizer.network
+        if tokenizer is None or self._size != images.shape[-2:]:
+            return None
+        return tokenizer.show(pred.argmax(dim=-1))
+
+    @torch.no_grad()
+    def constant_loss(self, images: Tensor) -> float:
+        """Return the entropy of the histogram of the tokens of `images`, in nats."""
+        share = torch.bincount(self(images).flatten(), minlength=self.width).double()
+        share /= share.sum()
+        return -torch.xlogy(share, share).sum().item()
+
+
+def scaled_to(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images to (height, width) pixels, where they have another size."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+@torch.no_grad()
+def nearest_center(x: Tensor, centers: Tensor) -> Tensor:
+    """Find for each vector of `x` `[..., D]` the nearest of `centers` `[K, D]` in squared distance: int64 `[...]`.
+
+    That is the largest x c - |c|^2 / 2, one matrix product; products of more than 2^25 elements are taken in parts.
+    """
+    with without_autocast(x):
+        x, centers = at_least_float32(x), at_least_float32(centers)
+        rows = x.reshape(-1, x.shape[-1])
+        half_square = centers.square().sum(dim=1) / 2
+        parts = rows.split(max(1, 2**25 // len(centers)))
+        found = [torch.addmm(-half_square, part, centers.T).argmax(dim=1) for part in parts]
+    return torch.cat(found).reshape(x.shape[:-1])
 
 
 def require_cells(patch_size: int) -> None:
@@ -149,9 +252,8 @@ def hog(images: Tensor, patch_size: int) -> Tensor:
     if H % patch_size or W % patch_size:
         raise ValueError(f"patches of {patch_size} x {patch_size} pixels do not fill images of {H} x {W}")
     rows, columns, side = H // patch_size, W // patch_size, patch_size // HOG_CELL
-    with torch.autocast(images.device.type, enabled=False):
-        images = images if images.dtype == torch.float64 else images.float()
-        histograms = F.normalize(_cell_histograms(*_gradients(images)), dim=2)
+    with without_autocast(images):
+        histograms = F.normalize(_cell_histograms(*_gradients(at_least_float32(images))), dim=2)
     cut = histograms.reshape(N, C * HOG_BINS, rows, side, columns, side)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(N, rows * columns, C * HOG_BINS * side * side)
 

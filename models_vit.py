@@ -486,6 +486,10 @@ class Pretrainer(VisionTransformer):
     Options: ClassVar[type] = Options
     """Frozen dataclass of the method's options, declared in options/."""
 
+    helpers: Mapping[str, Mapping[str, Any]] = {}
+    """Frozen networks that were read from runs, as path and run options. The program refuses one that was trained with
+    images normalised in another way."""
+
     takes_terms: ClassVar[bool] = False
     """Whether loss terms can be added."""
 

@@ -22,7 +22,7 @@ class MaskOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderOptions(MaskOptions):
+class DecoderOptions(Options):
     """Options of every method with a decoder of transformer blocks."""
 
     decoder_embed_dim: int = shape(0)
@@ -38,7 +38,7 @@ class DecoderOptions(MaskOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAEOptions(DecoderOptions):
+class MAEOptions(MaskOptions, DecoderOptions):
     """Options of MAE."""
 
     norm_pix_loss: bool = result(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from data.loader import (
     eval_batches,
     eval_transform,
     open_source,
+    pixel_statistics,
     pretrain_transform,
 )
 from engine_pretrain import train_one_epoch
@@ -62,7 +64,21 @@ def settle(options: PretrainOptions, model: Pretrainer, source: Source) -> Pretr
     """Return the options with what the data, and the checkpoints that were read, decide."""
     if source.classes is not None:
         model.prepare(checkpoint.load_model, len(source.classes))
+    for path, made_with in model.helpers.items():
+        require_same_statistics(options, path, made_with)
     return replace(options, value_range=source.value_range, **methods.settled(options, model))
+
+
+def require_same_statistics(options: PretrainOptions, path: str, made_with: Mapping[str, Any]) -> None:
+    """Raise ValueError if a frozen network was trained with images normalised in another way."""
+    if not {"in_chans", "mean", "std"} <= made_with.keys():
+        return
+    own = pixel_statistics(options.in_chans, options.mean, options.std)
+    theirs = pixel_statistics(made_with["in_chans"], made_with["mean"], made_with["std"])
+    for name, mine, other in zip(("mean", "std"), own, theirs, strict=True):
+        if tuple(mine) != tuple(other):
+            needed = ",".join(f"{value:g}" for value in other)
+            raise ValueError(f"{path} was made for images with another {name}: give --{name} {needed}")
 
 
 def make_batches(options: PretrainOptions, model: Pretrainer, source: Source, processes: Processes) -> Batches:
@@ -144,6 +160,7 @@ def run(options: PretrainOptions) -> None:
                 train_one_epoch(run.trained, batches.epoch(epoch, done), **run.loop)
                 if run.log and watch.picture_is_due(epoch):
                     picture = watch.picture(run.folder / "samples" / f"recon_e{epoch + 1:04d}.png")
-                    run.log.picture("reconstruction", picture, epoch + 1)
+                    if picture is not None:
+                        run.log.picture("reconstruction", picture, epoch + 1)
                 run.end_epoch(**watch.after(epoch))
             run.finish()

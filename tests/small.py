@@ -23,14 +23,28 @@ SMALL = {
     "norm_pix_loss": True,
 }
 TEACHER = SMALL | {"embed_dim": 24, "depth": 4, "num_heads": 3}
+CODES = {"codes": 24, "code_dim": 4}
 
 scratch = tempfile.TemporaryDirectory()
 
 
 def sizes(method, options=SMALL):
-    """Those of the options that the method has: one without a decoder takes no sizes for it."""
-    known = (*methods.ENCODER_OVERRIDES, *methods.own_options(method))
-    return {name: value for name, value in options.items() if name in known or name == "model"}
+    """Those of the options that the method has: one without a decoder takes no sizes for it.
+
+    Also what it cannot do without: patches that HOG's cells fill, a tokenizer, a teacher.
+    """
+    own = methods.own_options(method)
+    known = (*methods.ENCODER_OVERRIDES, *own)
+    chosen = {name: value for name, value in options.items() if name in known or name == "model"}
+    if "codes" in own:
+        chosen |= CODES
+    if "tokenizer" in own:
+        chosen["tokenizer"] = tokenizer_checkpoint()
+    if method == "vqkd_tokenizer":
+        chosen["teacher"] = teacher_checkpoint()
+    if method == "maskfeat":
+        chosen |= {"model": "mae_vit_tiny_patch8", "input_size": tuple(2 * side for side in options["input_size"])}
+    return chosen
 
 
 def direct(model_class, **mixed):
@@ -53,8 +67,8 @@ def small(method, **changes):
 
 def options_of(method, model):
     """What a run with the small model would note."""
-    terms = {name: dict(vars(term.options)) for name, term in model.terms.items()}
-    return {"method": method} | sizes(method) | {"terms": terms}
+    terms = {name: dict(vars(term.options)) for name, term in model.loss_terms.items()}
+    return {"method": method} | sizes(method) | dataclasses.asdict(model.options) | {"terms": terms}
 
 
 def write_checkpoint(path, model, options):
@@ -68,6 +82,15 @@ def teacher_checkpoint():
     torch.manual_seed(1)
     path = Path(scratch.name) / "teacher.pth"
     return write_checkpoint(path, build("mae", **TEACHER), {"method": "mae"} | TEACHER)
+
+
+@functools.cache
+def tokenizer_checkpoint():
+    """The path of a checkpoint of a VQ tokenizer, as a run of ours would write it."""
+    torch.manual_seed(2)
+    path = Path(scratch.name) / "tokenizer.pth"
+    model = build("vq_tokenizer", **sizes("vq_tokenizer"))
+    return write_checkpoint(path, model, {"in_chans": 3} | options_of("vq_tokenizer", model))
 
 
 def batch(model, n=4):

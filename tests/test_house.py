@@ -31,6 +31,7 @@ ROOMS = [
     (r"tools\.figures\.figure9", rf"tools(\.\w+)*|engine_segment|models_upernet|{BELOW}"),  # shows what it predicts
     (r"tools\.given", rf"methods|models_vit|{BELOW}"),
     (r"tools\.figures(\.\w+)?", rf"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|{BELOW}"),  # shows their maths
+    (r"tools\.tokenizer", rf"models_(tokenizer|vit)|{BELOW}"),  # fits a model that is not trained
     (r"tools\.encoder", rf"tools(\.given)?|methods|models_(classifier|vit)|{BELOW}"),  # takes models apart
     (r"tools\.(doctor|replay)", rf"programs(\.\w+)?|tools(\.\w+)*|engine_\w+|methods|{BELOW}"),  # like it
     (r"tools(\.\w+)?", rf"tools(\.\w+)*|engine_\w+|methods|{BELOW}"),
@@ -43,6 +44,8 @@ ROOMS = [
     (r"models_upernet", r"models_classifier|models_vit"),  # segments with the encoder that classifies
     (r"models_mae", r"models_(targets|vit)|options(\.\w+)?"),
     # One paper a file: methods and terms do not import each other, but for the base of replaced patches.
+    (r"models_cluster_mim", r"models_(beit|mae|targets|tokenizer|vit)|options(\.\w+)?"),  # as BEiT predicts tokens
+    (r"models_beit", r"models_(mae|simmim|targets|tokenizer|vit)|options(\.\w+)?"),
     (r"models_\w+", r"models_(mae|simmim|targets|vit)|options(\.\w+)?"),
     (r"options(\.\w+)?", r"options(\.\w+)?"),
     (r"data(\.\w+)?", r"(data|options)(\.\w+)?"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from data.folders import NoSplit
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 BANK_LIMIT = 50_000  # images at most, evenly spaced: a look between epochs must not cost an epoch
 PICTURES = 8
-ROWS = ("original", "masked", "reconstruction", "pasted")
+ROWS = {"pasted": "hidden patches pasted into the original"}  # captions of pictures that their names do not describe
 
 
 class Watch:
@@ -38,7 +38,7 @@ class Watch:
     def __init__(
         self,
         options: PretrainOptions,
-        model: nn.Module,
+        model: Any,
         train: Source,
         processes: Processes,
         autocast: Callable[[], AbstractContextManager],
@@ -138,23 +138,32 @@ class Watch:
         return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == self.options.epochs)
 
     @torch.no_grad()
-    def picture(self, path: Path) -> Tensor:
-        """Reconstructions of fixed images under fixed masks, written to `path` and answered as uint8 `[H, W, 3]`."""
+    def picture(self, path: Path) -> Tensor | None:
+        """Write the model's pictures of fixed images, under fixed masks, to `path`.
+
+        Returns:
+            The picture, uint8 `[H, W, 3]`; None where what the model predicts is no picture.
+        """
         options = self.options
         samples = EvalSamples(self.shown, eval_transform(options.input_size), mean=options.mean, std=options.std)
         count = min(PICTURES, len(self.shown))
         spread = [number * len(self.shown) // count for number in range(count)]
         batch = next(eval_batches(samples, batch_size=count, indices=spread)).to(self.processes.device)
         generator = torch.Generator().manual_seed(options.seed)
-        patches: int = self.model.num_patches  # type: ignore[assignment]
-        noise = torch.rand(len(batch), patches, generator=generator)
+        patches, draw = self.model.num_patches, self.model.draw_noise
+        if draw is None:
+            noise = torch.rand(len(batch), patches, generator=generator)
+        else:
+            noise = torch.stack([draw(generator) for _ in range(len(batch))])
         was_training = self.model.training
         self.model.eval()
         with self.autocast():
-            made = self.model.pictures(batch.images, noise=noise)  # type: ignore[operator]
+            made = self.model.pictures(batch.images, noise=noise)
         self.model.train(was_training)
-        sheet = contact_sheet([made[name].cpu() for name in ROWS], options.mean, options.std)
-        caption = f"rows: {', '.join(ROWS[:3])}, hidden patches pasted into the original"
+        if made is None:
+            return None
+        sheet = contact_sheet([picture.cpu() for picture in made.values()], options.mean, options.std)
+        caption = f"rows: {', '.join(ROWS.get(name, name) for name in made)}"
         if getattr(options, "norm_pix_loss", False):
             caption += "; predictions are of standardised patches, undone with each patch's true mean and deviation"
         return written(sheet, caption, path)
