@@ -18,7 +18,7 @@ import main_pretrain
 import methods
 from tools import visualize
 from tools.figures import collapse, models, relations, style, subject
-from tools.report import read_run
+from tools.records import read_run
 
 RUN = (
     "--model mae_vit_tiny_patch2 --embed_dim 24 --depth 1 --num_heads 2 --decoder_embed_dim 16 --decoder_depth 1 "

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from tools.card import MACHINE
-from tools.report import read_records
+from tools.records import read_records
 from tools.table_report import Line, Runs, data_of, seeds_of
 from util import checkpoint
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tools.figures.style import curve_of, grid_lines, note
-from tools.report import RunRecords, is_number, read_run
+from tools.records import RunRecords, is_number, read_run
 
 WIDTH = 7.0
 
