@@ -14,7 +14,7 @@ from data.loader import Batch
 from data.splits import Splits, metric
 from options import ClassifierOptions
 from util.distributed import Processes
-from util.judge import Judge
+from util.evaluation import Evaluation
 from util.run import Run
 
 
@@ -93,20 +93,22 @@ def evaluate(
     }
 
 
-def in_words(figures: Mapping[str, float]) -> str:
-    """`top-1 71.23%, top-5 ...` of what `evaluate` answers."""
+def describe(figures: Mapping[str, float]) -> str:
+    """Return the metrics of `evaluate` as text: `top-1 71.23%, top-5 ...`."""
     names = {"acc1": "top-1", "acc5": "top-5", "mean_class_acc": "mean per class"}
     return ", ".join(f"{word} {figures[name]:.2f}%" for name, word in names.items())
 
 
-def judge_of(
+def make_evaluation(
     options: ClassifierOptions, run: Run, model: nn.Module, found: Splits, batches: Callable[[str], Iterable[Batch]]
-) -> Judge:
-    """Who judges a run's classifier. `batches` gives this process's share of the images "choice" or "test"."""
+) -> Evaluation:
+    """Make the evaluation of a classifier. `batches` gives this process's share of the images "choice" or "test"."""
 
     def measure(images: str) -> dict[str, float]:
         shown = run.until_stopped(batches(images))
         return evaluate(model, shown, classes=found.classes, processes=run.processes, autocast=run.autocast)
 
     every = options.eval_every
-    return Judge(run, model, measure, metric=metric(options), chosen_on=found.chosen_on, every=every, in_words=in_words)
+    return Evaluation(
+        run, model, measure, metric=metric(options), chosen_on=found.chosen_on, every=every, describe=describe
+    )

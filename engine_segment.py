@@ -225,8 +225,8 @@ def same_statistics(model: nn.Module, processes: Processes) -> None:
         buffer.copy_(theirs[name])
 
 
-def in_words(figures: Mapping[str, Any]) -> str:
-    """`mIoU 33.54%, ...` of what `evaluate` answers."""
+def describe(figures: Mapping[str, Any]) -> str:
+    """Return the metrics of `evaluate` as text: `mIoU 33.54%, ...`."""
     names = {METRIC: "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
     return ", ".join(f"{word} {figures[name]:.2f}%" for name, word in names.items())
 

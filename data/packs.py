@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.files import atomic_write, write_json
 from data.images import PICTURE_MODES, BadImage, decode, shrink
 
 log = logging.getLogger(__name__)
@@ -230,13 +231,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
-
-
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -276,9 +270,8 @@ class Packing:
 
     def write(self, shard: int) -> int:
         """Write a shard, read it back, and note it; answers how many images were asked for."""
-        temporary = self.folder / f".{shard_name(shard)}"
         rows, problems, offset = [], [], 0
-        with open(temporary, "wb") as target:
+        with atomic_write(self.folder / shard_name(shard), sync=True) as target:
             for image in self.images_of(shard):
                 try:
                     stored, height, width, size, time = self._stored(image)
@@ -289,9 +282,6 @@ class Packing:
                 label = -1 if self.labels is None else int(self.labels[image])
                 rows.append([image, shard, offset, len(stored), height, width, label, size, time])
                 offset += len(stored)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(temporary, self.folder / shard_name(shard))
         self._read_back(shard, rows)
         note = {"bytes": offset, "sha256": sha256(self.folder / shard_name(shard)), "rows": rows, "left_out": problems}
         write_json(self._note(shard), note)

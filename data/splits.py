@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from data.files import write_text
 from data.folders import NoSplit, match_classes, some
 from data.sources import Names, Source, class_folders_without_images, open_source
 from options import ClassifierOptions
@@ -354,14 +355,14 @@ def _taken(of_number: Callable[[int], T], indices: np.ndarray, index: int) -> T:
     return of_number(int(indices[index]))
 
 
-def write_lists(splits: Splits, folder: Path, write: Callable[[Path, str], None]) -> None:
-    """Write the names of the classes, and of the images of each part, into a run's folder with `write(path, text)`."""
-    write(folder / CLASSES, "".join(f"{name}\n" for name in splits.train.classes or []))
+def write_lists(splits: Splits, folder: Path) -> None:
+    """Write the names of the classes, and of the images of each part, into a run's folder."""
+    write_text(folder / CLASSES, "".join(f"{name}\n" for name in splits.train.classes or []))
     lists = {"train": splits.train, "choice": splits.choice, "test": splits.test}
     for name, source in lists.items():
         labels = [""] * len(source) if source.labels is None else [f"\t{label}" for label in source.labels]
         text = "".join(f"{path}{label}\n" for path, label in zip(source.names, labels, strict=True))
-        write(folder / f"images_{name}.txt", text)
+        write_text(folder / f"images_{name}.txt", text)
 
 
 def _labels(source: Source) -> np.ndarray:

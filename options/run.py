@@ -34,6 +34,8 @@ ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans",
 class RunOptions(Options):
     """What every training command shares."""
 
+    PROGRAM: ClassVar[str] = ""  # the module in programs/; every checkpoint stores it
+
     ALIASES: ClassVar[dict[str, str]] = {
         "nor_weight": "terms.neighbor.weight",
         "lamda": "terms.neighbor.weight",
@@ -237,6 +239,8 @@ class WholeImageOptions(EncoderOptions):
 class PretrainOptions(WholeImageOptions):
     """Pretrain a vision transformer on images without labels."""
 
+    PROGRAM = "pretrain"
+
     epochs: int = result(400)
     warmup_epochs: float = result(40.0)
     blr: float = result(1.5e-4)
@@ -324,6 +328,8 @@ class ClassifierOptions(WholeImageOptions):
 class FinetuneOptions(ClassifierOptions):
     """Train a classifier end to end, from a pretrained encoder (`--init_from`) or from scratch."""
 
+    PROGRAM = "finetune"
+
     blr: float = result(5e-4)
     min_lr: float = result(1e-6)
     min_scale: float = result(0.08)
@@ -384,6 +390,8 @@ class FinetuneOptions(ClassifierOptions):
 class ProbeOptions(ClassifierOptions):
     """Judge a frozen encoder: a linear classifier on its features, and k nearest neighbours."""
 
+    PROGRAM = "probe"
+
     epochs: int = result(90)
     warmup_epochs: float = result(10.0)
     blr: float = result(0.1)
@@ -400,6 +408,8 @@ class ProbeOptions(ClassifierOptions):
 @dataclass(frozen=True, kw_only=True)
 class SegmentOptions(EncoderOptions):
     """Train UPerNet to tell the class of every pixel, from a pretrained encoder (`--init_from`) or from scratch."""
+
+    PROGRAM = "segment"
 
     ALIASES: ClassVar[dict[str, str]] = {
         **RunOptions.ALIASES,

@@ -73,6 +73,6 @@ def front_door(parse_options: Callable[[Sequence[str]], Any], name: str, argv: S
             sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
     program = load(name)
-    from util.run import run_front_door
+    from util.exits import run_program
 
-    return run_front_door(program.run, options)
+    return run_program(program.run, options)

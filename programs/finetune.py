@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -21,14 +20,13 @@ from data.augment import finetune_transform
 from data.images import classifier_crop_share, describe_eval_crop
 from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_batches, eval_transform
 from data.splits import Splits
-from engine_finetune import Objective, evaluate, in_words, judge_of
-from engine_pretrain import train_one_epoch
+from engine_finetune import Objective, describe, evaluate, make_evaluation
 from models_classifier import Classifier
 from models_vit import for_channels
 from options import FinetuneOptions
+from programs.training import train_epochs
 from util import checkpoint, distributed, optim, precision
 from util.distributed import Processes
-from util.folder import write_whole
 from util.logging import talk
 from util.run import Run, resolve, share_batches
 
@@ -135,7 +133,7 @@ def judge_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     autocast = precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
     batches = image_batches(options, test, processes)
     figures = evaluate(model, batches, classes=classes, processes=processes, autocast=autocast)
-    log.info("%s on %d test images: %s", path, figures["images"], in_words(figures))
+    log.info("%s on %d test images: %s", path, figures["images"], describe(figures))
     log.info("evaluation: %s", prepared(options))
     if processes.main:
         sys.stdout.write(json.dumps({"checkpoint": path, "eval_crop": options.eval_crop, **figures}) + "\n")
@@ -160,24 +158,20 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     run.prepare(model, batches, optimizer, total_steps=options.steps, **others)
     objective = objective_of(options, run.trained)
     sources = {"choice": found.choice, "test": found.test}
-    judged = ema.module if ema else model
-    judge = judge_of(options, run, judged, found, lambda name: image_batches(options, sources[name], processes))
+    evaluated = ema.module if ema else model
+    tasks = [
+        make_evaluation(options, run, evaluated, found, lambda name: image_batches(options, sources[name], processes))
+    ]
 
-    def after_step() -> None:
+    def update_ema() -> None:
         if ema:
             ema.update(model)
-        run.after_step()
 
     with run:
         if processes.main:
             announce(options, model, found, run)
-        for epoch, done in run.epochs():
-            left = (run.total_steps - run.stepper.step) * options.accum_iter
-            train_one_epoch(
-                objective, itertools.islice(batches.epoch(epoch, done), left), **run.loop | {"after_step": after_step}
-            )
-            run.end_epoch(**judge.after(epoch))
-        run.finish(**judge.reckoning(), eval_crop=options.eval_crop)
+        result = train_epochs(run, objective, batches, tasks, after_update=update_ema)
+        run.finish(**result, eval_crop=options.eval_crop)
 
 
 def announce(options: FinetuneOptions, model: Classifier, found: Splits, run: Run) -> None:
@@ -186,4 +180,4 @@ def announce(options: FinetuneOptions, model: Classifier, found: Splits, run: Ru
     start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
     log.info("evaluation: %s", prepared(options))
-    splits.write_lists(found, run.folder, write_whole)
+    splits.write_lists(found, run.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +25,15 @@ from data.loader import (
     pixel_statistics,
     pretrain_transform,
 )
-from engine_pretrain import train_one_epoch
 from models_vit import Pretrainer, load_from_run
 from options import PretrainOptions
+from programs.training import train_epochs
 from util import checkpoint, distributed, optim
 from util.distributed import Processes
 from util.logging import RunLog, talk
 from util.run import Run, resolve, share_batches
-from util.watch import Watch
+from util.tasks import EpochTask, Pictures
+from util.watch import OnlineKNN, draw_reconstructions, open_validation
 
 log = logging.getLogger("pretrain")
 
@@ -152,15 +154,20 @@ def run(options: PretrainOptions) -> None:
         lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
         groups = optim.pretrain_groups(model, options.weight_decay)
         run.prepare(model, batches, optim.adamw(groups, lr, device=processes.device))
-        watch = Watch(options, model, source, processes, run.autocast)
+        tasks = make_tasks(options, model, source, run)
         with run:
             if run.log:
                 announce(options, model, source, run.log, run.stepper.step, processes.device)
-            for epoch, done in run.epochs():
-                train_one_epoch(run.trained, batches.epoch(epoch, done), **run.loop)
-                if run.log and watch.picture_is_due(epoch):
-                    picture = watch.picture(run.folder / "samples" / f"recon_e{epoch + 1:04d}.png")
-                    if picture is not None:
-                        run.log.picture("reconstruction", picture, epoch + 1)
-                run.end_epoch(**watch.after(epoch))
-            run.finish()
+            run.finish(**train_epochs(run, run.trained, batches, tasks))
+
+
+def make_tasks(options: PretrainOptions, model: Pretrainer, source: Source, run: Run) -> list[EpochTask]:
+    """What is done between epochs."""
+    tasks: list[EpochTask] = []
+    if options.picture_every:
+        shown = open_validation(options, source) or source
+        draw = partial(draw_reconstructions, run, model, options, shown)
+        tasks.append(Pictures(run, options.picture_every, name="reconstruction", prefix="recon_e", draw=draw))
+    if options.knn_every:
+        tasks.append(OnlineKNN(run, model, options, source))
+    return tasks

@@ -18,15 +18,14 @@ from data import splits
 from data.images import CROP_SHARE, describe_eval_crop
 from data.loader import Batch, Batches, Source, TrainSamples, pretrain_transform
 from data.splits import Splits
-from engine_finetune import Objective, judge_of
-from engine_pretrain import train_one_epoch
+from engine_finetune import Objective, make_evaluation
 from models_classifier import Classifier, LinearProbe
 from models_vit import for_channels
 from options import ProbeOptions
+from programs.training import train_epochs
 from util import checkpoint, distributed, optim
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled
-from util.folder import write_whole
 from util.knn import knn_accuracy
 from util.logging import talk
 from util.run import Run, resolve, share_batches
@@ -135,14 +134,12 @@ def run(options: ProbeOptions) -> None:
                 return pooled(encoder.encode(images).float(), options.global_pool)
 
         objective = Objective(run.trained, classes=found.classes, prepare=encode if options.augment else None)
-        judge = judge_of(options, run, model, found, features.batches)
+        tasks = [make_evaluation(options, run, model, found, features.batches)]
         with run:
             if processes.main:
-                splits.write_lists(found, run.folder, write_whole)
+                splits.write_lists(found, run.folder)
             log.info("features: %s", describe_eval_crop(options.input_size, CROP_SHARE, options.eval_crop))
             knn_acc1 = features.knn()
             log.info("k nearest neighbours (k = 20, T = 0.07), %d test images: %.2f%%", len(found.test), knn_acc1)
-            for epoch, done in run.epochs():
-                train_one_epoch(objective, batches.epoch(epoch, done), **run.loop)
-                run.end_epoch(**judge.after(epoch))
-            run.finish(**judge.reckoning(), knn_acc1=knn_acc1, eval_crop=options.eval_crop)
+            result = train_epochs(run, objective, batches, tasks)
+            run.finish(**result, knn_acc1=knn_acc1, eval_crop=options.eval_crop)

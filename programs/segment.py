@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import models_classifier
 import models_upernet
@@ -20,13 +21,12 @@ from data import masks, splits
 from data.loader import Batch, Batches, Source, TrainSamples, eval_batches
 from data.segment_augment import train_transform
 from data.splits import Splits
-from engine_pretrain import train_one_epoch
 from engine_segment import (
     METRIC,
     PICTURES,
     Objective,
+    describe,
     evaluate,
-    in_words,
     judged_images,
     picture,
     predicted_masks,
@@ -37,12 +37,13 @@ from engine_segment import (
 from models_upernet import Segmenter
 from models_vit import for_channels
 from options import SegmentOptions
+from programs.training import train_epochs
 from util import checkpoint, distributed, optim, precision
 from util.distributed import Processes
-from util.folder import write_whole
-from util.judge import Judge
+from util.evaluation import Evaluation
 from util.logging import talk
 from util.run import Run, resolve, share_batches
+from util.tasks import Pictures
 
 log = logging.getLogger("segment")
 
@@ -140,7 +141,7 @@ def judge_checkpoint(options: SegmentOptions, processes: Processes) -> None:
     autocast = precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
     batches, windows = image_batches(options, test, processes), windows_of(options, model.patch)
     figures = evaluate(model, batches, names=names, windows=windows, processes=processes, autocast=autocast)
-    log.info("%s on %d test images: %s\n%s", path, figures["images"], in_words(figures), table(figures))
+    log.info("%s on %d test images: %s\n%s", path, figures["images"], describe(figures), table(figures))
     if processes.main:
         sys.stdout.write(json.dumps({"checkpoint": path, **figures}) + "\n")
 
@@ -177,37 +178,30 @@ def train(options: SegmentOptions, processes: Processes) -> None:
         shown = run.until_stopped(shown)
         return evaluate(model, shown, names=names, windows=windows, processes=processes, autocast=run.autocast)
 
-    judge = Judge(
-        run,
-        model,
-        measure,
-        metric=METRIC,
-        chosen_on=found.chosen_on,
-        every=options.eval_every,
-        in_words=in_words,
-    )
+    tasks = [
+        Pictures(
+            run, options.picture_every, name="masks", prefix="masks_e", draw=partial(draw, options, model, found, run)
+        ),
+        Evaluation(
+            run,
+            model,
+            measure,
+            metric=METRIC,
+            chosen_on=found.chosen_on,
+            every=options.eval_every,
+            describe=describe,
+        ),
+    ]
     with run:
         if processes.main:
             announce(options, model, found, run)
-        for epoch, done in run.epochs():
-            left = (run.total_steps - run.stepper.step) * options.accum_iter
-            train_one_epoch(objective, itertools.islice(batches.epoch(epoch, done), left), **run.loop)
-            if run.log and picture_is_due(options, epoch):
-                draw(options, model, found, run, epoch)
-            run.end_epoch(**judge.after(epoch))
-        reckoning = judge.reckoning()
-        log.info("classes, last epoch:\n%s", table(reckoning["accuracy"]["last"]))
-        run.finish(**reckoning)
+        result = train_epochs(run, objective, batches, tasks)
+        log.info("classes, last epoch:\n%s", table(result["accuracy"]["last"]))
+        run.finish(**result)
 
 
-def picture_is_due(options: SegmentOptions, epoch: int) -> bool:
-    every = options.picture_every
-    return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == options.epochs)
-
-
-def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, epoch: int) -> None:
-    """Masks of the same few test images, beside the true ones, in the run's folder and in TensorBoard."""
-    assert run.log is not None
+def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, path: Path) -> Tensor:
+    """Draw the predicted masks of the same few test images, beside the true ones."""
     count = min(PICTURES, len(found.test))
     index = [number * len(found.test) // count for number in range(count)]
     made = predicted_masks(
@@ -218,8 +212,7 @@ def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, epo
         device=run.processes.device,
         autocast=run.autocast,
     )
-    path = run.folder / "samples" / f"masks_e{epoch + 1:04d}.png"
-    run.log.picture("masks", picture(made, found.classes, path), epoch + 1)
+    return picture(made, found.classes, path)
 
 
 def announce(options: SegmentOptions, model: Segmenter, found: Splits, run: Run) -> None:
@@ -228,4 +221,4 @@ def announce(options: SegmentOptions, model: Segmenter, found: Splits, run: Run)
     start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
     log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
     log.info("UPerNet on the outputs of blocks %s (from 0), %d classes", model.taps, found.classes)
-    splits.write_lists(found, run.folder, write_whole)
+    splits.write_lists(found, run.folder)

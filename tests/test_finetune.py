@@ -25,7 +25,7 @@ from engine_finetune import Objective, evaluate
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
 from util import checkpoint, optim
 from util.distributed import Processes
-from util.judge import Judge
+from util.evaluation import Evaluation
 from util.run import Run
 
 DOOR = "main_finetune"
@@ -288,12 +288,14 @@ def test_a_kill_before_the_best_has_its_name_costs_nothing(tmp_path):
 def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_place(tmp_path):
     model = nn.Linear(2, 2)
     checkpoint.save(tmp_path / "best.pth", {"format": 1, "model": model.state_dict(), "options": {}, "epoch": 3})
-    run = SimpleNamespace(processes=ALONE, checkpoints=tmp_path, best={"epoch": 2}, leave_if_stopped=lambda: None)
-    how = {"metric": "acc1", "chosen_on": "the test images", "every": 1, "in_words": str}
-    judge = Judge(run, model, lambda images: {"acc1": 50.0, "images": 4}, **how)
-    assert judge.reckoning()["accuracy"].keys() == {"last", "best"}
-    run.best = {"epoch": 4}
-    assert judge.reckoning()["accuracy"].keys() == {"last"}
+    run = SimpleNamespace(
+        processes=ALONE, checkpoints=tmp_path, state=SimpleNamespace(best={"epoch": 2}), leave_if_stopped=lambda: None
+    )
+    how = {"metric": "acc1", "chosen_on": "the test images", "every": 1, "describe": str}
+    evaluation = Evaluation(run, model, lambda images: {"acc1": 50.0, "images": 4}, **how)
+    assert evaluation.at_end()["accuracy"].keys() == {"last", "best"}
+    run.state.best = {"epoch": 4}
+    assert evaluation.at_end()["accuracy"].keys() == {"last"}
 
 
 def test_two_ranks_are_one_process_without_mixup(tmp_path):

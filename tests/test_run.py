@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+import util.exits
 import util.folder
 import util.run
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics
@@ -119,7 +120,7 @@ def test_a_caller_who_lives_on_has_its_signals_back(error):
 
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(KeyError) if isinstance(error, KeyError) else contextlib.nullcontext():
-        assert util.run.run_front_door(train, []) == (2 if error else 0)
+        assert util.exits.run_program(train, []) == (2 if error else 0)
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
@@ -129,7 +130,7 @@ def test_a_signal_after_the_one_that_stopped_a_run_does_not_change_its_exit_code
 
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        assert util.run.run_front_door(train, []) == 75
+        assert util.exits.run_program(train, []) == 75
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGUSR1)
         assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
@@ -238,7 +239,7 @@ def test_another_precision_on_another_device_is_told(tmp_path):
     assert saved["amp"] == "none"
     checkpoint.save(tmp_path / "run" / "checkpoints" / "last.pth", saved | {"amp": "bf16"})
     said = finish(tmp_path / "run", "--epochs", 2, "--allow_change", "epochs")
-    assert "going on with precision full instead of bf16" in said
+    assert "resuming with precision full instead of bf16" in said
 
 
 def test_overwrite_starts_anew_and_leaves_other_files(whole, tmp_path):
@@ -261,11 +262,11 @@ def test_a_launcher_that_starts_again_does_not_overwrite_again(whole, tmp_path):
 
     attempt(0).kill_at(7)
     second = attempt(1)
-    assert second.wait() == 0 and "going on from" in second.said
+    assert second.wait() == 0 and "resuming from" in second.said
     assert_same_end(whole, folder)
     assert losses(folder) == losses(whole)
     third = attempt(1, job="b")
-    assert third.wait() == 0 and "going on from" not in third.said, "another job's words are meant as they stand"
+    assert third.wait() == 0 and "resuming from" not in third.said, "another job's words are meant as they stand"
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -295,7 +296,7 @@ def no_space():
     def refuse(path, text):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    util.folder.write_whole = refuse
+    util.folder.write_text = refuse
 
 
 def test_a_disk_that_is_full_at_the_start_is_told(tmp_path):
@@ -337,7 +338,7 @@ def test_a_defect_leaves_its_traceback_in_the_log(tmp_path, error):
     training = Training(tmp_path / "run", fault=functools.partial(step_is_defective, error))
     assert training.wait() == 1
     said = (tmp_path / "run" / "train.log").read_text()
-    assert "ERROR a defect ended the run\nTraceback (most recent call last):\n" in said and ", in fail\n" in said
+    assert "ERROR a bug ended the run\nTraceback (most recent call last):\n" in said and ", in fail\n" in said
     assert said.endswith(f"{type(error).__name__}: {error}\n")
 
 

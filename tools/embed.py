@@ -18,7 +18,6 @@ Images that cannot be read are left out and named in the log.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.files import atomic_write
 from data.images import EVAL_CROPS, describe_eval_crop
 from data.loader import EvalSamples, eval_batches, eval_transform
 from data.sources import Source, open_source
@@ -69,14 +69,9 @@ def embed(
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """The whole file, or none."""
-    growing = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(growing, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(growing, path)
-    finally:
-        growing.unlink(missing_ok=True)
+    """Write the arrays atomically."""
+    with atomic_write(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

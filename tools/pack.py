@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data.files import write_json
 from data.loader import allowed_bad
 from data.packs import (
     MANIFEST,
@@ -41,7 +42,6 @@ from data.packs import (
     is_pack,
     open_pack,
     read_manifest,
-    write_json,
 )
 from data.sources import Source, open_source
 from util.logging import talk

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -20,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.files import TEMPORARY, atomic_write, link
 from options import OptionError, RunOptions
 
 FORMAT = 1  # raised when a newer file can no longer be read by older code
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
-TEMPORARY = ".tmp"
 
 log = logging.getLogger(__name__)
 
@@ -34,42 +33,18 @@ class CheckpointError(ValueError):
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` so that readers of `path` find the old file or the new, never a part; OSError on failure."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Write a checkpoint atomically, and flush it to disk; OSError on failure."""
+    with atomic_write(path, sync=True) as file:
+        torch.save(dict(state), file)
 
 
 def keep_previous(folder: Path) -> None:
-    """Give the present `last.pth` a second name, so that a damaged successor can be stepped back from."""
-    last, previous, temporary = folder / LAST, folder / PREVIOUS, folder / f".{PREVIOUS}{TEMPORARY}"
-    if not last.exists():
-        return
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(last, temporary)
-    except OSError:  # a file system without hard links: there is the newest epoch file to step back to
-        return
-    os.replace(temporary, previous)
+    """Give `last.pth` the second name `previous.pth`, to resume from if its successor is damaged.
+
+    A file system without hard links has the newest epoch file instead.
+    """
+    if (folder / LAST).exists():
+        link(folder / LAST, folder / PREVIOUS, or_copy=False)
 
 
 def remove_leftovers(folder: Path) -> list[str]:

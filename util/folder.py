@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from data.files import temporary_of, write_json, write_text
 from options import RunOptions, differences, to_dict
 from util import checkpoint, distributed
 from util.checkpoint import CheckpointError
@@ -36,13 +37,6 @@ FOLDERS = ("checkpoints", "samples", "debug", "figures")
 
 class AlreadyFinished(Exception):
     """This folder's run is complete."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that readers find the old text or the new, never a part; UTF-8, whatever the text holds."""
-    temporary = path.with_name(f".{path.name}{checkpoint.TEMPORARY}")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
 
 
 class RunFolder:
@@ -100,7 +94,7 @@ class RunFolder:
         chosen, state = self._look(data)
         self._prepare()
         start = {**facts, "launches": distributed.launches(), **environment()}
-        write_whole(self.path / STARTS, json.dumps([*earlier, start], indent=1))
+        write_json(self.path / STARTS, [*earlier, start])
         return str(chosen or ""), state
 
     def _look(self, data: str) -> tuple[Path | None, dict[str, Any] | None]:
@@ -125,7 +119,7 @@ class RunFolder:
             raise ValueError(f"--output_dir {self.path} is a file; name a folder")
         ours = (self.path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
         found = self.path.iterdir() if self.path.is_dir() and not ours else []
-        begun = (LOCK, f".options.yaml{checkpoint.TEMPORARY}")  # all that a start that was killed may have left
+        begun = (LOCK, temporary_of(Path("options.yaml")).name)  # all that a start that was killed may have left
         others = sorted(path.name for path in found if path.name not in begun)
         if others:
             raise ValueError(
@@ -190,7 +184,7 @@ class RunFolder:
 
     def _prepare(self) -> None:
         # First of all, because by this file a folder is known as a run's.
-        write_whole(self.path / "options.yaml", yaml.safe_dump(to_dict(self.options), sort_keys=False))
+        write_text(self.path / "options.yaml", yaml.safe_dump(to_dict(self.options), sort_keys=False))
         self.result.unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         if not os.access(self.checkpoints, os.W_OK):

@@ -1,19 +1,15 @@
-"""What a pretraining run looks at between epochs: its features by nearest neighbours, and a few reconstructions.
-
-Neither changes what is trained: no random number of the run is used, and the model is put back into its mode.
-"""
+"""What a pretraining run measures and draws between epochs: kNN accuracy and reconstructions."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.folders import NoSplit
@@ -21,9 +17,10 @@ from data.images import CROP_SHARE, describe_eval_crop
 from data.loader import EvalSamples, Source, eval_batches, eval_transform, open_source
 from data.splits import like
 from options import PretrainOptions
-from util.distributed import Processes
 from util.features import encode_source
 from util.knn import knn_accuracy
+from util.run import Run
+from util.tasks import EpochTask
 
 log = logging.getLogger(__name__)
 
@@ -32,55 +29,43 @@ PICTURES = 8
 ROWS = {"pasted": "hidden patches pasted into the original"}  # captions of pictures that their names do not describe
 
 
-class Watch:
-    """Online nearest neighbours every `knn_every` epochs, pictures of fixed images every `picture_every`."""
+def open_validation(options: PretrainOptions, train: Source) -> Source | None:
+    """Open the val split beside the training images; None where there is no such split."""
+    try:
+        return open_source(
+            options.dataset,
+            options.data_path,
+            "val",
+            in_chans=options.in_chans,
+            class_list=options.class_list,
+            known=train.classes,
+            label_offset=options.label_offset,
+            value_range=options.value_range,
+        )
+    except NoSplit:
+        return None
+    except ValueError as error:
+        log.warning("the val split is not used: %s", error)
+        return None
 
-    def __init__(
-        self,
-        options: PretrainOptions,
-        model: Any,
-        train: Source,
-        processes: Processes,
-        autocast: Callable[[], AbstractContextManager],
-    ):
-        self.options, self.model, self.processes, self.autocast = options, model, processes, autocast
+
+class OnlineKNN(EpochTask):
+    """Accuracy of the encoder's features by k nearest neighbours, every `knn_every` epochs.
+
+    The val split is classified by the training images; without one, every tenth training image by the others.
+    """
+
+    def __init__(self, run: Run, model: nn.Module, options: PretrainOptions, train: Source):
+        super().__init__(run, options.knn_every)
+        if train.labels is None:
+            raise ValueError("--knn_every needs labels, and the training images have none")
+        self.model, self.options = model, options
         self.bank = self.queries = train
-        self.bank_index = self.query_index = list(range(len(train)))
-        if options.knn_every:
-            if train.labels is None:
-                raise ValueError("--knn_every needs labels, and the training images have none")
-            self._split(train)
-        self.shown = train
-        if options.picture_every and self.queries is train:
-            self.shown = self._held_out(train) or train
-        elif options.picture_every:
-            self.shown = self.queries
-
-    def _held_out(self, train: Source) -> Source | None:
-        """Open the val split; None where there is none."""
-        options = self.options
-        try:
-            return open_source(
-                options.dataset,
-                options.data_path,
-                "val",
-                in_chans=options.in_chans,
-                class_list=options.class_list,
-                value_range=options.value_range,
-                known=train.classes,
-                label_offset=options.label_offset,
-            )
-        except NoSplit:
-            return None
-        except ValueError as error:
-            log.warning("the val split is not used: %s", error)
-            return None
-
-    def _split(self, train: Source) -> None:
-        held_out = self._held_out(train)
-        if held_out is not None and held_out.labels is not None:
-            self.queries, self.query_index = like(train, held_out), list(range(len(held_out)))
-            what = f"the {len(held_out)} images of the val split"
+        self.bank_index = list(range(len(train)))
+        validation = open_validation(options, train)
+        if validation is not None and validation.labels is not None:
+            self.queries, self.query_index = like(train, validation), list(range(len(validation)))
+            what = f"the {len(validation)} images of the val split"
         else:
             self.query_index = self.bank_index[::10]
             self.bank_index = [index for index in self.bank_index if index % 10]
@@ -88,31 +73,24 @@ class Watch:
         step = -(-len(self.bank_index) // BANK_LIMIT)
         self.bank_index = self.bank_index[::step]
         log.info("online kNN (k = 20, T = 0.07): %d training images classify %s", len(self.bank_index), what)
-        log.info("online kNN: %s", describe_eval_crop(self.options.input_size, CROP_SHARE, self.options.eval_crop))
+        log.info("online kNN: %s", describe_eval_crop(options.input_size, CROP_SHARE, options.eval_crop))
 
-    def after(self, epoch: int) -> dict[str, float]:
-        """Look if it is time after `epoch` (from 0); answers figures for the epoch's record. All processes call it."""
-        figures = {}
-        last = epoch + 1 == self.options.epochs
-        if self.options.knn_every and ((epoch + 1) % self.options.knn_every == 0 or last):
-            figures["knn_acc1"] = self.knn()
-        return figures
-
-    def knn(self) -> float:
-        """Accuracy in percent; every process encodes its share."""
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """Compute the accuracy in percent; every process encodes its share."""
         bank = self._encode(self.bank, self.bank_index)
         queries = self._encode(self.queries, self.query_index)
         accuracy = 0.0
-        if self.processes.main:
+        if self.run.processes.main:
             classes = len(self.bank.classes) if self.bank.classes else None
             accuracy = 100 * knn_accuracy(*bank, *queries, num_classes=classes)
-        return self.processes.broadcast(accuracy)
+        return {"knn_acc1": self.run.processes.broadcast(accuracy)}
 
     def _encode(self, source: Source, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features and labels, from every process its share, if there is one for it."""
-        share = index[self.processes.rank :: self.processes.world_size]
-        found = [both for both in self.processes.gather(self._encode_share(source, share) if share else None) if both]
-        return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
+        """Features and labels of all processes' shares; a process may have none."""
+        processes = self.run.processes
+        share = index[processes.rank :: processes.world_size]
+        shares = [both for both in processes.gather(self._encode_share(source, share) if share else None) if both]
+        return torch.cat([features for features, _ in shares]), torch.cat([labels for _, labels in shares])
 
     def _encode_share(self, source: Source, share: Sequence[int]) -> tuple[Tensor, Tensor]:
         options = self.options
@@ -120,57 +98,52 @@ class Watch:
             self.model,
             source,
             input_size=options.input_size,
+            eval_crop=options.eval_crop,
             mean=options.mean,
             std=options.std,
-            device=self.processes.device,
+            device=self.run.processes.device,
             batch_size=max(1, options.batch_size),
             num_workers=options.num_workers,
             worker_timeout=options.worker_timeout,
-            autocast=self.autocast,
+            autocast=self.run.autocast,
             indices=share,
-            eval_crop=options.eval_crop,
         )
         assert labels is not None
         return features, labels
 
-    def picture_is_due(self, epoch: int) -> bool:
-        every = self.options.picture_every
-        return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == self.options.epochs)
 
-    @torch.no_grad()
-    def picture(self, path: Path) -> Tensor | None:
-        """Write the model's pictures of fixed images, under fixed masks, to `path`.
+@torch.no_grad()
+def draw_reconstructions(run: Run, model: Any, options: PretrainOptions, source: Source, path: Path) -> Tensor | None:
+    """Write the model's pictures of fixed images, under fixed masks, to `path`.
 
-        Returns:
-            The picture, uint8 `[H, W, 3]`; None where what the model predicts is no picture.
-        """
-        options = self.options
-        samples = EvalSamples(self.shown, eval_transform(options.input_size), mean=options.mean, std=options.std)
-        count = min(PICTURES, len(self.shown))
-        spread = [number * len(self.shown) // count for number in range(count)]
-        batch = next(eval_batches(samples, batch_size=count, indices=spread)).to(self.processes.device)
-        generator = torch.Generator().manual_seed(options.seed)
-        patches, draw = self.model.num_patches, self.model.draw_noise
-        if draw is None:
-            noise = torch.rand(len(batch), patches, generator=generator)
-        else:
-            noise = torch.stack([draw(generator) for _ in range(len(batch))])
-        was_training = self.model.training
-        self.model.eval()
-        with self.autocast():
-            made = self.model.pictures(batch.images, noise=noise)
-        self.model.train(was_training)
-        if made is None:
-            return None
-        sheet = contact_sheet([picture.cpu() for picture in made.values()], options.mean, options.std)
-        caption = f"rows: {', '.join(ROWS.get(name, name) for name in made)}"
-        if getattr(options, "norm_pix_loss", False):
-            caption += "; predictions are of standardised patches, undone with each patch's true mean and deviation"
-        return written(sheet, caption, path)
+    Returns:
+        The picture, uint8 `[H, W, 3]`; None where what the model predicts is no picture.
+    """
+    samples = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)
+    count = min(PICTURES, len(source))
+    spread = [number * len(source) // count for number in range(count)]
+    batch = next(eval_batches(samples, batch_size=count, indices=spread)).to(run.processes.device)
+    generator = torch.Generator().manual_seed(options.seed)
+    if model.draw_noise is None:
+        noise = torch.rand(len(batch), model.num_patches, generator=generator)
+    else:
+        noise = torch.stack([model.draw_noise(generator) for _ in range(len(batch))])
+    was_training = model.training
+    model.eval()
+    with run.autocast():
+        made = model.pictures(batch.images, noise=noise)
+    model.train(was_training)
+    if made is None:
+        return None
+    sheet = contact_sheet([picture.cpu() for picture in made.values()], options.mean, options.std)
+    caption = f"rows: {', '.join(ROWS.get(name, name) for name in made)}"
+    if getattr(options, "norm_pix_loss", False):
+        caption += "; predictions are of standardised patches, undone with each patch's true mean and deviation"
+    return written(sheet, caption, path)
 
 
 def written(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
-    """The picture with its caption, written to `path` if that can be, and answered as uint8 `[H, W, 3]`."""
+    """The picture with its caption, written to `path` if that can be, and returned as uint8 `[H, W, 3]`."""
     picture = with_caption(sheet_HWC, caption)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -165,7 +165,7 @@ def test_a_run_whose_folder_was_taken_over_stops_without_saving(tmp_path):
     (folder / "other").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     (folder / "other").rename(folder / lock.NAME)
     assert training.wait() == 4, training.said
-    assert "another process has taken over" in training.said and "Traceback" not in training.said
+    assert "another process has acquired" in training.said and "Traceback" not in training.said
     assert json.loads((folder / lock.NAME).read_text())["host"] == "elsewhere"
 
 

@@ -62,7 +62,7 @@ def test_a_gradient_that_jumps_is_left_out_where_asked_also_after_a_kill(tmp_pat
     assert 0 < final(tmp_path / "run")["usual_norm"] == final(tmp_path / "whole")["usual_norm"]
     stays = partial(inject.loss_spike, 24, 1000, 30)
     training = Training(tmp_path / "stays", *words, "--max_bad_steps", 2, fault=stays)
-    assert training.wait() == 3 and "2 updates in a row up to step 25 were left out by --skip_spikes" in training.said
+    assert training.wait() == 3 and "2 updates in a row up to step 25 were skipped by --skip_spikes" in training.said
 
 
 def test_gradients_that_stay_bad_stop_with_3_and_say_that_losses_are_finite(tmp_path):
@@ -92,7 +92,7 @@ def test_a_device_without_memory_is_advice_and_half_the_batch_goes_on(tmp_path):
     words = [*ONE, "--save_steps", 1]
     training = Training(tmp_path / "run", *words, fault=partial(inject.out_of_memory, 3))
     assert training.wait() == 2
-    assert "CUDA out of memory" in training.said and "half the --batch_size" in training.said
+    assert "CUDA out of memory" in training.said and "Halve --batch_size" in training.said
     assert "Traceback" not in training.said
     assert final(tmp_path / "run")["step"] == 2
     finish(tmp_path / "run", *words, "--batch_size", 4)

@@ -1,0 +1,80 @@
+"""Atomic writes: a reader of a path finds the old file or the new one, never a part of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+TEMPORARY = ".tmp"
+
+
+def temporary_of(path: Path) -> Path:
+    """Return the name beside `path` under which it is written."""
+    return path.with_name(f".{path.name}{TEMPORARY}")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`, and rename it to `path` at the end; on an error `path` stays as it was.
+
+    Args:
+        path: the file to write.
+        sync: flush the file and its folder to disk, so that the write survives a power failure.
+    """
+    temporary = temporary_of(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power failure, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically; names of files that are not valid text are escaped."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON, atomically."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def link(path: Path, other: Path, *, or_copy: bool) -> bool:
+    """Give a file that is never written in place a second name, replacing what had it; True when that was done.
+
+    Where the file system has no hard links the file is copied, with `or_copy`.
+    """
+    temporary = temporary_of(other)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        if not or_copy:
+            return False
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, other)
+    return True

@@ -1,0 +1,80 @@
+"""Evaluation between epochs: the best epoch is kept, and the last and the best are evaluated on the test images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from data.splits import TEST
+from util import checkpoint
+from util.run import Run
+from util.tasks import EpochTask
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation(EpochTask):
+    """Evaluates a model between epochs.
+
+    Args:
+        run: the run that trains.
+        model: the trained model, or a moving average of it.
+        measure: computes metrics on the validation images ("choice") or the test images ("test"); called by all
+            processes together.
+        metric: the metric that the best epoch is chosen by.
+        chosen_on: a description of the validation images.
+        every: epochs between evaluations.
+        describe: metrics as text.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        measure: Callable[[str], dict[str, Any]],
+        *,
+        metric: str,
+        chosen_on: str,
+        every: int,
+        describe: Callable[[Mapping[str, Any]], str],
+    ):
+        super().__init__(run, every)
+        self.model, self.measure, self.describe = model, measure, describe
+        self.metric, self.chosen_on = metric, chosen_on
+
+    def _measure(self, images: str) -> dict[str, Any]:
+        """Return what `measure` computes. A run that was asked to stop leaves: only some of the images may be in it."""
+        metrics = self.measure(images)
+        self.run.leave_if_stopped()
+        return metrics
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        metrics = self._measure("choice")
+        self.run.save_best(self.metric, metrics[self.metric])
+        group = "test" if self.chosen_on == TEST else "choice"
+        return {f"{group}_{name}": value for name, value in metrics.items() if isinstance(value, float)}
+
+    def _best_weights(self, best: Path) -> dict[str, Tensor] | None:
+        """None where the best epoch could not be saved: then the file is missing, or of an earlier epoch."""
+        if best.is_file() and checkpoint.load(best)["epoch"] == self.run.state.best["epoch"] + 1:
+            return checkpoint.load_model(best, averaged=True)[0]
+        log.warning("the best epoch could not be saved when it ended: only the last one is evaluated")
+        return None
+
+    def at_end(self) -> dict[str, Any]:
+        run = self.run
+        accuracy = {"last": self._measure("test")}
+        weights = self._best_weights(run.checkpoints / checkpoint.BEST) if run.processes.main else None
+        weights = run.processes.broadcast(weights)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+            accuracy["best"] = self._measure("test")
+        for name, metrics in accuracy.items():
+            log.info("%s epoch, %d test images: %s", name, metrics["images"], self.describe(metrics))
+        best = run.state.best["epoch"]
+        log.info("the best epoch, number %d, was chosen by %s on %s", best, self.metric, self.chosen_on)
+        return {"accuracy": accuracy, "metric": self.metric, "best_chosen_on": self.chosen_on}

@@ -1,0 +1,117 @@
+"""How a program may end: exit codes, the exceptions behind them, and the messages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from data.loader import NothingReadable
+from util import distributed
+from util.distributed import NoDevice
+from util.folder import AlreadyFinished
+from util.logging import talk
+from util.stepper import Unstable
+
+log = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_BAD_INPUT, EXIT_UNSTABLE, EXIT_CANNOT_SAVE, EXIT_INTERRUPTED = 0, 2, 3, 4, 75
+
+Options = TypeVar("Options")
+
+
+class Interrupted(Exception):
+    """A signal asked for a stop, and everything is saved."""
+
+
+class CannotSave(RuntimeError):
+    """Too many checkpoints in a row could not be written."""
+
+
+class TooManyBadImages(ValueError):
+    """More images cannot be read than the run may replace."""
+
+
+class Ending(NamedTuple):
+    """How a program ended before it was done: its exit code, and a message with its level."""
+
+    code: int
+    level: int
+    message: str
+
+
+def ending_of(error: BaseException) -> Ending | None:
+    """Return how `error` ends a program; None for a bug, which keeps its traceback."""
+    match error:
+        case AlreadyFinished():
+            return Ending(EXIT_DONE, logging.INFO, str(error))
+        case Interrupted():
+            return Ending(EXIT_INTERRUPTED, logging.INFO, str(error))
+        case Unstable():
+            return Ending(EXIT_UNSTABLE, logging.ERROR, str(error))
+        case CannotSave():
+            return Ending(EXIT_CANNOT_SAVE, logging.ERROR, str(error))
+        case torch.OutOfMemoryError():
+            what = str(error).split(". ")[0]
+            advice = "Halve --batch_size and keep --total_batch_size: the run resumes and accumulates more gradients"
+            return Ending(EXIT_BAD_INPUT, logging.ERROR, f"error: {what}\n{advice}")
+        case ValueError():
+            return Ending(EXIT_BAD_INPUT, logging.ERROR, f"error: {error}")
+    return None
+
+
+def is_bug(error: BaseException | None) -> bool:
+    """Whether an error of training itself is a bug, although its type is that of wrong input."""
+    return isinstance(error, ValueError) and not isinstance(error, TooManyBadImages | NothingReadable)
+
+
+def log_record(error: BaseException) -> logging.LogRecord:
+    """Make the last line of a log file: the message, or for a bug the traceback."""
+    ending = None if is_bug(error) else ending_of(error)
+    if ending is None:
+        traceback = type(error), error, error.__traceback__
+        return logging.LogRecord(__name__, logging.ERROR, __file__, 0, "a bug ended the run", (), traceback)
+    return logging.LogRecord(__name__, ending.level, __file__, 0, ending.message, (), None)
+
+
+def run_program(run: Callable[[Options], None], options: Options) -> int:
+    """Call `run(options)`, log how it ended, and return the exit code.
+
+    0 done (or nothing left to do), 2 wrong input, 3 no finite updates, 4 checkpoints cannot be written, 75 stopped by a
+    signal with everything saved, or before the first step (to be started again). A second Ctrl-C exits at once with
+    130. Anything else is a bug and keeps its traceback. The caller's signal handlers are restored afterwards.
+    """
+    talk(main=int(os.environ.get("RANK", "0")) == 0, keep=True)
+    before = distributed.on_stop_signals(_stopped_early)  # until the run installs its own handlers
+    code = None
+    try:
+        code = _outcome(run, options)
+    finally:
+        for number, act in before.items():
+            # The process is about to exit: another such signal must not change its exit code.
+            ending = code == EXIT_INTERRUPTED and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ending else act)
+    return code
+
+
+def _stopped_early(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name} before the first step; nothing is lost")
+
+
+def _outcome(run: Callable[[Any], None], options: Any) -> int:
+    try:
+        run(options)
+    except Exception as error:
+        if (ending := ending_of(error)) is None:
+            raise
+        # An error that all processes meet is logged once on each machine; an error of one process, by that process.
+        of_all = isinstance(error, ValueError) and not isinstance(error, NoDevice | NothingReadable)
+        if not of_all or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            log.log(ending.level, "%s", ending.message)
+        return ending.code
+    return EXIT_DONE

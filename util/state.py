@@ -1,0 +1,145 @@
+"""The state of a run: the only place that writes and reads the dictionary of a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from options import RunOptions, to_dict
+from util import checkpoint
+from util.distributed import Processes
+from util.meters import Means
+from util.stepper import Stepper
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingState:
+    """Everything that a checkpoint holds: what is trained, the position in the data, and the records so far."""
+
+    options: RunOptions
+    data: str
+    """Fingerprint of the training images."""
+    amp: str
+    processes: Processes
+    model: nn.Module
+    stepper: Stepper
+    means: Means
+    steps_per_epoch: int
+    others: Mapping[str, Any]
+    """Further objects with a state_dict, such as a moving average of the weights."""
+    epoch: int = 0
+    epoch_step: int = 0
+    """Optimizer steps done in the current epoch."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """Metric, value and epoch (from 0) of the best epoch so far; {} without one."""
+    last: dict[str, Any] | None = None
+    """Metrics of the last finished epoch."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """Unreadable images, and why."""
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the epoch that has just ended is the best so far."""
+        return self.epoch_step == 0 and bool(self.best) and self.best["epoch"] == self.epoch - 1
+
+    def weights_dict(self) -> dict[str, Any]:
+        """The part of `state_dict` that a model can be built from."""
+        return {
+            "program": self.options.PROGRAM,
+            "format": checkpoint.FORMAT,
+            "model": self.model.state_dict(),
+            "options": to_dict(self.options),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint. All processes call it together."""
+        stepper = self.stepper.state_dict()
+        return {
+            **self.weights_dict(),
+            "optimizer": stepper["optimizer"],
+            "scaler": stepper["scaler"],
+            "epoch": self.epoch,
+            "step": stepper["step"],
+            "bad": stepper["bad"],
+            "usual_norm": stepper["usual_norm"],
+            "sampler": {
+                "epoch": self.epoch,
+                "offset": self.epoch_step,
+                "seed": self.options.seed,
+                "world_size": self.processes.world_size,
+                "batch": self.options.total_batch_size,
+            },
+            "means": self.means.state_dict() if self.epoch_step else None,
+            "best": self.best,
+            "last": self.last,
+            "problems": dict(self.problems),
+            "data": self.data,
+            "amp": self.amp,
+            "versions": {"torch": str(torch.__version__)},
+            **{name: part.state_dict() for name, part in self.others.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], path: str) -> None:
+        """Restore the state that `state_dict` returned, read from `path`.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+        """
+        self._require_same_model(state, path)
+        state = self._for_this_batch_size(state)
+        self.model.load_state_dict(state["model"])
+        self.stepper.load_state_dict(
+            {
+                "step": state["step"],
+                "bad": state["bad"],
+                "usual_norm": state.get("usual_norm", 0.0),  # older files lack it
+                "optimizer": state["optimizer"],
+                "scaler": state["scaler"],
+            }
+        )
+        for name, part in self.others.items():
+            part.load_state_dict(state[name])
+        self.epoch, self.epoch_step = state["epoch"], state["sampler"]["offset"]
+        if state["means"]:
+            self.means.load_state_dict(state["means"])
+        self.best, self.last = state["best"], state.get("last")
+        self.problems = dict(state["problems"])
+        if (then := state["sampler"]["world_size"]) != self.processes.world_size:
+            log.warning(
+                "resuming with %d processes instead of %d: the order of images stays, sums are rounded differently",
+                self.processes.world_size,
+                then,
+            )
+        if (amp := state.get("amp", self.amp)) != self.amp:  # `auto` depends on the device
+            log.warning("resuming with precision %s instead of %s", precision_name(self.amp), precision_name(amp))
+        log.info("resuming from %s: epoch %d, step %d", path, self.epoch, self.stepper.step)
+
+    def _require_same_model(self, state: Mapping[str, Any], path: str) -> None:
+        if missing := [name for name in self.others if name not in state]:
+            raise checkpoint.CheckpointError(f"{path} cannot be resumed: it lacks {', '.join(missing)}")
+        own, theirs = (
+            {name: value.shape for name, value in part.items()} for part in (self.model.state_dict(), state["model"])
+        )
+        if different := sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name)):
+            raise checkpoint.CheckpointError(f"{path} is of another model: {', '.join(different[:5])} differ")
+
+    def _for_this_batch_size(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the state; for another total_batch_size, at the step after the same number of images."""
+        sampler, now = state["sampler"], self.options.total_batch_size
+        if sampler["batch"] == now:
+            return state
+        offset = sampler["offset"] * sampler["batch"] // now
+        step = state["epoch"] * self.steps_per_epoch + offset
+        log.warning("%d images a step, not %d: step %d counts as %d", now, sampler["batch"], state["step"], step)
+        return {**state, "step": step, "sampler": {**sampler, "offset": offset}}
+
+
+def precision_name(amp: str) -> str:
+    return "full" if amp == "none" else amp
