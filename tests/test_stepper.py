@@ -1,14 +1,16 @@
 """The stepper against a plain loop of torch's own calls, and its refusal of updates that are not finite."""
 
+import contextlib
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from util import optim
-from util.stepper import Stepper, names_of_bad_losses
+from util.stepper import Stepper, names_of_bad_losses, seed_micro_step
 
 INDEX = torch.arange(4)
 
@@ -189,3 +191,128 @@ def test_recent_batches_name_what_was_not_finite():
     assert recent[-1]["index"] == [3, 1, 2]
     assert recent[-1]["losses"]["reconstruction"] == pytest.approx(loss.item())
     assert names_of_bad_losses(recent) == ["neighbor", "loss"]
+
+
+class Recorder:
+    """Hooks that note their calls and remove the gradient of one parameter."""
+
+    def __init__(self, removed):
+        self.calls, self.removed = [], removed
+
+    def before_step(self, progress):
+        self.calls.append(("before", progress.step, progress.fraction, progress.epoch))
+        assert progress.param_groups[0]["betas"] == (0.9, 0.95)
+
+    def adjust_gradients(self, progress):
+        self.calls.append(("adjust", progress.step, self.removed.grad.clone()))
+        self.removed.grad.zero_()
+
+    def after_update(self, taken):
+        self.calls.append(("after", bool(taken)))
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_hooks_are_called_around_every_step(fp16):
+    model, _ = make()
+    hooks = Recorder(model[2].weight)
+    optimizer = optim.adamw(optim.pretrain_groups(model, 0.05), 1e-2)
+    schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=0, steps_per_epoch=2, min_lr=0.0)
+    stepper = Stepper(model, optimizer, schedule, accum=2, fp16=fp16, hooks=hooks, total_steps=4, steps_per_epoch=2)
+    first, before = batches(2), copy.deepcopy(model)
+    run(model, stepper, first)
+    run(model, stepper, [batches(1)[0], torch.full((4, 3), math.nan)])
+    names = [(name, *rest[:1]) for name, *rest in hooks.calls]
+    assert names == [("before", 0), ("adjust", 0), ("after", True), ("before", 1), ("adjust", 1), ("after", False)]
+    assert hooks.calls[3][2:] == (0.25, 0.5)
+    torch.cat([before(each) for each in first]).square().mean().backward()
+    torch.testing.assert_close(hooks.calls[1][2], before[2].weight.grad, msg="unscaled, of all micro-batches")
+    assert (model[2].weight - before[2].weight * (1 - 1e-2 * 0.05)).abs().max() < 1e-6, "decayed and nothing else"
+
+
+def test_the_norm_is_taken_after_gradients_are_adjusted():
+    model, _ = make()
+    hooks = Recorder(model[2].weight)
+    optimizer = optim.adamw(optim.pretrain_groups(model, 0.05), 1e-2)
+    schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=0, steps_per_epoch=2, min_lr=0.0)
+    stepper = Stepper(model, optimizer, schedule, hooks=hooks)
+    run(model, stepper, batches(1))
+    left = [p.grad for p in model.parameters() if p is not model[2].weight]
+    torch.testing.assert_close(stepper.grad_norm, torch.stack([g.square().sum() for g in left]).sum().sqrt())
+
+
+def test_scaled_losses_give_the_updates_of_unscaled_ones():
+    results = []
+    for fp16 in (False, True):
+        model, stepper = make(accum=2, clip_grad=0.01, fp16=fp16)
+        run(model, stepper, batches(6))
+        results.append((weights(model), stepper.grad_norm, stepper.bad_steps()))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_a_refused_update_leaves_the_running_statistics_of_its_first_micro_batch(accum):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    optimizer = optim.adamw(optim.pretrain_groups(model, 0.05), 1e-2)
+    schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=0, steps_per_epoch=9, min_lr=0.0)
+    stepper = Stepper(model, optimizer, schedule, accum=accum)
+    data = batches(2 * accum)
+    run(model, stepper, data[:accum])
+    plain = nn.BatchNorm1d(4)
+    start = nn.Linear(3, 4)
+    torch.manual_seed(0)
+    start.reset_parameters()
+    for images in data[:accum]:
+        plain(start(images))
+    torch.testing.assert_close(model[1].running_mean, plain.running_mean)
+    torch.testing.assert_close(model[1].running_var, plain.running_var)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    run(model, stepper, [*data[accum:-1], torch.full((4, 3), math.nan)])
+    assert stepper.bad_steps() == (1, 1)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+class Ranks(torch.nn.parallel.DistributedDataParallel):
+    """A model that notes whether gradients would be exchanged, without other processes."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module, self.exchanges, self.alone = module, [], False
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.alone = True
+        yield
+        self.alone = False
+
+    def forward(self, images):
+        self.exchanges.append(not self.alone)
+        return self.module(images)
+
+
+def test_gradients_are_exchanged_in_the_last_micro_batch_only():
+    model, stepper = make(accum=3)
+    stepper.model = ranks = Ranks(model)
+    run(ranks, stepper, batches(6))
+    assert ranks.exchanges == [False, False, True] * 2
+
+
+def test_the_highest_loss_is_that_since_the_last_question():
+    model, stepper = make()
+    found = []
+    for losses in ((3.0, 5.0, 4.0), (2.0, 1.0), (math.nan, 1.5)):
+        for value in losses:
+            stepper({"loss": model(torch.ones(1, 3)).sum() * 0 + value}, INDEX)
+        found.append(stepper.highest_loss())
+    assert found == [5.0, 2.0, 1.5]
+
+
+def test_the_seed_of_a_micro_batch_is_the_one_of_earlier_versions():
+    """Another formula would change the random numbers of a run that is resumed."""
+    seed_micro_step(3, 5, 2)
+    expected = (3 * 1_000_003 + 5) * 65_537 + 2
+    assert torch.initial_seed() == expected
+    assert np.random.get_state()[1][0] == expected % 2**32
+    seed_micro_step(2**32 - 1, 10**6, 7)
+    assert torch.initial_seed() == (((2**32 - 1) * 1_000_003 + 10**6) * 65_537 + 7) % 2**63

@@ -1,0 +1,263 @@
+"""Mutation testing: put small faults into a module, one at a time, and count those that its tests notice.
+
+    bash scripts/mutation.sh                                  all modules, each for at most 10 minutes
+    bash scripts/mutation.sh models_nor_mae util/stepper      these modules
+    bash scripts/mutation.sh --minutes 60 models_mae          a longer limit; --seed draws another order
+
+cosmic-ray makes the mutants. They are tried here, because its own runner starts a new interpreter for each, which
+imports torch for several seconds: this one imports the libraries once and forks. The tests run on a copy of the
+project. Mutants are tried in a random order, so that the share of those tried in a limited time estimates the share of
+all. Every mutant that survives is printed as a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmic_ray import plugins
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Operator
+from parso.python.tree import Keyword
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+TESTS: dict[str, str] = {
+    "util/stepper": "test_stepper",
+    "models_nor_mae": "test_models_nor_mae test_fraction",
+    "models_mae": "test_models_mae test_methods",
+    "models_simmim": "test_models_simmim test_models_maskfeat test_models_beit",
+    "models_targets": "test_models_targets test_models_mae test_models_simmim",
+    "models_cross_mae": "test_models_cross_mae",
+    "models_sup_mae": "test_models_sup_mae",
+    "models_u_mae": "test_models_u_mae",
+    "models_dmae": "test_models_dmae",
+    "models_moco_v3": "test_models_moco_v3 test_contract",
+    "models_dino": "test_models_dino test_contract",
+    "models_maskfeat": "test_models_maskfeat test_contract test_methods",
+    "models_beit": "test_models_beit test_contract test_methods",
+    "models_tokenizer": "test_models_tokenizer test_models_beit test_contract",
+    "models_cluster_mim": "test_models_cluster_mim test_contract test_methods",
+    "models_upernet": "test_models_upernet",
+    "models_classifier": "test_finetune",
+    "models_vit": "test_models_vit test_contract test_methods",
+    "methods": "test_methods",
+    "engine_pretrain": "test_stepper test_pretrain",
+    "engine_finetune": "test_finetune",
+    "engine_segment": "test_segment",
+    "util/optim": "test_optim test_linprobe test_models_simmim",
+    "util/meters": "test_meters",
+    "util/knn": "test_knn",
+    "util/checkpoint": "test_checkpoint",
+    "data/masks": "test_masks",
+}
+"""The test files that each module is tried against."""
+
+LEFT_OUT = "compile or two_processes or ranks or published or run"
+"""Tests that take long for one module: those that compile, and those that start training processes."""
+
+OPERATORS = [
+    *(
+        f"ReplaceBinaryOperator_{pair}"
+        for pair in "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_Mul Pow_Mul".split()
+    ),
+    *(f"ReplaceBinaryOperator_{pair}" for pair in "BitAnd_BitOr BitOr_BitAnd".split()),
+    *(
+        f"ReplaceComparisonOperator_{pair}"
+        for pair in "Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is".split()
+    ),
+    *(f"ReplaceUnaryOperator_Delete_{sign}" for sign in "USub Not Invert".split()),
+    *"AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd".split(),
+    *"ReplaceBreakWithContinue ReplaceContinueWithBreak NumberReplacer ZeroIterationForLoop".split(),
+]
+TYPES = ("annassign", "param", "funcdef")
+LIBRARIES = (
+    "numpy torch torch.distributed torch._dynamo torchvision.transforms.v2 timm timm.optim timm.scheduler PIL.Image"
+)
+
+
+class DeleteStatement(Operator):
+    """Replace by `pass` a call, a raise, and an assignment to an attribute or an element or with an operator."""
+
+    def mutation_positions(self, node: Any) -> Iterator[tuple]:
+        if node.type == "simple_stmt" and self._counts(node.children[0]):
+            yield node.children[0].start_pos, node.children[0].end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:
+        statement = node.children[0]
+        node.children[0] = Keyword("pass", statement.start_pos, prefix=statement.get_first_leaf().prefix)
+        return node
+
+    def _counts(self, statement: Any) -> bool:
+        if statement.type in ("atom_expr", "power"):
+            return statement.children[-1].type == "trailer"
+        if statement.type == "expr_stmt":
+            target, sign = statement.children[:2]
+            return target.type in ("atom_expr", "power") or sign.type == "operator" and sign.value != "="
+        return statement.type == "raise_stmt"
+
+    @classmethod
+    def examples(cls) -> tuple:
+        return ()
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: the operator that makes it, and where."""
+
+    operator: Operator
+    occurrence: int
+    line: int
+
+    def apply(self, source: str) -> str:
+        """Return the source with the fault in it."""
+        changed = mutate_code(source, self.operator, self.occurrence)
+        assert changed is not None
+        return changed
+
+
+def find_mutants(source: str) -> list[Mutant]:
+    """List the faults that can be put into a module.
+
+    Annotations, messages (what is raised or logged) and assertions are left out: a fault there changes no result.
+    """
+    found = []
+    nodes = list(ast_nodes(get_ast(source)))
+    for operator in [*(plugins.get_operator(f"core/{name}")() for name in OPERATORS), DeleteStatement()]:
+        occurrence = 0
+        for node in nodes:
+            for start, _ in operator.mutation_positions(node):
+                if not _is_left_out(node, start, isinstance(operator, DeleteStatement)):
+                    found.append(Mutant(operator, occurrence, start[0]))
+                occurrence += 1
+    return found
+
+
+def _is_left_out(node: Any, start: tuple[int, int], whole_statement: bool) -> bool:
+    if whole_statement:
+        return node.get_code().strip().startswith(("log.", "warnings."))
+    inner, outer = node, node.parent
+    while outer is not None:
+        if outer.type in ("raise_stmt", "assert_stmt", "decorator"):
+            return True
+        if outer.type == "annassign" and start < outer.children[1].end_pos:
+            return True
+        if outer.type == "tfpdef" or outer.type == "funcdef" and inner is outer.annotation:
+            return True
+        if outer.type == "atom_expr" and outer.get_code().strip().startswith(("log.", "warnings.")):
+            return True
+        inner, outer = outer, outer.parent
+    return False
+
+
+def copy_project(folder: Path) -> None:
+    """Copy the files that git knows, and those that it does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=PROJECT, check=True, capture_output=True, text=True
+    )
+    for name in filter(lambda name: (PROJECT / name).is_file(), listed.stdout.splitlines()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(PROJECT / name, folder / name)
+
+
+def passes(tests: Sequence[str], seconds: float) -> bool | None:
+    """Run tests in a fork of this process. True: all pass; False: one fails; None: they take longer than `seconds`."""
+    child = os.fork()
+    if not child:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        os.dup2(nothing, 2)
+        import pytest
+
+        os._exit(int(pytest.main([*tests, "-q", "-x", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"])))
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def try_module(name: str, minutes: float, seed: int) -> tuple[int, int, int]:
+    """Try the mutants of a module in the current folder; returns how many were caught, tried and found."""
+    path = Path(f"{name}.py")
+    source = path.read_text(encoding="utf-8")
+    tests = [f"tests/{test}.py" for test in TESTS[name].split() if Path(f"tests/{test}.py").is_file()]
+    mutants = find_mutants(source)
+    random.Random(seed).shuffle(mutants)
+    began = time.monotonic()
+    if not passes(tests, 600):
+        raise ValueError(f"the tests of {name} fail without a mutation: {' '.join(tests)}")
+    usual = time.monotonic() - began
+    say(f"{name}: {len(mutants)} mutants, tests take {usual:.0f} s")
+    caught = tried = 0
+    for mutant in mutants:
+        if time.monotonic() - began > 60 * minutes:
+            break
+        changed = mutant.apply(source)
+        path.write_text(changed, encoding="utf-8")
+        survived = passes(tests, 3 * usual + 20)
+        tried += 1
+        caught += not survived
+        if survived:
+            say("\n".join(list(difflib.unified_diff(source.split("\n"), changed.split("\n"), name, name, n=1))[2:]))
+    path.write_text(source, encoding="utf-8")
+    say(f"{name}: caught {caught} of {tried} tried ({100 * caught / max(1, tried):.1f}%), {len(mutants)} in all")
+    return caught, tried, len(mutants)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Count the small faults in a module that its tests notice.")
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(TESTS)} (default: all that exist)")
+    parser.add_argument("--minutes", type=float, default=10, help="limit for each module")
+    parser.add_argument("--seed", type=int, default=0, help="order of the mutants")
+    words = parser.parse_args(argv)
+    modules = [name.removesuffix(".py") for name in words.modules] or [
+        n for n in TESTS if (PROJECT / f"{n}.py").is_file()
+    ]
+    if unknown := [name for name in modules if name not in TESTS or not (PROJECT / f"{name}.py").is_file()]:
+        parser.error(f"no module {unknown[0]}: there are {', '.join(TESTS)}")
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    for library in LIBRARIES.split():
+        __import__(library)
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy_project(Path(folder))
+        os.chdir(folder)
+        sys.path[:] = [
+            folder,
+            *(place for place in sys.path if Path(place or ".").resolve() not in (PROJECT, PROJECT / "tests")),
+        ]
+        for name in modules:
+            rows[name] = try_module(name, words.minutes, words.seed)
+    say("| module | caught | tried | mutants |\n|---|---|---|---|")
+    for name, (caught, tried, found) in rows.items():
+        say(f"| `{name}` | {100 * caught / max(1, tried):.1f}% | {tried} | {found} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The faults that mutation testing makes: which there are, which are left out, and that a fork reports its tests."""
+
+import importlib.util
+import sys
+
+import pytest
+
+from tests.test_house import PROJECT
+
+pytest.importorskip("cosmic_ray", reason="requirements/dev.txt is not installed")
+
+
+@pytest.fixture(scope="module")
+def mutation():
+    spec = importlib.util.spec_from_file_location("mutation", PROJECT / "tests" / "mutation.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mutation"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def changed_lines(mutation, source):
+    """Each mutant's differing lines."""
+    found = []
+    for mutant in mutation.find_mutants(source):
+        lines = zip(source.split("\n"), mutant.apply(source).split("\n"), strict=True)
+        (line,) = [new.strip() for old, new in lines if old != new]
+        found.append(line.replace("  ", " "))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = a + b\n", {"x = a - b"}),
+        ("x = 1.0 / self.n\n", {"x = 1.0 * self.n", "x = 2.0 / self.n", "x = 0.0 / self.n"}),
+        ("if a < b:\n    f(x)\n", {"if a <= b:", "if not a < b:", "pass"}),
+        ("self.x = y\n", {"pass"}),
+        ("total += y\n", {"pass"}),
+        ("x = y\n", set()),
+        ("if bad:\n    raise ValueError(f'{a + 1}')\n", {"if not bad:", "pass"}),
+        ("log.info('%d', a + 1)\n", set()),
+        ("def f(a: int | None = 3) -> int | None: ...\n", {"def f(a: int | None = 4) -> int | None: ...",
+                                                         "def f(a: int | None = 2) -> int | None: ..."}),
+        ('"""Docs: 1 + 1."""\n', set()),
+    ],
+)  # fmt: skip
+def test_faults(mutation, source, expected):
+    assert set(changed_lines(mutation, source)) == expected
+
+
+def test_a_fork_tells_whether_its_tests_pass(mutation, tmp_path):
+    for name, line in {"good": "assert True", "bad": "assert False", "slow": "import time; time.sleep(60)"}.items():
+        (tmp_path / f"test_{name}.py").write_text(f"def test_it():\n    {line}\n")
+    assert mutation.passes([str(tmp_path / "test_good.py")], 60) is True
+    assert mutation.passes([str(tmp_path / "test_bad.py")], 60) is False
+    assert mutation.passes([str(tmp_path / "test_slow.py")], 3) is None
+
+
+def test_every_module_names_tests_that_exist(mutation):
+    for name, tests in mutation.TESTS.items():
+        if (PROJECT / f"{name}.py").is_file():
+            assert any((PROJECT / "tests" / f"{test}.py").is_file() for test in tests.split()), name
