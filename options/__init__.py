@@ -1,6 +1,6 @@
-"""Every option of every command: declared once, read from recipes and flags, without importing torch.
+"""Options of all programs: declared once, parsed from recipes and flags.
 
-`--help` and the message for a wrong flag must not wait for torch, so neither this package nor what it imports needs it.
+This package does not import torch, so that `--help` and errors about options do not wait for it.
 """
 
 from options.run import (

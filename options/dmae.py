@@ -7,25 +7,25 @@ from options.schema import require_number
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """Who teaches, and where the two are compared."""
+    """The teacher, and the blocks that are compared."""
 
     weight: float = 1.0
-    """Weight of the difference."""
+    """Weight of the term."""
     checkpoint: str = ""
-    """The teacher: a checkpoint of MAE's, timm's or ours, with patches of the student's size."""
+    """Checkpoint of the teacher (MAE, timm or ours), with the same patch size as the student."""
     student_block: int = 0
-    """Block of the student, counted from 1, whose output is compared; 0: at three quarters of its depth."""
+    """Block of the student whose output is compared, counted from 1; 0: at three quarters of its depth."""
     teacher_block: int = 0
-    """Block of the teacher, counted from 1, whose output is compared; 0: at three quarters of its depth."""
+    """Block of the teacher whose output is compared, counted from 1; 0: at three quarters of its depth."""
     embed_dim: int = 0
-    """Channels of the teacher; 0: from its checkpoint, as for the two options that follow."""
+    """Channels of the teacher; 0: from its checkpoint, as for the next two options."""
     depth: int = 0
     """Blocks of the teacher."""
     num_heads: int = 0
-    """Attention heads of the teacher. Only our own checkpoints tell; for others 0 means what `model` has with those
-    channels, so 12 for 192 of them."""
+    """Attention heads of the teacher. Only checkpoints of this project record them; for others, 0 means the number of
+    `model` at that width: 12 for 192 channels."""
     digest: str = ""
-    """SHA-256 of the teacher's weights, which a run notes, so that it does not go on with another teacher."""
+    """SHA-256 of the teacher's weights, recorded by a run so that it is not resumed with another teacher."""
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight)

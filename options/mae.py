@@ -1,4 +1,4 @@
-"""Options of the masked autoencoder and of its relatives that drop hidden patches."""
+"""Options of the masked autoencoder and related methods."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from options.schema import Options, require, result, shape
 
 @dataclass(frozen=True, kw_only=True)
 class MaskOptions(Options):
-    """Options of every method that hides patches."""
+    """Options of every method that masks patches."""
 
     mask_ratio: float = result(0.75, section="Method")
-    """Share of the patches that is hidden from the encoder."""
+    """Share of the patches that is masked."""
 
     def _check(self) -> None:
         super()._check()
         self._between(0, 1, "mask_ratio")
-        require(self.mask_ratio > 0, "0 hides nothing, and nothing is left to learn", "mask_ratio")
-        require(self.mask_ratio < 1, "1 keeps nothing for the encoder", "mask_ratio")
+        require(self.mask_ratio > 0, "must be more than 0, or no patch is masked", "mask_ratio")
+        require(self.mask_ratio < 1, "must be less than 1, or no patch is visible", "mask_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class MAEOptions(MaskOptions, DecoderOptions):
     """Options of MAE."""
 
     norm_pix_loss: bool = result(False)
-    """Reconstruct pixels standardised within each patch, not the pixels themselves."""
+    """Reconstruct pixels normalised by the mean and standard deviation of each patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class CrossMAEOptions(MAEOptions):
     """Options of CrossMAE."""
 
     predict_ratio: float = result(0.0)
-    """Share of the patches that training predicts, at most mask_ratio; 0: 0.25."""
+    """Share of the patches that is predicted in training, at most mask_ratio; 0: 0.25."""
 
     def _check(self) -> None:
         super()._check()
@@ -63,9 +63,9 @@ class SimMIMOptions(MaskOptions):
 
     mask_ratio: float = result(0.6)
     mask_cell: int = result(0)
-    """Side in pixels of the square cells that are hidden as a unit; 0: two patches."""
+    """Side of the square cells that are masked together, in pixels; 0: two patches."""
     norm_pix_loss: bool = result(False)
-    """Reconstruct pixels standardised within each patch, not the pixels themselves."""
+    """Reconstruct pixels normalised by the mean and standard deviation of each patch."""
 
     def _check(self) -> None:
         super()._check()

@@ -1,9 +1,7 @@
-"""Every option of every command: its type, default, kind and meaning, and which combinations are refused.
+"""Options of the training programs: type, default, kind and meaning of each, and which combinations are refused.
 
-`RunOptions` holds what all commands share, a subclass what one command adds or begins with. The string under a field is
-its documentation and its `--help`. How recipes and flags are read into a schema stands in `options/schema.py`.
-
-A front door calls `parse(PretrainOptions, sys.argv[1:], preset=methods.preset, term_options=...)`.
+`RunOptions` holds what all programs share; subclasses add the options of one program or change a default. The string
+under a field is its documentation and its `--help`. `options/schema.py` parses recipes and flags into these classes.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ from options.schema import (
 
 Run = TypeVar("Run", bound="RunOptions")
 
-TORCHRUN = "use torchrun, which starts the processes and tells each its rank"
+TORCHRUN = "use torchrun, which starts the processes and sets the rank of each"
 ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans", "value_range", "mean", "std")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
-    """What every training command shares."""
+    """Options of every training program."""
 
     PROGRAM: ClassVar[str] = ""  # the module in programs/; every checkpoint stores it
 
@@ -58,40 +56,40 @@ class RunOptions(Options):
     INHERITS: ClassVar[tuple[str, ...]] = ()  # options that the checkpoint in `init_from` decides unless they are given
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = ()  # the same for the checkpoint that `eval` evaluates
 
-    # In these `~` is expanded.
+    # `~` is expanded in these options.
     PATHS: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "init_from", "data_path", "dataset", "class_list")
 
     output_dir: str = machine("output", section="Run folder")
-    """Folder of the run: options, logs, checkpoints. It must be new, or hold an earlier part of this very run."""
+    """Run folder for options, logs and checkpoints. It must be new, or contain this run, which is then resumed."""
     resume: str = machine("auto")
-    """Checkpoint to resume from; `auto` or empty: the latest one in the run's folder, if there is one."""
+    """Checkpoint to resume from; `auto` or empty: the latest valid one in output_dir, if there is any."""
     overwrite: bool = machine(False)
-    """Start anew in a folder that holds a run, whose files are lost."""
+    """Start from scratch in a folder that contains a run; its files are deleted."""
     allow_change: tuple[str, ...] = machine(())
-    """Result options that may differ from those of the run that goes on, e.g. `epochs terms.neighbor.weight`."""
+    """Result options that may differ from those of the resumed run, e.g. `epochs terms.neighbor.weight`."""
     init_from: str = result("")
-    """Checkpoint of MAE, NoR-MAE, timm or ours whose weights to begin with. Not a resume: the schedule starts anew."""
+    """Checkpoint (MAE, NoR-MAE, timm or ours) to initialise the weights from. The schedule starts from step 0."""
     save_every: int = machine(20)
     """Epochs between checkpoints that are kept (`epoch-0020.pth`); `last.pth` is written after every epoch."""
     save_minutes: float = machine(10.0)
-    """Minutes after which `last.pth` is also written within an epoch; 0 never."""
+    """Minutes after which `last.pth` is also written within an epoch; 0: never."""
     save_steps: int = machine(0)
-    """Optimizer steps after which `last.pth` is also written within an epoch; 0 never."""
+    """Optimizer steps after which `last.pth` is also written within an epoch; 0: never."""
     keep: int = machine(3)
-    """How many of the newest `epoch-NNNN.pth` stay on the disk."""
+    """Number of the latest `epoch-NNNN.pth` files to keep."""
     log_every: int = machine(20)
-    """Optimizer steps between two lines of the log, the only moments that wait for the device."""
+    """Optimizer steps between log lines. The device is synchronised only then."""
 
     data_path: str = machine("", section="Data")
-    """Folder of images (`train/CLASS/*`, `CLASS/*`, or flat or nested without labels), or the word `digits`."""
+    """Folder of images (`train/CLASS/*`, `CLASS/*`, or flat or nested without labels), or `digits`."""
     dataset: str = result("auto")
     """How data_path is read: `folder`, `digits`, `LIST.txt`, `torch/NAME` (a set of torchvision's), `hfds/NAME`, `wds`;
     `auto` goes by the look of data_path, which may be the word `digits`."""
     class_list: str = result("")
-    """Use only these classes: a file with one class folder a line, or `imagenet100`; empty uses all."""
+    """Use only these classes: a file with one class folder per line, or `imagenet100`; empty uses all."""
     label_offset: int | None = result(None)
-    """Number of the first class in a list or in label files of an archive: 0 or 1. None: 0, and classifiers refuse
-    labels of which none is 0."""
+    """Index of the first class in a list or in label files of an archive: 0 or 1. None: 0, and classifiers refuse
+    labels that do not contain 0."""
     input_size: tuple[int, int] = shape((224, 224))
     """Pixels of the images given to the model: one number, or rows and columns as `160x96`."""
     in_chans: int = shape(3)
@@ -100,54 +98,54 @@ class RunOptions(Options):
     """Lowest and highest pixel value, e.g. `0 4095`, that become black and white in images of more than 8 bits; empty:
     decided from a sample of the training images, logged and stored. 8-bit images are not changed."""
     mean: tuple[float, ...] = result(())
-    """Mean of each channel, on a scale of 0 to 1, that is subtracted; empty: ImageNet's for 3 channels, else 0.5."""
+    """Mean of each channel to subtract, on a scale of 0 to 1; empty: ImageNet's for 3 channels, otherwise 0.5."""
     std: tuple[float, ...] = result(())
-    """Standard deviation of each channel, on that scale, to divide by; empty: ImageNet's for 3 channels, else 0.5."""
+    """Standard deviation of each channel, on that scale, to divide by; empty: as for mean."""
     num_workers: int = machine(4)
-    """Processes that load images, for each device; 0 loads in the training process. The batches are the same."""
+    """Loader processes per device; 0 loads in the training process. The batches do not depend on it."""
     pin_mem: bool = machine(True)
-    """Load into page-locked memory, from where copies to a GPU are faster."""
+    """Load batches into page-locked memory, for faster copies to a GPU."""
     worker_timeout: float = machine(300.0)
-    """Seconds without a batch from the loading processes after which they are started anew; 0 waits for ever."""
+    """Seconds without a batch after which the loader processes are restarted; 0: no limit."""
 
     total_batch_size: int = result(0, section="Batch and optimizer")
-    """Images of one optimizer step over all devices; 0: batch_size x accum_iter x processes."""
+    """Images per optimizer step over all devices; 0: batch_size x accum_iter x processes."""
     batch_size: int = machine(0)
-    """Images of one forward pass on one device; 0: as total_batch_size asks, at most 256, or 64 without it."""
+    """Images per forward pass and device; 0: derived from total_batch_size, at most 256; 64 if that is 0 too."""
     accum_iter: int = machine(0)
-    """Forward passes that add up to one optimizer step; 0: as total_batch_size and batch_size ask, or 1."""
+    """Forward passes per optimizer step; 0: derived from total_batch_size and batch_size, or 1."""
     epochs: int = result(100)
     """Passes over the training images."""
     warmup_epochs: float = result(5.0)
-    """Epochs over which the learning rate rises from 0; it then falls along half a cosine to min_lr."""
+    """Epochs in which the learning rate rises linearly from 0; it then follows half a cosine to min_lr."""
     blr: float = result(1e-3)
-    """Learning rate for a batch of 256: the rate is blr x total_batch_size / 256. Ignored when lr is given."""
+    """Base learning rate: the rate is blr x total_batch_size / 256. Ignored if lr is given."""
     lr: float = result(0.0)
-    """Highest learning rate, whatever the batch; 0: from blr."""
+    """Peak learning rate, independent of the batch size; 0: derived from blr."""
     min_lr: float = result(0.0)
     """Learning rate at the end."""
     weight_decay: float = result(0.05)
-    """Weight decay; biases and norms have none."""
+    """Weight decay; not applied to biases and norms."""
     clip_grad: float = result(0.0)
-    """Largest norm of the gradient, scaled down beyond it; 0: no limit."""
+    """Maximum norm of the gradient, to which larger ones are scaled down; 0: no limit."""
     skip_spikes: float = result(0.0)
-    """Leave out an update whose gradient has more than this many times the usual norm; 0: none. Not with fp16."""
+    """Skip updates whose gradient norm is more than this many times the usual one; 0: never. Not with fp16."""
     seed: int = result(0)
-    """Decides initial weights, order of images, crops, masks: two runs of one seed are the same run."""
+    """Seed of initial weights, image order, crops and masks: two runs with the same seed are identical."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = machine("auto", section="Machine")
-    """`auto` takes a GPU if there is one."""
+    """Device to train on; `auto`: a GPU if there is one."""
     amp: Literal["auto", "bf16", "fp16", "none"] = result("auto")
-    """Mixed precision; `auto`: bf16 on a GPU that has it, fp16 on another, none elsewhere."""
+    """Mixed precision; `auto`: bf16 on GPUs that support it, fp16 on others, none elsewhere."""
     compile: bool = machine(False)
-    """Compile the training step: a slow start, then faster."""
+    """Compile the training step: slower start, faster steps."""
 
     max_bad_steps: int = machine(10, section="Tolerance")
-    """Stop after this many steps in a row whose loss or gradient is not finite; such steps never change the weights."""
+    """Stop after this many consecutive steps whose loss or gradient is not finite. Such steps do not change weights."""
     max_bad_fraction: float = machine(0.01)
-    """Stop when more than this share of the images cannot be read; such images are replaced and listed."""
+    """Stop if more than this share of the images cannot be read. Such images are replaced and listed."""
     max_save_failures: int = machine(5)
-    """Stop after this many checkpoints in a row could not be written."""
+    """Stop after this many consecutive failures to write a checkpoint."""
 
     def _check(self) -> None:
         super()._check()
@@ -186,7 +184,12 @@ class RunOptions(Options):
             "data_path",
             "dataset",
         )
-        require(not self.overwrite or self.resume == "auto", "starts anew, resume goes on", "overwrite", "resume")
+        require(
+            not self.overwrite or self.resume == "auto",
+            "starts from scratch, and resume continues a run: give one of them",
+            "overwrite",
+            "resume",
+        )
         self._check_allow_change()
 
     def _check_allow_change(self) -> None:
@@ -196,28 +199,32 @@ class RunOptions(Options):
         for name in self.allow_change:
             require(name in kinds, f"no option {name!r} here; {nearest(name, kinds)}".rstrip("; "), "allow_change")
             shapes = kinds[name] == "shape"
-            require(not shapes, f"{name} shapes what a checkpoint holds: it cannot change within a run", "allow_change")
+            require(
+                not shapes,
+                f"{name} decides which tensors a checkpoint holds and cannot change within a run",
+                "allow_change",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions(RunOptions):
-    """What every command with a vision transformer shares."""
+    """Options of every program with a vision transformer."""
 
     model: str = shape("mae_vit_tiny_patch16", section="Encoder")
     """`mae_vit_SIZE_patchP`, with SIZE one of tiny, small, base, large, huge and any patch size P in pixels."""
     embed_dim: int = shape(0)
-    """Channels of the encoder; 0: the model's own, as for the two options that follow."""
+    """Channels of the encoder; 0: the default of the model's size, as for the next two options."""
     depth: int = shape(0)
     """Blocks of the encoder."""
     num_heads: int = shape(0)
     """Attention heads of the encoder."""
     grad_checkpointing: bool = machine(False)
-    """Compute the blocks twice to keep fewer activations: less memory, more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
 
     min_scale: float = result(0.2, section="Crops")
-    """Smallest share of an image's area that a random crop takes."""
+    """Minimum area of a random crop, as a share of the image."""
     hflip: float = result(0.5)
-    """Probability of mirroring an image left to right."""
+    """Probability of a horizontal flip."""
 
     def _check(self) -> None:
         super()._check()
@@ -228,7 +235,7 @@ class EncoderOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class WholeImageOptions(EncoderOptions):
-    """What commands that evaluate one vector or class per image share."""
+    """Options of programs that evaluate one vector or class per image."""
 
     eval_crop: Literal["keep_size", "mae"] = result("keep_size", section="Crops")
     """How images are prepared for evaluation, k-NN and features. `mae`: all are resized and their centre cropped, as by
@@ -251,27 +258,27 @@ class PretrainOptions(WholeImageOptions):
     """Changes to the method's loss terms: `{neighbor: {weight: 1e-4}}`; `{label: {}}` adds one, `null` removes it."""
 
     region_decode: bool = result(False, section="Loading")
-    """Decode only the part of a JPEG file that its crop shows (requirements/region.txt): the same pixels sooner, but
-    damage outside the crop goes unnoticed."""
+    """Decode only the cropped part of JPEG files (requirements/region.txt): faster, the same pixels, but damage outside
+    the crop is not detected."""
 
     data_on_device: bool = result(False, section="Small data")
-    """Hold all images decoded in the device's memory and crop there (CIFAR, digits). Draws other crops and masks."""
+    """Keep all images decoded in device memory and crop there (small sets). Crops and masks are drawn differently."""
 
-    knn_every: int = machine(0, section="Watching")
-    """Epochs between measurements of the encoder by k nearest neighbours, for data with labels; 0 never."""
+    knn_every: int = machine(0, section="Monitoring")
+    """Epochs between kNN evaluations of the encoder, for data with labels; 0: never."""
     picture_every: int = machine(0)
-    """Epochs between pictures of reconstructions, in `samples/` and TensorBoard; 0 never."""
+    """Epochs between pictures of reconstructions, in `samples/` and TensorBoard; 0: never."""
 
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "knn_every", "picture_every")
         both = self.region_decode and self.data_on_device
-        require(not both, "reads whole images once: no parts of them", "data_on_device", "region_decode")
+        require(not both, "decodes complete images once, so parts cannot be decoded", "data_on_device", "region_decode")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierOptions(WholeImageOptions):
-    """What fine-tuning and probing share: labelled images, and how the answer is measured."""
+    """Options shared by fine-tuning and linear probes: labels, subsets and evaluation."""
 
     ALIASES: ClassVar[dict[str, str]] = {
         **RunOptions.ALIASES,
@@ -280,8 +287,8 @@ class ClassifierOptions(WholeImageOptions):
     }
     FOREIGN: ClassVar[dict[str, str]] = {
         **RunOptions.FOREIGN,
-        "cls_token": "say --global_pool token",
-        "dist_eval": "evaluation is always shared among the processes, each image counted once",
+        "cls_token": "use --global_pool token",
+        "dist_eval": "evaluation is always distributed over the processes, each image counted once",
     }
     INHERITS: ClassVar[tuple[str, ...]] = ENCODER
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = (*ENCODER, "global_pool", "eval_crop")
@@ -289,26 +296,26 @@ class ClassifierOptions(WholeImageOptions):
     num_classes: int = shape(0, section="Classifier")
     """Classes of the head; 0: as many as the training images have."""
     global_pool: Literal["avg", "token"] = shape("avg")
-    """What the head sees of the encoder: the average of the patch tokens, or the class token."""
+    """Input of the head: the average of the patch tokens, or the class token."""
 
     label_share: float = result(1.0, section="Labels")
-    """Share of each class's training images to use, at least one of each: 0.01 and 0.1 for the usual low-label runs."""
+    """Share of each class's training images to use, at least one per class; usual low-label values are 0.01 and 0.1."""
     labels_per_class: int = result(0)
-    """Training images of each class to use; 0: as label_share says."""
+    """Training images of each class to use; 0: as given by label_share."""
     subset_seed: int = result(0)
-    """Seed of every random split of the images (label_share, holdout, test_share), whatever `seed` is."""
+    """Seed of all random splits of the images (label_share, holdout, test_share), independent of `seed`."""
     test_share: float = result(0.1)
-    """Share of each class's images that is set aside for testing, where there is no split `val` or `test`; at least 20
-    images, and two of each class, where a quarter of each class is so many."""
+    """Share of each class's images that is held out for testing, where there is no split `val` or `test`; at least 20
+    images, and two per class, if these are at most a quarter of each class."""
     holdout: float = result(0.02)
-    """Share of each class's training images that is set aside to choose `best` on, where there are no validation images
-    beside the test images; at least as many images as for test_share, unless there is a split `val`, on which it is
-    chosen then. 0: it is chosen on the test images themselves, as by MAE's script, and flattered by that."""
+    """Share of each class's training images that is held out to select `best`, where there is no validation set beside
+    the test set; at least as many images as for test_share, unless there is a split `val`, which is then used. 0: `best`
+    is selected on the test images, as by MAE's script, which is optimistic."""
     group_by: str = result("")
-    """Never divide a group of images by a random split: `folder`, or a regular expression with one group in parentheses
+    """Keep groups of images together in random splits: `folder`, or a regular expression with one group in parentheses
     that is searched in each image's name, such as `([^/]+)_[0-9]+` for the frames of a film."""
     eval_every: int = result(1)
-    """Epochs between evaluations; the last epoch has one anyway."""
+    """Epochs between evaluations; the last epoch is always evaluated."""
 
     def _check(self) -> None:
         super()._check()
@@ -317,11 +324,11 @@ class ClassifierOptions(WholeImageOptions):
         self._between(0, 1, "label_share", "holdout", "test_share")
         require(0 < self.test_share < 1, "must be more than 0 and less than 1", "test_share")
         self._between(0, 2**32 - 1, "subset_seed")
-        require(self.num_classes != 1, "one class leaves nothing to tell apart", "num_classes")
+        require(self.num_classes != 1, "must be at least 2", "num_classes")
         require(self.label_share > 0, "must be more than 0, or no image is left", "label_share")
         require(self.holdout < 1, "must be less than 1, or no image is left to train on", "holdout")
         both = self.labels_per_class > 0 and self.label_share < 1
-        require(not both, "give either it or label_share", "labels_per_class", "label_share")
+        require(not both, "give either labels_per_class or label_share", "labels_per_class", "label_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,43 +342,48 @@ class FinetuneOptions(ClassifierOptions):
     min_scale: float = result(0.08)
 
     eval: bool = machine(False, section="Fine-tuning")
-    """Train nothing: print the accuracy of the checkpoint that `resume` or `init_from` names, or of the run's last."""
+    """Only evaluate: print the accuracy of the checkpoint given by `resume` or `init_from`, or of the last one."""
     from_scratch: bool = result(False)
-    """Take the sizes of the encoder in `init_from` and none of its weights, for a comparison with what it learned."""
+    """Use the sizes of the encoder in `init_from` but none of its weights, as a baseline."""
     drop_path: float = result(0.1)
-    """Stochastic depth: share of the images that skip the last block; earlier blocks are skipped less."""
+    """Stochastic depth: rate at which the last block is skipped; it decreases linearly towards the first block."""
 
     optimizer: Literal["adamw", "sgd"] = shape("adamw")
     """`adamw` with (0.9, 0.999), or `sgd` with momentum 0.9."""
     layer_decay: float = result(0.65)
-    """Each block learns at this times the rate of the one above it; 1: all alike."""
+    """Factor between the learning rates of a block and the block above it; 1: the same rate for all."""
     steps: int = result(0)
-    """Optimizer steps of the whole run, in place of epochs; 0: as epochs say."""
+    """Total optimizer steps, instead of epochs; 0: as given by epochs."""
     ema: float = result(0.0)
-    """Decay of a moving average of the weights, which is then what is evaluated; 0: none."""
+    """Decay of an exponential moving average of the weights, which is then evaluated; 0: none."""
 
     aa: str = result("rand-m9-mstd0.5-inc1", section="Augmentation")
-    """timm's name of an automatic augmentation; empty: none."""
+    """Automatic augmentation, in timm's notation; empty: none."""
     color_jitter: float = result(0.0)
-    """Strength of random brightness, contrast and saturation, where there is no `aa`."""
+    """Strength of random brightness, contrast and saturation changes, without `aa`."""
     reprob: float = result(0.25)
-    """Probability of erasing a rectangle of the image, which is filled with noise."""
+    """Probability of replacing a random rectangle of an image by noise."""
     mixup: float = result(0.8)
-    """Alpha of mixup; 0: none. Where there is cutmix too, every batch has one of the two."""
+    """Alpha of mixup; 0: none. With cutmix as well, each batch uses one of the two."""
     cutmix: float = result(1.0)
     """Alpha of cutmix; 0: none."""
     smoothing: float = result(0.1)
-    """Share of the target that is spread over all classes."""
+    """Label smoothing."""
 
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "steps", "color_jitter", "mixup", "cutmix")
         self._between(0, 1, "drop_path", "layer_decay", "ema", "reprob", "smoothing")
-        require(bool(self.init_from) or not self.from_scratch, "goes with init_from", "from_scratch", "init_from")
+        require(bool(self.init_from) or not self.from_scratch, "needs init_from", "from_scratch", "init_from")
         for name in ("drop_path", "ema", "smoothing"):
             require(getattr(self, name) < 1, "must be less than 1", name)
-        require(self.layer_decay > 0, "must be more than 0, or nothing but the head learns", "layer_decay")
-        require(not (self.aa and self.color_jitter), "has no effect beside aa; leave one out", "color_jitter", "aa")
+        require(self.layer_decay > 0, "must be more than 0, or only the head is trained", "layer_decay")
+        require(
+            not (self.aa and self.color_jitter),
+            "has no effect together with aa; give one of them",
+            "color_jitter",
+            "aa",
+        )
         coloured = bool(self.aa or self.color_jitter)
         require(
             not coloured or self.in_chans == 3,
@@ -388,7 +400,7 @@ class FinetuneOptions(ClassifierOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions(ClassifierOptions):
-    """Judge a frozen encoder: a linear classifier on its features, and k nearest neighbours."""
+    """Evaluate a frozen encoder with a linear classifier and with k nearest neighbours."""
 
     PROGRAM = "probe"
 
@@ -398,7 +410,7 @@ class ProbeOptions(ClassifierOptions):
     weight_decay: float = result(0.0)
 
     augment: bool = result(False, section="Probe")
-    """Encode a new random crop of every image in every epoch, as MAE does; otherwise each image is encoded once."""
+    """Encode a new random crop of every image in every epoch, as in MAE; otherwise each image is encoded once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -407,7 +419,7 @@ class ProbeOptions(ClassifierOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentOptions(EncoderOptions):
-    """Train UPerNet to tell the class of every pixel, from a pretrained encoder (`--init_from`) or from scratch."""
+    """Train UPerNet to classify every pixel, from a pretrained encoder (`--init_from`) or from scratch."""
 
     PROGRAM = "segment"
 
@@ -430,34 +442,34 @@ class SegmentOptions(EncoderOptions):
     dataset: Literal["auto", "folder", "ade20k", "scenes"] = result("auto")
     """How data_path is read; `ade20k`: ADEChallengeData2016 with its 150 classes; `scenes`: generated, no folder."""
     class_list: str = result("")
-    """File with a class's name a line, in the order of the masks' numbers; empty: `classes.txt` in data_path."""
+    """File with one class name per line, in the order of the indices in masks; empty: `classes.txt` in data_path."""
     input_size: tuple[int, int] = shape((512, 512))
-    """Pixels of a training crop and of a window of evaluation: one number, or rows and columns as `160x96`."""
+    """Size of training crops and of evaluation windows in pixels: one number, or rows and columns as `160x96`."""
     blr: float = result(1.6e-3)
     min_scale: float = result(0.5)
-    """Least factor by which a training image is resized before it is cropped."""
+    """Minimum factor by which a training image is resized before it is cropped."""
 
     eval: bool = machine(False, section="Segmentation")
-    """Train nothing: print the figures of the checkpoint that `resume` or `init_from` names, or of the run's last."""
+    """Only evaluate: print the metrics of the checkpoint given by `resume` or `init_from`, or of the run's last one."""
     from_scratch: bool = result(False)
-    """Take the sizes of the encoder in `init_from` and none of its weights, for a comparison with what it learned."""
+    """Use the sizes of the encoder in `init_from` but none of its weights, as a baseline."""
     num_classes: int = shape(0)
-    """Classes; 0, as it should be: as many as the class list has."""
+    """Number of classes; 0 (recommended): that of the class list."""
     drop_path: float = result(0.1)
-    """Stochastic depth: share of the images that skip the last block; earlier blocks are skipped less."""
+    """Stochastic depth: rate at which the last block is skipped; it decreases linearly towards the first block."""
     auxiliary: float = result(0.4)
     """Weight of the auxiliary head's loss."""
     layer_decay: float = result(0.65)
-    """Each block learns at this times the rate of the one above it; 1: all alike."""
+    """Factor between the learning rates of a block and the block above it; 1: the same rate for all."""
     steps: int = result(0)
-    """Optimizer steps of the whole run, in place of epochs; 0: as epochs say."""
+    """Total optimizer steps, instead of epochs; 0: as given by epochs."""
     warmup_steps: int = result(0)
-    """Steps over which the learning rate rises from 0, in place of warmup_epochs; 0: as warmup_epochs says."""
+    """Steps in which the learning rate rises from 0, instead of warmup_epochs; 0: as given by warmup_epochs."""
     power: float = result(1.0)
-    """After the warm-up the rate falls as (1 - done) to this power: 1 is a straight line."""
+    """Exponent of the polynomial decay of the learning rate after the warm-up; 1: linear."""
 
     reduce_zero_label: bool = result(False, section="Masks")
-    """In a mask 0 is no class and 1 the first one, as in ADE20K (where it is so without saying)."""
+    """Ignore 0 in masks, so that 1 is the first class, as in ADE20K (for which this is the default)."""
     ignore_label: int | None = result(None)
     """Value of mask pixels that are ignored, in training and in metrics; not given: 255, and a run is refused where
     255 fills a real area while a listed class is in no mask."""
@@ -465,39 +477,39 @@ class SegmentOptions(EncoderOptions):
     """Value stored in the masks for each class, in the order of the class list: `0,255`, or colours as
     `#000000,#ff0000`; empty: the classes' numbers."""
     check_masks: bool = machine(True)
-    """Look at every mask before training. Off: what is wrong counts among the unreadable images as it is met."""
+    """Check every mask before training. Off: invalid masks count as unreadable images when they are read."""
     label_share: float = result(1.0)
-    """Share of the training images to use, at least one; a smaller share is part of a larger one."""
+    """Share of the training images to use, at least one; smaller subsets are part of larger ones."""
     test_share: float = result(0.1)
-    """Share of the images that is set aside to judge, where there is no folder `val` or `test`."""
+    """Share of the images that is held out for testing, where there is no folder `val` or `test`."""
     holdout: float = result(0.02)
-    """Share of the training images that is set aside to choose `best` on, where there is no `val` beside `test`; 0: it
-    is chosen on the test images themselves, as everyone does on ADE20K, and flattered by that."""
+    """Share of the training images that is held out to select `best`, where there is no `val` beside `test`; 0: `best`
+    is selected on the test images, as is usual on ADE20K, which is optimistic."""
     subset_seed: int = result(0)
-    """Seed of every random split of the images (label_share, holdout, test_share), whatever `seed` is."""
+    """Seed of all random splits of the images (label_share, holdout, test_share), independent of `seed`."""
     group_by: str = result("")
-    """Never divide a group of images by a random split: `folder`, or a regular expression with one group in parentheses
+    """Keep groups of images together in random splits: `folder`, or a regular expression with one group in parentheses
     that is searched in each image's name, such as `([^/]+)_[0-9]+` for the frames of a film."""
 
     short_side: int = result(0, section="Scaling")
-    """Pixels of an image's short side when it is judged; 0: the crop's. The long side is at most four times that."""
+    """Short side of images in evaluation, in pixels; 0: that of the crop. The long side is at most four times it."""
     max_scale: float = result(2.0)
-    """Largest factor by which a training image is resized; the least is min_scale."""
+    """Maximum factor by which a training image is resized; min_scale is the minimum."""
     max_class_share: float = result(0.75)
-    """A crop of which one class fills more is drawn again, ten times at most; 1: any crop will do."""
+    """Maximum share of one class in a crop; other crops are drawn again, at most ten times. 1: no limit."""
     photometric: bool = result(True)
-    """Distort brightness, contrast, saturation and hue."""
+    """Change brightness, contrast, saturation and hue at random."""
 
     window: Literal["slide", "whole"] = result("slide", section="Evaluation")
-    """Judge images by overlapping windows of the crop's size, or whole, with positions resampled to their size."""
+    """Evaluate images in overlapping windows of the crop size, or as a whole, with positions resampled."""
     stride: int = result(0)
     """Pixels between two windows; 0: two thirds of the crop."""
     flip: bool = result(False)
-    """Judge by the average of an image and its mirror image."""
+    """Average the predictions of an image and of its mirror image in evaluation."""
     eval_every: int = result(10)
-    """Epochs between evaluations; the last epoch has one anyway."""
+    """Epochs between evaluations; the last epoch is always evaluated."""
     picture_every: int = machine(10)
-    """Epochs between pictures of predicted masks, in `samples/` and TensorBoard; 0 never."""
+    """Epochs between pictures of predicted masks, in `samples/` and TensorBoard; 0: never."""
 
     def _check(self) -> None:
         super()._check()
@@ -510,23 +522,26 @@ class SegmentOptions(EncoderOptions):
         self._at_least(1, "eval_every")
         self._between(0, 1, "drop_path", "layer_decay", "label_share", "test_share", "holdout", "max_class_share")
         self._between(0, 2**32 - 1, "subset_seed")
-        require(self.num_classes != 1, "one class leaves nothing to tell apart", "num_classes")
+        require(self.num_classes != 1, "must be at least 2", "num_classes")
         for name in ("drop_path", "holdout", "test_share"):
             require(getattr(self, name) < 1, "must be less than 1", name)
         require(self.label_share > 0, "must be more than 0, or no image is left", "label_share")
-        require(self.test_share > 0, "must be more than 0, or no image is left to judge", "test_share")
-        require(self.layer_decay > 0, "must be more than 0, or nothing but the heads learns", "layer_decay")
+        require(self.test_share > 0, "must be more than 0, or no image is left to test on", "test_share")
+        require(self.layer_decay > 0, "must be more than 0, or only the heads are trained", "layer_decay")
         require(self.max_scale >= self.min_scale, "must be at least min_scale", "max_scale", "min_scale")
-        require(bool(self.init_from) or not self.from_scratch, "goes with init_from", "from_scratch", "init_from")
+        require(bool(self.init_from) or not self.from_scratch, "needs init_from", "from_scratch", "init_from")
         most = min(self.input_size)
         require(self.stride <= most, f"{self.stride} leaves gaps between windows of {most} pixels", "stride")
         require(not self.steps or self.warmup_steps < self.steps, "must be less than steps", "warmup_steps", "steps")
 
 
 def resolve_batch(options: Run, processes: int) -> Run:
-    """The same options with total_batch_size, batch_size and accum_iter worked out for so many processes.
+    """Return the options with total_batch_size, batch_size and accum_iter resolved for `processes` processes.
 
-    total = batch_size x accum_iter x processes, whichever of them are given; OptionError when it cannot be.
+    total_batch_size = batch_size x accum_iter x processes, whichever of them are given.
+
+    Raises:
+        OptionError: the given values do not satisfy this equation.
     """
     total, batch, accum = options.total_batch_size, options.batch_size, options.accum_iter
     if not total:

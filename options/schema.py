@@ -1,11 +1,12 @@
-"""From a dataclass to a command line: every field is a flag and a recipe's key, read by its type, refused when wrong.
+"""Parse command lines and YAML recipes into dataclasses of options.
 
-The dataclasses themselves stand in `options/run.py`. What decides a value, weakest first: the field's default, the
-method's preset, the recipes (YAML files) given with `-c` from left to right, the flags from left to right. No recipe
-refers to another. The string under a field is its documentation: `--help` and the README's table are made of it.
+Every field of such a dataclass is a flag and a key of recipes, converted to the field's type. Values are merged in this
+order, later ones override earlier ones: the field's default, the method's defaults, the recipes given with `-c` from
+left to right, the flags from left to right. A recipe cannot include another one. The string under a field is its
+documentation, from which `--help` and docs/options.md are generated.
 
-Each field is of a kind. *result* options decide what is computed; *shape* options also decide which tensors
-a checkpoint holds; *machine* options only say where and how the same is computed, and may differ when a run goes on.
+Kinds of fields: *result* options decide what is computed; *shape* options also decide which tensors a checkpoint holds;
+*machine* options only say where and how the same is computed, and may change when a run is resumed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Given = list[tuple[str, Any]]  # names and values, in the order in which they we
 
 
 class OptionError(ValueError):
-    """An option that its user can mend; `keys` are the options concerned."""
+    """An option has an invalid value; `keys` are the options concerned."""
 
     def __init__(self, message: str, *keys: str) -> None:
         super().__init__(message)
@@ -45,7 +46,7 @@ class OptionError(ValueError):
 
 
 def require(holds: bool, message: str, *keys: str) -> None:
-    """Refuse the first of `keys`, because of the others perhaps, unless the condition holds."""
+    """Raise OptionError about the first of `keys` unless the condition holds."""
     if not holds:
         raise OptionError(f"{keys[0]}: {message}", *keys)
 
@@ -67,7 +68,7 @@ def require_choice(name: str, value: object, choices: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of option classes: every value is read by its declared type, then the combination is checked."""
+    """Base of option classes: convert every value to its declared type, then check the combination."""
 
     def __post_init__(self) -> None:
         for name, expected in field_types(type(self)).items():
@@ -75,7 +76,7 @@ class Options:
         self._check()
 
     def _check(self) -> None:
-        """Raise OptionError for a combination that is impossible. Subclasses call `super()._check()` first."""
+        """Raise OptionError for an invalid combination. Subclasses call `super()._check()` first."""
 
     def _at_least(self, low: float, *names: str) -> None:
         for name in names:
@@ -92,17 +93,17 @@ class Options:
 
 
 def result(default: Any, section: str = "") -> Any:
-    """A field that decides what is computed. `section` opens a group of `--help` for it and the fields that follow."""
+    """Declare a field that decides what is computed. `section` starts a group of `--help` with this field."""
     return _field("result", default, section)
 
 
 def shape(default: Any, section: str = "") -> Any:
-    """A *result* field that also decides which parameters the model has, so that `allow_change` cannot excuse it."""
+    """Declare a *result* field that also decides which parameters the model has: `allow_change` cannot accept it."""
     return _field("shape", default, section)
 
 
 def machine(default: Any, section: str = "") -> Any:
-    """A field that says where or how the same thing is computed: it may differ when a run goes on."""
+    """Declare a field that says where or how the same is computed: it may change when a run is resumed."""
     return _field("machine", default, section)
 
 
@@ -114,7 +115,7 @@ def _field(kind: str, default: Any, section: str) -> Any:
 
 
 def field_types(schema: Any) -> dict[str, Any]:
-    """The declared type of each field, by name."""
+    """Return the declared type of each field, by name."""
     return _field_types(schema)
 
 
@@ -126,14 +127,14 @@ def _field_types(schema: Any) -> dict[str, Any]:
 
 @functools.cache
 def documentation(schema: Any) -> dict[str, str]:
-    """The string that stands under each field, its own or the one it inherits; "" where there is none."""
+    """Return the string under each field, its own or inherited; "" if there is none."""
     found = dict.fromkeys(field_types(schema), "")
     for owner in reversed(schema.__mro__):
         if "__dataclass_fields__" not in owner.__dict__:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        except (OSError, TypeError):  # typed into a shell: there is no file to read
+        except (OSError, TypeError):  # defined interactively: no source file
             continue
         body = typing.cast(ast.ClassDef, tree.body[0]).body
         for declaration, below in zip(body, body[1:], strict=False):
@@ -144,9 +145,9 @@ def documentation(schema: Any) -> dict[str, str]:
 
 
 def _sections(schema: Any) -> dict[str, list[dataclasses.Field[Any]]]:
-    """The fields in their groups: the schema's own groups first, then those it inherits, each in order of declaration.
+    """Return the fields in their groups: the schema's own groups first, then inherited ones, in order of declaration.
 
-    A field that is declared again, for another default, stays in the group it was in.
+    A field that is declared again with another default stays in its group.
     """
     opened: dict[str, str] = {}
     for owner in reversed(schema.__mro__):
@@ -163,7 +164,7 @@ def _sections(schema: Any) -> dict[str, list[dataclasses.Field[Any]]]:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """A field's default; `dataclasses.MISSING` when it must be given."""
+    """Return the default of a field, or `dataclasses.MISSING` if it is required."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -187,19 +188,19 @@ def compose(own: Any, base: Any, unused: tuple[tuple[str, str, Any], ...] = ()) 
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """`"did you mean 'epochs'?"`, or "" when nothing among `words` is near."""
+    """Return `"did you mean 'epochs'?"`, or "" if none of `words` is similar."""
     close = difflib.get_close_matches(word, list(words), n=1)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
 def unknown(key: str, words: Iterable[str], otherwise: str = "") -> OptionError:
-    """The error for a key that is none of `words`, with the nearest of them, else with `otherwise`."""
+    """Return the error for a key that is not in `words`, with the nearest of them, or with `otherwise`."""
     hint = nearest(key, words) or otherwise
     return OptionError(f"unknown key {key!r}" + (f"; {hint}" if hint else ""), key)
 
 
 def read(value: Any, expected: Any, key: str) -> Any:
-    """`value` as the declared type. Text is read by that type (YAML takes `5e-5` for text); nothing else is bent."""
+    """Convert `value` to the declared type. Only strings are parsed (PyYAML reads `5e-5` as a string)."""
     try:
         return _convert(value, expected)
     except ValueError:
@@ -234,7 +235,7 @@ def _convert(value: Any, expected: Any) -> Any:
 
 
 def _convert_tuple(value: Any, inside: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A list, or its text with commas or blanks (numbers also with an `x`, as in `160x96`). One item fills a pair."""
+    """Convert a list, or a string with commas, spaces or, between numbers, `x` (`160x96`). One item fills a pair."""
     if isinstance(value, str):
         value = [item for item in re.split(r"[\s,]+|(?<=\d)x(?=\d)", value.strip(" []()")) if item]
     items = list(value) if isinstance(value, list | tuple) else [value]
@@ -246,7 +247,7 @@ def _convert_tuple(value: Any, inside: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _describe(expected: Any) -> str:
-    """A declared type in words."""
+    """Describe a declared type."""
     origin, inside = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         return "one of " + ", ".join(map(str, inside))
@@ -259,7 +260,7 @@ def _describe(expected: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it would stand in a recipe."""
+    """Format a value as in a recipe."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -284,14 +285,18 @@ def parse(
     preset: Callable[[str], Mapping[str, Any]] | None = None,
     term_options: Mapping[str, type] | None = None,
 ) -> Schema:
-    """An instance of `schema` from the words of a command line.
+    """Parse a command line into an instance of `schema`.
 
-    `base` maps the words given, as they were typed, to values weaker than all: what a named checkpoint was made with.
-    `preset` maps the value of the option `method` to the values that the method brings; recipes and flags change them.
-    `term_options` maps the name of each loss term there is to the dataclass of its options; it gives the field `terms`
-    its meaning: every option of every term that the run has is spelled out, and a term of the method's that a recipe
-    has removed stands there as None, so that a stored `terms` means the same wherever it is read.
-    Raises OptionError, which names the option, what was found, what would be right, and where it stands.
+    Args:
+        base: Maps the given options, as they were typed, to values that every other source overrides: the options
+            that a named checkpoint was trained with.
+        preset: Maps the value of the option `method` to the defaults of that method.
+        term_options: The dataclass of options of each loss term. The field `terms` then holds every option of every
+            term of the run, and None for a term of the method that a recipe has removed, so that a stored `terms` has
+            the same meaning everywhere.
+
+    Raises:
+        OptionError: names the option, the value found, what is allowed, and the file or "command line" it comes from.
     """
     term_options = (term_options or {}) if "terms" in field_types(schema) else {}
     files, flags = _read_flags(schema, argv, term_options)
@@ -316,7 +321,7 @@ def parse(
 
 
 def chosen(schema: Any, argv: Sequence[str], name: str) -> tuple[str, str]:
-    """Return the text option `name`, which decides what further options there are, and the place that it comes from."""
+    """Return the string option `name`, which decides which further options exist, and where it was given."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", nargs="+", action="append", default=[])
     parser.add_argument(f"--{name}")
@@ -336,11 +341,11 @@ def chosen(schema: Any, argv: Sequence[str], name: str) -> tuple[str, str]:
 
 
 def _canonical(schema: Any, given: Given, source: str) -> Given:
-    """The same with one spelling for each option: aliases resolved, `-` as `_`. Twice in one recipe is refused."""
+    """Resolve aliases and replace `-` by `_` in names. Duplicates in one recipe are refused."""
     spelled: Given = []
     for key, value in given:
         if not isinstance(key, str):
-            raise OptionError(f"{source}: an option's name is a word, found {show(key)}")
+            raise OptionError(f"{source}: an option name must be a string, found {show(key)}")
         name = key.replace("-", "_")
         if source != COMMAND_LINE and value == getattr(schema, "UNUSED", {}).get(name, _NOTHING):
             continue
@@ -359,7 +364,7 @@ def _aliases(schema: Any) -> Mapping[str, str]:
 
 
 def _refuse_foreign(schema: Any, name: str, source: str) -> None:
-    """Say what to do instead of an option that only other projects have."""
+    """Raise OptionError for an option that only other projects have, with what to use instead."""
     foreign = getattr(schema, "FOREIGN", {})
     if name in foreign:
         raise OptionError(f"{source}: there is no option {name!r} here; {foreign[name]}", name)
@@ -368,7 +373,7 @@ def _refuse_foreign(schema: Any, name: str, source: str) -> None:
 def _preset_layer(
     schema: Any, layers: list[tuple[str, Given]], preset: Callable[[str], Mapping[str, Any]]
 ) -> tuple[str, Given]:
-    """The values that the chosen method brings, as the first layer."""
+    """Return the defaults of the chosen method, as the first layer."""
     chosen = [(value, source) for source, given in layers for key, value in given if key == "method"]
     default = next(default_of(field) for field in dataclasses.fields(schema) if field.name == "method")
     method, source = chosen[-1] if chosen else (default, "default")
@@ -379,7 +384,7 @@ def _preset_layer(
 
 
 class _Merge:
-    """Values so far, later ones over earlier ones, with the place each comes from."""
+    """Merge values, later ones overriding earlier ones, and record where each was given."""
 
     def __init__(self, schema: Any, term_options: Mapping[str, type], brought: Mapping[str, Any]) -> None:
         self.schema, self.term_options, self.brought = schema, term_options, brought
@@ -389,7 +394,7 @@ class _Merge:
         self.sources: dict[str, str] = {}
 
     def set(self, key: str, value: Any, source: str) -> None:
-        """Read one value; the error names the option, and the caller adds the place."""
+        """Convert and store one value. An error names the option; the caller adds where it was given."""
         if key.startswith("terms.") and key.count(".") == 2:
             _, term, option = key.split(".")
             if term not in self.terms:
@@ -416,7 +421,9 @@ class _Merge:
                 for option, item in read(options, dict[str, Any], f"terms.{term}").items():
                     self._set_term_option(term, option.replace("-", "_"), item, source)
             elif self.terms.pop(term, None) is None:
-                raise OptionError(f"terms.{term}: nothing removes a term, and it is not there; {{}} adds it", "terms")
+                raise OptionError(
+                    f"terms.{term}: null removes a term, but the run does not have it; {{}} adds it", "terms"
+                )
 
     def _set_term_option(self, term: str, option: str, value: Any, source: str) -> None:
         known, key = field_types(self.term_options[term]), f"terms.{term}.{option}"
@@ -426,7 +433,7 @@ class _Merge:
         self.sources[f"terms.{term}"] = source
 
     def finish(self) -> Any:
-        """The schema's instance. What does not go together is told with the places that the values come from."""
+        """Create the instance. An error about a combination names where the values were given."""
         terms: dict[str, Any] = {term: None for term in self.brought if term not in self.terms}
         for term, values in self.terms.items():
             terms[term] = to_dict(self._make(self.term_options[term], values, f"terms.{term}"))
@@ -447,7 +454,7 @@ class _Merge:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML in which a key may stand once only; PyYAML itself silently keeps the last."""
+    """YAML loader that refuses duplicate keys; PyYAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -464,7 +471,7 @@ def _load_yaml(text: str, source: str) -> Any:
         return yaml.load(text, _RecipeLoader)  # a SafeLoader
     except OptionError as error:
         raise OptionError(f"{source}: {error}", *error.keys) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date
         raise OptionError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -473,12 +480,12 @@ def _read_recipe(file: str) -> Given:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
         hint = nearest(path.name, (other.name for other in path.parent.glob("*.yaml")))
         raise OptionError(f"cannot read recipe {file}: {reason}" + (f"; {hint}" if hint else ""), "config") from None
     content = _load_yaml(text, file)
     if not isinstance(content, dict | None):
-        raise OptionError(f"{file}: a recipe is lines of `option: value`, found {show(content)}", "config")
+        raise OptionError(f"{file}: expected lines of `option: value`, found {show(content)}", "config")
     return list((content or {}).items())
 
 
@@ -486,18 +493,18 @@ def _read_recipe(file: str) -> Given:
 
 
 class _Collect(argparse.Action):
-    """Keep the flags in the order in which they were given."""
+    """Collect flags in the order in which they were given."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         text = self.const if self.nargs == 0 else " ".join(values) if isinstance(values, list) else values
         namespace.flags.append((self.dest, text.replace(_GUARD, "")))
 
 
-_GUARD = "\0"  # before a negative number, which argparse would take for a flag when it is written as -5e-5
+_GUARD = "\0"  # before a negative number, which argparse would read as a flag (-5e-5)
 
 
 def _read_flags(schema: Any, argv: Sequence[str], term_options: Mapping[str, type]) -> tuple[list[str], Given]:
-    """The recipes' paths and the flags, each in the order given; `--help` ends the program here."""
+    """Return the paths of the recipes and the flags, in the order given; `--help` exits the program."""
     parser = _make_parser(schema, term_options)
     words = []
     for word in argv:
@@ -511,7 +518,7 @@ def _read_flags(schema: Any, argv: Sequence[str], term_options: Mapping[str, typ
     if extra:
         name = extra[0].partition("=")[0].lstrip("-")
         if not extra[0].startswith("-"):
-            raise OptionError(f"{COMMAND_LINE}: {extra[0]!r} follows no option; an option is given as --name value")
+            raise OptionError(f"{COMMAND_LINE}: unexpected argument {extra[0]!r}; give options as --name value")
         _refuse_foreign(schema, name, COMMAND_LINE)
         if name in parser.flags():
             raise OptionError(f"{COMMAND_LINE}: {extra[0]} needs two dashes: --{name}", name)
@@ -524,7 +531,7 @@ class _Parser(argparse.ArgumentParser):
         raise OptionError(f"{COMMAND_LINE}: {message}")
 
     def flags(self) -> list[str]:
-        """The long names of all flags."""
+        """Return the long names of all flags."""
         return [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
 
@@ -532,20 +539,25 @@ def _make_parser(schema: Any, term_options: Mapping[str, type]) -> _Parser:
     parser = _Parser(
         usage="%(prog)s [-c RECIPE.yaml ...] [--option value ...]",
         description=inspect.getdoc(schema),
-        epilog="Later words win: defaults, the method, recipes from left to right, flags. In names - and _ are alike. "
-        "A run goes on with other options of the kind machine, but not of the kinds result and shape.",
+        epilog="Later values override earlier ones: defaults, method, recipes from left to right, flags. In names, - "
+        "and _ are equivalent. A run can be resumed with other options of kind machine, not of kinds result and shape.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=110),
         allow_abbrev=False,
     )
     parser.add_argument(
-        "-c", "--config", nargs="+", action="append", metavar="RECIPE.yaml", help="files of options; later ones win"
+        "-c",
+        "--config",
+        nargs="+",
+        action="append",
+        metavar="RECIPE.yaml",
+        help="files of options; later ones override earlier ones",
     )
     for title, fields in _sections(schema).items():
         group = parser.add_argument_group(title)
         for field in fields:
             _add_flag(group, schema, field, field.name, _aliases(schema))
     for term, options in term_options.items():
-        group = parser.add_argument_group(f"Term {term}, where the method or a recipe has it")
+        group = parser.add_argument_group(f"Term {term} (if the method or a recipe uses it)")
         for field in dataclasses.fields(options):
             _add_flag(group, options, field, f"terms.{term}.{field.name}", _aliases(schema))
     return parser
@@ -574,20 +586,20 @@ def _add_flag(group: Any, schema: Any, field: dataclasses.Field[Any], name: str,
 
 
 def _kind(field: dataclasses.Field[Any]) -> str:
-    return field.metadata.get("kind", "result")  # a term's options are plain fields, and results
+    return field.metadata.get("kind", "result")  # options of terms are plain fields, of kind result
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
     value = default_of(field)
     if value is dataclasses.MISSING:
-        return "none, it must be given"
+        return "required"
     return "empty" if value in ("", (), {}) else show(value).strip("'")
 
 
 def option_table(schema: Any, term_options: Mapping[str, type] | None = None, beside: Any = None) -> str:
-    """All options as a Markdown table: name, default, kind, documentation.
+    """Return a Markdown table of options: name, default, kind, documentation.
 
-    Of those that the schema `beside` has too, only the ones with another default.
+    Options that the schema `beside` has with the same default are left out.
     """
     theirs = dataclasses.fields(beside) if beside else ()
     known = [(field.name, default_of(field)) for field in theirs]
@@ -606,7 +618,7 @@ def option_table(schema: Any, term_options: Mapping[str, type] | None = None, be
 
 
 def to_dict(options: Any) -> dict[str, Any]:
-    """The options as what YAML, JSON and a checkpoint hold: numbers, text, lists and dictionaries."""
+    """Convert options to plain data for YAML, JSON and checkpoints: numbers, strings, lists and dictionaries."""
     return {field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)}
 
 
@@ -617,7 +629,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
-    """The inverse of `to_dict`. An unknown name is refused; one that is missing takes its default."""
+    """Invert `to_dict`. Unknown names are refused; missing ones have their default."""
     known = field_types(schema)
     for key in values:
         if key not in known:
@@ -636,10 +648,10 @@ class Difference:
 
 
 def differences(schema: type, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """What two `to_dict`s differ in, options of the kind machine apart. A name that is missing stands for its default.
+    """Compare two results of `to_dict`, ignoring options of kind machine. A missing name means its default.
 
-    Each option of a term is a result. A term that only one of the two has is a single difference of the kind shape,
-    with None for the other.
+    Options of terms are of kind result. A term that only one side has is a single difference of kind shape, with None
+    for the other side.
     """
     found = []
     for field in dataclasses.fields(schema):

@@ -7,12 +7,12 @@ from options.schema import require_number
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """How the class is learned."""
+    """Options of the classification head and its loss."""
 
     weight: float = 0.01
     """Weight of the cross-entropy."""
     temperature: float = 10.0
-    """What the logits are divided by before the cross-entropy."""
+    """Divisor of the logits before the cross-entropy."""
     hidden: int = 3072
     """Width of the head's hidden layer."""
     classes: int = 0

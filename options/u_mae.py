@@ -8,7 +8,7 @@ from options.schema import require_choice, require_number
 
 @dataclass(frozen=True)
 class UniformityOptions:
-    """What is kept apart, and how strongly."""
+    """Features that are compared, and the weight of the term."""
 
     weight: float = 0.01
     """Weight of the mean squared cosine."""

@@ -400,7 +400,7 @@ def test_from_scratch_has_the_sizes_and_not_the_weights(pretrained):
     options = main_finetune.parse_options(["--init_from", str(pretrained), "--from_scratch", "--aa", ""])
     assert (options.embed_dim, options.depth, options.num_heads, options.in_chans) == (24, 2, 2, 1)
     assert main_finetune.parse_options(["--init_from", str(pretrained), "--aa", "", "--depth", "1"]).depth == 1
-    with pytest.raises(ValueError, match="from_scratch: goes with init_from"):
+    with pytest.raises(ValueError, match="from_scratch: needs init_from"):
         main_finetune.parse_options(["--from_scratch"])
 
 

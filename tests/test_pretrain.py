@@ -38,7 +38,7 @@ def photos(tmp_path_factory):
         (["--method", "nor_mea"], ["nor_mea", "nor_mae"]),
         (["--model", "vit_tiny"], ["vit_tiny", "mae_vit_"]),
         (["--mask_ratio", "0.999"], ["mask_ratio 0.999", "16"]),
-        (["--mask_ratio", "0"], ["mask_ratio", "hides nothing"]),
+        (["--mask_ratio", "0"], ["mask_ratio", "no patch is masked"]),
         (["--model", "mae_vit_tiny_patch3"], ["8 x 8", "3"]),
         (["--batch_size", "96"], ["total_batch_size", "256", "96"]),
         (["--total_batch_size", "4096"], ["4096", "1352"]),
