@@ -309,7 +309,7 @@ class ClassifierOptions(WholeImageOptions):
     images, and two per class, if these are at most a quarter of each class."""
     holdout: float = result(0.02)
     """Share of each class's training images that is held out to select `best`, where there is no validation set beside
-    the test set; at least as many images as for test_share, unless there is a split `val`, which is then used. 0: `best`
+    the test set; at least as many images as for test_share, unless there is a split `val`, which is used then. 0: best
     is selected on the test images, as by MAE's script, which is optimistic."""
     group_by: str = result("")
     """Keep groups of images together in random splits: `folder`, or a regular expression with one group in parentheses
