@@ -29,6 +29,7 @@ from data.folders import (
     SPLIT_WORDS,
     NoSplit,
     common_folders,
+    counted,
     label_by_folder,
     mask_folders,
     some,
@@ -80,6 +81,7 @@ class _Index:
     """All members that count."""
 
     images: list[Member] = field(default_factory=list)
+    second_labels: list[tuple[Member, Member]] = field(default_factory=list)
     labels: dict[str, dict[str, Member]] = field(default_factory=lambda: {kind: {} for kind in LABEL_FILES})
     other: Counter[str] = field(default_factory=Counter)
 
@@ -108,17 +110,19 @@ def read_archive(
     index.images = _of_split(_without_masks(index), split, named)
     notes = []
     if index.other:
-        kinds = [f"{count} {kind}" for kind, count in index.other.most_common()]
-        notes.append(f"{index.other.total()} members that are not images ({some(kinds, 8)})")
+        kinds = some(counted(index.other), 8)
+        notes.append(f"left out: {index.other.total()} members that are not images ({kinds})")
     if not index.images:
-        left = f"; left out: {notes[0]}" if notes else ""
+        left = f"; {notes[0]}" if notes else ""
         raise ValueError(f"no images in the {len(shards)} tar shards {some(shards)}{left}")
+    _require_one_image(index.images, shards, any(index.labels[kind] for kind in ("cls", "json")))
+    for first, second in index.second_labels:
+        raise ValueError(f"{shards[first.shard]}: {first.name} and {second.name} label the same image: remove one")
     keys = {member.key for member in index.images}
     kind = next((kind for kind in LABEL_FILES if keys & index.labels[kind].keys()), "")
     labels, unused = _labels(index, kind, shards, label_offset) if kind else (None, "")
     if unused:
         notes.append(unused)
-    _require_one_image(index.images, shards, bool(labels))
     if labels is None:
         numbers, classes, why = label_by_folder([member.name for member in index.images], known)
         why += f" of the archive; {kind} files hold no labels" if kind else ", no .cls, .json or .txt files"
@@ -160,11 +164,11 @@ def _read_headers(shards: Sequence[str]) -> _Index:
 def _sort(index: _Index, member: Member) -> None:
     """Add a member to the images, to the files of labels, or to what is left out."""
     extension = member.extension
-    middle = extension.split(".")[:-1]
-    if kind := LABEL_EXTENSIONS.get(extension):
-        if (same := index.labels[kind].get(member.key)) is not None:
-            raise ValueError(f"{same.name} and {member.name} both label one image: remove one")
-        index.labels[kind][member.key] = member
+    *middle, last = extension.split(".")
+    if kind := LABEL_EXTENSIONS.get(extension) or (LABEL_EXTENSIONS[last] if last in ("cls", "class") else ""):
+        first = index.labels[kind].setdefault(member.key, member)
+        if first is not member:
+            index.second_labels.append((first, member))
     elif not is_image_name(member.name.rpartition("/")[2]):
         index.other[f".{extension}" if extension else "without suffix"] += 1
     elif NOT_THE_IMAGE & set(middle):
@@ -217,7 +221,10 @@ def _all_share(names: Sequence[str]) -> str:
 
 
 def _require_one_image(images: Sequence[Member], shards: Sequence[str], labelled: bool) -> None:
-    """ValueError for two images of one key, unless they have no label and are of one kind (IMG.1.jpg, IMG.2.jpg)."""
+    """Raise ValueError for two images of one key.
+
+    Without files of labels, keys decide nothing: then images of one type (IMG.1.jpg, IMG.2.jpg) are accepted.
+    """
     first: dict[str, Member] = {}
     for member in images:
         other = first.setdefault(member.key, member)
@@ -228,11 +235,11 @@ def _require_one_image(images: Sequence[Member], shards: Sequence[str], labelled
             continue
         base = other.name.rpartition("/")[2]
         stem, suffix = os.path.splitext(base)
-        renamed = f": rename them, such as {stem.replace('.', '_')}{suffix}" if "." in stem else ""
+        renamed = f"Rename them, such as {stem.replace('.', '_')}{suffix}" if "." in stem else "Remove one of them"
         key = member.key.partition("/")[2]
         raise ValueError(
-            f"{shards[member.shard]}: {other.name} and {member.name} have the same key {key!r}, which is everything "
-            f"before the first dot of the name; which of them is the image?{renamed}"
+            f"{shards[member.shard]}: {other.name} and {member.name} have the same key {key!r} (everything before the "
+            f"first dot of the name), so they would be one sample. {renamed}"
         )
 
 

@@ -33,6 +33,11 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def counted(kinds: Counter[str]) -> list[str]:
+    """Format how many there are of each kind, the most frequent first."""
+    return [f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +67,7 @@ class Found:
         """Describe what is not used, one line each; empty where every file is an image."""
         lines = []
         if count := self.other.total():
-            kinds = [f"{number} {suffix}" for suffix, number in self.other.most_common()]
+            kinds = counted(self.other)
             lines.append(f"{count} files that are not images ({some(kinds, 8)})")
         if self.masks:
             lines.append(f"{len(self.masks)} folders of masks beside images ({some(self.masks)})")

@@ -31,7 +31,7 @@ SUFFIXES = frozenset(
 )
 PNG, NUMPY = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 HEIF = (".heic", ".heif", ".hif")
-HEIF_EXTRA = "HEIF photographs (.heic) need an optional package: pip install -r requirements/heif.txt"
+HEIF_EXTRA = "HEIF photographs (.heic) can be read with an optional package: pip install -r requirements/heif.txt"
 if importlib.util.find_spec("pillow_heif") is not None:
     SUFFIXES |= frozenset(HEIF)
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> the Pillow mode that has them

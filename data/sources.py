@@ -288,7 +288,7 @@ def _said(source: Source, what: str, why: str) -> Source:
     labels = "no labels" if source.labels is None else f"{len(source.classes or [])} classes"
     log.info("data: %s: %d images, %s (%s)", what, len(source), labels, why)
     for note in source.notes:
-        log.warning("data: %s", note)
+        log.log(logging.WARNING if "left out" in note or HEIF_EXTRA in note else logging.INFO, "data: %s", note)
     return source
 
 
@@ -327,7 +327,7 @@ def _open_folder(wanted: _Wanted) -> Source:
             f"no images in {root}: it holds {contents_of(root)} (images are .jpg .png .tif .npy ...){heif}"
         )
     if heic := sum(found.other[suffix] for suffix in HEIF):
-        notes.append(f"{heic} of them are HEIF photographs. {HEIF_EXTRA}")
+        notes.append(f"{heic} {HEIF_EXTRA}")
     notes = [f"left out: {line}" for line in found.left_out()] + notes
     compact = Names(names)
     read = functools.partial(_read_file, root, compact, wanted.in_chans)

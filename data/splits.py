@@ -61,6 +61,7 @@ def open_splits(options: ClassifierOptions) -> Splits:
     if options.num_classes and len(classes) > options.num_classes:
         raise ValueError(f"num_classes {options.num_classes}: the training images have labels 0 to {len(classes) - 1}")
     options = replace(options, value_range=whole.value_range)  # of all splits
+    check_groups(whole, options.group_by)
     val, test = (_evaluation_images(options, split, whole) for split in ("val", "test"))
     train = whole
     if not val and not test:
@@ -289,16 +290,24 @@ def groups_of(source: Source, group_by: str) -> np.ndarray | None:
                 f"group_by {group_by!r} is not found in {len(without)} of {len(names)} names, such as {without[0]}"
             )
         keys = [match[1] for match in found if match]
-    distinct, numbers = np.unique(np.array(keys), return_inverse=True)
-    if source.labels is not None and group_by == "folder":
-        of_class = {(int(label), int(number)) for label, number in zip(source.labels, numbers, strict=True)}
-        if len(of_class) == len(distinct) == len(np.unique(source.labels)):
-            raise ValueError(
-                "group_by folder: every class is one folder, which cannot be on one side alone. Give a regular "
-                f"expression with one group for names such as {names[0]}, e.g. --group_by '([^/]+)_[0-9]+'"
-            )
-    log.info("group_by %s: %d images in %d groups", group_by, len(names), len(distinct))
-    return numbers.astype(np.int64)
+    return np.unique(np.array(keys), return_inverse=True)[1].astype(np.int64)
+
+
+def check_groups(source: Source, group_by: str) -> None:
+    """Log how many groups there are. ValueError where every class is one group, which no split could divide."""
+    groups = groups_of(source, group_by)
+    if groups is None:
+        return
+    count, labels = len(np.unique(groups)), source.labels
+    log.info("group_by %s: %d images in %d groups", group_by, len(source), count)
+    if count == 1 or (
+        labels is not None and count == len(np.unique(labels)) == len(set(zip(labels, groups, strict=True)))
+    ):
+        what = "every class is one group" if count > 1 else "all images are in one group"
+        raise ValueError(
+            f"group_by {group_by}: {what}, which cannot be on one side alone. Give a regular expression with one group "
+            f"for names such as {source.names[0]}, e.g. --group_by '([^/]+)_[0-9]+'"
+        )
 
 
 def warn_of_split_folders(

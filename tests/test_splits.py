@@ -1,0 +1,151 @@
+"""Random splits: whole groups on one side, enough images to choose a best epoch on, and paths with ~."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import splits
+from data.sources import Names, Source
+from options import FinetuneOptions, PretrainOptions, SegmentOptions, parse
+from tests import test_masks
+from tests.test_data_table import opened, refused, several
+from tests.test_sources import put
+from util import checkpoint
+
+
+def source_of(names, labels):
+    classes = [str(label) for label in range(max(labels) + 1)]
+    return Source(Names(names), lambda number: number, np.array(labels), classes)
+
+
+def films(root, classes="ab", count=8, frames=10):
+    return put(
+        root, *[f"{name}/film{film}_{n}.png" for name in classes for film in range(count) for n in range(frames)]
+    )
+
+
+def groups_on(source, digits=1):
+    return {name.split("film")[1][:digits] for name in source.names}
+
+
+@pytest.mark.parametrize("options", [{}, {"label_share": 0.5}, {"labels_per_class": 15}, {"subset_seed": 3}])
+def test_no_group_is_on_both_sides_of_any_random_split(tmp_path, options, caplog):
+    caplog.set_level(logging.INFO)
+    found = opened(films(tmp_path), group_by=r"(film\d+)_", **options)
+    parts = [groups_on(part) for part in (found.train, found.choice, found.test)]
+    assert all(parts) and sum(map(len, parts)) == len(set.union(*parts))
+    assert len(found.choice) >= 20 and len(found.test) >= 20
+    assert r"group_by (film\d+)_: 160 images in 8 groups" in caplog.text
+    if options.get("label_share"):  # of the 70 that each class has beside the test images, 35 or more, in whole films
+        kept = len(found.train) + len(found.choice)
+        assert kept == 2 * 40
+    everything = opened(tmp_path)
+    assert groups_on(everything.train) & groups_on(everything.test), "without groups films are divided"
+
+
+def test_groups_by_folder_and_what_is_said_without(tmp_path, caplog):
+    several(tmp_path, *[f"train/{name}/film{film}" for name in "ab" for film in range(6)], count=10)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    options = {"class_list": str(tmp_path / "classes.txt")}
+    found = opened(tmp_path, group_by="folder", **options)
+    folders = [{Path(name).parent for name in part.names} for part in (found.train, found.choice, found.test)]
+    assert sum(map(len, folders)) == len(set.union(*folders)) == 12
+    assert "both sides" not in caplog.text
+    opened(tmp_path, **options)
+    assert "test_share: images of 12 of 12 folders are on both sides, such as a/film0." in caplog.text
+    assert "--group_by folder" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "group_by, message",
+    [
+        ("folder", "every class is one group, .*regular expression with one group for names such as a/film0_0.png"),
+        ("film", "'film' has 0 groups in parentheses; one names the group"),
+        ("(", "neither the word folder nor a regular expression"),
+        ("(movie[0-9])", "is not found in 160 of 160 names, such as a/film0_0.png"),
+        ("(film)", "all images are in one group"),
+    ],
+)
+def test_groups_that_cannot_be_meant(tmp_path, group_by, message):
+    refused(message, films(tmp_path), group_by=group_by)
+
+
+def test_whole_groups_reach_what_is_wanted_and_leave_every_class_some():
+    labels = np.repeat([0, 1], [60, 30])
+    groups = np.concatenate([np.repeat(np.arange(6), 10), np.repeat(np.arange(6, 9), 10)])
+    kept, held = splits.hold_out(labels, 0.25, 0, groups=groups)
+    assert np.bincount(labels[held]).tolist() == [20, 10]  # 15 and 8 wanted
+    assert not set(groups[kept]) & set(groups[held]) and sorted([*kept, *held]) == list(range(90))
+    with pytest.raises(ValueError, match="no group can be held out: there are 2 groups"):
+        splits.hold_out(labels, 0.25, 0, groups=labels)
+    small, large = (splits.subset(labels, share, 0, 5, groups) for share in (0.2, 0.6))
+    assert set(small) < set(large)
+
+
+def test_segmentation_keeps_groups_whole(tmp_path, caplog):
+    for film in range(10):
+        for number in range(4):
+            test_masks.save(tmp_path / f"images/film{film}/{number}.png", np.zeros((10, 14, 3), np.uint8))
+            test_masks.save(tmp_path / f"masks/film{film}/{number}.png", np.full((10, 14), number % 2, np.uint8))
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    found = test_masks.opened(tmp_path, group_by="folder", test_share=0.2, holdout=0.2, label_share=0.5)
+    folders = [{Path(name).parent for name in part.names} for part in (found.train, found.choice, found.test)]
+    assert [len(each) for each in folders] == [3, 2, 2] and len(set.union(*folders)) == 7
+    assert [len(part) for part in (found.train, found.choice, found.test)] == [12, 8, 8]
+    assert "both sides" not in caplog.text and "best is chosen on 8 images only" in caplog.text
+    test_masks.opened(tmp_path, test_share=0.2)
+    assert "test_share: images of" in caplog.text and "folders are on both sides, such as" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "images, classes, held", [(400, 2, 20), (120, 4, 20), (2000, 2, 40), (60, 3, 15), (12, 3, 3), (2000, 50, 100)]
+)
+def test_best_is_chosen_on_enough_images(images, classes, held, caplog):
+    """2% of them, at least 20 and two of each class, at most a quarter of each class."""
+    labels = np.arange(images) % classes
+    kept, chosen = splits.divide(source_of(map(str, range(images)), labels), 0.02, 0, "", "holdout")
+    assert len(chosen) == held and len(kept) == images - held
+    counts = np.bincount(chosen.labels, minlength=classes)
+    assert counts.max() - counts.min() <= 0 or held == images // 50
+
+
+def test_few_images_to_choose_best_on_are_said(tmp_path, caplog):
+    several(tmp_path, "train/a", "train/b", "test/a", "test/b", count=20)
+    assert len(opened(tmp_path).choice) == 10
+    assert "best is chosen on 10 held-out images only" in caplog.text
+
+
+def test_best_is_chosen_on_val_rather_than_on_six_images(tmp_path):
+    several(tmp_path, "train/a", "train/b", "train/c", count=100)
+    several(tmp_path, "val/a", "val/b", "val/c", count=40)
+    found = opened(tmp_path)
+    assert len(found.choice) == 120 and len(found.train) == 300
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_home_folder_is_expanded_in_recipes_and_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = tmp_path / "recipe.yaml"
+    paths = ("data_path", "output_dir", "init_from", "class_list", "dataset")
+    recipe.write_text("".join(f"{name}: ~/{name}\n" for name in paths))
+    found = parse(FinetuneOptions, ["-c", str(recipe), "--resume=~/last.pth"])
+    assert [getattr(found, name) for name in paths] == [f"{tmp_path}/{name}" for name in paths]
+    assert found.resume == f"{tmp_path}/last.pth"
+    assert SegmentOptions(data_path="~/x").data_path == f"{tmp_path}/x"
+
+
+def test_the_checkpoint_whose_options_are_inherited_is_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    parse(FinetuneOptions, ["--init_from=~/last.pth"], base=lambda given: seen.append(dict(given)) or {})
+    assert seen[0]["init_from"] == f"{tmp_path}/last.pth"
+
+
+def test_an_empty_resume_is_automatic():
+    assert PretrainOptions(resume="").resume == "auto" and parse(FinetuneOptions, ["--resume", ""]).resume == "auto"
+    with pytest.raises(ValueError, match="there is no .*nowhere/checkpoints/last.pth"):
+        checkpoint.to_judge({"resume": "", "output_dir": "nowhere"})
