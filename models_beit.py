@@ -42,7 +42,7 @@ class TokenPrediction(MaskedImageModel):
 
     def make_target(self) -> Target:
         options = self.token_options
-        return Tokens(options.tokens or 1, options.label_smoothing)  # `prepare` sets the tokenizer's number of tokens
+        return Tokens(options.tokens or 2, options.label_smoothing)  # `prepare` sets the true number
 
     def prepare(self, read: Reader, classes: int | None) -> None:
         """Read the tokenizer, and give the last layer as many outputs as there are tokens."""
