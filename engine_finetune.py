@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,6 +21,8 @@ from util.run import Run
 class Objective(nn.Module):
     """`(images, labels) -> {"loss"}`: cross-entropy with smoothed labels, over batches mixed by mixup or cutmix.
 
+    With `class_weights` w the loss is sum(w_k p_k (-log q_k)) / sum(w_k p_k) over images and classes, for targets p and
+    predictions q; smoothing as in `torch.nn.CrossEntropyLoss`.
     `prepare` comes before the model, for features of a frozen encoder. Mixing draws from NumPy's global generator,
     which the stepper seeds at every step; it needs batches of an even number of images.
     """
@@ -34,8 +36,12 @@ class Objective(nn.Module):
         cutmix: float = 0.0,
         smoothing: float = 0.0,
         prepare: Callable[[Tensor], Tensor] | None = None,
+        class_weights: Sequence[float] | None = None,
     ):
         super().__init__()
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", weights, persistent=False)
         self.model, self.smoothing, self.prepare = model, smoothing, prepare
         self.mix: Mixup | None = None
         if mixup > 0 or cutmix > 0:
@@ -44,8 +50,21 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         if self.mix is not None:
             images, targets = self.mix(images, labels)
-            return {"loss": F.cross_entropy(self._logits(images), targets)}
-        return {"loss": F.cross_entropy(self._logits(images), labels, label_smoothing=self.smoothing)}
+            return {"loss": self._mixed_loss(self._logits(images), targets)}
+        logits = self._logits(images)
+        weight = self._weights_on(logits.device)
+        return {"loss": F.cross_entropy(logits, labels, weight=weight, label_smoothing=self.smoothing)}
+
+    def _mixed_loss(self, logits_NC: Tensor, targets_NC: Tensor) -> Tensor:
+        """Compute the loss for a distribution over the classes; torch divides by N, whatever the weights."""
+        weights = self._weights_on(logits_NC.device)
+        loss = F.cross_entropy(logits_NC, targets_NC, weight=weights)
+        return loss if weights is None else loss * len(targets_NC) / (targets_NC * weights).sum()
+
+    def _weights_on(self, device: torch.device) -> Tensor | None:
+        if self.class_weights is not None and self.class_weights.device != device:
+            self.class_weights = self.class_weights.to(device)
+        return self.class_weights
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.model(images if self.prepare is None else self.prepare(images))

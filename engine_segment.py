@@ -34,19 +34,26 @@ PICTURES = 6
 class Objective(nn.Module):
     """`(images, masks) -> {"loss", "segmentation", "auxiliary"}`: cross-entropies averaged over all pixels.
 
+    With `class_weights` each pixel counts with the weight of its class.
     loss = segmentation + weight x auxiliary. Masks are `[N, H, W]`, of the images' size; pixels of IGNORE count as 0.
     Where the loss is not finite, batch norm's running statistics stay as they were, as the weights will.
     """
 
-    def __init__(self, model: nn.Module, *, auxiliary: float):
+    def __init__(self, model: nn.Module, *, auxiliary: float, class_weights: Sequence[float] | None = None):
         super().__init__()
         self.model, self.auxiliary = model, auxiliary
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, images: Tensor, masks: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         masks = masks.long()
+        if self.class_weights is not None and self.class_weights.device != masks.device:
+            self.class_weights = self.class_weights.to(masks.device)
+        weights = self.class_weights
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         before = [buffer.clone() for buffer in statistics]
-        segmentation, auxiliary = (cross_entropy(logits, masks) for logits in self.model(images))
+        segmentation, auxiliary = (cross_entropy(logits, masks, weights) for logits in self.model(images))
         loss = segmentation + self.auxiliary * auxiliary
         for buffer, value in zip(statistics, before, strict=True):
             # By way of `data`, since autograd guards them although the backward pass reads the batch's own statistics.
@@ -54,14 +61,15 @@ class Objective(nn.Module):
         return {"loss": loss, "segmentation": segmentation, "auxiliary": auxiliary}
 
 
-def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, masks: Tensor, weights_K: Tensor | None = None) -> Tensor:
     """Compute the cross-entropy summed over the pixels that have a class, divided by the number of all pixels.
 
     Pixels of IGNORE count as 0 in the average, as in mmsegmentation (`avg_non_ignore=False`, its default). The loss of
-    a batch is therefore the average of its images' losses, on any number of processes.
+    a batch is therefore the average of its images' losses, on any number of processes. With `weights_K` each pixel's
+    term is multiplied by the weight of its class, as there.
     """
     logits = brought_to(logits, masks)
-    return F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum") / masks.numel()
+    return F.cross_entropy(logits, masks, weight=weights_K, ignore_index=IGNORE, reduction="sum") / masks.numel()
 
 
 def brought_to(logits: Tensor, masks: Tensor) -> Tensor:

@@ -284,6 +284,7 @@ class ClassifierOptions(WholeImageOptions):
         **RunOptions.ALIASES,
         "finetune": "init_from",
         "nb_classes": "num_classes",
+        "class_weight": "class_weights",
     }
     FOREIGN: ClassVar[dict[str, str]] = {
         **RunOptions.FOREIGN,
@@ -314,12 +315,16 @@ class ClassifierOptions(WholeImageOptions):
     group_by: str = result("")
     """Keep groups of images together in random splits: `folder`, or a regular expression with one group in parentheses
     that is searched in each image's name, such as `([^/]+)_[0-9]+` for the frames of a film."""
+    class_weights: tuple[str, ...] = result(())
+    """Weight of each class in the loss, `1 5`, in the order of the classes; `balanced`: images of all classes / (number
+    of classes x images of the class), counted in the training data; empty: all alike."""
     eval_every: int = result(1)
     """Epochs between evaluations; the last epoch is always evaluated."""
 
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "num_classes", "labels_per_class")
+        _check_class_weights(self.class_weights)
         self._at_least(1, "eval_every")
         self._between(0, 1, "label_share", "holdout", "test_share")
         require(0 < self.test_share < 1, "must be more than 0 and less than 1", "test_share")
@@ -427,6 +432,7 @@ class SegmentOptions(EncoderOptions):
         **RunOptions.ALIASES,
         "finetune": "init_from",
         "nb_classes": "num_classes",
+        "class_weight": "class_weights",
         "cat_max_ratio": "max_class_share",
     }
     INHERITS: ClassVar[tuple[str, ...]] = tuple(name for name in ENCODER if name != "input_size")
@@ -476,6 +482,9 @@ class SegmentOptions(EncoderOptions):
     mask_values: tuple[str, ...] = result(())
     """Value stored in the masks for each class, in the order of the class list: `0,255`, or colours as
     `#000000,#ff0000`; empty: the classes' numbers."""
+    class_weights: tuple[str, ...] = result(())
+    """Weight of each class in the loss, `1 5`, in the order of the classes; `balanced`: pixels of all classes / (number
+    of classes x pixels of the class), counted in the training data; empty: all alike."""
     check_masks: bool = machine(True)
     """Check every mask before training. Off: invalid masks count as unreadable images when they are read."""
     label_share: float = result(1.0)
@@ -513,6 +522,7 @@ class SegmentOptions(EncoderOptions):
 
     def _check(self) -> None:
         super()._check()
+        _check_class_weights(self.class_weights)
         self._at_least(0, "num_classes", "auxiliary", "steps", "warmup_steps", "power")
         self._at_least(0, "short_side", "stride", "picture_every")
         require(self.ignore_label is None or self.ignore_label >= 0, "must be at least 0", "ignore_label")
@@ -533,6 +543,18 @@ class SegmentOptions(EncoderOptions):
         most = min(self.input_size)
         require(self.stride <= most, f"{self.stride} leaves gaps between windows of {most} pixels", "stride")
         require(not self.steps or self.warmup_steps < self.steps, "must be less than steps", "warmup_steps", "steps")
+
+
+def _check_class_weights(words: tuple[str, ...]) -> None:
+    """OptionError unless these are weights, of which one is not 0, or the word `balanced`."""
+    if not words or words == ("balanced",):
+        return
+    try:
+        weights = [float(word) for word in words]
+    except ValueError:
+        weights = [-1.0]
+    fine = all(0 <= weight < math.inf for weight in weights) and any(weights)
+    require(fine, f"must be one number for each class, or `balanced`, found {' '.join(words)}", "class_weights")
 
 
 def resolve_batch(options: Run, processes: int) -> Run:

@@ -240,6 +240,8 @@ def _convert_tuple(value: Any, inside: tuple[Any, ...]) -> tuple[Any, ...]:
         value = [item for item in re.split(r"[\s,]+|(?<=\d)x(?=\d)", value.strip(" []()")) if item]
     items = list(value) if isinstance(value, list | tuple) else [value]
     if inside[-1] is Ellipsis:
+        if inside[0] is str:  # YAML reads [0, 255] as numbers
+            items = [str(item) if type(item) in (int, float) else item for item in items]
         return tuple(_convert(item, inside[0]) for item in items)
     if len(items) == 1:
         items *= len(inside)

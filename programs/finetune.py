@@ -17,6 +17,7 @@ from torch import nn
 import models_classifier
 from data import splits
 from data.augment import finetune_transform
+from data.class_weights import image_weights
 from data.images import classifier_crop_share, describe_eval_crop
 from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_batches, eval_transform
 from data.splits import Splits
@@ -39,13 +40,15 @@ def require_pairs(options: FinetuneOptions) -> None:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
 
 
-def objective_of(options: FinetuneOptions, model: nn.Module) -> Objective:
+def objective_of(options: FinetuneOptions, model: nn.Module, train: Source) -> Objective:
+    """Build the loss for the training images `train`, whose labels may decide the weights of the classes."""
     return Objective(
         model,
         classes=options.num_classes,
         mixup=options.mixup,
         cutmix=options.cutmix,
         smoothing=options.smoothing,
+        class_weights=image_weights(options.class_weights, train),
     )
 
 
@@ -156,7 +159,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     ema = ModelEmaV3(model, decay=options.ema) if options.ema else None
     others = {"ema": ema.module} if ema else {}
     run.prepare(model, batches, optimizer, total_steps=options.steps, **others)
-    objective = objective_of(options, run.trained)
+    objective = objective_of(options, run.trained, found.train)
     sources = {"choice": found.choice, "test": found.test}
     evaluated = ema.module if ema else model
     tasks = [

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import models_classifier
 from data import splits
+from data.class_weights import image_weights
 from data.images import CROP_SHARE, describe_eval_crop
 from data.loader import Batch, Batches, Source, TrainSamples, pretrain_transform
 from data.splits import Splits
@@ -133,7 +134,12 @@ def run(options: ProbeOptions) -> None:
             with torch.no_grad():
                 return pooled(encoder.encode(images).float(), options.global_pool)
 
-        objective = Objective(run.trained, classes=found.classes, prepare=encode if options.augment else None)
+        objective = Objective(
+            run.trained,
+            classes=found.classes,
+            prepare=encode if options.augment else None,
+            class_weights=image_weights(options.class_weights, found.train),
+        )
         tasks = [make_evaluation(options, run, model, found, features.batches)]
         with run:
             if processes.main:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import models_classifier
 import models_upernet
 from data import masks, splits
+from data.class_weights import pixel_weights
 from data.loader import Batch, Batches, Source, TrainSamples, eval_batches
 from data.segment_augment import train_transform
 from data.splits import Splits
@@ -108,6 +109,12 @@ def make_optimizer(options: SegmentOptions, model: Segmenter, device: torch.devi
     return optim.adamw(groups, lr, betas=(0.9, 0.999), device=device)
 
 
+def objective_of(options: SegmentOptions, model: nn.Module, train: Source) -> Objective:
+    """Build the loss for the training images `train`, whose masks may decide the weights of the classes."""
+    weights = pixel_weights(options.class_weights, train, options.num_workers)
+    return Objective(model, auxiliary=options.auxiliary, class_weights=weights)
+
+
 def settle(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentOptions:
     """The options with what the data decide: the classes, and how many epochs the steps are that were asked for."""
     per_epoch = batches.steps_per_epoch
@@ -169,7 +176,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
         min_lr=options.min_lr,
     )
     run.prepare(model, batches, optimizer, schedule, total_steps=total_steps)
-    objective = Objective(run.trained, auxiliary=options.auxiliary)
+    objective = objective_of(options, run.trained, found.train)
     windows = windows_of(options, model.patch)
     sources = {"choice": found.choice, "test": found.test}
 

@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import engine_segment
 from data import masks, splits
 from data.decode import torchcodec_jpeg
 from data.images import BadImage, Pair
@@ -105,7 +104,7 @@ def finetuning(options: FinetuneOptions, processes: int, device: torch.device) -
     image = options.in_chans * math.prod(options.input_size) * (4 if floats else 1) + 8
     moments = 2 if options.optimizer == "adamw" else 1
     file = bytes_of(model.state_dict()) * (2 if options.ema else 1) + moments * bytes_of(learned(model))
-    objective = finetune.objective_of(options, model)
+    objective = finetune.objective_of(options, model, found.train)
     # As for pretraining, and the best.
     return Plan(options, found.train, model, objective, optimizer, batches, image, file, options.keep + 4)
 
@@ -120,7 +119,7 @@ def segmenting(options: SegmentOptions, processes: int, device: torch.device) ->
     optimizer = segment.make_optimizer(options, model, device)
     image = (options.in_chans + 2) * math.prod(options.input_size)  # the mask has 16 bits
     file = bytes_of(model.state_dict()) + 2 * bytes_of(learned(model))
-    objective = engine_segment.Objective(model, auxiliary=options.auxiliary)
+    objective = segment.objective_of(options, model, found.train)
     return Plan(options, found.train, model, objective, optimizer, batches, image, file, options.keep + 4)
 
 

@@ -69,14 +69,14 @@ class Replay:
             source = masks.open_splits(options, alone).train
             segmenter = segment.build_model(options, options.num_classes, alone)
             samples = segment.training_images(options, source)
-            objective = segment.Objective(segmenter, auxiliary=options.auxiliary)
+            objective = segment.objective_of(options, segmenter, source)
             return segmenter, objective, source, partial(share_batches, options, samples)
         source = splits.open_splits(options).train
         classifier = finetune.build_model(options, options.num_classes)
         samples = finetune.training_images(options, source)
         return (
             classifier,
-            finetune.objective_of(options, classifier),
+            finetune.objective_of(options, classifier, source),
             source,
             partial(share_batches, options, samples),
         )
