@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from options import OptionError, PretrainOptions, nearest
 from options.beit import BEiTOptions
 from options.cluster_mim import ClusterMIMOptions
+from options.dino import DINOOptions
 from options.dmae import TeacherOptions
 from options.mae import CrossMAEOptions, MAEOptions, SimMIMOptions
 from options.maskfeat import MaskFeatOptions
+from options.moco_v3 import MoCoV3Options
 from options.nor_mae import NeighborOptions
 from options.schema import Options, chosen, compose, default_of, from_dict, parse
 from options.sup_mae import LabelOptions
@@ -30,6 +32,8 @@ from options.tokenizer import VQKDTokenizerOptions, VQTokenizerOptions
 from options.u_mae import UniformityOptions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from models_mae import Term
     from models_vit import Pretrainer
 
@@ -143,6 +147,18 @@ METHODS: dict[str, Method] = {
         VQKDTokenizerOptions,
         note="BEiT v2's tokenizer: discrete codes from which a teacher's features are reconstructed",
     ),
+    "moco_v3": Method(
+        "models_moco_v3:MoCoV3",
+        MoCoV3Options,
+        defaults={"min_scale": 0.08, "weight_decay": 0.1},
+        note="MoCo-v3: contrasts two augmented views of an image with those of other images",
+    ),
+    "dino": Method(
+        "models_dino:DINO",
+        DINOOptions,
+        defaults={"min_scale": 0.4, "weight_decay": 0.04, "blr": 5e-4, "min_lr": 1e-6, "warmup_epochs": 10.0},
+        note="DINO: small and large crops predict what a moving average of the network sees in the large ones",
+    ),
 }
 
 ENCODER_OVERRIDES = ("input_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "grad_checkpointing")
@@ -220,14 +236,12 @@ def build(method: str, model: str = "mae_vit_tiny_patch16", **overrides: Any) ->
     Raises:
         ValueError: For an unknown name or an impossible value.
     """
-    from util.checkpoint import load_model  # imports torch
-
     terms = build_terms(method, overrides.get("terms") or {})
     for name, term in terms.items():
         with _named(name):
-            term.settle(load_model)
+            term.settle(load_pretrained)
     built = _assemble(method, model, overrides, terms)
-    built.prepare(load_model, None)
+    built.prepare(load_pretrained, None)
     return built
 
 
@@ -300,6 +314,40 @@ def from_checkpoint(path: str | Path) -> tuple[Pretrainer, dict[str, Any]]:
     model = from_options(state["options"])
     model.load_state_dict(state["model"])
     return model.eval(), state["options"]
+
+
+def encoder_weights(weights: Mapping[str, Tensor], options: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return, of the weights of a run with these options, those whose encoder gives the features.
+
+    They are under their plain names. For most methods that is all weights; for DINO it is the teacher's encoder.
+    """
+    from models_vit import PLAIN_TENSORS
+
+    prefix = _trained_class(options).encoder_prefix if options.get("method") in METHODS else ""
+    if not prefix:
+        return weights
+    plain = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return {name: value for name, value in plain.items() if PLAIN_TENSORS.fullmatch(name)}
+
+
+def feature_pool(options: Mapping[str, Any]) -> str:
+    """Return what the features of an image are: `avg`, of the patch tokens, or `token`, the class token."""
+    return _trained_class(options).feature_pool if options.get("method") in METHODS else "avg"
+
+
+def load_pretrained(path: str | Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """Load the weights of any checkpoint for another model to start from, and its run's options, if it is one of ours.
+
+    See `encoder_weights`.
+    """
+    from util.checkpoint import load_model
+
+    weights, options = load_model(path)
+    return encoder_weights(weights, options), options
+
+
+def _trained_class(options: Mapping[str, Any]) -> type[Pretrainer]:
+    return METHODS[options["method"]].model_class()
 
 
 def settled(options: PretrainOptions, model: Pretrainer) -> dict[str, Any]:

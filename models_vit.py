@@ -43,14 +43,18 @@ __all__ = [
     "VisionTransformer",
     "adapt_input_conv",
     "at_least_float32",
+    "copy_into",
+    "cosine_between",
     "digest_of",
     "encoder_sizes",
     "for_channels",
     "initialize",
     "load_from_run",
     "load_matching",
+    "move_average",
     "parse_name",
     "patch_grid",
+    "plain_encoder",
     "position_table",
     "require_plain_encoder",
     "resample_abs_pos_embed",
@@ -376,6 +380,52 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+def cosine_between(start: float, end: float, fraction: float) -> float:
+    """Return the value at `fraction` (0 to 1) of half a cosine from `start` to `end`."""
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+def plain_encoder(model: "Pretrainer") -> VisionTransformer:
+    """Create an encoder of the same sizes without a method, for example for an EMA teacher. Weights are not copied."""
+    return VisionTransformer(
+        img_size=model.input_size,
+        patch_size=model.patch_size,
+        in_chans=model.in_chans,
+        num_classes=0,
+        global_pool="token",
+        embed_dim=model.embed_dim,
+        depth=len(model.blocks),
+        num_heads=model.blocks[0].attn.num_heads,  # type: ignore[arg-type, union-attr]
+        mlp_ratio=model.mlp_ratio,
+        weight_init="skip",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+
+
+@torch.no_grad()
+def copy_into(average: nn.Module, model: nn.Module) -> None:
+    """Copy into `average` the parameters and buffers that `model` has under the same names."""
+    own = model.state_dict()
+    for name, value in average.state_dict().items():
+        value.copy_(own[name])
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, keep: float, taken: Tensor) -> None:
+    """Update an exponential moving average of parameters: average = keep x average + (1 - keep) x model.
+
+    Args:
+        average: Its parameters have the names of those of `model`; buffers are left alone.
+        keep: Share of its value that the average keeps.
+        taken: 0-d bool on the device; where it is False, the average stays as it is.
+    """
+    own = dict(model.named_parameters())
+    averages, current = zip(*((p.data, own[name].data) for name, p in average.named_parameters()), strict=True)
+    step = torch._foreach_sub(current, averages)
+    torch._foreach_mul_(step, torch.where(taken, 1 - keep, 0.0).to(averages[0]))
+    torch._foreach_add_(averages, step)
+
+
 class FrozenNetwork(nn.Module):
     """Hold a network that training uses and does not train: a teacher, a tokenizer.
 
@@ -492,6 +542,16 @@ class Pretrainer(VisionTransformer):
 
     takes_terms: ClassVar[bool] = False
     """Whether loss terms can be added."""
+    feature_pool: ClassVar[Literal["avg", "token"]] = "avg"
+    """What an image's features are: the average of the patch tokens after the last norm, or the class token."""
+    encoder_prefix: ClassVar[str] = ""
+    """Prefix, in the state_dict, of the encoder whose features count: `teacher.` where that is a moving average."""
+    images_together: ClassVar[Literal["", "ranks"]] = ""
+    """Which images the loss compares with each other: none, or those of a forward pass on all processes."""
+    decays_vectors: ClassVar[bool] = False
+    """Whether weight decay applies to every parameter, biases and norms included."""
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.95)
+    """Coefficients of AdamW's moving averages."""
 
     cls_token: nn.Parameter
     pos_embed: nn.Parameter

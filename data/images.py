@@ -15,7 +15,7 @@ import importlib.util
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)  # of MAE's random crops, columns to rows
 LOG_RATIOS = torch.tensor(ASPECT_RATIOS).log().tolist()
 ATTEMPTS = 10  # at a crop that fits, as torchvision's; then the largest central one
 
+Interpolation = Literal["bicubic", "bilinear"]
 Transform = Callable[[np.ndarray | Image.Image], Tensor]
 
 
@@ -308,17 +309,27 @@ def _rows_columns(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _random_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], min_scale: float, hflip: float) -> Tensor:
-    array_HWC = _array(image)
-    height, width = array_HWC.shape[:2]
-    top, left, rows, columns = random_box(height, width, min_scale)
-    crop_CHW = _resize(_tensor(array_HWC[top : top + rows, left : left + columns]), size)
+    crop_CHW = random_resized_crop(image, size, (min_scale, 1.0))
     return crop_CHW.flip(-1) if torch.rand(()) < hflip else crop_CHW
 
 
-def random_box(height: int, width: int, min_scale: float) -> tuple[int, int, int, int]:
+def random_resized_crop(
+    image: np.ndarray | Image.Image,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    interpolation: Interpolation = "bicubic",
+) -> Tensor:
+    """Cut a random crop that takes a share of the area within `scale` and resize it: uint8 `[C, rows, columns]`."""
+    array_HWC = _array(image)
+    height, width = array_HWC.shape[:2]
+    top, left, rows, columns = random_box(height, width, *scale)
+    return _resize(_tensor(array_HWC[top : top + rows, left : left + columns]), size, interpolation)
+
+
+def random_box(height: int, width: int, min_scale: float, max_scale: float = 1.0) -> tuple[int, int, int, int]:
     """(top, left, rows, columns) of a random crop: torchvision's, number by number, in a fifth of its time."""
     for _ in range(ATTEMPTS):
-        area = height * width * torch.empty(()).uniform_(min_scale, 1.0).item()
+        area = height * width * torch.empty(()).uniform_(min_scale, max_scale).item()
         ratio = torch.empty(()).uniform_(*LOG_RATIOS).exp_().item()
         columns, rows = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < columns <= width and 0 < rows <= height:
@@ -366,10 +377,14 @@ def shrink(array_HWC: np.ndarray, short_side: int) -> np.ndarray:
     return np.ascontiguousarray(_resize(_tensor(array_HWC), (size[0], size[1])).permute(1, 2, 0).numpy())
 
 
-def _resize(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bicubic, channels last. `F.interpolate` would lay the channels out one after the other, in twice the
-    time; this is the operation that it calls."""
+def _resize(image_CHW: Tensor, size: tuple[int, int], interpolation: Interpolation = "bicubic") -> Tensor:
+    """Resize with antialiasing, channels last.
+
+    `F.interpolate` would lay the channels out one after the other, in twice the time; this is the operation that it
+    calls.
+    """
     if image_CHW.shape[1:] == size:
         return image_CHW
     resized_NCHW = image_CHW.new_empty(1, *size, len(image_CHW)).permute(0, 3, 1, 2)
-    return torch.ops.aten._upsample_bicubic2d_aa.out(image_CHW[None], size, False, None, None, out=resized_NCHW)[0]
+    operation = getattr(torch.ops.aten, f"_upsample_{interpolation}2d_aa")
+    return operation.out(image_CHW[None], size, False, None, None, out=resized_NCHW)[0]

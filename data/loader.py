@@ -50,6 +50,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 ORDER, AUGMENTATION, NOISE = range(3)  # independent streams of random numbers
 
 Floats = tuple[float, ...]
+AnyTransform = Transform | PairTransform | Callable[[Any], list[Tensor]]  # to one image, a pair, or several views
 DrawNoise = Callable[[torch.Generator], Tensor]  # from a CPU generator to a sample's noise [R, L]; picklable
 
 
@@ -102,7 +103,7 @@ def _per_channel(values: Floats, device: torch.device) -> Tensor:
 class Sample:
     """One row of a batch, as its fields say there."""
 
-    image: Tensor
+    image: Tensor | list[Tensor]
     label: int | Tensor | None
     noise: Tensor | None
     index: int
@@ -113,7 +114,8 @@ class Sample:
 class Batch:
     """Samples side by side.
 
-    images    uint8 `[n, C, H, W]` from the loader; float32, normalised, after `to`
+    images    uint8 `[n, C, H, W]` from the loader; float32, normalised, after `to`. A list of such tensors, one for
+              each view, where the method has several views of an image
     labels    int64 `[n]`, or None where the source has none; masks `[n, H, W]` of a source of pairs
     noise     `[n, R, L]`, float32 in 0..1 where the method draws no other noise, or None
     index     int64 `[n]`: which image was asked for (one that was unreadable is replaced, label and all)
@@ -121,7 +123,7 @@ class Batch:
     mean, std of each channel
     """
 
-    images: Tensor
+    images: Any
     labels: Tensor | None
     noise: Tensor | None
     index: Tensor
@@ -137,43 +139,57 @@ class Batch:
         device = torch.device(device)
         without_waiting = device.type == "cuda"  # Metal would read the memory when it may hold something else
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=without_waiting))
-        if moved.images.dtype == torch.uint8:
-            assert len(self.mean) == len(self.std) == moved.images.shape[1], "they would be broadcast to other channels"
-            images = moved.images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-            mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
-            moved.images = images.sub_(mean).div_(std)
+        moved.images = _each_view(moved.images, self._normalized)
         return moved
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        assert len(self.mean) == len(self.std) == images.shape[1], "they would be broadcast to other channels"
+        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
+        return images.sub_(mean).div_(std)
 
     def pin_memory(self) -> Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def posted(self, shelf: Shelf, number: int) -> Batch:
-        """Batch `number` for another process: its tensors lie on the shelf."""
-        names = [name for name in ("images", "labels", "noise", "index") if getattr(self, name) is not None]
-        parcels: list[Any] = list(shelf.put(number, [getattr(self, name) for name in names]))
-        return replace(self, **dict(zip(names, parcels, strict=True)))
+        """Batch `number` for another process: its tensors lie on the shelf, the images first."""
+        tensors: list[Tensor] = []
+        self._each(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        parcels: Iterator[Any] = iter(shelf.put(number, tensors))
+        return self._each(lambda _: next(parcels))
 
     def opened(self) -> Batch:
         """What arrived, with tensors of this process."""
         return self._each(lambda tensor: tensor.open() if isinstance(tensor, Parcel) else tensor)
 
     def _each(self, change: Callable[[Any], Tensor]) -> Batch:
+        """Return the batch with every tensor changed, in a fixed order: images, labels, noise, index."""
+        images = _each_view(self.images, change)
         labels = None if self.labels is None else change(self.labels)
         noise = None if self.noise is None else change(self.noise)
-        return replace(self, images=change(self.images), labels=labels, noise=noise, index=change(self.index))
+        return replace(self, images=images, labels=labels, noise=noise, index=change(self.index))
+
+
+def _each_view(images: Any, change: Callable[[Any], Tensor]) -> Any:
+    """Change a tensor of images, or every tensor of a list."""
+    return [change(view) for view in images] if isinstance(images, list) else change(images)
 
 
 def collate(samples: list[Sample], mean: Floats, std: Floats, allocate: Allocate = empty) -> Batch:
-    """Stack samples into one batch, the images in memory from `allocate`.
-
-    Images leave the resize with channels last and stay so: stacking is then a plain copy.
-    """
-    rows_HWC = [sample.image.permute(1, 2, 0) for sample in samples]
-    images_NHWC = torch.stack(rows_HWC, out=allocate((len(samples), *rows_HWC[0].shape), rows_HWC[0].dtype))
+    """Stack samples into one batch, the images in memory from `allocate`."""
+    first = samples[0].image
+    images: Any
+    if isinstance(first, list):
+        views = zip(*(sample.image for sample in samples), strict=True)
+        images = [_stack_images(view, allocate) for view in views]
+    else:
+        images = _stack_images([sample.image for sample in samples], allocate)  # type: ignore[misc]
     labels = [sample.label for sample in samples if sample.label is not None]
     noise = [sample.noise for sample in samples if sample.noise is not None]
     return Batch(
-        images=images_NHWC.permute(0, 3, 1, 2),
+        images=images,
         labels=_together(labels),
         noise=torch.stack(noise) if noise else None,
         index=torch.tensor([sample.index for sample in samples]),
@@ -183,6 +199,16 @@ def collate(samples: list[Sample], mean: Floats, std: Floats, allocate: Allocate
     )
 
 
+def _stack_images(images_CHW: Sequence[Tensor], allocate: Allocate) -> Tensor:
+    """Return `[n, C, H, W]` in memory from `allocate`.
+
+    Images leave the resize with channels last and stay so: stacking is then a plain copy.
+    """
+    rows_HWC = [image.permute(1, 2, 0) for image in images_CHW]
+    images_NHWC = torch.stack(rows_HWC, out=allocate((len(rows_HWC), *rows_HWC[0].shape), rows_HWC[0].dtype))
+    return images_NHWC.permute(0, 3, 1, 2)
+
+
 def _together(labels: list[Any]) -> Tensor | None:
     """Numbers or masks of a batch as one tensor."""
     if not labels:
@@ -190,12 +216,12 @@ def _together(labels: list[Any]) -> Tensor | None:
     return torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
 
 
-def _transformed(source: Source, transform: Transform | PairTransform, image: Any, index: int) -> tuple[Tensor, Any]:
-    """What the model is shown of an image that was read, and its label: the source's, or the mask that came with it."""
+def _transformed(source: Source, transform: AnyTransform, image: Any, index: int) -> tuple[Any, Any]:
+    """Transform an image that was read; return it with its label: the source's, or the mask that came with it."""
     if isinstance(image, Pair):
         return transform(image)  # type: ignore[arg-type, return-value]
     label = None if source.labels is None else int(source.labels[index])
-    return transform(image), label  # type: ignore[return-value]
+    return transform(image), label
 
 
 class Samples(Protocol):
@@ -221,7 +247,7 @@ class TrainSamples(Dataset):
     def __init__(
         self,
         source: Source,
-        transform: Transform | PairTransform,
+        transform: AnyTransform,
         seed: int,
         noise_shape: tuple[int, int] | None,
         *,
@@ -296,9 +322,7 @@ def _bytes(image: Any) -> int:
 class EvalSamples(Dataset):
     """Images without randomness, by index. Unreadable ones are left out of the batch and reported, never replaced."""
 
-    def __init__(
-        self, source: Source, transform: Transform | PairTransform, *, mean: Sequence[float], std: Sequence[float]
-    ):
+    def __init__(self, source: Source, transform: AnyTransform, *, mean: Sequence[float], std: Sequence[float]):
         self.source, self.transform = source, transform
         self.mean, self.std = tuple(mean), tuple(std)
 

@@ -14,6 +14,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import methods
 import models_classifier
 from data import splits
 from data.augment import finetune_transform
@@ -147,7 +148,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
     model = build_model(options, found.classes)
     if options.init_from and not options.from_scratch:
-        weights, made_with = checkpoint.load_model(options.init_from)
+        weights, made_with = methods.load_pretrained(options.init_from)
         report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
         log.info("weights from %s: %s", options.init_from, report)
     batches = share_batches(options, training_images(options, found.train), processes)

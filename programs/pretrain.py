@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import methods
+from data import views
 from data.decode import lacks_parts
 from data.device_data import DeviceSamples
 from data.loader import (
@@ -28,7 +29,7 @@ from data.loader import (
 from models_vit import Pretrainer, load_from_run
 from options import PretrainOptions
 from programs.training import train_epochs
-from util import checkpoint, distributed, optim
+from util import distributed, optim
 from util.distributed import Processes
 from util.logging import RunLog, talk
 from util.run import Run, resolve, share_batches
@@ -65,7 +66,7 @@ def open_images(options: PretrainOptions, model: Pretrainer, split: str = "train
 def settle(options: PretrainOptions, model: Pretrainer, source: Source) -> PretrainOptions:
     """Return the options with what the data, and the checkpoints that were read, decide."""
     if source.classes is not None:
-        model.prepare(checkpoint.load_model, len(source.classes))
+        model.prepare(methods.load_pretrained, len(source.classes))
     for path, made_with in model.helpers.items():
         require_same_statistics(options, path, made_with)
     return replace(options, value_range=source.value_range, **methods.settled(options, model))
@@ -92,8 +93,15 @@ def make_batches(options: PretrainOptions, model: Pretrainer, source: Source, pr
         "std": options.std,
     }
     crops: dict[str, Any] = {"input_size": options.input_size, "min_scale": options.min_scale, "hflip": options.hflip}
+    described = model.views(options.min_scale, options.hflip)
+    plain = len(described) == 1 and views.is_plain(described[0])
     samples: Samples
     if options.data_on_device:
+        if not plain:
+            raise ValueError(
+                f"data_on_device: the method {options.method} trains on {sum(crop.count for crop in described)} "
+                "augmented views of an image, and on the device there are only plain crops; leave the option out"
+            )
         samples = DeviceSamples(source, **crops, **shared, device=processes.device, num_workers=options.num_workers)
         options = replace(options, num_workers=0, pin_mem=False)  # nothing is left to load
     else:
@@ -101,8 +109,15 @@ def make_batches(options: PretrainOptions, model: Pretrainer, source: Source, pr
             source = replace(source, read=source.read_lazily or source.read)
         elif options.region_decode:
             log.warning("data: JPEG files are decoded whole, which takes longer: %s", lack)
-        samples = TrainSamples(source, pretrain_transform(**crops), **shared)
+        transform = pretrain_transform(**crops) if plain else views.make_views(described, options.in_chans)
+        samples = TrainSamples(source, transform, **shared)
     return share_batches(options, samples, processes)
+
+
+def make_optimizer(options: PretrainOptions, model: Pretrainer, device: torch.device) -> torch.optim.AdamW:
+    """Create AdamW with the coefficients and the groups of the model."""
+    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
+    return optim.adamw(optim.pretrain_groups(model, options.weight_decay), lr, betas=model.betas, device=device)
 
 
 def announce(
@@ -131,6 +146,13 @@ def announce(
                 " x processes" if ranks > 1 else "",
                 options.total_batch_size,
             )
+    together = options.batch_size * distributed.world_size()
+    if model.images_together and together < options.total_batch_size:
+        log.warning(
+            "the loss of %s compares %d images (batch_size x processes), not the %d of an update, and batch norms use "
+            "them too: accumulated gradients are not those of the larger batch",
+            *(options.method, together, options.total_batch_size),
+        )
     few = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)
     first = next(eval_batches(few, batch_size=32)).to(device)
     if (constant := model.constant_loss(first.images)) is not None:
@@ -147,13 +169,11 @@ def run(options: PretrainOptions) -> None:
         options = settle(options, model, source)
         batches = make_batches(options, model, source, processes)
         if options.init_from:
-            report = load_from_run(model, *checkpoint.load_model(options.init_from))
+            report = load_from_run(model, *methods.load_pretrained(options.init_from))
             log.info("weights from %s: %s", options.init_from, report)
         run = Run(options, processes, source)
         model.to(processes.device)
-        lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
-        groups = optim.pretrain_groups(model, options.weight_decay)
-        run.prepare(model, batches, optim.adamw(groups, lr, device=processes.device))
+        run.prepare(model, batches, make_optimizer(options, model, processes.device))
         tasks = make_tasks(options, model, source, run)
         with run:
             if run.log:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+import methods
 import models_classifier
 from data import splits
 from data.class_weights import image_weights
@@ -24,7 +25,7 @@ from models_classifier import Classifier, LinearProbe
 from models_vit import for_channels
 from options import ProbeOptions
 from programs.training import train_epochs
-from util import checkpoint, distributed, optim
+from util import distributed, optim
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled
 from util.knn import knn_accuracy
@@ -47,7 +48,7 @@ def load_encoder(options: ProbeOptions) -> Classifier:
         global_pool="token",
         grad_checkpointing=options.grad_checkpointing,
     )
-    weights, made_with = checkpoint.load_model(options.init_from)
+    weights, made_with = methods.load_pretrained(options.init_from)
     report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
     log.info("weights from %s: %s", options.init_from, report)
     return model.requires_grad_(False).eval()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import methods
 import models_classifier
 import models_upernet
 from data import masks, splits
@@ -159,7 +160,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
     names = found.train.classes or []
     model = build_model(options, found.classes, processes)
     if options.init_from and not options.from_scratch:
-        weights, made_with = checkpoint.load_model(options.init_from)
+        weights, made_with = methods.load_pretrained(options.init_from)
         report = models_upernet.begin_with(model, for_channels(weights, options.in_chans), made_with)
         log.info("weights from %s: %s", options.init_from, report)
     batches = share_batches(options, training_images(options, found.train), processes)

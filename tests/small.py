@@ -22,6 +22,17 @@ SMALL = {
     "decoder_num_heads": 3,
     "norm_pix_loss": True,
 }
+NARROW = {  # options of the methods with several views
+    "freeze_patch_embed": False,
+    "proj_hidden_dim": 24,
+    "proj_dim": 12,
+    "out_dim": 32,
+    "head_hidden_dim": 20,
+    "head_bottleneck_dim": 12,
+    "local_size": 8,
+    "local_crops": 3,
+    "drop_path": 0.0,
+}
 TEACHER = SMALL | {"embed_dim": 24, "depth": 4, "num_heads": 3}
 CODES = {"codes": 24, "code_dim": 4}
 
@@ -34,8 +45,9 @@ def sizes(method, options=SMALL):
     Also what it cannot do without: patches that HOG's cells fill, a tokenizer, a teacher.
     """
     own = methods.own_options(method)
-    known = (*methods.ENCODER_OVERRIDES, *own)
-    chosen = {name: value for name, value in options.items() if name in known or name == "model"}
+    known = ("model", *methods.ENCODER_OVERRIDES, *own)
+    chosen = {name: value for name, value in NARROW.items() if name in own}
+    chosen |= {name: value for name, value in options.items() if name in known}
     if "codes" in own:
         chosen |= CODES
     if "tokenizer" in own:
@@ -94,8 +106,10 @@ def tokenizer_checkpoint():
 
 
 def batch(model, n=4):
-    """Images, labels and noise."""
+    """Images (a list of views, where the method has several), labels and noise."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(n, model.in_chans, *model.patch_embed.img_size, generator=generator)
+    sizes = [crop.size for crop in model.views(0.2, 0.5) for _ in range(crop.count)]
+    views = [torch.randn(n, model.in_chans, *size, generator=generator) for size in sizes]
+    images = views if len(views) > 1 else views[0]
     labels = torch.randint(0, 3, (n,), generator=generator)
     return images, labels, torch.rand(n, model.noise_rows, model.num_patches, generator=generator)

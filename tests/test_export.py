@@ -18,6 +18,7 @@ import models_classifier
 from data.images import eval_transform
 from data.splits import CLASSES
 from options import FinetuneOptions, to_dict
+from tests.small import NARROW
 from tools import encoder as encoders
 from tools import export
 from util import checkpoint
@@ -446,7 +447,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(pretrain
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_has_an_encoder_that_can_leave(method, tmp_path):
     chosen = methods.METHODS[method]
-    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, **NARROW}
     sizes = SIZES | ({"model": "mae_vit_tiny_patch8"} if method == "maskfeat" else {})  # which HOG's cells fill
     options = methods.schema(method)(
         **sizes, method=method, input_size=(16, 16), total_batch_size=8, **chosen.defaults,
@@ -454,6 +455,8 @@ def test_every_method_has_an_encoder_that_can_leave(method, tmp_path):
         terms={name: given | SETTLED.get(name, {}) for name, given in chosen.terms.items()},
     )  # fmt: skip
     model = methods.from_options(to_dict(options)).eval()
+    if model.encoder_prefix:  # a teacher that differs from the student
+        torch.nn.init.normal_(model.blocks[0].mlp.fc1.weight)
     encoder = encoders.load(save_run(tmp_path / method, model, options))
     images = images_for((3, 16, 16))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import methods
 from methods import METHODS
 from tests.runs import context, finish
-from tests.small import batch, small, teacher_checkpoint
+from tests.small import NARROW, batch, small, teacher_checkpoint
 from tests.test_distributed import assert_equal_to_rounding, finish_ranks
 
 SHARED = [name for name, method in METHODS.items() if "label" not in method.terms]
@@ -41,6 +41,11 @@ def losses_and_gradients(model, trained, images, labels, noise):
     return {name: value.detach() for name, value in losses.items()}, gradients
 
 
+def share_of(tensor, rank):
+    """A rank's part of a tensor, or of each view in a list."""
+    return [share_of(view, rank) for view in tensor] if isinstance(tensor, list) else tensor.chunk(RANKS)[rank]
+
+
 def one_rank(rank, folder):
     """Every case in turn, on this rank's half of the images."""
     torch.set_num_threads(1)
@@ -48,7 +53,7 @@ def one_rank(rank, folder):
     found = {}
     for name in CASES:
         model, tensors = case(name)
-        share = [tensor.chunk(RANKS)[rank] for tensor in tensors]
+        share = [share_of(tensor, rank) for tensor in tensors]
         found[name] = losses_and_gradients(model, DistributedDataParallel(model), *share)
     torch.save(found, folder / f"{rank}.pth")
     dist.destroy_process_group()
@@ -87,6 +92,8 @@ def test_a_run_on_two_processes_equals_one(tmp_path, method):
         words += ["--terms.teacher.checkpoint", tmp_path / "teacher/checkpoints/last.pth"]
     if "decoder_depth" not in methods.own_options(method):
         words += [word for size in ("embed_dim", "depth", "num_heads") for word in (f"--decoder_{size}", 0)]
+    narrow = {**NARROW, "local_size": 4}
+    words += [w for name, value in narrow.items() if name in methods.own_options(method) for w in (f"--{name}", value)]
     finish(tmp_path / "one", *words)
     finish_ranks(2, tmp_path / "two", *words)
     assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")

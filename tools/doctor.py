@@ -81,10 +81,9 @@ def pretraining(options: PretrainOptions, processes: int, device: torch.device) 
     options = pretrain.settle(options, model, source)
     model.to(device)
     batches = pretrain.make_batches(options, model, source, Processes(0, processes, 0, device))
-    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
-    optimizer = optim.adamw(optim.pretrain_groups(model, options.weight_decay), lr, device=device)
-    rows, columns = options.input_size
-    image = options.in_chans * rows * columns + 4 * model.noise_rows * model.num_patches
+    optimizer = pretrain.make_optimizer(options, model, device)
+    pixels = sum(crop.count * math.prod(crop.size) for crop in model.views(options.min_scale, options.hflip))
+    image = options.in_chans * pixels + 4 * model.noise_rows * model.num_patches
     file = bytes_of(model.state_dict()) + 2 * bytes_of(learned(model))
     # The kept ones, the last two, and one being written.
     return Plan(options, source, model, model, optimizer, batches, image, file, options.keep + 3)
@@ -261,7 +260,10 @@ def train_a_little(plan: Plan, device: torch.device, count: int) -> Measured:
         plan.model.compile()
     amp = precision.resolve_amp(options.amp, device)
     schedule = optim.warmup_cosine(plan.optimizer, epochs=2, warmup_epochs=1, steps_per_epoch=count, min_lr=0)
-    stepper = Stepper(plan.model, plan.optimizer, schedule, clip_grad=options.clip_grad, fp16=amp == "fp16")
+    hooks: Any = plan.model if hasattr(plan.model, "before_step") else None
+    stepper = Stepper(
+        plan.model, plan.optimizer, schedule, clip_grad=options.clip_grad, fp16=amp == "fp16", hooks=hooks
+    )
     stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
     def train(number: int) -> float:

@@ -6,8 +6,9 @@
 
 The file holds, in the order of the images:
 
-    features  float32 [n, D]   of a pretrained encoder the average of the patch tokens after the last norm, the vector
-                               that all figures of this project are about; of a classifier, what its head is given
+    features  float32 [n, D]   of a pretrained encoder the average of the patch tokens after the last norm (of MoCo-v3
+                               and DINO the class token), the vector of all figures of this project; of a classifier,
+                               what its head is given
     names     [n]              each image's path, relative to the folder
     labels    int64 [n]        and `classes`, their names, if there is a folder for each class
     logits    float32 [n, C]   of a classifier, for `logit_classes`, their names, if the run's folder tells them

@@ -151,10 +151,11 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
         raise ValueError(
             f"{file} is a segmenter, whose encoder has no last norm; `visualize.py figure9` shows what it predicts"
         )
-    settled = _arguments(file, weights, options, num_heads)
+    encoders = methods.encoder_weights(weights, options)
+    settled = _arguments(file, encoders, options, num_heads)
     size = next((size for size, known in SIZES.items() if known.embed_dim == settled["embed_dim"]), "tiny")
     model = _create(ARCHITECTURES[size], settled)
-    _fill(model, weights, file, ours=bool(options))
+    _fill(model, encoders, file, ours=bool(options))
     mean, std = options.get("mean", ()), options.get("std", ())
     statistics = pixel_statistics(settled["in_chans"], mean, std)
     encoder = Encoder(model, ARCHITECTURES[size], settled, statistics, file, options)
@@ -165,13 +166,14 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
 
 
 def _as_trained(options: Mapping[str, Any], weights: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
-    """What the model that the run itself built answers."""
-    model: VisionTransformer
+    """Return the outputs of the model that the run itself built, for `encoder.probe()`."""
     if "method" in options:
-        model = methods.from_options(options)
-    else:
-        names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "global_pool")
-        model = models_classifier.build(num_classes=encoder.classes, **{name: options[name] for name in names})
+        pretrainer = methods.from_options(options)
+        pretrainer.load_state_dict(weights)
+        with torch.inference_mode():
+            return {"tokens": pretrainer.eval().encode(encoder.probe())}
+    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "global_pool")
+    model = models_classifier.build(num_classes=encoder.classes, **{name: options[name] for name in names})
     model.load_state_dict(weights)
     model.eval()
     with torch.inference_mode():
@@ -227,13 +229,21 @@ def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, 
         "patch_size": patch_size,
         "in_chans": in_chans,
         "num_classes": len(weights["head.weight"]) if has_head else 0,
-        "global_pool": options.get("global_pool") or ("avg" if has_fc_norm or not has_head else "token"),
+        "global_pool": _pool(options, has_head, has_fc_norm),
         "fc_norm": has_fc_norm,
         "embed_dim": width,
         "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
         "num_heads": _heads(file, width, options, num_heads),
         "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / width,
     }
+
+
+def _pool(options: Mapping[str, Any], has_head: bool, has_fc_norm: bool) -> str:
+    if "global_pool" in options:
+        return options["global_pool"]
+    if has_head and not has_fc_norm:
+        return "token"
+    return methods.feature_pool(options)
 
 
 def _heads(file: Path, width: int, options: Mapping[str, Any], num_heads: int) -> int:

@@ -34,6 +34,7 @@ from util.logging import talk
 
 K, TEMPERATURE = 20, 0.07
 SHARE = 0.1  # of the training images, that are the queries where there are no validation images
+POOLS = {"avg": "Average of the patch tokens", "token": "Class token"}
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def measure(
     reading: dict[str, Any] = dict(input_size=trained.options["input_size"], mean=mean, std=std)
     eval_crop = eval_crop or trained.options.get("eval_crop", "keep_size")
     reading |= dict(batch_size=batch_size, num_workers=workers, eval_crop=eval_crop)
+    pool = trained.model.feature_pool
 
     def accuracy(bank_features: Features, query_features: Features) -> float:
         (bank_MD, bank_labels_M), (queries_ND, labels_N) = bank_features, query_features
@@ -89,12 +91,12 @@ def measure(
 
     def of_encoder(model: nn.Module) -> float:
         model = model.to(trained.device)
-        parts = [encode_source(model, split, device=trained.device, **reading) for split in (bank, queries)]
+        parts = [encode_source(model, split, device=trained.device, pool=pool, **reading) for split in (bank, queries)]
         return accuracy(*parts)
 
     seen = trained.updates * trained.options["total_batch_size"]
     protocol = (
-        f"Average of the patch tokens (or all pixels), k = {K}, temperature {TEMPERATURE}. "
+        f"{POOLS[pool]} (or all pixels), k = {K}, temperature {TEMPERATURE}. "
         f"Bank: {len(bank):,} training images, queries: {len(queries):,} {asked} images. "
         f"Images: {describe_eval_crop(tuple(trained.options['input_size']), CROP_SHARE, eval_crop)}. "
         f"{trained.checkpoint.name} after {trained.updates:,} updates, {seen:,} images seen."

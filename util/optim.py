@@ -52,8 +52,10 @@ def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Return one parameter group with weight decay and one without.
 
     Vectors (biases and norms) are not decayed, nor what the model's `no_weight_decay` names. That is nothing for MAE,
-    which decays `cls_token` and `mask_token`.
+    which decays `cls_token` and `mask_token`. Models with `decays_vectors` have one group, in which all is decayed.
     """
+    if getattr(model, "decays_vectors", False):
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
 

@@ -72,7 +72,10 @@ class OnlineKNN(EpochTask):
             what = f"every tenth training image ({len(self.query_index)}), which the encoder has seen without its label"
         step = -(-len(self.bank_index) // BANK_LIMIT)
         self.bank_index = self.bank_index[::step]
-        log.info("online kNN (k = 20, T = 0.07): %d training images classify %s", len(self.bank_index), what)
+        pooling = "class token" if getattr(self.model, "feature_pool", "avg") == "token" else "average of patch tokens"
+        log.info(
+            "online kNN (%s, k = 20, T = 0.07): %d training images classify %s", pooling, len(self.bank_index), what
+        )
         log.info("online kNN: %s", describe_eval_crop(options.input_size, CROP_SHARE, options.eval_crop))
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
@@ -107,6 +110,7 @@ class OnlineKNN(EpochTask):
             worker_timeout=options.worker_timeout,
             autocast=self.run.autocast,
             indices=share,
+            pool=getattr(self.model, "feature_pool", "avg"),
         )
         assert labels is not None
         return features, labels

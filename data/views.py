@@ -1,0 +1,133 @@
+"""Several augmented views of one image: random crops with colour jitter, grey, blur and solarisation.
+
+The operations are torchvision's on uint8 `[C, H, W]`, except the Gaussian blur, which is separable here. Like all
+transforms of the project they draw from torch's default CPU generator, which the loader seeds for every sample.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as pixels
+
+from data.images import Interpolation, random_resized_crop
+
+log = logging.getLogger(__name__)
+
+SOLARIZE_FROM = 128  # values from here on are inverted
+
+MakeViews = Callable[[np.ndarray | Image.Image], list[Tensor]]
+
+
+class CropDescription(Protocol):
+    """What `make_views` reads; see `models_vit.Crop`."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def scale(self) -> tuple[float, float]: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def hflip(self) -> float: ...
+    @property
+    def interpolation(self) -> Interpolation: ...
+    @property
+    def jitter(self) -> tuple[float, float, float, float]: ...
+    @property
+    def jitter_prob(self) -> float: ...
+    @property
+    def grayscale(self) -> float: ...
+    @property
+    def blur(self) -> float: ...
+    @property
+    def blur_sigma(self) -> tuple[float, float]: ...
+    @property
+    def solarize(self) -> float: ...
+
+
+def is_plain(crop: CropDescription) -> bool:
+    """Whether a crop is only cut, resized bicubically and flipped, as masked image modelling does."""
+    altered = (crop.jitter_prob and any(crop.jitter)) or crop.grayscale or crop.blur or crop.solarize
+    return not altered and crop.interpolation == "bicubic" and crop.count == 1
+
+
+def make_views(crops: Sequence[CropDescription], in_chans: int) -> MakeViews:
+    """Make the transform from an image uint8 `[H, W, C]` to the views that `crops` describe.
+
+    Each view is uint8 `[C, rows, columns]`. Colour jitter and conversion to grey are defined for 3 channels. For other
+    numbers they are left out, which is logged; one channel keeps the jitter of brightness and contrast.
+    """
+    coloured = any((crop.jitter_prob and any(crop.jitter)) or crop.grayscale for crop in crops)
+    if coloured and in_chans != 3:
+        kept = "; brightness and contrast are jittered" if in_chans == 1 else ""
+        log.warning("views: colour jitter and conversion to grey need 3 channels, found %d: left out%s", in_chans, kept)
+    return functools.partial(_views, crops=tuple(crops), in_chans=in_chans)
+
+
+def _views(image: np.ndarray | Image.Image, *, crops: Sequence[CropDescription], in_chans: int) -> list[Tensor]:
+    return [augmented_crop(image, crop, in_chans) for crop in crops for _ in range(crop.count)]
+
+
+def augmented_crop(image: np.ndarray | Image.Image, crop: CropDescription, in_chans: int) -> Tensor:
+    """Cut one random crop and augment it, in the order jitter, grey, blur, solarize, flip."""
+    view = random_resized_crop(image, crop.size, crop.scale, crop.interpolation)
+    if in_chans in (1, 3) and _happens(crop.jitter_prob):
+        brightness, contrast, saturation, hue = crop.jitter
+        colour = (saturation, hue) if in_chans == 3 else (0.0, 0.0)
+        view = jitter_colours(view, brightness, contrast, *colour)
+    if in_chans == 3 and _happens(crop.grayscale):
+        view = pixels.rgb_to_grayscale(view, num_output_channels=3)
+    if _happens(crop.blur):
+        view = gaussian_blur(view, _uniform(*crop.blur_sigma))
+    if _happens(crop.solarize):
+        view = pixels.solarize(view, SOLARIZE_FROM)
+    return view.flip(-1) if _happens(crop.hflip) else view
+
+
+def _happens(probability: float) -> bool:
+    """Draw whether; nothing is drawn for what never happens."""
+    return probability > 0 and torch.rand(()).item() < probability
+
+
+def _uniform(low: float, high: float) -> float:
+    return torch.empty(()).uniform_(low, high).item()
+
+
+def jitter_colours(image: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
+    """Change brightness, contrast and saturation by factors within 1 -+ strength, and the hue, in random order."""
+    changes: list[tuple[Callable[[Tensor, float], Tensor], float]] = []
+    for strength, adjust in (
+        (brightness, pixels.adjust_brightness),
+        (contrast, pixels.adjust_contrast),
+        (saturation, pixels.adjust_saturation),
+    ):
+        if strength:
+            changes.append((adjust, _uniform(max(0.0, 1 - strength), 1 + strength)))
+    if hue:
+        changes.append((pixels.adjust_hue, _uniform(-hue, hue)))
+    for number in torch.randperm(len(changes)).tolist():
+        adjust, amount = changes[number]
+        image = adjust(image, amount)
+    return image
+
+
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Blur uint8 `[C, H, W]` by a Gaussian of `sigma` pixels, cut off at 3 sigma; edge pixels are repeated outwards."""
+    radius = max(1, math.ceil(3 * sigma))
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma).square())
+    weights /= weights.sum()
+    channels = image.shape[0]
+    blurred = F.pad(image[None].float().contiguous(), [radius] * 4, mode="replicate")
+    blurred = F.conv2d(blurred, weights.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
+    blurred = F.conv2d(blurred, weights.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
+    return blurred[0].round_().to(torch.uint8)
