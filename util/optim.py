@@ -7,10 +7,16 @@ segmentation a power of what is left.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import nn
+
+log = logging.getLogger(__name__)
 
 
 def absolute_lr(lr: float, blr: float, total_batch_size: int) -> float:
@@ -58,6 +64,25 @@ def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+
+
+def restore_groups(optimizer: torch.optim.Optimizer, model: nn.Module, stored: Sequence[Mapping[str, Any]]) -> None:
+    """Move parameters to the groups of a checkpoint that was written before `no_weight_decay` exempted some of them.
+
+    Its run resumes as it was started: what was decayed is decayed until its end.
+
+    Args:
+        optimizer: of `pretrain_groups`, without a state yet.
+        stored: the groups in the checkpoint.
+    """
+    sizes = [len(group["params"]) for group in stored]
+    plain = param_groups_weight_decay(model, 1.0)
+    if sizes != [len(group["params"]) for group in optimizer.param_groups] and sizes == [
+        len(group["params"]) for group in plain
+    ]:
+        log.warning("this run was started by an earlier version, which decays more parameters; it resumes so")
+        for group, earlier in zip(optimizer.param_groups, plain, strict=True):
+            group["params"] = earlier["params"]
 
 
 def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:

@@ -107,6 +107,10 @@ class Run:
         Afterwards `trained` (to be called in the loop), `stepper`, `means` and `state` exist.
         """
         options, processes = self.options, self.processes
+        stored = (self._start_state or checkpoint.load(self._start)) if self._start else None
+        self._start_state = None
+        if stored:
+            optim.restore_groups(optimizer, model, stored["optimizer"]["param_groups"])
         self.total_steps = total_steps or batches.steps_per_epoch * options.epochs
         if options.compile and compiles(processes.device):
             model.compile()
@@ -141,9 +145,8 @@ class Run:
             others,
         )
         self.records = Records(self.folder, self.run_id, self.source, batches, self.state)
-        if self._start:
-            self.state.load_state_dict(self._start_state or checkpoint.load(self._start), self._start)
-            self._start_state = None
+        if stored:
+            self.state.load_state_dict(stored, self._start)
             if processes.main and self.state.is_best and Path(self._start) == self.checkpoints / checkpoint.LAST:
                 self._saver.name_best()
 
