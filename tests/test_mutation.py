@@ -43,6 +43,8 @@ def changed_lines(mutation, source):
         ("def f(a: int | None = 3) -> int | None: ...\n", {"def f(a: int | None = 4) -> int | None: ...",
                                                          "def f(a: int | None = 2) -> int | None: ..."}),
         ('"""Docs: 1 + 1."""\n', set()),
+        ("def f(*, a):\n    return g(*a, *b)\n", set()),
+        ("x = dict(zip(a, b, strict=True))\n", set()),
     ],
 )  # fmt: skip
 def test_faults(mutation, source, expected):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from util import optim
-from util.stepper import Stepper, names_of_bad_losses, seed_micro_step
+from util.stepper import Progress, Stepper, names_of_bad_losses, seed_micro_step
 
 INDEX = torch.arange(4)
 
@@ -316,3 +316,43 @@ def test_the_seed_of_a_micro_batch_is_the_one_of_earlier_versions():
     assert np.random.get_state()[1][0] == expected % 2**32
     seed_micro_step(2**32 - 1, 10**6, 7)
     assert torch.initial_seed() == (((2**32 - 1) * 1_000_003 + 10**6) * 65_537 + 7) % 2**63
+
+
+def test_refused_updates_are_counted_in_all_and_in_a_row():
+    model, stepper = make()
+    good, bad = batches(1)[0], torch.full((4, 3), math.nan)
+    found = []
+    for images in (bad, good, bad, bad, good):
+        run(model, stepper, [images])
+        found.append(stepper.bad_steps())
+    assert found == [(1, 1), (1, 0), (2, 1), (3, 2), (3, 0)]
+
+
+def test_a_restored_stepper_scales_losses_as_before():
+    model, stepper = make(fp16=True)
+    run(model, stepper, batches(2))
+    stepper._scaler.update(2.0**7)
+    _, other = make(fp16=True)
+    other.load_state_dict(stepper.state_dict())
+    assert other._scaler.get_scale() == 2.0**7
+    _, plain = make()
+    plain.load_state_dict(stepper.state_dict() | {"optimizer": make()[1].optimizer.state_dict()})
+    assert plain.state_dict()["scaler"] == {}
+
+
+def test_a_restored_stepper_knows_the_usual_norm():
+    model, stepper = make(skip_spikes=3.0, epochs=100)
+    assert stepper.grad_norm == 0
+    run(model, stepper, batches(25))
+    other_model, other = make(skip_spikes=3.0, epochs=100)
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(stepper.state_dict())
+    assert other.state_dict()["usual_norm"] == stepper.state_dict()["usual_norm"] > 0
+    run(other_model, other, [1000 * batches(1)[0], batches(1)[0]])
+    assert other.bad_steps() == (1, 0)
+
+
+def test_progress_counts_epochs_of_any_length():
+    assert Progress(3, 4, 1, []).epoch == 3 and Progress(3, 12, 2, []).epoch == 1.5
+    assert Progress(0, 0, 0, []).fraction == 0 == Progress(0, 0, 0, []).epoch
+    assert Progress(3, 4, 1, []).fraction == 0.75
