@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -44,6 +45,10 @@ class RunOptions(Options):
         "j": "num_workers",
         "workers": "num_workers",
         "output": "output_dir",
+        "learning_rate": "lr",
+        "wd": "weight_decay",
+        "torchcompile": "compile",
+        "checkpoint_hist": "keep",
     }  # names that users of NoR-MAE and timm know
     FOREIGN: ClassVar[dict[str, str]] = {
         "dist_url": TORCHRUN,
@@ -52,6 +57,12 @@ class RunOptions(Options):
         "local_rank": TORCHRUN,
         "log_dir": "logs are written into output_dir",
         "start_epoch": "a checkpoint knows its epoch, see resume",
+        "nproc_per_node": "it is an option of torchrun: torchrun --nproc_per_node N SCRIPT.py ...",
+        "sched": "the schedule is always a linear warm-up and half a cosine, see warmup_epochs and min_lr",
+        "pretrained": "nothing is downloaded; init_from names a file of weights",
+        "opt": "AdamW is used; main_finetune.py has optimizer",
+        "per_device_train_batch_size": "use batch_size",
+        "amp_dtype": "use amp, e.g. --amp bf16",
     }  # flags of MAE's scripts without a counterpart, and what to do instead
     INHERITS: ClassVar[tuple[str, ...]] = ()  # options that the checkpoint in `init_from` decides unless they are given
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = ()  # the same for the checkpoint that `eval` evaluates
@@ -133,8 +144,8 @@ class RunOptions(Options):
     seed: int = result(0)
     """Seed of initial weights, image order, crops and masks: two runs with the same seed are identical."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = machine("auto", section="Machine")
-    """Device to train on; `auto`: a GPU if there is one."""
+    device: str = machine("auto", section="Machine")
+    """Device to train on: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` for the GPU of that number, `mps`."""
     amp: Literal["auto", "bf16", "fp16", "none"] = result("auto")
     """Mixed precision; `auto`: bf16 on GPUs that support it, fp16 on others, none elsewhere."""
     compile: bool = machine(False)
@@ -177,6 +188,8 @@ class RunOptions(Options):
             "total_batch_size",
             *parts,
         )
+        known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        require(known is not None, f"expected auto, cpu, cuda, cuda:N or mps, found {self.device!r}", "device")
         require(self.device != "cpu" or self.amp != "fp16", "fp16 is for GPUs; use bf16 or none", "amp", "device")
         require(
             self.dataset not in ("digits", "scenes") or self.data_path in ("", self.dataset),
@@ -341,6 +354,10 @@ class FinetuneOptions(ClassifierOptions):
     """Train a classifier end to end, from a pretrained encoder (`--init_from`) or from scratch."""
 
     PROGRAM = "finetune"
+    ALIASES: ClassVar[dict[str, str]] = {**ClassifierOptions.ALIASES, "opt": "optimizer"}
+    FOREIGN: ClassVar[dict[str, str]] = {
+        name: advice for name, advice in ClassifierOptions.FOREIGN.items() if name != "opt"
+    }
 
     blr: float = result(5e-4)
     min_lr: float = result(1e-6)

@@ -11,7 +11,16 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
     path
-    for room in ("*", "programs/**/*", "options/**/*", "data/**/*", "util/**/*", "tools/**/*", "benchmarks/**/*")
+    for room in (
+        "*",
+        "programs/**/*",
+        "options/**/*",
+        "data/**/*",
+        "util/**/*",
+        "tools/**/*",
+        "benchmarks/**/*",
+        "nor_mae/*",
+    )
     for path in PROJECT.glob(f"{room}.py")
 )
 
@@ -25,6 +34,8 @@ MODULES = {module_name(path): path for path in SOURCES}
 # What a module of each room may import from this project. The first pattern that fits a module's name is its room.
 BELOW = r"(util|data|options)(\.\w+)?"
 ROOMS = [
+    (r"nor_mae(\.\w+)?", r"nor_mae(\.\w+)?"),
+    (r"setup", r"nothing"),
     (r"main_\w+", r"programs|options"),
     (r"programs", rf"programs|methods|{BELOW}"),
     (r"programs\.\w+", rf"programs(\.\w+)?|engine_\w+|methods|models_\w+|{BELOW}"),
@@ -133,5 +144,5 @@ def test_everything_imported_is_in_the_requirements():
     pinned = [name for file in lists for name in re.findall(r"^([\w-]+)==\S+$", file.read_text(), re.MULTILINE)]
     used = {name.split(".")[0] for tree in trees().values() for name in imported(tree)}
     own = {name.split(".")[0] for name in MODULES}
-    foreign = {names.get(name, name) for name in used - own - set(sys.stdlib_module_names)}
+    foreign = {names.get(name, name) for name in used - own - {"setuptools"} - set(sys.stdlib_module_names)}
     assert foreign <= set(pinned), f"not pinned in the requirements: {sorted(foreign - set(pinned))}"

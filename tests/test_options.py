@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import methods
 import options.run as options_module
 from options import (
     Difference,
+    FinetuneOptions,
     OptionError,
     RunOptions,
     differences,
@@ -575,3 +577,24 @@ def test_the_search_for_readers_tells_reading_from_naming():
         "a = options.lr + run.options.seed\noptions.epochs = 3\nkeep, b = other.blr, getattr(options, 'amp')"
     )
     assert set(options_read(tree)) == {"lr", "seed", "amp"}
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["--nproc_per_node", "8"], "torchrun --nproc_per_node N"),
+        (["--sched", "cosine"], "linear warm-up and half a cosine"),
+        (["--opt", "adamw"], "main_finetune.py has optimizer"),
+        (["--pretrained"], "init_from"),
+        (["--device", "gpu"], "expected auto, cpu, cuda, cuda:N or mps, found 'gpu'"),
+    ],
+)
+def test_flags_of_other_programs_are_refused_with_advice(words, advice):
+    with pytest.raises(OptionError, match=re.escape(advice)):
+        methods.parse_options(words)
+
+
+def test_flags_that_users_of_timm_know():
+    options = methods.parse_options(["--learning-rate", "1e-3", "--wd", "0.1", "--device", "cuda:1"])
+    assert (options.lr, options.weight_decay, options.device) == (1e-3, 0.1, "cuda:1")
+    assert parse(FinetuneOptions, ["--opt", "sgd"]).optimizer == "sgd"

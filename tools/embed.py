@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input_size", help="pixels, 224 or 160x96 (default: those it was trained on)")
     parser.add_argument("--num_heads", type=int, default=0, help="of weights of another program, which do not tell")
     parser.add_argument("--eval_crop", choices=EVAL_CROPS, help="for images of the input size (default: as its run)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0)
     words = parser.parse_args(argv)

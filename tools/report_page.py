@@ -41,7 +41,8 @@ STYLE = """
         --mark: #fff3cf; --good: #007a55; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8e8; --soft: #a8a8a8; --line: #444; --back: #17181a; --head: #24262a; --mark: #46401f;
-          --good: #4cc79a; --bad: #ff8a80; } }
+          --good: #4cc79a; --bad: #ff8a80; }
+  .chart polyline, .chart polygon, .legend line { filter: brightness(1.6); } }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); margin: 0 auto;
        padding: 1rem clamp(.8rem, 3vw, 3rem) 3rem; max-width: 110rem; }

@@ -293,7 +293,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kmeans.add_argument("--epochs", type=int, default=10, help="passes over the images (default: 10)")
     kmeans.add_argument("--batch_size", type=int, default=256, help="images (default: 256)")
     kmeans.add_argument("--seed", type=int, default=0)
-    kmeans.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="of the encoder")
+    kmeans.add_argument("--device", default="auto", help="of the encoder: auto, cpu, cuda or mps")
     kmeans.add_argument("--num_workers", type=int, default=4)
     return parser.parse_args(argv)
 

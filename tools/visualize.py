@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
             "--count", type=positive, help=f"how many of a folder's images, drawn by the seed (default: {how_many})"
         )
         made.add_argument("--seed", type=int, default=0, help="of masks, random weights and the choice of images")
-        made.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+        made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
         made.add_argument("--input_size", type=sides, help="pixels, as 224 or 160x96 (default: the model's own)")
 
     for name, picture in PICTURES.items():
@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs or checkpoints of main_segment.py")
     made.add_argument("--count", type=positive, default=4, help="how many of the test images (default: 4)")
     made.add_argument("--seed", type=int, default=0, help="of the choice of images")
-    made.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     made.add_argument("--data_path", default="", help="where images and masks are (default: where the run had them)")
     return result
 

@@ -79,16 +79,19 @@ class NoDevice(ValueError):  # noqa: N818 - it says what is wrong
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `mps`; NoDevice when it is not there."""
+    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises NoDevice when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or local_rank >= count:
+    if name.startswith("cuda"):
+        if name != "cuda" and world_size() > 1:
+            raise NoDevice(f"--device {name}: each of several processes takes its own GPU; use --device cuda")
+        count, number = torch.cuda.device_count(), local_rank if name == "cuda" else int(name.partition(":")[2])
+        if not torch.cuda.is_available() or number >= count:
             raise NoDevice(
-                f"--device cuda: process {local_rank} of this machine has no GPU (found {count}); use --device cpu"
+                f"--device {name}: process {local_rank} of this machine has no GPU {number} (found {count}); "
+                "use --device cpu"
             )
-        return torch.device("cuda", local_rank)
+        return torch.device("cuda", number)
     if name == "mps" and not torch.backends.mps.is_available():
         raise NoDevice("--device mps: this machine has no Metal device; use --device cpu")
     return torch.device(name)

@@ -1,0 +1,46 @@
+"""The installed command runs the checkout's programs, and an installation brings nothing else."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from nor_mae import cli
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def test_every_command_names_a_module_with_a_main():
+    for module, what in cli.COMMANDS.values():
+        source = (PROJECT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        assert "\ndef main(argv: Sequence[str] | None = None) -> int:" in source and what
+
+
+def test_the_command_lists_its_commands_and_refuses_others(capsys):
+    assert cli.main(["--help"]) == 0 and "pretrain" in capsys.readouterr().out
+    assert cli.main(["train"]) == 2 and "unknown command 'train'" in capsys.readouterr().err
+
+
+def test_a_command_runs_its_program_from_any_directory_without_importing_torch_for_a_wrong_option(tmp_path):
+    code = "import sys; from nor_mae.cli import main; code = main(['pretrain', '--epoch', '3'])"
+    code += "; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; sys.exit(code)"],
+        cwd=tmp_path, env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "did you mean 'epochs'" in done.stderr and done.stdout.strip() == "False"
+
+
+def test_only_the_command_is_installed():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["packages"] == ["nor_mae"]
+    assert project["project"]["scripts"] == {"nor-mae": "nor_mae.cli:main"}
+
+
+@pytest.mark.slow
+def test_an_editable_installation_works_and_a_wheel_is_refused(tmp_path):
+    python = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
+    refused = subprocess.run([*python, str(PROJECT)], capture_output=True, text=True)
+    assert refused.returncode != 0 and "Use: pip install -e ." in refused.stderr + refused.stdout
