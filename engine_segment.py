@@ -1,6 +1,6 @@
-"""A segmenter's objective for the epochs of `engine_pretrain`, its prediction for images of any size, its evaluation.
+"""A segmenter's objective for the epochs of `engine_pretrain`, its evaluation, and its predictions for some images.
 
-Figures come from one confusion matrix, counted on the device and summed over the processes: each pixel of each image
+Metrics come from one confusion matrix, counted on the device and summed over the processes: each pixel of each image
 counts once.
 
 N images   C channels   K classes   H W image, or its mask
@@ -8,11 +8,8 @@ N images   C channels   K classes   H W image, or its mask
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +20,11 @@ from data.loader import Batch, EvalSamples, Source, eval_batches
 from data.masks import IGNORE
 from data.segment_augment import eval_transform
 from options import SegmentOptions
+from util.confusion import confusion, figures_of
 from util.distributed import Processes
-from util.overlay import overlay, shown, tile
-from util.watch import contact_sheet, written
+from util.overlay import shown
+from util.windows import Windows, predict
 
-METRIC = "miou"
 PICTURES = 6
 
 
@@ -77,24 +74,6 @@ def brought_to(logits: Tensor, masks: Tensor) -> Tensor:
     return F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
 
 
-@dataclass(frozen=True)
-class Windows:
-    """How an image of any size is shown to a model that was trained on crops.
-
-    crop    rows and columns of a window; None: the image is one window, padded to whole patches
-    stride  pixels between two windows, down and across
-    patch   side of a patch
-    flip    look at the mirror image, too
-    batch   windows at a time
-    """
-
-    crop: tuple[int, int] | None
-    stride: tuple[int, int]
-    patch: int
-    flip: bool = False
-    batch: int = 1
-
-
 def short_side(options: SegmentOptions) -> int:
     """Pixels of the short side of an image that is judged."""
     return options.short_side or min(options.input_size)
@@ -112,84 +91,6 @@ def windows_of(options: SegmentOptions, patch: int) -> Windows:
     return Windows(
         (rows, columns) if options.window == "slide" else None, stride, patch, options.flip, options.batch_size
     )
-
-
-def starts(length: int, crop: int, stride: int) -> list[int]:
-    """Where windows of `crop` begin that cover `length` pixels, the last one at the end."""
-    count = math.ceil(max(0, length - crop) / stride) + 1
-    return [min(number * stride, max(0, length - crop)) for number in range(count)]
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, windows: Windows, size: Sequence[int] | None = None) -> Tensor:
-    """Compute the scores `[N, K, *size]` of the classes at each pixel; the highest score is the prediction.
-
-    Scores are logits, averaged over the windows that contain a pixel. With `flip` they are probabilities, averaged over
-    the image and its mirror image, as in mmsegmentation.
-
-    Args:
-        model: returns logits at any resolution as the first of its outputs.
-        images: normalised, `[N, C, H, W]`; where smaller than a window, they are padded with the mean colour on the
-            right and below.
-        windows: how the images are cut into the inputs of the model.
-        size: rows and columns to which logits are resized, before they become probabilities; default: H, W.
-    """
-    if windows.flip:
-        once = replace(windows, flip=False)
-        straight, mirrored = (predict(model, shown, once, size).softmax(dim=1) for shown in (images, images.flip(-1)))
-        return (straight + mirrored.flip(-1)) / 2
-    height, width = images.shape[-2:]
-    patch = windows.patch
-    crop = windows.crop or (math.ceil(height / patch) * patch, math.ceil(width / patch) * patch)
-    images = F.pad(images, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
-    rows, columns = (starts(length, *how) for length, *how in zip(images.shape[-2:], crop, windows.stride, strict=True))
-    places = [(top, left) for top in rows for left in columns]
-    total, seen = torch.zeros(()), torch.zeros(images.shape[-2:], device=images.device)
-    for first in range(0, len(places), windows.batch):
-        group = places[first : first + windows.batch]
-        shown = torch.cat([images[..., top : top + crop[0], left : left + crop[1]] for top, left in group])
-        logits = F.interpolate(model(shown)[0].float(), size=crop, mode="bilinear", align_corners=False)
-        if not total.ndim:
-            total = logits.new_zeros(len(images), logits.shape[1], *images.shape[-2:])
-        for (top, left), of_window in zip(group, logits.chunk(len(group)), strict=True):
-            total[..., top : top + crop[0], left : left + crop[1]] += of_window
-            seen[top : top + crop[0], left : left + crop[1]] += 1
-    logits = (total / seen)[..., :height, :width]
-    if size is None or tuple(size) == (height, width):
-        return logits
-    return F.interpolate(logits, size=list(size), mode="bilinear", align_corners=False)
-
-
-def confusion(masks: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Pixels `[K, K]` by true class and predicted one; those of `IGNORE` are in no cell."""
-    cells = classes**2
-    cell = torch.where(masks == IGNORE, cells, masks * classes + predicted).flatten()
-    # Not bincount, nor an index of those that count: on a GPU their sizes are waited for.
-    counts = torch.zeros(cells + 1, dtype=torch.int64, device=masks.device)
-    return counts.scatter_add_(0, cell, torch.ones_like(cell))[:cells].view(classes, classes)
-
-
-def figures_of(confusion_KK: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Mean IoU, mean accuracy and pixel accuracy in percent; `per_class`: the IoU and accuracy of each, and its pixels.
-
-    A class that is neither in a mask nor predicted has no IoU, and is in no mean; one in no mask has no accuracy.
-    """
-    matrix = confusion_KK.cpu().double()
-    right, true, said = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
-    iou, accuracy = 100 * right / (true + said - right), 100 * right / true
-    return {
-        METRIC: float(iou.nanmean()),
-        "mean_acc": float(accuracy.nanmean()),
-        "pixel_acc": float(100 * right.sum() / true.sum()),
-        "per_class": {
-            name: {"iou": _number(iou[k]), "acc": _number(accuracy[k]), "pixels": int(true[k])}
-            for k, name in enumerate(names)
-        },
-    }
-
-
-def _number(value: Tensor) -> float | None:
-    return None if value.isnan() else float(value)
 
 
 @torch.no_grad()
@@ -233,24 +134,6 @@ def same_statistics(model: nn.Module, processes: Processes) -> None:
         buffer.copy_(theirs[name])
 
 
-def describe(figures: Mapping[str, Any]) -> str:
-    """Return the metrics of `evaluate` as text: `mIoU 33.54%, ...`."""
-    names = {METRIC: "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
-    return ", ".join(f"{word} {figures[name]:.2f}%" for name, word in names.items())
-
-
-def table(figures: Mapping[str, Any]) -> str:
-    """Each class's name, IoU, accuracy and share of the pixels, a line each."""
-    rows = figures["per_class"]
-    pixels = max(1, sum(row["pixels"] for row in rows.values()))
-    width = max(len("class"), *map(len, rows))
-    lines = [f"{'class':<{width}}     IoU     acc  pixels"]
-    for name, row in rows.items():
-        iou, accuracy = ("     -" if row[key] is None else f"{row[key]:6.2f}" for key in ("iou", "acc"))
-        lines.append(f"{name:<{width}}  {iou}  {accuracy}  {100 * row['pixels'] / pixels:5.2f}%")
-    return "\n".join(lines)
-
-
 @torch.no_grad()
 def predicted_masks(
     model: nn.Module,
@@ -275,14 +158,3 @@ def predicted_masks(
         made.append((shown(image_CHW, samples.mean, samples.std), batch.labels[0].cpu(), classes_HW))
     model.train(was_training)
     return made
-
-
-def picture(made: Sequence[tuple[Tensor, Tensor, Tensor]], classes: int, path: Path) -> Tensor:
-    """A sheet of images, true and predicted masks, written to `path` and answered as uint8 `[H, W, 3]`."""
-    columns = [
-        [tile(each) for each in (image, overlay(image, true, classes), overlay(image, predicted, classes))]
-        for image, true, predicted in made
-    ]
-    rows = [torch.stack(row) for row in zip(*columns, strict=True)]
-    sheet = contact_sheet(rows, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return written(sheet, "rows: image, mask, predicted mask; black is no class", path)

@@ -24,16 +24,12 @@ from data.loader import Batch, Batches, Source, TrainSamples, eval_batches
 from data.segment_augment import train_transform
 from data.splits import Splits
 from engine_segment import (
-    METRIC,
     PICTURES,
     Objective,
-    describe,
     evaluate,
     judged_images,
-    picture,
     predicted_masks,
     short_side,
-    table,
     windows_of,
 )
 from models_upernet import Segmenter
@@ -41,9 +37,11 @@ from models_vit import for_channels
 from options import SegmentOptions
 from programs.training import train_epochs
 from util import checkpoint, distributed, optim, precision
+from util.confusion import METRIC, describe, table
 from util.distributed import Processes
 from util.evaluation import Evaluation
 from util.logging import talk
+from util.overlay import mask_sheet
 from util.run import Run, resolve, share_batches
 from util.tasks import Pictures
 
@@ -220,7 +218,7 @@ def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, pat
         device=run.processes.device,
         autocast=run.autocast,
     )
-    return picture(made, found.classes, path)
+    return mask_sheet(made, found.classes, path)
 
 
 def announce(options: SegmentOptions, model: Segmenter, found: Splits, run: Run) -> None:

@@ -24,27 +24,17 @@ from data.loader import Batch, EvalSamples
 from data.masks import IGNORE
 from data.segment_augment import eval_transform
 from data.sources import Source
-from engine_segment import (
-    Objective,
-    Windows,
-    confusion,
-    cross_entropy,
-    evaluate,
-    figures_of,
-    picture,
-    predict,
-    predicted_masks,
-    starts,
-    table,
-)
+from engine_segment import Objective, cross_entropy, evaluate, predicted_masks
 from options import SegmentOptions, resolve_batch
 from options.schema import default_of
 from programs import segment
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
 from tools import encoder, replay, visualize
 from util import checkpoint, optim
+from util.confusion import confusion, figures_of, table
 from util.distributed import Processes
-from util.overlay import TILE, colours, overlay
+from util.overlay import TILE, colours, mask_sheet, overlay
+from util.windows import Windows, predict, starts
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(PROJECT.glob("configs/segment/*.yaml"))
@@ -266,7 +256,7 @@ def test_a_picture_shows_image_truth_and_prediction(tmp_path, small):
     made = predicted_masks(small, samples, [0, 2], windows=windows, device=ALONE.device, autocast=torch.no_grad)
     assert [each[1].shape == each[2].shape == (20, 30) for each in made] == [True, True]
     assert torch.equal(made[1][1], torch.from_numpy(read(2).mask_HW))
-    sheet = picture(made, 3, tmp_path / "samples" / "m.png")
+    sheet = mask_sheet(made, 3, tmp_path / "samples" / "m.png")
     assert sheet.shape[1] == 2 * (TILE + 2) + 2 and sheet.shape[0] > 3 * (TILE + 2)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "m.png")), sheet.numpy())
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import colorsys
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.masks import IGNORE
+from util.watch import contact_sheet, written
 
 GOLDEN = 0.618034  # of the circle: hues that follow each other are far apart, however many there are
 SHADES = ((0.75, 0.95), (0.45, 1.0), (0.9, 0.65))  # saturation and value, in turn
@@ -48,3 +50,14 @@ def tile(picture_CHW: Tensor) -> Tensor:
     inside = F.interpolate(picture_CHW[None], size=(height, width), mode="area")[0]
     top, left = (TILE - height) // 2, (TILE - width) // 2
     return F.pad(inside, (left, TILE - width - left, top, TILE - height - top), value=1.0)
+
+
+def mask_sheet(made: Sequence[tuple[Tensor, Tensor, Tensor]], classes: int, path: Path) -> Tensor:
+    """Draw rows of images, true and predicted masks, write them to `path`, and return them as uint8 `[H, W, 3]`."""
+    columns = [
+        [tile(each) for each in (image, overlay(image, true, classes), overlay(image, predicted, classes))]
+        for image, true, predicted in made
+    ]
+    rows = [torch.stack(row) for row in zip(*columns, strict=True)]
+    sheet = contact_sheet(rows, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return written(sheet, "rows: image, mask, predicted mask; black is no class", path)
