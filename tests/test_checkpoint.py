@@ -43,7 +43,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch
 def test_a_runs_folder_in_place_of_its_checkpoint_is_told_the_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     checkpoint.save(tmp_path / "checkpoints" / "last.pth", state())
-    with pytest.raises(CheckpointError, match="newest checkpoint is .*checkpoints/last.pth"):
+    with pytest.raises(CheckpointError, match="latest checkpoint is .*checkpoints/last.pth"):
         checkpoint.load_model(tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_a_truncated_file_is_refused(tmp_path, length):
     checkpoint.save(path, state())
     whole = path.read_bytes()
     path.write_bytes(whole[: int(length * len(whole)) if isinstance(length, float) else length])
-    with pytest.raises(CheckpointError, match="whole checkpoint"):
+    with pytest.raises(CheckpointError, match="valid checkpoint"):
         checkpoint.load(path)
 
 

@@ -414,7 +414,7 @@ def test_bad_input_is_refused_in_words(pretrained, tmp_path, capsys):
     cases = [
         ([tmp_path / "nothing"], "does not exist"),
         ([empty_run], "holds no checkpoint"),
-        ([text], "notes.pth is no checkpoint, or holds more than tensors"),
+        ([text], "notes.pth is no checkpoint, or contains more than tensors"),
         ([no_encoder], "holds no vision transformer"),
         ([narrow], "3 in DeiT and timm"),
         ([narrow, "--num_heads", "5"], "5 heads cannot share 192 channels"),
@@ -424,7 +424,7 @@ def test_bad_input_is_refused_in_words(pretrained, tmp_path, capsys):
         ([folder, "--num_heads", "3"], "was trained with 6 attention heads, not with 3"),
         ([folder, "--input_size", "18"], "do not fill"),
         ([folder, "--input_size", "large"], "input_size"),
-        ([folder, "--output", full], "holds files already"),
+        ([folder, "--output", full], "is not empty"),
         ([folder, "--output", text], "is a file"),
     ]
     for words, message in cases:

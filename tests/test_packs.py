@@ -328,7 +328,7 @@ def test_hashes_are_taken_once_and_again_after_any_change(folder, tmp_path, said
         (["--quality", "101"], "quality is 101"),
         (["--quality", "0"], "give size 0 too"),
         (["--in_chans", "4"], "JPEG has 1 or 3 channels"),
-        (["--num_workers", "0"], "at least one process"),
+        (["--num_workers", "0"], "must be at least 1"),
         (["--dataset", "webdataset"], "unknown dataset"),
     ],
 )
@@ -345,7 +345,7 @@ def test_places_that_are_something_else_are_refused(folder, tmp_path, said):
     assert pack.main([str(folder), "--output", str(tmp_path / "pack")]) == 2
     assert "thesis.txt" in said[-1]
     assert pack.main(["--verify", str(folder)]) == 2
-    assert "holds no pack" in said[-1]
+    assert "is not a pack" in said[-1]
 
 
 def test_raw_pixels_of_other_channels_are_refused(folder, tmp_path, said):

@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_stepped_back_from(whole, tmp_path, damage):
     last.unlink()  # its second name, if it has one, must stay whole
     last.write_bytes(data)
     said = finish(folder, "--save_steps", 2)
-    assert "going back to" in said
+    assert "previous.pth instead" in said
     assert_same_end(whole, folder)
 
 
@@ -166,7 +166,7 @@ def test_a_folder_with_only_damaged_checkpoints_is_refused_and_kept(tmp_path):
         path.write_bytes(b"nothing")
     training = Training(folder)
     assert training.wait() == 2
-    assert "is usable" in training.said and "--overwrite" in training.said
+    assert "is valid" in training.said and "--overwrite" in training.said
     assert (folder / "checkpoints" / "last.pth").read_bytes() == b"nothing"
 
 
@@ -347,7 +347,7 @@ def test_weights_alone_are_no_run_to_resume(whole, tmp_path):
     checkpoint.save(tmp_path / "weights.pth", {name: saved[name] for name in ("format", "model", "options")})
     training = Training(tmp_path / "run", "--resume", tmp_path / "weights.pth")
     assert training.wait() == 2
-    assert "try --init_from" in training.said and "Traceback" not in training.said
+    assert "use --init_from" in training.said and "Traceback" not in training.said
 
 
 def test_a_wrong_resume_lists_what_there_is(whole):

@@ -261,7 +261,7 @@ def test_a_dry_run_prints_commands_to_paste_and_does_nothing(shell, tmp_path):
 def test_finished_jobs_are_skipped_and_an_interrupted_one_is_started_again(shell, tmp_path):
     asked = {"ROWS": "mae nor-mae", "DATA": tmp_path}
     code, said, first = shell("9", codes=[0, INTERRUPTED], **asked)
-    assert code == INTERRUPTED and len(first) == 2 and "the same command goes on from here" in said.out
+    assert code == INTERRUPTED and len(first) == 2 and "run the same command again to resume" in said.out
     code, _, second = shell("9")
     assert code == 0 and len(second) == 3 and second[0] == first[1]
     assert shell("9")[::2] == (0, [])
@@ -375,7 +375,7 @@ def test_when_the_time_is_up_what_runs_is_asked_to_save_and_nothing_new_begins(t
     jobs = jobs_in(tmp_path, "a", "b", "c")
     assert table_jobs.run(jobs, tmp_path, start=Endless, at_once=2, minutes=0.2 / 60) == INTERRUPTED
     said = capsys.readouterr().out
-    assert "the time is up" in said and "the same command goes on from here" in said and "python c" not in said
+    assert "the time is up" in said and "run the same command again to resume" in said and "python c" not in said
     assert table_jobs.run(jobs, tmp_path, start=Slow, minutes=1) == 0
 
 

@@ -1,7 +1,7 @@
-"""What an exported model's users must know: for programs (`facts`, export.json) and for people (`readme`, README.md).
+"""Facts about an exported model: for programs (`facts`, export.json) and as a model card (`readme`, README.md).
 
-A model is handed on, so nothing in here tells of the machine that trained it: options that only say where and how to
-compute are left out, and of files only the names stay.
+Exports are given to others, so they contain nothing about the machine that trained them: options of kind machine are
+left out, and paths are reduced to file names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MACHINE = {
 
 
 def facts(encoder: Encoder) -> dict[str, Any]:
-    """Everything, as JSON knows it."""
+    """Return all facts as JSON data."""
     channels, height, width = encoder.image_shape
     mean, std = encoder.statistics
     here = environment()
@@ -69,13 +69,13 @@ def facts(encoder: Encoder) -> dict[str, Any]:
 
 
 def _commit(run: Path) -> str:
-    """Of this project, when the run was last started; empty where that is not known."""
+    """Return the commit of this project at the last start of the run, or an empty string."""
     file = run / "environment.json"
     return json.loads(file.read_text())[-1]["commit"] if file.is_file() else ""
 
 
 def _measured(run: Path) -> dict[str, Any]:
-    """What the run's folder says that the model is worth."""
+    """Return the results in the run folder."""
     found = {}
     if (run / "knn.json").is_file():
         found["nearest_neighbours"] = json.loads((run / "knn.json").read_text())
@@ -88,7 +88,7 @@ def _measured(run: Path) -> dict[str, Any]:
 
 
 def _names_only(value: Any) -> Any:
-    """Options without the folders of this machine."""
+    """Reduce absolute paths in options to file names."""
     if isinstance(value, Mapping):
         return {name: _names_only(inside) for name, inside in value.items()}
     if isinstance(value, str) and Path(value).is_absolute():
@@ -97,7 +97,7 @@ def _names_only(value: Any) -> Any:
 
 
 def readme(encoder: Encoder, facts: Mapping[str, Any], *, library: str, usage: str, checked: str) -> str:
-    """A model card in the form that model hubs read."""
+    """Return a model card in the format of model hubs."""
     origin, shape = facts["origin"], facts["model"]
     head = {
         "library_name": library,
@@ -138,11 +138,11 @@ def readme(encoder: Encoder, facts: Mapping[str, Any], *, library: str, usage: s
 
 
 def licence(encoder: Encoder) -> str:
-    """What is known about whose weights these are."""
+    """Return what is known about the licence of the weights."""
     published = "The weights published with MAE and NoR-MAE are under CC BY-NC 4.0"
     if not encoder.options:
         return (
-            f"These weights were not trained by this program but taken over from another's checkpoint, whose licence "
+            f"These weights were not trained by this program but converted from another's checkpoint, whose licence "
             f"stays with them. {published}."
         )
     return (

@@ -1,10 +1,10 @@
-"""What classifiers reach, side by side: linear probes, fine-tuned encoders, starts from scratch.
+"""Compare classifiers: linear probes, fine-tuned encoders, and encoders trained from scratch.
 
     python -m tools.classifiers output/quickstart                    # every finished classifier below that folder
     python -m tools.classifiers output/finetune output/scratch
 
-Labels, updates and images seen stand beside every accuracy, because runs that had more of them cannot be compared by
-their accuracies alone. Where a folder holds what tools.knn measured, its rows come first.
+Labels, updates and images seen are listed beside every accuracy, because accuracies of runs that differ in these cannot
+be compared directly. If a folder contains results of tools.knn, they come first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEADER = ("what", "last epoch %", "best epoch %", "best chosen on", "labels", "u
 
 
 def neighbours(folder: Path) -> Iterator[tuple[str, ...]]:
-    """The rows of tools.knn, whose bank is every training image."""
+    """Return the rows of tools.knn, whose bank is the complete training set."""
     path = folder / "knn.json"
     if path.exists():
         for name, accuracy in json.loads(path.read_text())["accuracy"].items():
@@ -27,7 +27,7 @@ def neighbours(folder: Path) -> Iterator[tuple[str, ...]]:
 
 
 def classifier(folder: Path) -> Iterator[tuple[str, ...]]:
-    """The row of a finished run of main_finetune.py or main_linprobe.py; of a probe also that of its neighbours."""
+    """Return the row of a finished run of main_finetune.py or main_linprobe.py; for a probe also that of kNN."""
     result = json.loads((folder / "result.json").read_text())
     metric, accuracy = result["metric"], result["accuracy"]
     labels = f"{len((folder / 'images_train.txt').read_text().splitlines()):,}"
@@ -46,14 +46,14 @@ def classifier(folder: Path) -> Iterator[tuple[str, ...]]:
 
 
 def classifiers_below(folder: Path) -> list[Path]:
-    """The folder, and those directly in it, that hold a finished classifier."""
+    """Return this folder and its subfolders that contain a finished classifier."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     results = [path for path in (folder, *inside) if (path / "result.json").exists()]
     return [path for path in results if "accuracy" in json.loads((path / "result.json").read_text())]
 
 
 def table(folders: Sequence[Path]) -> str:
-    """Markdown of all rows; ValueError where there are none."""
+    """Return a Markdown table; raise ValueError if there are no rows."""
     rows = [row for folder in folders for row in neighbours(folder)]
     found = [path for folder in folders for path in classifiers_below(folder)]
     if not found:
@@ -64,7 +64,9 @@ def table(folders: Sequence[Path]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What classifiers reach, side by side.")
+    parser = argparse.ArgumentParser(
+        description="Compare classifiers: linear probes, fine-tuned encoders, and encoders trained from scratch."
+    )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, or folders of runs")
     given = parser.parse_args(argv)
     try:

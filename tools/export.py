@@ -1,13 +1,13 @@
-"""Carry a trained encoder, or a fine-tuned classifier, to where it is used: timm, Hugging Face transformers, ONNX.
+"""Export a pretrained encoder or a fine-tuned classifier to timm, Hugging Face transformers or ONNX.
 
     python -m tools.export timm output/mine                      # a folder for timm.create_model("local-dir:...")
     python -m tools.export hf output/mine --output FOLDER        # a folder for transformers' from_pretrained
     python -m tools.export onnx output/mine --input_size 160x96  # a graph for ONNX Runtime, for images of another size
     python -m tools.export timm mae_pretrain_vit_base.pth        # a checkpoint of another MAE
 
-What was written is opened again by the library that it is for, and must answer as the trained model does, to within
-1e-5; otherwise nothing is kept. Beside it lie export.json, which tells programs what they must know to use it, and
-README.md, which tells people. hf and onnx need `pip install -r requirements/export.txt`.
+The export is loaded with the library that it is made for, and its outputs must agree with those of the trained model to
+within 1e-5; otherwise nothing is kept. The folder also contains export.json, with the facts that programs need to use
+the model, and a model card, README.md. hf and onnx need `pip install -r requirements/export.txt`.
 
 N images   L patches   D channels
 """
@@ -42,31 +42,31 @@ PROJECT = Path(__file__).resolve().parent.parent
 TIMED_RUNS, TIMED_SECONDS = 50, 5.0
 
 Answers = Callable[[Tensor], Mapping[str, Tensor]]
-"""From normalised images what `Encoder.answers` gives, or some of it."""
+"""A function from normalised images to the outputs of `Encoder.answers`, or some of them."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way out of the house."""
+    """An export format."""
 
     library: str
-    """What will load it."""
+    """The library that loads it."""
     packages: tuple[str, ...]
-    """What must be installed beside requirements.txt."""
+    """Packages needed in addition to requirements.txt."""
     write: Callable[[Encoder, Path], None]
     read: Callable[[Path], Answers]
     usage: Callable[[Encoder], str]
-    """How to load it, for the model card; FOLDER is what was written."""
+    """Code that loads it, for the model card; FOLDER stands for the export."""
 
 
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
 def write_timm(encoder: Encoder, folder: Path) -> None:
-    """model.safetensors, and config.json with all that timm must be told: heads above all, which no weight shows."""
+    """Write model.safetensors and config.json, which records what weights do not show, such as the number of heads."""
     mean, std = encoder.statistics
     images = {"input_size": encoder.image_shape, "interpolation": "bicubic", "crop_pct": encoder.crop_share}
-    origin = {"tag": encoder.options.get("method", "mae"), "license": "other"}  # timm's own are of weights of its own
+    origin = {"tag": encoder.options.get("method", "mae"), "license": "other"}  # timm's refer to its own weights
     save_for_hf(
         encoder.model,
         str(folder),
@@ -75,7 +75,7 @@ def write_timm(encoder: Encoder, folder: Path) -> None:
         data_config=images | {"mean": mean, "std": std},
     )
     config = json.loads((folder / "config.json").read_text())
-    del config["model_args"]["num_classes"]  # stands outside too, and transformers will not be told twice
+    del config["model_args"]["num_classes"]  # also given outside, and transformers refuses duplicates
     _write_json(folder / "config.json", config)
 
 
@@ -121,7 +121,7 @@ HF_NAMES = {
 
 
 def hf_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm's weights under the names of transformers, which keeps queries, keys and values apart."""
+    """Rename timm's weights as in transformers, which stores queries, keys and values separately."""
     renamed = {}
     for name, value in state.items():
         for ours, theirs in HF_NAMES.items():
@@ -135,7 +135,7 @@ def hf_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_hf(encoder: Encoder, folder: Path) -> None:
-    """A ViTModel, or a ViTForImageClassification, and how to prepare its images."""
+    """Write a ViTModel or a ViTForImageClassification, and its image processor."""
     from transformers import CLIPImageProcessor, ViTConfig, ViTForImageClassification, ViTModel
 
     if encoder.classes and encoder.arguments["global_pool"] != "token":
@@ -175,7 +175,7 @@ def write_hf(encoder: Encoder, folder: Path) -> None:
     with _quiet_transformers():
         model.save_pretrained(folder, state_dict=weights)
     if has_hf_processor(encoder):
-        processor = CLIPImageProcessor(  # the one that resizes and then cuts out the middle
+        processor = CLIPImageProcessor(  # the one that resizes and then crops the centre
             size={"shortest_edge": int(height / encoder.crop_share)},
             crop_size={"height": height, "width": width},
             resample=3,  # bicubic
@@ -186,7 +186,7 @@ def write_hf(encoder: Encoder, folder: Path) -> None:
 
 
 def has_hf_processor(encoder: Encoder) -> bool:
-    """Whether transformers can prepare these images as evaluation does: it can for squares in colour."""
+    """Whether transformers has the same preprocessing for these images, which it has for square RGB images."""
     channels, height, width = encoder.image_shape
     return channels == 3 and height == width
 
@@ -210,7 +210,7 @@ def read_hf(folder: Path) -> Answers:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars."""
+    """Disable progress bars."""
     from transformers.utils import logging as talk
 
     shown = talk.is_progress_bar_enabled()
@@ -243,7 +243,7 @@ images = prepare(picture, return_tensors="pt")["pixel_values"]
 
 
 class Graph(nn.Module):
-    """The encoder as a function with a tuple for its answers."""
+    """The encoder with a tuple of outputs."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class Graph(nn.Module):
 
 
 def write_onnx(encoder: Encoder, folder: Path) -> None:
-    """model.onnx, for any number of images of the one size; export.json's text is in it too."""
+    """Write model.onnx, for any number of images of one size. The text of export.json is part of its metadata."""
     graph = Graph(encoder).eval()
     program = torch.onnx.export(
         graph,
@@ -309,17 +309,24 @@ FORMATS: dict[str, Format] = {
 
 @torch.inference_mode()
 def check(encoder: Encoder, name: str, folder: Path) -> dict[str, float]:
-    """The largest difference of each answer of what lies in the folder; `Mismatch` if that is more than rounding."""
+    """Compare the outputs of the export in `folder` with those of the encoder.
+
+    Returns:
+        The largest difference of each output.
+
+    Raises:
+        Mismatch: a difference exceeds rounding.
+    """
     found = FORMATS[name].read(folder)(encoder.probe())
-    return encoders.compare(encoder, found, f"the {name} export, opened again,")
+    return encoders.compare(encoder, found, f"the {name} export, loaded again,")
 
 
 @torch.inference_mode()
 def milliseconds(rivals: Mapping[str, Answers], image: Tensor) -> dict[str, float]:
-    """The median time that each takes for one image, in turns, so that a busy machine troubles all alike."""
+    """Measure the median time of each function for one image, in turns, so that other load affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for answers in rivals.values():
-        answers(image)  # the first time plans and allocates
+        answers(image)  # warm-up
     began = time.perf_counter()
     for _ in range(TIMED_RUNS):
         for name, answers in rivals.items():
@@ -332,24 +339,29 @@ def milliseconds(rivals: Mapping[str, Answers], image: Tensor) -> dict[str, floa
 
 
 def missing_packages(name: str) -> list[str]:
-    """Libraries that a format needs and that are not installed."""
+    """Return the packages of a format that are not installed."""
     return [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
 
 
 def require_packages(name: str) -> None:
-    """ValueError unless the libraries of a format are installed."""
+    """Raise ValueError unless the packages of a format are installed."""
     if missing := missing_packages(name):
         extras = PROJECT / "requirements" / "export.txt"
         raise ValueError(f"{name} needs {', '.join(missing)}: run {sys.executable} -m pip install -r {extras}")
 
 
 def export(name: str, encoder: Encoder, output: Path) -> str:
-    """Write the encoder in a format to a new or empty folder, check it there, and answer what to say about it.
+    """Write the encoder in a format to a new or empty folder, and check it.
 
-    ValueError where the format or the folder will not do; `Mismatch`, and no folder, where the check fails.
+    Returns:
+        A sentence about the check.
+
+    Raises:
+        ValueError: the encoder has no such format, or the folder is not empty.
+        Mismatch: the check failed; the folder is removed.
     """
     require_free(output)
-    growing = output.with_name(f".{output.name}.tmp")  # a folder that is not whole must not look like one that is
+    growing = output.with_name(f".{output.name}.tmp")  # an incomplete export must not look complete
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:
@@ -378,11 +390,11 @@ def export(name: str, encoder: Encoder, output: Path) -> str:
 
 
 def require_free(output: Path) -> None:
-    """ValueError unless this is a new or an empty folder."""
+    """Raise ValueError unless the folder is new or empty."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists():
-        what = "holds files already" if output.is_dir() else "is a file"
+        what = "is not empty" if output.is_dir() else "is a file"
         raise ValueError(f"{output} {what}; name a new folder with --output, or remove it")
 
 
@@ -392,13 +404,13 @@ def _write_json(path: Path, value: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Carry a trained encoder, or a fine-tuned classifier, to timm, Hugging Face transformers or ONNX."
+        description="Export a pretrained encoder or a fine-tuned classifier to timm, Hugging Face transformers or ONNX."
     )
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("--output", type=Path, help="a new folder (default: export/FORMAT in the run's folder)")
-    parser.add_argument("--input_size", help="pixels, 224 or 160x96 (default: those it was trained on)")
-    parser.add_argument("--num_heads", type=int, default=0, help="of weights of another program, which do not tell")
+    parser.add_argument("--output", type=Path, help="a new folder (default: export/FORMAT in the run folder)")
+    parser.add_argument("--input_size", help="pixels of the images, e.g. 224 or 160x96 (default: as in training)")
+    parser.add_argument("--num_heads", type=int, default=0, help="attention heads, for weights of other programs")
     words = parser.parse_args(argv)
     try:
         require_packages(words.format)
@@ -414,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Written: {output}\n"
         f"  {encoder.method}: {encoder.heads} attention heads, images of {channels} x {height} x {width}, "
         f"features: {encoder.pooling}\n"
-        f"  Opened again, {checked}\n"
+        f"  Loaded again: {checked}\n"
     )
     return 0
 

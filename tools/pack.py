@@ -1,15 +1,15 @@
-"""Pack a folder of images once, to load it faster in every epoch that follows.
+"""Pack a folder of images into a few large files that load faster.
 
     python -m tools.pack IMAGENET --output PACK                       # short side 256, JPEG quality 90
     python -m tools.pack IMAGENET --output PACK --size 384            # nearly all detail, 70 GB for ImageNet-1K
     python -m tools.pack PETS --output PACK --raw                     # pixels: nothing to decode, 5 to 10 times larger
-    python -m tools.pack IMAGENET --output PACK --size 0 --quality 0  # the files as they are, in few large ones
+    python -m tools.pack IMAGENET --output PACK --size 0 --quality 0  # copy the files unchanged
     python main_pretrain.py --data_path PACK ...
 
-    python -m tools.pack --verify PACK     # every hash, and every file of the source that is still there
-    python -m tools.pack --detach PACK     # forget the source: it may change or go
+    python -m tools.pack --verify PACK     # check every hash, and the files of the source if it is there
+    python -m tools.pack --detach PACK     # forget the source, which may then change or be deleted
 
-Both splits are packed where there are two. Stopped at any moment, the same command goes on where it was.
+All splits are packed. An interrupted command resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from util.logging import talk
 
 log = logging.getLogger("pack")
 
-SHARDS = 64  # about so many, so that workers share the work and little is lost when it is stopped
+SHARDS = 64  # approximate number, so that work is shared and little is lost on interruption
 SHARD_IMAGES = (256, 8192)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("data_path", nargs="?", default="", help="the images, as for training")
-    parser.add_argument("--output", type=Path, help="folder of the pack, with a folder for each split in it")
-    parser.add_argument("--size", type=int, default=256, help="short side in pixels, never enlarged; 0: as it is")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG; 0, with --size 0: own files")
+    parser.add_argument("--output", type=Path, help="folder of the pack, with one folder per split")
+    parser.add_argument("--size", type=int, default=256, help="short side in pixels, never enlarged; 0: unchanged")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality; 0, with --size 0: copy the files")
     parser.add_argument("--raw", action="store_true", help="store pixels instead of image files")
     parser.add_argument("--dataset", default="auto", help="how data_path is read, as for training")
     parser.add_argument("--class_list", default="", help="only these classes, as for training")
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--split", nargs="+", choices=["train", "val"], help="None: train, and val if there is one")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of images that may be unreadable")
-    parser.add_argument("--verify", type=Path, metavar="PACK", help="check a pack and its source, and pack nothing")
-    parser.add_argument("--detach", type=Path, metavar="PACK", help="let a pack stand on its own")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="maximum share of unreadable images")
+    parser.add_argument("--verify", type=Path, metavar="PACK", help="only check a pack and its source")
+    parser.add_argument("--detach", type=Path, metavar="PACK", help="make a pack independent of its source")
     given = parser.parse_args(argv)
     talk(main=True)
     try:
@@ -88,13 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenProcessPool:
         log.error(
-            "error: a packing process was killed, most often for want of memory; the same command goes on from here, "
-            "and fewer than --num_workers %d need less of it",
+            "error: a packing process was killed, usually because of insufficient memory; run the same command again "
+            "to resume, with fewer than --num_workers %d to use less memory",
             given.num_workers,
         )
         return 1
     except KeyboardInterrupt:
-        log.error("stopped; the same command goes on from here")
+        log.error("stopped; run the same command again to resume")
         return 130
     return 0
 
@@ -103,13 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pack(given: argparse.Namespace) -> None:
-    """Every split that is asked for, or that there is."""
+    """Pack the requested splits, or all that exist."""
     if not given.output:
-        raise ValueError("where to? Give --output FOLDER")
+        raise ValueError("--output FOLDER is missing")
     if given.output.is_file():
         raise ValueError(f"--output {given.output} is a file; name a folder")
     if given.num_workers < 1:
-        raise ValueError(f"--num_workers is {given.num_workers}; it takes at least one process")
+        raise ValueError(f"--num_workers is {given.num_workers}; it must be at least 1")
     recipe = Recipe(given.size, given.quality, given.raw, given.in_chans)
     classes: list[str] | None = None
     value_range = list(given.value_range or ())
@@ -125,10 +125,10 @@ def pack(given: argparse.Namespace) -> None:
         except ValueError as error:
             if given.split or split == "train":
                 raise
-            log.info("no val split is packed: %s", error)
+            log.info("the split val is not packed: %s", error)
             continue
         classes, value_range = source.classes, list(source.value_range)
-        if value_range:  # of all splits, and of what is later compared with images from this pack
+        if value_range:  # the same for all splits, and for images that are later compared with this pack
             origin["value_range"] = value_range
         pack_split(given.output / split, source, origin, recipe, given.num_workers, given.max_bad_fraction)
 
@@ -136,7 +136,7 @@ def pack(given: argparse.Namespace) -> None:
 def open_split(
     origin: dict[str, Any], channels: int, classes: list[str] | None, value_range: Sequence[float] = ()
 ) -> Source:
-    """The images, with the labels of the classes of the split before, if there are any."""
+    """Open a split, with the class indices of the previous split, if any."""
     of_folders = origin["dataset"] == "folder" or (
         origin["dataset"] == "auto" and os.path.isdir(origin["data_path"]) and not packs_below(origin["data_path"])
     )
@@ -167,7 +167,7 @@ def pack_split(
     packing = prepare(folder, source, plan, recipe)
     missing = packing.missing()
     if len(missing) < packing.shards:
-        log.info("%s: going on, %d of %d shards are there", folder, packing.shards - len(missing), packing.shards)
+        log.info("%s: resuming, %d of %d shards are complete", folder, packing.shards - len(missing), packing.shards)
     images = sum(len(packing.images_of(shard)) for shard in missing)
     with tqdm(total=images, unit=" images", desc=str(folder), disable=None) as bar:
         for count in written(packing, missing, num_workers):
@@ -187,7 +187,7 @@ def pack_split(
 
 
 def prepare(folder: Path, source: Source, plan: dict[str, Any], recipe: Recipe) -> Packing:
-    """A new folder with its plan, or one whose plan is the same; ValueError for any other."""
+    """Prepare a new folder, or one with the same plan; raise ValueError for any other."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / PLAN).is_file():
         known = read_plan(folder)
@@ -205,11 +205,11 @@ def read_plan(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / PLAN).read_text())
     except ValueError as error:
-        raise ValueError(f"{folder / PLAN} is damaged ({error}); remove {folder} and start anew") from error
+        raise ValueError(f"{folder / PLAN} is damaged ({error}); remove {folder} and start again") from error
 
 
 def compare(folder: Path, recipe: dict[str, Any], source: dict[str, Any], plan: dict[str, Any]) -> None:
-    """ValueError when what lies there is of another recipe or of other images."""
+    """Raise ValueError if the folder was packed with other settings or from other images."""
     rows = [
         f"{name} {str(there.get(name))[:60]} -> {str(value)[:60]}"
         for there, now in ((recipe, plan["recipe"]), (source, plan["source"]))
@@ -218,16 +218,16 @@ def compare(folder: Path, recipe: dict[str, Any], source: dict[str, Any], plan: 
     ]
     if rows:
         raise ValueError(
-            f"{folder} was begun with something else (then -> now): {'; '.join(rows)}. "
-            "Remove it, or name another folder"
+            f"{folder} was packed with other settings or images (then -> now): {'; '.join(rows)}. "
+            "Remove it, or choose another folder"
         )
 
 
-_packing: Packing  # of a worker
+_packing: Packing  # in a worker process
 
 
 def written(packing: Packing, shards: list[int], num_workers: int) -> Iterator[int]:
-    """Write the shards; yields the number of images of each as it is done."""
+    """Write the shards; yield the number of images of each completed one."""
     if num_workers == 1 or len(shards) <= 1:
         yield from map(packing.write, shards)
         return
@@ -247,7 +247,7 @@ def _begin(packing: Packing) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker that waits for more to do would not notice that nobody is left to give it."""
+    """Exit when the parent process has exited; a waiting worker would not notice otherwise."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -259,7 +259,7 @@ def _write(shard: int) -> int:
 
 
 def folders_of(source: Source) -> dict[str, int]:
-    """The time at which each folder of the source was changed last: a file that comes or goes changes its folder."""
+    """Return the modification time of each folder of the source, which changes when files are added or removed."""
     folders: dict[str, int] = {}
     for number in range(len(source)) if source.path else ():
         path, name = source.path(number), source.names[number]  # type: ignore[misc]
@@ -283,17 +283,17 @@ def packs_below(folder: str | Path) -> list[Path]:
 def packs_in(folder: Path) -> list[Path]:
     found = packs_below(folder)
     if not found:
-        raise ValueError(f"{folder} holds no pack: neither in it nor in its train and val is a {MANIFEST}")
+        raise ValueError(f"{folder} is not a pack: there is no {MANIFEST} in it or in its folders train and val")
     return found
 
 
 def verify(folder: Path) -> None:
-    """ValueError unless every file has its hash and the source, if it is there, its images, sizes and times."""
+    """Raise ValueError unless every hash matches and the source, if it exists, has the same images, sizes and times."""
     (folder / VERIFIED).unlink(missing_ok=True)
     stored = open_pack(folder)
     origin = stored.manifest["source"]
     if not origin.get("folders") or not os.path.exists(origin["data_path"]):
-        log.info("%s: %d images, all as they were written; its source is not at hand", folder, len(stored.names))
+        log.info("%s: %d images, all unchanged; the source is not available", folder, len(stored.names))
         return
     open_source("pack", str(folder), in_chans=stored.manifest["recipe"]["channels"])
     source = open_split(dict(origin), stored.manifest["recipe"]["channels"], None)
@@ -307,15 +307,15 @@ def verify(folder: Path) -> None:
         raise ValueError(
             f"{len(other)} images of {origin['data_path']} were changed since they were packed: {', '.join(other[:5])}"
         )
-    log.info("%s: %d images, all as they were written, and as they are in the source", folder, len(stored.names))
+    log.info("%s: %d images, all unchanged, also in the source", folder, len(stored.names))
 
 
 def detach(folder: Path) -> None:
-    """Take the source's folders out of the manifest, so that nobody looks at them."""
+    """Remove the folders of the source from the manifest, so that they are not checked."""
     manifest = read_manifest(folder)
     manifest["source"].pop("folders", None)
     write_json(folder / MANIFEST, manifest)
-    log.info("%s stands on its own", folder)
+    log.info("%s no longer depends on its source", folder)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent: written beside, flushed to disk, renamed; verified before they are believed.
+"""Checkpoints: written atomically, flushed to disk, verified before they are loaded.
 
 A file is a plain `torch.save` archive of tensors, numbers, strings, lists and dicts, which `weights_only` loading reads
-without running anything. The archive's own checksums are tested before loading, because `torch.load` accepts a flipped
-bit and they do not.
+without executing anything. The checksums of the archive are verified first, because `torch.load` does not detect
+flipped bits.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from torch import Tensor
 from data.files import TEMPORARY, atomic_write, link
 from options import OptionError, RunOptions
 
-FORMAT = 1  # raised when a newer file can no longer be read by older code
+FORMAT = 1  # incremented when older code can no longer read newer files
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, foreign, or does not fit."""
+    """A checkpoint is damaged, of another program, or does not match the model."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically, and flush it to disk; OSError on failure."""
+    """Write a checkpoint atomically and flush it to disk. Raises OSError."""
     with atomic_write(path, sync=True) as file:
         torch.save(dict(state), file)
 
 
 def keep_previous(folder: Path) -> None:
-    """Give `last.pth` the second name `previous.pth`, to resume from if its successor is damaged.
+    """Link `last.pth` to `previous.pth`, to resume from if its successor is damaged.
 
-    A file system without hard links has the newest epoch file instead.
+    On a file system without hard links the latest epoch file serves instead.
     """
     if (folder / LAST).exists():
         link(folder / LAST, folder / PREVIOUS, or_copy=False)
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Delete what an interrupted save left behind; returns the names."""
+    """Delete temporary files of interrupted saves; return their names."""
     leftovers = sorted(folder.glob(f".*{TEMPORARY}"))
     for path in leftovers:
         path.unlink(missing_ok=True)
@@ -56,37 +56,37 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints a run may continue from, the newest first."""
+    """Return the checkpoints that a run can resume from, latest first."""
     return [path for path in [folder / LAST, folder / PREVIOUS, *reversed(kept_epochs(folder))] if path.exists()]
 
 
 def kept_epochs(folder: Path) -> list[Path]:
-    """The files of epochs, the oldest first; beyond 9999 their numbers have another length."""
+    """Return the epoch files, oldest first (numbers above 9999 are longer)."""
     return sorted(folder.glob("epoch-*.pth"), key=lambda path: (len(path.name), path.name))
 
 
 def drop_old_epochs(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` files of epochs, as far as the file system lets us."""
+    """Delete all but the latest `keep` epoch files; errors are ignored."""
     for path in kept_epochs(folder)[:-keep]:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def verify(path: Path) -> None:
-    """CheckpointError unless every byte of the archive agrees with its checksum."""
+    """Raise CheckpointError unless all checksums of the archive match."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint ({error or type(error).__name__})") from error
-    except Exception as error:  # zlib and struct raise their own kinds on damaged headers
-        raise CheckpointError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{path} is not a valid checkpoint ({error or type(error).__name__})") from error
+    except Exception as error:  # zlib and struct raise other types on damaged headers
+        raise CheckpointError(f"{path} is not a valid checkpoint ({type(error).__name__}: {error})") from error
     if damaged:
-        raise CheckpointError(f"{path} is damaged: the checksum of its part {damaged} does not match")
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match")
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A checkpoint written by this project, on the CPU, verified. Nothing in the file is executed."""
+    """Load a checkpoint of this project on the CPU, after verifying it. Nothing in the file is executed."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
@@ -94,7 +94,7 @@ def load(path: str | Path) -> dict[str, Any]:
     state = _read(path)
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(
-            f"{path} is no checkpoint of this project; to start from its weights use --init_from {path}"
+            f"{path} is not a checkpoint of this project; to initialise from its weights use --init_from {path}"
         )
     if not isinstance(state["format"], int) or state["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {state['format']}, this code reads up to {FORMAT}: update the code")
@@ -102,35 +102,35 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    """Tensors and plain values only, and the harmless `argparse.Namespace` that MAE and the released NoR-MAE store."""
+    """Read tensors and plain values, and `argparse.Namespace`, which MAE and the released NoR-MAE store."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        said = str(error).rpartition("WeightsUnpickler error:")[2]  # before it: advice to run the code
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        text = str(error).rpartition("WeightsUnpickler error:")[2]  # before it: advice to run the code
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         reason = next((line for line in lines if "global" in line.lower()), "".join(lines[:1]))[:300]
         raise CheckpointError(
-            f"{path} is no checkpoint, or holds more than tensors and plain values; nothing was loaded: {reason}"
+            f"{path} is not a checkpoint, or contains more than tensors and plain values; nothing was loaded: {reason}"
         ) from error
     except Exception as error:
         raise CheckpointError(f"{path} could not be read as a checkpoint ({type(error).__name__}: {error})") from error
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """The model's weights of any checkpoint file: ours, MAE's, the released NoR-MAE's, timm's, or safetensors."""
+    """Load the model weights of a checkpoint of this project, MAE, the released NoR-MAE or timm, or of safetensors."""
     return load_model(path)[0]
 
 
 def load_model(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The model's weights of any checkpoint file, as `load_weights`; and the run's options, if it is one of ours.
+    """Load the model weights as `load_weights`, and the options of the run ({} for other projects).
 
-    `averaged` takes a run's moving average of the weights, where it kept one.
+    `averaged` selects the moving average of the weights, if the run has one.
     """
     path = Path(path)
     if not path.is_file():
         inside = path / "checkpoints" / LAST
-        hint = f"; a run's folder, whose newest checkpoint is {inside}" if inside.is_file() else ""
+        hint = f"; it is a run folder, whose latest checkpoint is {inside}" if inside.is_file() else ""
         raise CheckpointError(f"no checkpoint at {path}{hint}")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -155,13 +155,13 @@ def load_model(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tens
     }
     if not weights:
         raise CheckpointError(
-            f"{path} holds no weights: found {_describe(state)}, expected tensors by name, or such under 'model'"
+            f"{path} contains no weights: found {_describe(state)}, expected tensors by name, or under 'model'"
         )
     return weights, options
 
 
 def options_of(path: str | Path, *names: str) -> dict[str, Any]:
-    """Those of the named options that the run which wrote a checkpoint had; {} where it is not ours, or path is ""."""
+    """Return the named options of the run that wrote a checkpoint; {} for other projects, or if path is ""."""
     made_with = load_model(path)[1] if str(path) else {}
     return {name: made_with[name] for name in names if name in made_with}
 
@@ -184,7 +184,7 @@ def inherited(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, A
 
 
 def to_judge(given: Mapping[str, Any]) -> str:
-    """The checkpoint that `--eval` means by the options given. OptionError where there is none."""
+    """Return the checkpoint that `--eval` evaluates. Raises OptionError if there is none."""
     named = given.get("resume", "auto")
     if named not in ("auto", ""):
         return str(named)
@@ -197,7 +197,7 @@ def to_judge(given: Mapping[str, Any]) -> str:
 
 
 def run_of(file: Path) -> Path:
-    """The folder of a checkpoint's run; for a checkpoint that lies alone, the folder it lies in."""
+    """Return the run folder of a checkpoint; for a checkpoint outside a run, its folder."""
     return file.parent.parent if file.parent.name == "checkpoints" else file.parent
 
 

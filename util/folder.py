@@ -1,7 +1,7 @@
-"""A run's folder: whose it is, and from which checkpoint a run in it goes on. Decided before any work starts.
+"""The folder of a run, and the checkpoint from which the run resumes. Both are decided before any work starts.
 
-Started again with the same words a run goes on from its newest whole checkpoint; with other words it is refused, and
-told what differs. Nothing that the project did not write itself is ever removed.
+Re-running the same command resumes from the latest valid checkpoint. A command with other options is refused, with a
+table of the differences. Only files written by this project are ever removed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ FOLDERS = ("checkpoints", "samples", "debug", "figures")
 
 
 class AlreadyFinished(Exception):
-    """This folder's run is complete."""
+    """The run in this folder is complete."""
 
 
 class RunFolder:
-    """The folder `options.output_dir` and the names in it. Only the main process uses the methods."""
+    """The folder `options.output_dir` and its contents. Its methods are for the main process only."""
 
     def __init__(self, options: RunOptions):
         self.options = options
@@ -50,11 +50,18 @@ class RunFolder:
         self.lock = RunLock(self.path)
 
     def begin(self, data: str, **facts: Any) -> tuple[str, dict[str, Any] | None]:
-        """The checkpoint to go on from and its content, or ("", None) to begin anew.
+        """Prepare and lock the folder.
 
-        Afterwards the folder is ready, and locked. `data` identifies the training images, `facts` go into
-        environment.json. AlreadyFinished when nothing is left to do; ValueError when the folder is not this run's, is
-        in use, or cannot be used.
+        Args:
+            data: Fingerprint of the training images.
+            facts: Added to environment.json.
+
+        Returns:
+            The path and content of the checkpoint to resume from, or ("", None) for a new run.
+
+        Raises:
+            AlreadyFinished: the run in the folder is complete.
+            ValueError: the folder belongs to another run, is in use, or cannot be written.
         """
         try:
             self._check()
@@ -67,7 +74,7 @@ class RunFolder:
         return start
 
     def _take(self, undo: contextlib.ExitStack, data: str) -> None:
-        """Lock the folder, which is made where there is none; `undo` leaves what was found."""
+        """Create the folder if it does not exist, and lock it; `undo` restores what was found."""
         new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -77,8 +84,8 @@ class RunFolder:
             self.lock.acquire()
         except OSError as error:
             if not self.options.overwrite:
-                self._look(data)  # a finished run needs no writing
-            raise ValueError(f"--output_dir {self.path} cannot be made or written ({error.strerror})") from error
+                self._look(data)  # a finished run can be recognised without writing
+            raise ValueError(f"--output_dir {self.path} cannot be created or written ({error.strerror})") from error
 
     def _remove_if_empty(self) -> None:
         with contextlib.suppress(OSError):
@@ -87,7 +94,7 @@ class RunFolder:
     def _begin(self, data: str, facts: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
         earlier = self._earlier_starts()
         if self.options.overwrite and distributed.is_restart(earlier[-1].get("launches", []) if earlier else []):
-            log.info("started again by the launcher: --overwrite has been done, and the run goes on")
+            log.info("restarted by the launcher: --overwrite was applied at the first start, resuming")
         elif self.options.overwrite:
             self._clear()
             earlier = []
@@ -98,37 +105,39 @@ class RunFolder:
         return str(chosen or ""), state
 
     def _look(self, data: str) -> tuple[Path | None, dict[str, Any] | None]:
-        """As `_choose`; AlreadyFinished when nothing is left to do; ValueError when it is another run's."""
+        """Return `_choose()`; raise AlreadyFinished or, for a checkpoint of another run, ValueError."""
         chosen, state = self._choose()
         if state is not None:
             self._compare(state, data)
             if self.result.exists() and state["epoch"] >= self.options.epochs:
-                raise AlreadyFinished(f"the run in {self.path} is finished ({self.result}); --overwrite starts it anew")
+                raise AlreadyFinished(
+                    f"the run in {self.path} is finished ({self.result}); --overwrite starts it from scratch"
+                )
         return chosen, state
 
     def _earlier_starts(self) -> list[dict[str, Any]]:
-        """What environment.json says of this run's earlier starts; nothing where a power cut has emptied it."""
+        """Return the earlier starts in environment.json; an unreadable file (after a power cut) counts as empty."""
         try:
             return list(json.loads((self.path / STARTS).read_text()))
         except (OSError, ValueError):
             return []
 
     def _check(self) -> None:
-        """ValueError unless the folder is new, empty, or holds a run."""
+        """Raise ValueError unless the folder is new, empty, or contains a run."""
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--output_dir {self.path} is a file; name a folder")
+            raise ValueError(f"--output_dir {self.path} is a file; give a folder")
         ours = (self.path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
         found = self.path.iterdir() if self.path.is_dir() and not ours else []
-        begun = (LOCK, temporary_of(Path("options.yaml")).name)  # all that a start that was killed may have left
+        begun = (LOCK, temporary_of(Path("options.yaml")).name)  # what a start that was killed early may have left
         others = sorted(path.name for path in found if path.name not in begun)
         if others:
             raise ValueError(
-                f"--output_dir {self.path} holds no run but other files ({', '.join(others[:5])}); "
-                "name an empty or a new folder"
+                f"--output_dir {self.path} is not empty and does not contain a run ({', '.join(others[:5])}); "
+                "give an empty or a new folder"
             )
 
     def _clear(self) -> None:
-        """Remove what earlier runs wrote here, and nothing else."""
+        """Remove the files of earlier runs, and nothing else."""
         for pattern in FILES:
             for path in self.path.glob(pattern):
                 path.unlink()
@@ -136,35 +145,39 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _choose(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """The newest whole checkpoint, or the one named by --resume, and its content; (None, None) to begin anew."""
+        """Return the checkpoint to resume from (--resume, or the latest valid one) and its content, or (None, None)."""
         found = checkpoint.candidates(self.checkpoints)
         if self.options.resume != "auto":
             named = Path(self.options.resume)
             if not named.is_file():
                 there = ", ".join(str(path) for path in found) or "none"
-                raise ValueError(f"--resume {named}: no such checkpoint; in this run's folder: {there}")
+                raise ValueError(f"--resume {named}: no such checkpoint; the run folder has: {there}")
             if not found or named.resolve().parent == self.checkpoints.resolve():
                 state = checkpoint.load(named)
                 if "sampler" not in state:
-                    raise ValueError(f"--resume {named}: it holds weights and no run to go on with; try --init_from")
+                    raise ValueError(
+                        f"--resume {named}: the checkpoint contains only weights, no training state; use --init_from"
+                    )
                 return named, state
-            log.info("this run has checkpoints of its own and goes on from them, not from --resume %s", named)
+            log.info("resuming from the checkpoints in the run folder, not from --resume %s", named)
         damage: list[CheckpointError] = []
         for path in found:
             try:
                 state = checkpoint.load(path)
                 if damage:
-                    log.warning("%s; going back to %s", "; ".join(map(str, damage)), path)
+                    log.warning("%s; using %s instead", "; ".join(map(str, damage)), path)
                 return path, state
             except CheckpointError as error:
                 damage.append(error)
         if damage:
             reasons = "; ".join(map(str, damage))
-            raise CheckpointError(f"no checkpoint in {self.checkpoints} is usable: {reasons}. --overwrite starts anew")
+            raise CheckpointError(
+                f"no checkpoint in {self.checkpoints} is valid: {reasons}. --overwrite starts from scratch"
+            )
         return None, None
 
     def _compare(self, state: Mapping[str, Any], data: str) -> None:
-        """ValueError with a table when the checkpoint belongs to another configuration or other data."""
+        """Raise ValueError with a table of differences if the checkpoint has other options or other data."""
         changed = differences(type(self.options), state["options"], to_dict(self.options))
         refused = [d for d in changed if d.kind == "shape" or d.name not in self.options.allow_change]
         rows = [(d.name, repr(d.old), repr(d.new)) for d in refused]
@@ -176,14 +189,14 @@ class RunFolder:
             excusable = all(d.kind != "shape" for d in refused) and len(rows) == len(refused)
             advice = f", or accept it with --allow_change {' '.join(d.name for d in refused)}" if excusable else ""
             raise ValueError(
-                f"the run in {self.path} was made with something else (then -> now):{table}\n"
-                f"Name another --output_dir, start anew with --overwrite{advice}."
+                f"the run in {self.path} has other options or data (then -> now):{table}\n"
+                f"Use another --output_dir, start from scratch with --overwrite{advice}."
             )
         for difference in changed:
-            log.warning("going on with another %s: %r -> %r", difference.name, difference.old, difference.new)
+            log.warning("resuming with another %s: %r -> %r", difference.name, difference.old, difference.new)
 
     def _prepare(self) -> None:
-        # First of all, because by this file a folder is known as a run's.
+        # First, because this file marks the folder as that of a run.
         write_text(self.path / "options.yaml", yaml.safe_dump(to_dict(self.options), sort_keys=False))
         self.result.unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)

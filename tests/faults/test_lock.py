@@ -182,7 +182,7 @@ def test_a_kill_does_not_block_the_next_start_and_a_refusal_leaves_no_lock(tmp_p
     assert not (folder / lock.NAME).exists()
     assert "is finished" in finish(folder, *words, fault=inject.read_only_folder), "nothing need be written"
     refused = Training(folder, *words, "--overwrite", fault=inject.read_only_folder)
-    assert refused.wait() == 2 and "cannot be made or written (Read-only file system)" in refused.said
+    assert refused.wait() == 2 and "cannot be created or written (Read-only file system)" in refused.said
     assert (folder / "result.json").exists()
     new = Training(tmp_path / "new", "--resume", "nowhere.pth")
     assert new.wait() == 2
