@@ -59,8 +59,8 @@ class VQTokenizerOptions(TokenizerOptions):
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "perceptual", "perceptual_heads")
-        both = bool(self.perceptual) == bool(self.perceptual_encoder) or bool(self.perceptual_digest)
-        require(both, "give perceptual and perceptual_encoder together", "perceptual", "perceptual_encoder")
+        used = bool(self.perceptual) or not self.perceptual_encoder
+        require(used, "has no effect with perceptual 0: give a weight", "perceptual_encoder", "perceptual")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,7 +261,8 @@ def test_an_encoder_of_timm_and_of_other_patches_can_teach(tmp_path):
         ("vqkd_tokenizer", {"teacher_dim": 8}, "teacher_dim is 8, and the teacher .* has 24"),
         ("vqkd_tokenizer", {"in_chans": 1}, "takes 3 channels, in_chans is 1"),
         ("vqkd_tokenizer", {"teacher": "HEADLESS"}, "holds no encoder"),
-        ("vq_tokenizer", {"perceptual": 1.0}, "together"),
+        ("vq_tokenizer", {"perceptual": 1.0}, "needs --perceptual_encoder"),
+        ("vq_tokenizer", {"perceptual_encoder": "TEACHER"}, "no effect with perceptual 0"),
         ("vq_tokenizer", {"levels": (8, 1), "quantizer": "fsq"}, "at least 2 each"),
         ("vq_tokenizer", {"codes": 1}, "codes: must be at least 2"),
         (

@@ -23,6 +23,24 @@ STRENGTH = 0.0384  # of the paper's patch 16: 5e-5 x (P - 1), with P = 768 value
 
 # What recipes that follow another method's release take from there.
 DMAE = {"norm_pix_loss": False, "decoder_depth": 0, "blr": 1.5e-4, "warmup_epochs": 20, "total_batch_size": 4096}
+BEIT = {
+    "lr": 1.5e-3,
+    "min_lr": 1e-5,
+    "clip_grad": 3,
+    "drop_path": 0.1,
+    "warmup_epochs": 10,
+    "total_batch_size": 2048,
+    "min_scale": 0.08,
+}
+VQKD = {  # 5e-5 for 128 images
+    "codes": 8192,
+    "code_dim": 32,
+    "decoder_depth": 3,
+    "blr": 1e-4,
+    "weight_decay": 1e-4,
+    "total_batch_size": 512,
+    "min_scale": 0.08,
+}
 RELEASES = {
     "sup_mae": {
         "norm_pix_loss": True,
@@ -36,10 +54,27 @@ RELEASES = {
     "nor_dmae": DMAE,
     "cross_mae": {"norm_pix_loss": True, "decoder_depth": 12, "blr": 5e-5},  # 1.5e-4 x 0.25 / 0.75
     "simmim": {"norm_pix_loss": False, "mask_ratio": 0.6, "blr": 5e-5, "clip_grad": 5, "min_scale": 0.67},
+    "maskfeat": {
+        "mask_ratio": 0.4,
+        "blr": 2e-4,
+        "clip_grad": 0.02,
+        "min_scale": 0.5,
+        "warmup_epochs": 30,
+        "total_batch_size": 2048,
+    },
+    "beit": BEIT,
+    "peco": BEIT,
+    "vq_tokenizer": VQKD,
+    "vqkd_tokenizer": VQKD,
+    "cluster_mim": {"mask_ratio": 0.75, "decoder_depth": 0, "label_smoothing": 0.0, "total_batch_size": 2048},
 }
-RELEASED = ("sup_mae_vit_base_in1k_released", *(f"{method}_vit" for method in RELEASES if method != "sup_mae"))
-OWN = ("quickstart", "my_images", "mae_vit_cpu_cifar10")  # with settings of ours
-OTHERS = [name for name in NAMES if name.startswith(RELEASED)]
+RELEASED = (
+    "sup_mae_vit_base_in1k_released",
+    "perceptual_tokenizer_vit",
+    *(f"{method}_vit" for method in RELEASES if method != "sup_mae"),
+)
+OWN = ("quickstart", "my_images", *(name for name in NAMES if name.endswith("_vit_cpu_cifar10")))  # our settings
+OTHERS = [name for name in NAMES if name.startswith(RELEASED) and name not in OWN]
 
 # Fine-tuning accuracy after 200 epochs of pretraining, as the paper prints it.
 PAPER = {
@@ -77,6 +112,9 @@ PAPER = {
         "cross_mae_vit_tiny_in100": "70.82",
         "cross_mae_vit_base_in100": "86.29",
         "u_mae_vit_base_in100": "86.80",
+        "maskfeat_vit_small_in100": "82.80",
+        "peco_vit_small_in100": "83.60",
+        "beit_vit_base_in100": "86.10",
     },
     "Table 8": {"random_asymmetry_mae_vit_tiny_in100": "72.15"},
     "Table 9": {"noa_mae_vit_tiny_in100": "72.52"},
@@ -92,6 +130,10 @@ def recipe(name):
 def model_of(name):
     options = recipe(name)
     with torch.device("meta"):  # shapes without numbers
+        if hasattr(options, "tokenizer"):
+            return methods.from_options(to_dict(replace(options, tokens=8192)))
+        if options.method.endswith("tokenizer"):
+            return methods.from_options(to_dict(options))
         if "teacher" not in options.terms:
             return build_model(options)
         size = {"embed_dim": 1024, "depth": 24, "num_heads": 16}  # of a teacher that is not here
@@ -150,7 +192,7 @@ def test_the_batch_divides(name, processes):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_made_of_it(name):
     options, model = recipe(name), model_of(name)
-    assert set(model.terms) <= set(options.terms) and bool(model.terms) == bool(options.terms)
+    assert set(model.loss_terms) <= set(options.terms) and bool(model.loss_terms) == bool(options.terms)
     rows, columns = (side // int(options.model.rpartition("patch")[2]) for side in options.input_size)
     assert model.num_patches == rows * columns and tuple(model.grid) == (rows, columns)
 

@@ -122,8 +122,9 @@ def builds(words):
     terms = dict(options.terms)
     if "teacher" in terms:
         terms["teacher"] = {"embed_dim": 1024, "depth": 24, "num_heads": 16}  # of a teacher that is not here
+    tokens = {"tokens": 8192} if hasattr(options, "tokenizer") else {}  # of a tokenizer that is not here
     with torch.device("meta"):
-        return options, methods.from_options(to_dict(dataclasses.replace(options, terms=terms)))
+        return options, methods.from_options(to_dict(dataclasses.replace(options, terms=terms, **tokens)))
 
 
 CASES = [(number, kind) for number in TABLES for kind in SETTINGS if kind != "short" or number == "7"]
@@ -143,7 +144,9 @@ def test_every_command_parses_and_its_model_is_made(number, kind, weights, monke
         assert len(option_names(words)) == len(set(option_names(words))), "nothing is said twice"
         if script == "main_pretrain.py":
             options, model = builds(tuple(words))
-            assert set(model.terms) == set(options.terms)
+            assert set(model.loss_terms) == set(options.terms)
+            for option in ("tokenizer", "perceptual_encoder"):
+                assert not (needed := getattr(options, option, "")) or Path(needed) / "result.json" in job.after
             assert (options.epochs == 10) == (setting.epochs == 10)
             assert not setting.smoke or (options.input_size == (64, 64) and model.embed_dim == 24)
         elif script in ("main_finetune.py", "main_segment.py"):
@@ -165,6 +168,16 @@ def test_rows_that_tables_share_are_trained_once_and_others_are_not_mixed_up():
             assert folders.setdefault(job.done, job.words) == job.words
     assert plan.pretraining(row_of("3", "vit-tiny-mae")) == plan.pretraining(row_of("9", "mae"))
     assert plan.pretraining(row_of("7", "1600-mae")).name == "mae_vit_tiny_in100-epochs1600"
+
+
+def test_what_a_row_needs_is_trained_before_it():
+    jobs = Plan(Setting()).jobs([row_of("3", "vit-small-peco")])
+    names = [job.done.parent.parent.name for job in jobs]
+    assert names[:3] == ["mae_vit_small_in100", "perceptual_tokenizer_vit_small_in100", "peco_vit_small_in100"]
+    for needed, job in zip(jobs[:2], jobs[1:3], strict=True):
+        assert job.after == (needed.done,) and str(needed.done.parent) in job.words
+    shared = Plan(Setting()).pretrain_job(row_of("3", "vit-small-mae"), 0)
+    assert jobs[0] == shared  # trained once for both rows
 
 
 def test_the_neighbour_arms_are_as_strong_as_the_papers_patch_16(monkeypatch):
@@ -509,7 +522,7 @@ def test_a_report_of_two_seeds(tmp_path, monkeypatch, weights):
     text = (tmp_path / "reports" / "table_3.md").read_text()
     assert "| ViT-Tiny | NoR-MAE | 78.26 | 78.00 ± 1.41 (2 seeds) | -0.26 |" in text
     assert "| ViT-Tiny | MAE | 71.04 | not run |  |" in text
-    assert "| ViT-Small | PeCo | 83.60 | cited: PeCo is not built yet |  |" in text
+    assert "| ViT-Small | PeCo | 83.60 | not run |  |" in text
     assert "| ViT-Small | NoR-MAE | 84.28 | not finished |  |" in text
     facts = [cell.strip() for cell in text.splitlines()[-3].split("|")]
     assert facts[3:10] == ["77.00", "0.0384 (weight x (P-1))", "200", "12,200", "24,985,600", "2,048", "fedcba987654"]

@@ -18,7 +18,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,8 @@ class Row:
     recipe: str = ""
     set: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = ""
+    needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of an option that takes a run, such as `tokenizer`, that run's recipe and, in turn, what it needs."""
     finetune: str = ""
     finetune_all: Mapping[str, Any] = field(default_factory=dict)
     """What fine-tuning of every row of the table has beside the recipe,"""
@@ -164,6 +166,12 @@ class Row:
     @property
     def size(self) -> str:
         return self.options["model"].split("_")[2]
+
+    def helpers(self) -> dict[str, Row]:
+        """The runs that must be trained before this one, by the option that takes them."""
+        return {
+            option: replace(self, set={}, teacher="", **{"needs": {}, **said}) for option, said in self.needs.items()
+        }
 
     def measures(self) -> list[str]:
         """Those that we can run."""
@@ -280,6 +288,10 @@ class Plan:
         if row.teacher:
             options["terms.teacher.checkpoint"] = self._teacher(row)
             after = (self._smoke_teacher().done,) if setting.smoke else ()
+        for option, helper in row.helpers().items():
+            needed = self.pretraining(helper) / f"seed{seed}"
+            options[option] = needed
+            after = (*after, needed / "result.json")
         if setting.smoke:
             own = methods.own_options(row.options["method"])
             options |= SMOKE_MODEL | SMOKE_RUN
@@ -306,6 +318,11 @@ class Plan:
         program = smoke_data.opener(row.sets.get(measure, "")) if setting.smoke else ()
         return Job((*program, *words), folder / "result.json", (pretrained / "result.json",))
 
+    def _with_helpers(self, row: Row, seed: int) -> list[Job]:
+        """The pretraining of a row, after that of everything it needs."""
+        before = [job for helper in row.helpers().values() for job in self._with_helpers(helper, seed)]
+        return [*before, self.pretrain_job(row, seed)]
+
     def bill_job(self, row: Row) -> Job:
         setting, output = self.setting, self.bill(row)
         options = {"size": row.size, "price": setting.price, "devices": setting.nproc, "output": output}
@@ -322,7 +339,7 @@ class Plan:
                     found.append(self.bill_job(row))
                 elif row.measures():
                     found += [self._smoke_teacher()] if row.teacher and self.setting.smoke else []
-                    found.append(self.pretrain_job(row, seed))
+                    found += self._with_helpers(row, seed)
                     found += [self.finetune_job(row, measure, seed) for measure in row.measures()]
         return list({job.done: job for job in found}.values())
 
