@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from util import optim
-from util.stepper import Progress, Stepper, names_of_bad_losses, seed_micro_step
+from util.stepper import USUAL_STEPS, Progress, Stepper, names_of_bad_losses, seed_micro_step
 
 INDEX = torch.arange(4)
 
@@ -219,13 +219,16 @@ def test_hooks_are_called_around_every_step(fp16):
     schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=0, steps_per_epoch=2, min_lr=0.0)
     stepper = Stepper(model, optimizer, schedule, accum=2, fp16=fp16, hooks=hooks, total_steps=4, steps_per_epoch=2)
     first, before = batches(2), copy.deepcopy(model)
+    model.register_forward_hook(lambda *_: hooks.calls.append(("forward", stepper.step)))
     run(model, stepper, first)
     run(model, stepper, [batches(1)[0], torch.full((4, 3), math.nan)])
     names = [(name, *rest[:1]) for name, *rest in hooks.calls]
-    assert names == [("before", 0), ("adjust", 0), ("after", True), ("before", 1), ("adjust", 1), ("after", False)]
-    assert hooks.calls[3][2:] == (0.25, 0.5)
+    forward = [("forward", 0)] * 2, [("forward", 1)] * 2
+    assert names[:5] == [("before", 0), *forward[0], ("adjust", 0), ("after", True)]
+    assert names[5:] == [("before", 1), *forward[1], ("adjust", 1), ("after", False)]
+    assert hooks.calls[5][2:] == (0.25, 0.5)
     torch.cat([before(each) for each in first]).square().mean().backward()
-    torch.testing.assert_close(hooks.calls[1][2], before[2].weight.grad, msg="unscaled, of all micro-batches")
+    torch.testing.assert_close(hooks.calls[3][2], before[2].weight.grad, msg="unscaled, of all micro-batches")
     assert (model[2].weight - before[2].weight * (1 - 1e-2 * 0.05)).abs().max() < 1e-6, "decayed and nothing else"
 
 
@@ -356,3 +359,21 @@ def test_progress_counts_epochs_of_any_length():
     assert Progress(3, 4, 1, []).epoch == 3 and Progress(3, 12, 2, []).epoch == 1.5
     assert Progress(0, 0, 0, []).fraction == 0 == Progress(0, 0, 0, []).epoch
     assert Progress(3, 4, 1, []).fraction == 0.75
+
+
+@pytest.mark.parametrize(("steps", "refused"), [(USUAL_STEPS - 1, 0), (USUAL_STEPS, 1)])
+def test_the_first_updates_are_never_spikes(steps, refused):
+    model, stepper = make(epochs=100, skip_spikes=3.0)
+    run(model, stepper, [*batches(1) * steps, 1000 * batches(1)[0]])
+    assert stepper.bad_steps() == (refused, refused)
+
+
+def test_a_parameter_without_a_gradient_is_not_decayed():
+    model, _ = make()
+    optimizer = optim.adamw(optim.pretrain_groups(model, 0.05), 1e-2)
+    schedule = optim.warmup_cosine(optimizer, epochs=9, warmup_epochs=0, steps_per_epoch=9, min_lr=1e-2)
+    stepper = Stepper(model, optimizer, schedule)
+    run(model, stepper, batches(1))
+    before = model[0].weight.clone()
+    stepper({"loss": model[2](torch.ones(1, 4)).square().mean()}, INDEX)
+    assert torch.equal(model[0].weight, before)
