@@ -21,13 +21,13 @@ from options import OptionError, PretrainOptions, nearest
 from options.beit import BEiTOptions
 from options.cluster_mim import ClusterMIMOptions
 from options.dino import DINOOptions
-from options.dmae import TeacherOptions
 from options.mae import CrossMAEOptions, MAEOptions, SimMIMOptions
 from options.maskfeat import MaskFeatOptions
 from options.moco_v3 import MoCoV3Options
 from options.nor_mae import NeighborOptions
 from options.schema import Options, chosen, compose, default_of, from_dict, parse
 from options.sup_mae import LabelOptions
+from options.teacher import TeacherOptions
 from options.tokenizer import VQKDTokenizerOptions, VQTokenizerOptions
 from options.u_mae import UniformityOptions
 
@@ -81,7 +81,26 @@ TERMS: dict[str, TermEntry] = {
     "neighbor": TermEntry(NeighborOptions, "models_nor_mae:NeighborTerm"),
     "label": TermEntry(LabelOptions, "models_sup_mae:LabelTerm"),
     "uniformity": TermEntry(UniformityOptions, "models_u_mae:UniformityTerm"),
-    "teacher": TermEntry(TeacherOptions, "models_dmae:TeacherTerm"),
+    "teacher": TermEntry(TeacherOptions, "models_teacher:TeacherTerm"),
+    "teacher2": TermEntry(TeacherOptions, "models_teacher:FurtherTeacherTerm"),
+    "teacher3": TermEntry(TeacherOptions, "models_teacher:FurtherTeacherTerm"),
+}
+
+ATTENTION = {
+    **{"student_tap": "attention", "teacher_tap": "attention", "student_block": -1, "teacher_block": -1},
+    **{"normalize": "none", "distance": "l2", "adaptor": "heads"},
+}
+"""MAE-Lite: logits of the last blocks' attention, the student's through a convolution over heads."""
+
+RELATIONS = {
+    **{"extra_block": True, "teacher_block": 0.75, "adaptor": "none", "normalize": "softmax", "distance": "kl"},
+}
+ASYMMETRIC = {
+    **{"teacher_input": "superset", "teacher_mask_ratio": 0.75, "normalize": "none", "distance": "l2"},
+}
+PROTEUS = {
+    **{"student_tap": "features", "teacher_tap": "features", "teacher_input": "full", "adaptor": "norm_linear"},
+    **{"normalize": "none", "distance": "l2"},
 }
 
 METHODS: dict[str, Method] = {
@@ -107,6 +126,53 @@ METHODS: dict[str, Method] = {
     "u_mae": Method(terms={"uniformity": {}}, note="U-MAE: features of different images are kept apart"),
     "dmae": Method(terms={"teacher": {}}, note="DMAE: imitates a larger, trained encoder"),
     "nor_dmae": Method(terms={"teacher": {}, "neighbor": {}}, note="DMAE and NoR-MAE together"),
+    "mae_lite_distill": Method(
+        terms={"teacher": ATTENTION},
+        note="MAE-Lite with distillation: imitates the attention of a teacher's last block",
+    ),
+    "d2_mae": Method(
+        terms={"teacher": ATTENTION | {"extra_block": True}},
+        note="D2-MAE: decodes an inner block's output and imitates attention from an additional block",
+        defaults={"reconstruct_block": 0.67},
+    ),
+    "tiny_mim": Method(
+        terms={
+            "teacher": RELATIONS | {"student_tap": "attention", "teacher_tap": "attention"},
+            "teacher2": RELATIONS | {"student_tap": "values", "teacher_tap": "values"},
+        },
+        note="TinyMIM: imitates attention and value relations of whole images, without masks and reconstruction",
+        defaults={"mask_ratio": 0.0, "reconstruction_weight": 0.0},
+    ),
+    "g2sd": Method(
+        terms={
+            "teacher": {
+                **{"student_tap": "decoder", "student_block": -1, "teacher_tap": "decoder", "teacher_block": 0.5},
+                **{"adaptor": "mlp", "normalize": "layer_norm", "normalize_only": "teacher"},
+                **{"distance": "smooth_l1", "beta": 2.0},
+            }
+        },
+        note="G2SD, generic stage: imitates the inner decoder of a masked autoencoder",
+        defaults={"reconstruction_weight": 0.0},
+    ),
+    "amd": Method(
+        terms={
+            "teacher": ASYMMETRIC | {"weight": 0.5, "student_block": 0.5, "teacher_block": 0.5, "tokens": "visible"},
+            "teacher2": ASYMMETRIC | {"weight": 0.5, "student_block": -1, "teacher_block": -1, "tokens": "visible"},
+            "teacher3": ASYMMETRIC
+            | {"student_block": -1, "teacher_block": -1, "tokens": "extra", "adaptor": "generator"},
+        },
+        note="AMD: imitates a teacher that sees more patches, also on those that only the teacher sees",
+        defaults={"mask_ratio": 0.9},
+    ),
+    "proteus": Method(
+        terms={
+            "teacher": PROTEUS | {"tokens": "class"},
+            "teacher2": PROTEUS | {"tokens": "visible"},
+            "teacher3": PROTEUS | {"tokens": "hidden", "masked_pass": 0.3},
+        },
+        note="Proteus: imitates the features of whole images, also where the student's patches are replaced",
+        defaults={"mask_ratio": 0.0, "reconstruction_weight": 0.0},
+    ),
     "cross_mae": Method(
         "models_cross_mae:CrossMAE",
         CrossMAEOptions,
@@ -161,7 +227,9 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-ENCODER_OVERRIDES = ("input_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "grad_checkpointing")
+ENCODER_OVERRIDES = (
+    *("input_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "grad_checkpointing", "mean", "std"),
+)
 """What `build` accepts for every method, besides `terms` and the method's own options."""
 
 
@@ -192,7 +260,7 @@ def schema(method: str) -> Any:
             message = f"the method {method} does not use it; methods that do: {', '.join(users[:3])}{more}"
             unused.append((name, message, default_of(option)))
     own_class: Any = METHODS[method].options
-    return compose(own_class, PretrainOptions, unused=tuple(unused))
+    return compose(own_class, PretrainOptions, unused=tuple(unused), term_options=tuple(term_options().items()))
 
 
 def term_options() -> dict[str, type]:
@@ -226,7 +294,8 @@ def build(method: str, model: str = "mae_vit_tiny_patch16", **overrides: Any) ->
         method: A key of `METHODS`.
         model: Name of the encoder's size and patch size.
         overrides: `input_size` (pixels of one side, or height and width), `in_chans`, `embed_dim`, `depth`,
-            `num_heads`, `mlp_ratio` (0 or None: the default of the size), `grad_checkpointing`; every option that the
+            `num_heads`, `mlp_ratio` (0 or None: the default of the size), `grad_checkpointing`; `mean` and `std` of the
+            channels with which images are normalised, for teachers that expect others; every option that the
             method declares (see `own_options`); `terms`, `{name: {option: value}}` over the method's own, option by
             option, or `{name: None}` to remove a term.
 
@@ -265,6 +334,8 @@ def _assemble(method: str, model: str, overrides: Mapping[str, Any], terms: Mapp
         raise ValueError(f"the method {method!r} takes no loss terms, found {', '.join(terms)}")
     built = chosen_class(**encoder_sizes(model, given), options=options, **more)
     built.set_grad_checkpointing(given.get("grad_checkpointing", False))
+    if given.get("mean") and given.get("std"):
+        built.learn_normalization(tuple(given["mean"]), tuple(given["std"]))
     return built
 
 

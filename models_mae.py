@@ -9,7 +9,7 @@ P pixel values of a patch   R rows of noise   C H W image
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -72,9 +72,14 @@ class View:
     taps: dict[int, Tensor]
     """`[N, 1 + V, D]` the outputs, before the norm, of the encoder blocks that were asked for."""
     decoded: Tensor
-    """`[N, L, E]` the decoder's output after its norm; of the predicted patches, where not all are."""
+    """`[N, L, E]` the decoder's output after its norm; of the predicted patches, where not all are; empty where nothing
+    is predicted."""
     pred: Tensor
     """`[N, L, P]` the prediction in the target's space, float32 at least; likewise."""
+    decoder_hidden: dict[int, Tensor] = field(default_factory=dict)
+    """`[N, 1 + L, E]` the outputs, before the norm, of the decoder blocks that were asked for."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What one term has computed and others use too, such as a teacher's features."""
 
 
 class Term(nn.Module):
@@ -89,8 +94,16 @@ class Term(nn.Module):
     """Frozen dataclass with a docstring under each field; `weight` is one of them."""
 
     needs_labels: bool = False
+    reads_features: bool = True
+    """Whether it uses the encoder's output after its norm, `view.latent`."""
+    reads_decoder: bool = False
+    """Whether it uses the decoder."""
+    reads_prediction: bool = False
+    """Whether it uses `view.decoded` or `view.pred`."""
     taps: tuple[int, ...] = ()
     """Encoder blocks, counted from 0, whose outputs the view must hold; ENCODER_INPUT for the first block's input."""
+    decoder_hidden: tuple[int, ...] = ()
+    """Decoder blocks, counted from 0, whose outputs the view must hold."""
     noise_rows: int = 0
     """Rows of noise beside the mask's own. The model sets `noise_row`: the first is `view.noise[:, noise_row]`."""
     noise_row: int = 1
@@ -114,11 +127,17 @@ class Term(nn.Module):
     def learn_classes(self, classes: int) -> None:
         """Adapt to the number of classes of the training images. Raises ValueError where the options contradict it."""
 
+    def learn_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Learn mean and standard deviation of each channel with which the images are normalised."""
+
     def attach(self, model: "MaskedImageModel") -> None:
         """Create layers of the model's sizes. Called once, by the initialised model that the term is added to."""
 
     def check(self, model: "MaskedImageModel") -> None:
-        """Raise ValueError where options and sizes do not fit. Called after `attach` and for each new image size."""
+        """Raise ValueError where options and sizes do not fit.
+
+        Called when all terms are attached, and for each new image size.
+        """
 
     def scale(self, model: "MaskedImageModel") -> dict[str, float]:
         """Return numbers that show the effective strength of the weight in this model, for the log."""
@@ -152,6 +171,18 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return SumOverRanks.apply(x) / dist.get_world_size()
 
 
+def block_number(name: str, block: float, depth: int) -> int:
+    """Return the block, counted from 1, that an option means: its number, -1 for the last, or a share of the depth.
+
+    Raises:
+        ValueError: If there are not so many blocks.
+    """
+    number = depth if block == -1 else max(1, int(depth * block)) if block < 1 else int(block)
+    if number > depth:
+        raise ValueError(f"{name} is {block:g}, but there are {depth} blocks")
+    return number
+
+
 def random_masking(noise: Tensor, visible: int) -> Masking:
     """Keep the `visible` patches of the smallest `noise` `[N, L]`."""
     ids_shuffle = noise.argsort(dim=1, stable=True)  # thousands of float32 values do hold ties
@@ -181,10 +212,17 @@ class MaskedImageModel(Pretrainer):
 
     decoder_taps: tuple[int, ...] = ()
     """Encoder blocks whose outputs `decode` receives, as `Term.taps`."""
+    reconstruct_block: int = 0
+    """Encoder block, counted from 1, whose output the decoder reads; 0: the encoder's output after its norm."""
 
     def __init__(self, *sizes: Any, terms: Mapping[str, Term] | None = None, **more: Any) -> None:
         super().__init__(*sizes, **more)
-        self.mask_ratio: float = self.options.mask_ratio
+        options = self.options
+        self.mask_ratio: float = options.mask_ratio
+        self.reconstruction_weight: float = getattr(options, "reconstruction_weight", 1.0)
+        added = (terms or {}).values()
+        self.predicts = self.reconstruction_weight > 0 or any(term.reads_prediction for term in added)
+        self.decodes = self.predicts or any(term.reads_decoder for term in added)
         self._check_mask(self.grid)
         self.target = self.make_target()
         self.build_decoder()
@@ -198,12 +236,25 @@ class MaskedImageModel(Pretrainer):
             self.noise_rows += term.noise_rows
             self.terms[name] = term
             term.attach(self)
-            term.check(self)
             taps.update(term.taps)
+        for term in self.terms.values():
+            term.check(self)
         depth = len(self.blocks)
         if taps and not ENCODER_INPUT <= min(taps) <= max(taps) < depth:
             raise ValueError(f"outputs of blocks {sorted(taps)} are wanted; the encoder has blocks 0 to {depth - 1}")
         self.taps = tuple(sorted(taps))
+        self.decoder_hidden = tuple(sorted({block for term in self.terms.values() for block in term.decoder_hidden}))
+        self._check_everything_is_trained()
+
+    def _check_everything_is_trained(self) -> None:
+        """Raise ValueError where no loss reaches the top of the encoder."""
+        reached = self.decodes and not self.reconstruct_block
+        if not reached and not any(term.reads_features for term in self.terms.values()):
+            raise ValueError(
+                "no loss uses the encoder's output, so its last norm, and blocks after the last one that is compared, "
+                "would stay as initialised: compare the student's 'features', use an extra_block, or set "
+                "reconstruction_weight above 0 and reconstruct_block 0"
+            )
 
     # ---- what a subclass decides
 
@@ -270,6 +321,10 @@ class MaskedImageModel(Pretrainer):
             for term in self.terms.values():
                 term.learn_classes(classes)
 
+    def learn_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        for term in self.terms.values():
+            term.learn_normalization(mean, std)
+
     def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode tokens `[N, V, D]` with positions: `[N, 1 + V, D]` after the norm, and the taps."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
@@ -309,7 +364,7 @@ class MaskedImageModel(Pretrainer):
 
         Returns:
             Scalars: `loss`, the target's part (`reconstruction`) and each term by name;
-            loss = target's part + sum of weight x term.
+            loss = reconstruction_weight x target's part + sum of weight x term. A weight of 0 leaves the part out.
 
         Raises:
             ValueError: If a term needs labels and there are none.
@@ -320,16 +375,19 @@ class MaskedImageModel(Pretrainer):
             if term.needs_labels and labels is None:
                 raise ValueError(f"the term {name!r} needs labels, and these images have none")
             terms[name] = term(self, view)
+        weighted = [term.options.weight * terms[name] for name, term in self.terms.items()]
+        if self.reconstruction_weight == 0:
+            return {"loss": sum(weighted[1:], weighted[0]), **terms}
         part = self.target_loss(view)  # last: its target need not be in memory while the terms work
-        loss = part
-        for name, term in self.terms.items():
-            loss = loss + term.options.weight * terms[name]
-        return {"loss": loss, self.target.name: part, **terms}
+        loss = part if self.reconstruction_weight == 1 else self.reconstruction_weight * part
+        return {"loss": sum(weighted, loss), self.target.name: part, **terms}
 
     # ---- looking at the model
 
     def predict(self, images: Tensor, *, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the prediction `[N, L, P]` in the target's space and the mask `[N, L]`, 1 = removed."""
+        if not self.predicts:
+            raise ValueError("this model does not predict patches: its reconstruction_weight is 0")
         view = self.observe(images, noise=noise)
         return view.pred, view.mask
 
@@ -340,6 +398,8 @@ class MaskedImageModel(Pretrainer):
         `original`; `masked`, hidden patches at 0, the mean colour; `reconstruction`, every patch as predicted;
         `pasted`, hidden patches as predicted among the original's visible ones. None where the target is no picture.
         """
+        if not self.predicts:
+            return None
         pred, mask = self.predict(images, noise=noise)
         predicted = self.target.pixels(pred, images)
         if predicted is None:
@@ -355,7 +415,7 @@ class MaskedImageModel(Pretrainer):
         return {name: unpatchify(patches, self.patch_size, self.grid).float() for name, patches in pictures.items()}
 
     def constant_loss(self, images: Tensor) -> float | None:
-        return self.target.constant_loss(images)
+        return self.target.constant_loss(images) if self.reconstruction_weight > 0 else None
 
 
 class MaskedAutoencoderViT(MaskedImageModel):
@@ -371,7 +431,7 @@ class MaskedAutoencoderViT(MaskedImageModel):
     def _check_mask(self, grid: tuple[int, int]) -> None:
         L, ratio = grid[0] * grid[1], self.mask_ratio
         visible = int(L * (1 - ratio))
-        if not 0 < visible < L:
+        if not 0 < visible < L + (self.reconstruction_weight == 0):
             raise ValueError(
                 f"mask_ratio {ratio} keeps {visible} and hides {L - visible} of {L} patches: both must be at least 1"
             )
@@ -384,27 +444,42 @@ class MaskedAutoencoderViT(MaskedImageModel):
         return channels, blocks, heads
 
     def build_decoder(self) -> None:
-        """Create the decoder: self-attention among visible and mask tokens."""
+        """Create the decoder: self-attention among visible and mask tokens. Leave out what nothing would train."""
+        if not self.decodes:
+            return
         channels, blocks, heads = self.decoder_sizes()
         norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
+        options = self.options
+        if asked := getattr(options, "reconstruct_block", 0.0):
+            self.reconstruct_block = block_number("reconstruct_block", asked, len(self.blocks))
+            self.decoder_taps = (self.reconstruct_block - 1,)
+            self.decoder_input_norm = norm_layer(self.embed_dim)
         self.decoder_embed = nn.Linear(self.embed_dim, channels)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, channels))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, channels))
         self.decoder_blocks = nn.ModuleList(
             Block(channels, heads, self.mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(blocks)
         )
-        self.decoder_norm = norm_layer(channels)
-        self.decoder_pred = nn.Linear(channels, self.target.width)
+        if self.predicts:
+            self.decoder_norm = norm_layer(channels)
+            self.decoder_pred = nn.Linear(channels, self.target.width)
 
-    def decode(self, latent: Tensor, masking: Masking, taps: dict[int, Tensor]) -> Tensor:
-        """Decode `[N, 1 + V, D]` to every patch: `[N, L, E]`, after the decoder's norm, without the class token."""
+    def decode_blocks(
+        self, latent: Tensor, masking: Masking, taps: dict[int, Tensor]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Decode `[N, 1 + V, D]` to every place: `[N, 1 + L, E]` before the decoder's norm, and `decoder_hidden`."""
+        if self.reconstruct_block:
+            latent = self.decoder_input_norm(taps[self.reconstruct_block - 1])
         visible = self.decoder_embed(latent)
         N, _, E = visible.shape
         places = F.pad(masking.ids_keep + 1, (1, 0))[:, :, None].expand(-1, -1, E)  # 0 is the class token's
         blank = self.mask_token.expand(N, 1 + self.num_patches, E)
         x = blank.scatter(1, places, visible.to(blank.dtype)) + self.decoder_pos_embed
-        x, _ = self.run_blocks(self.decoder_blocks, x)
-        return self.decoder_norm(x)[:, 1:]
+        return self.run_blocks(self.decoder_blocks, x, self.decoder_hidden)
+
+    def decode(self, latent: Tensor, masking: Masking, taps: dict[int, Tensor]) -> Tensor:
+        """Decode `[N, 1 + V, D]` to every patch: `[N, L, E]`, after the decoder's norm, without the class token."""
+        return self.decoder_norm(self.decode_blocks(latent, masking, taps)[0])[:, 1:]
 
     def observe(self, images: Tensor, labels: Tensor | None = None, *, noise: Tensor | None = None) -> View:
         """Mask, encode, decode and predict."""
@@ -412,7 +487,14 @@ class MaskedAutoencoderViT(MaskedImageModel):
         noise = self._complete(noise, images)
         masking = random_masking(noise[:, 0], self.num_visible)
         latent, taps = self.encode_tokens(take(tokens, masking.ids_keep))
-        decoded = self.decode(latent, masking, taps)
-        pred = at_least_float32(self.decoder_pred(decoded))
+        decoded = pred = latent.new_empty(0)
+        hidden: dict[int, Tensor] = {}
+        if self.decoder_hidden:
+            x, hidden = self.decode_blocks(latent, masking, taps)
+            decoded = self.decoder_norm(x)[:, 1:] if self.predicts else decoded
+        elif self.predicts:
+            decoded = self.decode(latent, masking, taps)
+        if self.predicts:
+            pred = at_least_float32(self.decoder_pred(decoded))
         noise = noise if self.noise_rows > 1 else noise[:, 0]
-        return View(images, labels, noise, tokens, *masking, latent, taps, decoded, pred)
+        return View(images, labels, noise, tokens, *masking, latent, taps, decoded, pred, hidden)

@@ -243,6 +243,8 @@ class NeighborTerm(Term):
     name: ClassVar[str] = "neighbor"
     Options: ClassVar[type] = NeighborOptions
     options: NeighborOptions
+    reads_features = False
+    reads_decoder = reads_prediction = True
 
     def __init__(self, options: NeighborOptions) -> None:
         super().__init__(options)
@@ -343,7 +345,7 @@ class NeighborTerm(Term):
         number_N = view.noise[:, self.noise_row + self.noise_rows - 1, 0]
         first = torch.arange(0, N, group, device=number_N.device)
         drawn = (number_N.view(-1, group).topk(k, largest=False).indices + first[:, None]).flatten()
-        parts = {name: part[drawn] for name, part in vars(view).items() if isinstance(part, Tensor)}
+        parts: dict[str, Any] = {name: part[drawn] for name, part in vars(view).items() if isinstance(part, Tensor)}
         taps = {block: tap[drawn] for block, tap in view.taps.items()}
         return replace(view, **parts, taps=taps)
 

@@ -638,6 +638,9 @@ class Pretrainer(VisionTransformer):
         `self.options` by a completed copy, which the run then stores.
         """
 
+    def learn_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Learn mean and standard deviation of each channel with which the images are normalised."""
+
     def before_step(self, progress: Progress) -> None:
         """Set what follows a schedule of the method: momentum, temperature, weight decay."""
 

@@ -14,10 +14,16 @@ class MaskOptions(Options):
     mask_ratio: float = result(0.75, section="Method")
     """Share of the patches that is masked."""
 
+    @property
+    def _reconstructs(self) -> bool:
+        return True
+
     def _check(self) -> None:
         super()._check()
         self._between(0, 1, "mask_ratio")
-        require(self.mask_ratio > 0, "must be more than 0, or no patch is masked", "mask_ratio")
+        require(
+            self.mask_ratio > 0 or not self._reconstructs, "must be more than 0, or no patch is masked", "mask_ratio"
+        )
         require(self.mask_ratio < 1, "must be less than 1, or no patch is visible", "mask_ratio")
 
 
@@ -43,6 +49,23 @@ class MAEOptions(MaskOptions, DecoderOptions):
 
     norm_pix_loss: bool = result(False)
     """Reconstruct pixels normalised by the mean and standard deviation of each patch."""
+    reconstruction_weight: float = result(1.0)
+    """Weight of the reconstruction in the loss; 0 leaves it out, and the decoder where no term uses it."""
+    reconstruct_block: float = shape(0.0)
+    """Encoder block whose output, normalised, is decoded: its number from 1, or between 0 and 1 a share of the blocks,
+    rounded down. 0: the encoder's output."""
+
+    @property
+    def _reconstructs(self) -> bool:
+        return self.reconstruction_weight > 0
+
+    def _check(self) -> None:
+        super()._check()
+        self._at_least(0, "reconstruction_weight", "reconstruct_block")
+        whole = self.reconstruct_block < 1 or self.reconstruct_block == int(self.reconstruct_block)
+        require(
+            whole, f"must be a block's number or less than 1, found {self.reconstruct_block:g}", "reconstruct_block"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +78,12 @@ class CrossMAEOptions(MAEOptions):
     def _check(self) -> None:
         super()._check()
         self._between(0, 1, "predict_ratio")
+        require(
+            self.reconstruction_weight > 0,
+            "this decoder has no other use: must be more than 0",
+            "reconstruction_weight",
+        )
+        require(self.reconstruct_block == 0, "this decoder reads the output of every block", "reconstruct_block")
 
 
 @dataclass(frozen=True, kw_only=True)

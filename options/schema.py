@@ -169,17 +169,24 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 @functools.cache
-def compose(own: Any, base: Any, unused: tuple[tuple[str, str, Any], ...] = ()) -> Any:
+def compose(
+    own: Any,
+    base: Any,
+    unused: tuple[tuple[str, str, Any], ...] = (),
+    term_options: tuple[tuple[str, type], ...] = (),
+) -> Any:
     """Return a dataclass with the options of `own` and of `base`, both subclasses of `Options`.
 
     `unused` are options that it does not have, each as (name, message, default): the default is ignored, so that a
-    list of all options can be read, and any other value is refused with the message.
+    list of all options can be read, and any other value is refused with the message. `term_options` are the names of
+    the loss terms with the dataclasses of their options.
     """
     members = {
         "__doc__": base.__doc__,
         "__module__": __name__,
         "FOREIGN": {**base.FOREIGN, **{name: message for name, message, _ in unused}},
         "UNUSED": {name: default for name, _, default in unused},
+        "TERM_OPTIONS": dict(term_options),
     }
     return dataclass(frozen=True, kw_only=True)(type(f"{own.__name__}Of{base.__name__}", (own, base), members))
 
@@ -558,14 +565,36 @@ def _make_parser(schema: Any, term_options: Mapping[str, type]) -> _Parser:
         group = parser.add_argument_group(title)
         for field in fields:
             _add_flag(group, schema, field, field.name, _aliases(schema))
+    same, _ = _repeated(term_options)
     for term, options in term_options.items():
-        group = parser.add_argument_group(f"Term {term} (if the method or a recipe uses it)")
+        title = f"Term {term} (if the method or a recipe uses it)"
+        group = parser.add_argument_group(title, f"The options of term {same[term]}." if term in same else None)
         for field in dataclasses.fields(options):
-            _add_flag(group, options, field, f"terms.{term}.{field.name}", _aliases(schema))
+            _add_flag(group, options, field, f"terms.{term}.{field.name}", _aliases(schema), hidden=term in same)
     return parser
 
 
-def _add_flag(group: Any, schema: Any, field: dataclasses.Field[Any], name: str, aliases: Mapping[str, str]) -> None:
+def _repeated(term_options: Mapping[str, type]) -> tuple[dict[str, str], dict[str, type]]:
+    """Return the terms that have the options of an earlier term, with its name, and the options of the others."""
+    first: dict[str, type] = {}
+    same = {}
+    for term, options in term_options.items():
+        earlier = next((other for other, theirs in first.items() if theirs is options), None)
+        if earlier is None:
+            first[term] = options
+        else:
+            same[term] = earlier
+    return same, first
+
+
+def _add_flag(
+    group: Any,
+    schema: Any,
+    field: dataclasses.Field[Any],
+    name: str,
+    aliases: Mapping[str, str],
+    hidden: bool = False,
+) -> None:
     expected = field_types(schema)[field.name]
     others = [alias for alias, meant in aliases.items() if meant == name]
     flags = [f"-{alias}" for alias in others if len(alias) == 1]
@@ -581,7 +610,7 @@ def _add_flag(group: Any, schema: Any, field: dataclasses.Field[Any], name: str,
         nargs={bool: "?", tuple: "+"}.get(base),
         const="true",
         metavar=metavar,
-        help=text.replace("%", "%%").replace("`", "'").strip(),
+        help=argparse.SUPPRESS if hidden else text.replace("%", "%%").replace("`", "'").strip(),
     )
     if expected is bool:
         group.add_argument(f"--no_{name}", dest=name, action=_Collect, nargs=0, const="false", help=argparse.SUPPRESS)
@@ -607,12 +636,14 @@ def option_table(schema: Any, term_options: Mapping[str, type] | None = None, be
     known = [(field.name, default_of(field)) for field in theirs]
     own = [field for fields in _sections(schema).values() for field in fields]
     listed = [("", schema, field) for field in own if (field.name, default_of(field)) not in known]
-    for term, options in (term_options or {}).items():
+    same, first = _repeated(term_options or {})
+    for term, options in first.items():
         listed += [(f"terms.{term}.", options, field) for field in dataclasses.fields(options)]
     rows = ["| option | default | kind | meaning |", "|---|---|---|---|"]
     for prefix, owner, field in listed:
         cells = [f"`{prefix}{field.name}`", _default_text(field), _kind(field), documentation(owner)[field.name]]
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    rows += [f"| `terms.{term}.*` | | | The options of `terms.{other}`. |" for term, other in same.items()]
     return "\n".join(rows) + "\n"
 
 
@@ -655,19 +686,25 @@ def differences(schema: type, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     Options of terms are of kind result. A term that only one side has is a single difference of kind shape, with None
     for the other side.
     """
+    term_options: Mapping[str, type] = getattr(schema, "TERM_OPTIONS", {})
     found = []
     for field in dataclasses.fields(schema):
         before, after = (_plain(values.get(field.name, default_of(field))) for values in (old, new))
         if field.name == "terms":
             for term in dict.fromkeys([*before, *after]):
-                found += _term_differences(f"terms.{term}", before.get(term), after.get(term))
+                options = dataclasses.fields(term_options[term]) if term in term_options else ()
+                defaults = {option.name: default_of(option) for option in options}
+                found += _term_differences(f"terms.{term}", before.get(term), after.get(term), defaults)
         elif _kind(field) != "machine" and before != after:
             found.append(Difference(field.name, before, after, _kind(field)))
     return found
 
 
-def _term_differences(name: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -> list[Difference]:
+def _term_differences(
+    name: str, old: dict[str, Any] | None, new: dict[str, Any] | None, defaults: Mapping[str, Any]
+) -> list[Difference]:
     if old is None or new is None:
         return [] if old == new else [Difference(name, old, new, "shape")]
+    old, new = _plain({**defaults, **old}), _plain({**defaults, **new})
     changed = [option for option in dict.fromkeys([*old, *new]) if old.get(option) != new.get(option)]
     return [Difference(f"{name}.{option}", old.get(option), new.get(option), "result") for option in changed]

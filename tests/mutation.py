@@ -44,7 +44,7 @@ TESTS: dict[str, str] = {
     "models_cross_mae": "test_models_cross_mae",
     "models_sup_mae": "test_models_sup_mae",
     "models_u_mae": "test_models_u_mae",
-    "models_dmae": "test_models_dmae",
+    "models_teacher": "test_models_teacher",
     "models_moco_v3": "test_models_moco_v3 test_contract",
     "models_dino": "test_models_dino test_contract",
     "models_maskfeat": "test_models_maskfeat test_contract test_methods",

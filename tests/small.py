@@ -71,7 +71,8 @@ def small(method, **changes):
     terms = dict(changes.pop("terms", {}))
     for name in METHODS[method].terms:
         if name in ("teacher", "label") and terms.get(name, {}) is not None:
-            own = {"checkpoint": teacher_checkpoint()} if name == "teacher" else {"hidden": 64}
+            heads = 4 if method == "tiny_mim" else 3  # whose heads are the student's additional block's too
+            own = {"checkpoint": teacher_checkpoint(heads)} if name == "teacher" else {"hidden": 64}
             terms[name] = own | terms.get(name, {})
     torch.manual_seed(0)
     return build(method, **(sizes(method) | changes), terms=terms)
@@ -89,11 +90,11 @@ def write_checkpoint(path, model, options):
 
 
 @functools.cache
-def teacher_checkpoint():
+def teacher_checkpoint(num_heads=3):
     """The path of a checkpoint of a larger MAE, as a run of ours would write it."""
     torch.manual_seed(1)
-    path = Path(scratch.name) / "teacher.pth"
-    return write_checkpoint(path, build("mae", **TEACHER), {"method": "mae"} | TEACHER)
+    path, sizes = Path(scratch.name) / f"teacher{num_heads}.pth", TEACHER | {"num_heads": num_heads}
+    return write_checkpoint(path, build("mae", **sizes), {"method": "mae"} | sizes)
 
 
 @functools.cache

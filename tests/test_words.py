@@ -46,7 +46,6 @@ ALLOWED: dict[str, int] = {
     "engine_finetune.py": 17,
     "engine_segment.py": 21,
     "models_classifier.py": 18,
-    "models_dmae.py": 16,
     "models_mae.py": 16,
     "models_nor_mae.py": 21,
     "models_upernet.py": 16,

@@ -2,13 +2,16 @@
 
 import argparse
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from methods import build, from_checkpoint, from_options
-from models_dmae import TeacherOptions, TeacherTerm, encoder_weights, settled, tapped
+from models_mae import block_number
+from models_teacher import TeacherTerm, encoder_weights, resolved
 from models_vit import digest_of, take
+from options.teacher import TeacherOptions
 from tests.runs import Training, assert_same_end, finish
 from tests.small import SMALL, TEACHER, batch, options_of, small, teacher_checkpoint, write_checkpoint
 
@@ -55,11 +58,12 @@ def test_it_is_zero_for_an_equal_teacher(tmp_path):
 
 
 def test_the_blocks_that_are_compared():
-    assert (tapped(0, 12), tapped(0, 24), tapped(0, 1), tapped(5, 12)) == (9, 18, 1, 5)
+    assert [block_number("", 0.75, depth) for depth in (12, 24, 4, 1)] == [9, 18, 3, 1]
+    assert [block_number("", block, 12) for block in (5, 1, -1, 0.5, 0.67, 0.01)] == [5, 1, 12, 6, 8, 1]
     model = small("dmae")
-    assert model.taps == (0,) and len(teacher_of(model).blocks) == 3, "no block after the one that is looked at"
+    assert model.taps == (0,) and len(teacher_of(model).encoder.blocks) == 3, "no block after the one that is looked at"
     other = small("dmae", terms={"teacher": {"student_block": 2, "teacher_block": 4}})
-    assert other.taps == (1,) and len(teacher_of(other).blocks) == 4
+    assert other.taps == (1,) and len(teacher_of(other).encoder.blocks) == 4
 
 
 def test_a_hidden_patch_is_hidden_from_the_teacher_too():
@@ -67,10 +71,10 @@ def test_a_hidden_patch_is_hidden_from_the_teacher_too():
     images, _, noise = batch(model)
     view = model.observe(images, noise=noise)
     term = model.terms["teacher"]
-    before = term.teacher_tokens(view)
+    before = term.teacher_tokens(model, replace(view, shared={}))
     hidden = view.mask.reshape(4, 1, 4, 5).repeat_interleave(4, 2).repeat_interleave(4, 3) > 0
     view.images = torch.where(hidden, torch.randn_like(images), images)
-    assert torch.equal(term.teacher_tokens(view), before) and before.shape == (4, 6, 24)
+    assert torch.equal(term.teacher_tokens(model, replace(view, shared={})), before) and before.shape == (4, 6, 24)
 
 
 # ---- the teacher is no part of the model ----------------------------------------------------------------------------
@@ -79,7 +83,7 @@ def test_a_hidden_patch_is_hidden_from_the_teacher_too():
 def test_the_teacher_is_frozen_and_in_no_state():
     model = small("dmae").train()
     teacher = teacher_of(model)
-    assert not teacher.training and not any(block.training for block in teacher.blocks)
+    assert not teacher.training and not any(block.training for block in teacher.encoder.blocks)
     assert [name for name in model.state_dict() if name.startswith("terms.")] == [
         "terms.teacher.head.weight",
         "terms.teacher.head.bias",
@@ -106,7 +110,7 @@ def test_the_teacher_goes_where_the_model_goes():
 def test_another_image_size_is_the_teachers_too():
     model = small("dmae")
     model.set_input_size(32)
-    assert teacher_of(model).patch_embed.grid_size == (8, 8)
+    assert teacher_of(model).encoder.patch_embed.grid_size == (8, 8)
     assert not any(p.requires_grad for p in teacher_of(model).parameters())
 
 
@@ -141,10 +145,10 @@ def test_a_released_checkpoint_teaches(tmp_path):
 def test_the_sizes_that_only_a_name_tells():
     weights = encoder_weights(dict(its_model().state_dict()), "")
     wide = weights | {"cls_token": torch.zeros(1, 1, 192)}
-    assert settled(TeacherOptions(), wide, {}).num_heads == 12, "of the size with those channels"
-    assert settled(TeacherOptions(num_heads=3), wide, {}).num_heads == 3
-    assert settled(TeacherOptions(), wide, {"model": "mae_vit_small_patch16", "num_heads": 0}).num_heads == 6
-    assert settled(TeacherOptions(), wide, {"model": "mae_vit_tiny_patch16", "num_heads": 4}).num_heads == 4
+    assert resolved(TeacherOptions(), wide, {}).num_heads == 12, "of the size with those channels"
+    assert resolved(TeacherOptions(num_heads=3), wide, {}).num_heads == 3
+    assert resolved(TeacherOptions(), wide, {"model": "mae_vit_small_patch16", "num_heads": 0}).num_heads == 6
+    assert resolved(TeacherOptions(), wide, {"model": "mae_vit_tiny_patch16", "num_heads": 4}).num_heads == 4
 
 
 def test_weights_are_known_by_their_digest():
@@ -158,7 +162,7 @@ def test_a_teacher_of_another_grid_has_its_positions_resampled(tmp_path):
     options = TEACHER | {"input_size": (32, 16)}
     path = write_checkpoint(tmp_path / "tall.pth", build("mae", **options), {"method": "mae"} | options)
     model = small("dmae", terms={"teacher": {"checkpoint": path}})
-    assert teacher_of(model).pos_embed.shape == (1, 21, 24)
+    assert teacher_of(model).encoder.pos_embed.shape == (1, 21, 24)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +173,10 @@ def test_a_teacher_of_another_grid_has_its_positions_resampled(tmp_path):
         ({"embed_dim": 32}, "embed_dim is 32, and the teacher in checkpoint .* has 24"),
         ({"num_heads": 2}, "num_heads is 2, and the teacher in checkpoint .* has 3"),
         ({"digest": "beef"}, "digest is beef, and the teacher"),
-        ({"student_block": 3}, "student_block is 3; the student has 2 blocks"),
-        ({"teacher_block": 5}, "teacher_block is 5; the teacher has 4 blocks"),
-        ({"student_block": -1}, "student_block is -1"),
+        ({"student_block": 3}, "student_block is 3, but there are 2 blocks"),
+        ({"teacher_block": 5}, "teacher_block is 5, but there are 4 blocks"),
+        ({"student_block": -2}, "student_block is -2; it can be"),
+        ({"teacher_block": 1.5}, "teacher_block is 1.5; it can be"),
         ({"weight": float("nan")}, "weight is nan"),
     ],
 )
@@ -180,18 +185,14 @@ def test_what_cannot_teach_is_refused(options, answer):
         small("dmae", terms={"teacher": options})
 
 
-@pytest.mark.parametrize("changes", [{"model": "mae_vit_tiny_patch2"}, {"in_chans": 1}])
-def test_a_teacher_of_other_patches_is_refused(changes):
-    with pytest.raises(ValueError, match="cannot teach this model: .*patch_embed.proj.weight"):
-        small("dmae", **changes)
-
-
 def test_other_files_and_encoders_are_refused(tmp_path):
     path = tmp_path / "blocks.pth"
     torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3, 1)}, path)
-    with pytest.raises(ValueError, match="holds no encoder that can teach: without cls_token, pos_embed, patch_embed"):
+    with pytest.raises(
+        ValueError, match="does not contain a plain vision transformer: it lacks cls_token, pos_embed, patch_embed"
+    ):
         small("dmae", terms={"teacher": {"checkpoint": str(path)}})
-    with pytest.raises(ValueError, match="needs an encoder of visible patches alone"):
+    with pytest.raises(ValueError, match="need an encoder that gets only the visible patches"):
         small("simmim", terms={"teacher": {"checkpoint": teacher_checkpoint()}})
     with pytest.raises(ValueError, match="channels are not known"):
         from_options({"method": "dmae", "terms": {"teacher": {}}} | SMALL)

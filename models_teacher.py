@@ -1,0 +1,696 @@
+"""Teacher terms: the student imitates what a frozen, trained encoder computes of the same image.
+
+A `TeacherTerm` compares a tap of the student with a tap of the teacher: tokens (a block's output, the features, a
+decoder block's output) or, per attention head, matrices of tokens by tokens (attention logits, relations of queries,
+keys or values). Methods of several papers are choices of its options, see `methods.METHODS`:
+
+DMAE: Bai et al., "Masked Autoencoders Enable Efficient Knowledge Distillers", CVPR 2023. MAE-Lite and D2-MAE: Wang et
+al., "A Closer Look at Self-Supervised Lightweight Vision Transformers", ICML 2023, and its successor. TinyMIM: Ren et
+al., CVPR 2023. G2SD: Huang et al., "Generic-to-Specific Distillation of Masked Autoencoders", CVPR 2023. AMD: Zhao et
+al., "Asymmetric Masked Distillation for Pre-Training Small Foundation Models", CVPR 2024. Proteus: Zhang et al.,
+"Accessing Vision Foundation Models via ImageNet-1K", ICLR 2025.
+
+The teacher is used in training only: it is in no checkpoint, and a trained model is loaded without it.
+
+N images   L patches   V visible patches   S tokens, class token included   D student channels   T teacher channels
+H attention heads
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from models_mae import DECODERS, MaskedAutoencoderViT, MaskedImageModel, Masking, Term, View, block_number
+from models_vit import (
+    ENCODER_INPUT,
+    SIZES,
+    Block,
+    FrozenNetwork,
+    Reader,
+    VisionTransformer,
+    at_least_float32,
+    digest_of,
+    initialize,
+    load_matching,
+    parse_name,
+    patch_grid,
+    require_plain_encoder,
+    take,
+    without_autocast,
+)
+from options.mae import MAEOptions
+from options.teacher import RELATIONS, TeacherOptions
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
+
+IMAGENET: Normalization = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+PAIRS = {"attention": (0, 1), "queries": (0, 0), "keys": (1, 1), "values": (2, 2)}
+"""Which two of queries, keys and values are multiplied."""
+
+EXTRA_PAIRS = {"attention": (0, 1), "queries": (0, 0), "keys": (0, 0), "values": (0, 0)}
+"""The same for an extra block, which has only what is multiplied."""
+
+
+# ---- comparing ------------------------------------------------------------------------------------------------------
+
+
+def relation(x: Tensor, parts: int, pair: tuple[int, int], heads: int) -> Tensor:
+    """Return A B^T / sqrt(d) of each head, `[N, H, S, S]`, float32 at least.
+
+    Args:
+        x: Matrices side by side, such as queries, keys and values: `[N, S, parts * channels]`.
+        parts: Number of these matrices.
+        pair: Which of them are A and B.
+        heads: H.
+    """
+    by_part = at_least_float32(x).unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+    a, b = by_part[pair[0]], by_part[pair[1]]
+    with without_autocast(x):
+        return (a * a.shape[-1] ** -0.5) @ b.transpose(-2, -1)
+
+
+def normalized(x: Tensor, how: str, temperature: float = 1.0) -> Tensor:
+    """Normalise along the last axis; `how` is an option `normalize`. A softmax is returned as its logarithm."""
+    if how == "l2":
+        return F.normalize(x, dim=-1)
+    if how == "layer_norm":
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return F.log_softmax(x / temperature, dim=-1) if how == "softmax" else x
+
+
+def compare(student: Tensor, teacher: Tensor, options: TeacherOptions) -> Tensor:
+    """Return the mean distance of tokens, or of rows of attention, after normalisation; in float32 at least."""
+    with without_autocast(student):
+        teacher = normalized(at_least_float32(teacher), options.normalize, options.temperature)
+        student = at_least_float32(student)
+        if options.normalize_only == "both":
+            student = normalized(student, options.normalize, options.temperature)
+        if options.distance == "kl":
+            return (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
+        if options.normalize == "softmax":
+            teacher = teacher.exp()
+            student = student.exp() if options.normalize_only == "both" else student
+        if options.distance == "cosine":
+            return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+        if options.distance == "smooth_l1":
+            return F.smooth_l1_loss(student, teacher, beta=options.beta)
+        return F.l1_loss(student, teacher) if options.distance == "l1" else F.mse_loss(student, teacher)
+
+
+# ---- the teacher ----------------------------------------------------------------------------------------------------
+
+
+def encoder_weights(weights: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Return the weights of a plain encoder that its blocks' outputs depend on.
+
+    Raises:
+        ValueError: If the checkpoint does not contain a plain encoder.
+    """
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise ValueError(
+            f"checkpoint {path} does not contain a plain vision transformer: it lacks {', '.join(missing)}. For "
+            "another encoder of timm's give --terms.teacher.model NAME"
+        )
+    require_plain_encoder(weights, where=f"the weights in checkpoint {path}")
+    return {name: weights[name] for name in weights if name.startswith(("blocks.", "patch_embed.", *needed[:2]))}
+
+
+def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_with: Mapping[str, Any]) -> TeacherOptions:
+    """Return the options with sizes and digest of a plain teacher.
+
+    Args:
+        options: As configured.
+        weights: See `encoder_weights`.
+        trained_with: The options of the teacher's run; empty where they are not known.
+
+    Raises:
+        ValueError: If an option says otherwise.
+    """
+    path = options.checkpoint
+    embed_dim = weights["cls_token"].shape[-1]
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    heads = {size.embed_dim: size.num_heads for size in SIZES.values()}.get(embed_dim, 0)
+    if "model" in trained_with:
+        named = [size.num_heads for name, size in SIZES.items() if f"_{name}_" in trained_with["model"]]
+        heads = trained_with.get("num_heads") or named[0]
+    elif options.num_heads:
+        heads = options.num_heads
+    if not heads:
+        raise ValueError(
+            f"checkpoint {path} does not tell the teacher's attention heads: give --terms.teacher.num_heads"
+        )
+    return _agreed(options, embed_dim=embed_dim, depth=depth, num_heads=heads, digest=digest_of(weights))
+
+
+def _agreed(options: TeacherOptions, **found: Any) -> TeacherOptions:
+    """Return the options with what was found. Raises ValueError where an option is set to something else."""
+    for name, value in found.items():
+        asked = getattr(options, name)
+        if asked and asked != value:
+            raise ValueError(f"{name} is {asked}, and the teacher in checkpoint {options.checkpoint} has {value}")
+    return replace(options, **found)
+
+
+def build_plain(
+    options: TeacherOptions,
+    weights: Mapping[str, Tensor],
+    trained_with: Mapping[str, Any],
+    grid: tuple[int, int],
+    decoder: bool,
+) -> VisionTransformer:
+    """Build a plain teacher, with its decoder if that is compared, for images of `grid` patches; load its weights."""
+    patch_size = weights["patch_embed.proj.weight"].shape[-1]
+    sizes: dict[str, Any] = {
+        "img_size": (grid[0] * patch_size, grid[1] * patch_size),
+        "patch_size": patch_size,
+        "in_chans": weights["patch_embed.proj.weight"].shape[1],
+        "embed_dim": options.embed_dim,
+        "depth": options.depth,
+        "num_heads": options.num_heads,
+        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / options.embed_dim,
+    }
+    if decoder:
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("decoder_blocks."))
+        width, heads = options.decoder_embed_dim, options.decoder_num_heads
+        own = MAEOptions(decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads)
+        teacher: VisionTransformer = MaskedAutoencoderViT(**sizes, options=own)
+    else:
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
+        teacher = VisionTransformer(
+            **sizes, num_classes=0, global_pool="token", weight_init="skip", norm_layer=norm_layer
+        )
+    old_grid = None
+    if "input_size" in trained_with:
+        old_grid = patch_grid(tuple(trained_with["input_size"]), patch_size)
+    known = teacher.state_dict()
+    load_matching(teacher, {name: weights[name] for name in weights if name in known}, grid=old_grid)
+    return teacher
+
+
+def build_timm(options: TeacherOptions, weights: Mapping[str, Tensor], grid: tuple[int, int]) -> Any:
+    """Build the teacher that timm knows as `options.model`, for images of `grid` patches, and load its weights."""
+    teacher = timm_model(options.model)
+    patch_size = teacher.patch_embed.patch_size
+    if hasattr(teacher, "set_input_size"):
+        teacher.set_input_size((grid[0] * patch_size[0], grid[1] * patch_size[1]))
+    convert = getattr(sys.modules[type(teacher).__module__], "checkpoint_filter_fn", None)
+    fitting = convert(dict(weights), teacher) if convert else dict(weights)
+    missing, unexpected = teacher.load_state_dict(fitting, strict=False)
+    strange = [name for name in unexpected if not name.startswith(("head", "fc_norm", "mask_token", "decoder"))]
+    if missing or strange:
+        parts = [f"lacks {', '.join(missing[:4])}"] if missing else []
+        parts += [f"also has {', '.join(strange[:4])}"] if strange else []
+        raise ValueError(f"these are not the weights of timm's {options.model}: the file {' and '.join(parts)}")
+    return teacher
+
+
+def timm_model(name: str) -> Any:
+    """Create timm's model without weights and classification head.
+
+    Raises:
+        ValueError: If timm does not have it, or it is not a vision transformer with a class token.
+    """
+    if not timm.is_model(name):
+        raise ValueError(
+            f"model is {name!r}, which timm {timm.__version__} does not have; see timm.list_models('*vit*')"
+        )
+    # The position table of registers and class token stays as the configuration has it, so that the file's fits.
+    made = timm.create_model(name, pretrained=False, num_classes=0)
+    if not isinstance(made, VisionTransformer | Eva):
+        raise ValueError(f"model is {name!r}, which is a {type(made).__name__}; a teacher is a vision transformer")
+    if made.cls_token is None:
+        raise ValueError(f"model is {name!r}, which has no class token")
+    if getattr(made, "rope_mixed", False):
+        raise ValueError(f"model is {name!r}, whose rotary positions differ between blocks: not supported")
+    return made
+
+
+class Teacher(nn.Module):
+    """A frozen encoder that returns the taps that are wanted, computed no deeper than needed.
+
+    Args:
+        encoder: timm's VisionTransformer or Eva, or a masked autoencoder where its decoder is compared.
+        normalization: The teacher's; None: the student's.
+    """
+
+    def __init__(self, encoder: Any, normalization: Normalization | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.normalization = normalization
+        self.in_chans: Any = self.encoder.patch_embed.proj.in_channels
+        self.prefix: Any = self.encoder.num_prefix_tokens
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+
+    def learn_normalization(self, student: Normalization) -> None:
+        """Store the affine map from the student's normalised images to the teacher's; None where they are the same."""
+        self.scale = self.shift = None
+        if self.normalization in (None, student):
+            return
+        assert self.normalization is not None
+        (mean, std), (own_mean, own_std) = student, self.normalization
+        if len(mean) not in (1, self.in_chans) or len(own_mean) != self.in_chans:
+            raise ValueError(
+                f"the images are normalised for {len(mean)} channels, and the teacher for {len(own_mean)} of "
+                f"{self.in_chans}: give --terms.teacher.mean and --terms.teacher.std with {self.in_chans} numbers"
+            )
+        ours, theirs = (torch.tensor(pair, dtype=torch.float64) for pair in ((mean, std), (own_mean, own_std)))
+        device = self.encoder.cls_token.device
+        self.scale = (ours[1] / theirs[1])[:, None, None].float().to(device)
+        self.shift = ((ours[0] - theirs[0]) / theirs[1])[:, None, None].float().to(device)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resample the positions for images of `grid` patches."""
+        if self.encoder.patch_embed.grid_size != grid:
+            rows, columns = self.encoder.patch_embed.patch_size
+            self.encoder.set_input_size((grid[0] * rows, grid[1] * columns))
+            self.requires_grad_(False)
+
+    def keep_only(self, taps: set[tuple[str, int]]) -> None:
+        """Remove layers that no tap `(kind, block)` depends on."""
+        if not any(kind == "decoder" for kind, _ in taps):
+            deepest = max(len(self.encoder.blocks) if kind == "features" else block for kind, block in taps)
+            self.encoder.blocks = self.encoder.blocks[:deepest]
+            if not any(kind == "features" for kind, _ in taps):
+                self.encoder.norm = nn.Identity()
+        elif decoded := sorted(block - 1 for kind, block in taps if kind == "decoder"):
+            self.encoder.decoder_hidden = tuple(decoded)
+            self.encoder.decoder_blocks = self.encoder.decoder_blocks[: decoded[-1] + 1]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Convert the student's images to the channels, normalisation and size that the teacher expects."""
+        if images.shape[1] == 1 and self.in_chans != 1:
+            images = images.expand(-1, self.in_chans, -1, -1)
+        if self.scale is not None and self.shift is not None:
+            images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
+        size = self.encoder.patch_embed.img_size
+        if tuple(images.shape[-2:]) != tuple(size):
+            images = F.interpolate(at_least_float32(images), size, mode="bicubic", antialias=True)
+        return images
+
+    def embed(self, images: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens `[N, prefix + patches, T]` of the patches `ids` (None: all) and their rotary positions."""
+        embedded = self.encoder._pos_embed(self.encoder.patch_embed(self.prepare(images)))
+        x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+        if ids is not None:
+            x = torch.cat([x[:, : self.prefix], take(x[:, self.prefix :], ids)], dim=1)
+            if rope is not None:
+                rope = rope[ids][:, None]  # one table for all heads
+        return self.encoder.norm_pre(x), rope
+
+    def queries_keys_values(self, block: Any, x: Tensor) -> Tensor:
+        """Return what the block's attention multiplies, `[N, S, 3 T]`, before the division by sqrt(d)."""
+        qkv = block.attn.qkv(block.norm1(x))
+        if isinstance(block.attn.q_norm, nn.Identity):
+            return qkv
+        q, k, v = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
+        return torch.stack([block.attn.q_norm(q), block.attn.k_norm(k), v], dim=2).flatten(2)
+
+    @torch.no_grad()
+    def forward(
+        self, images: Tensor, masking: Masking, ids: Tensor | None, taps: tuple[tuple[str, int], ...]
+    ) -> dict[str, Tensor]:
+        """Return each tap `(kind, block)` by the name `kind block`: tokens `[N, 1 + patches, T]`, or queries, keys and
+        values `[N, 1 + patches, 3 T]`. The class token is first; registers are left out.
+
+        Args:
+            images: The student's, normalised for it.
+            masking: The student's.
+            ids: The patches that the teacher gets, in this order; None: all, row by row.
+        """
+        found: dict[str, Tensor] = {}
+        x, rope = self.embed(images, ids)
+        outputs = {block for kind, block in taps if kind == "block"}
+        attended = {block for kind, block in taps if kind in RELATIONS}
+        to_the_top = any(kind in ("features", "decoder") for kind, _ in taps)
+        depth = len(self.encoder.blocks) if to_the_top else max(outputs | attended)
+        for number, block in enumerate(self.encoder.blocks[:depth], start=1):
+            if number in attended:
+                found[f"qkv {number}"] = self.queries_keys_values(block, x)
+            if number == depth and not to_the_top and number not in outputs:
+                break
+            x = block(x) if rope is None else block(x, rope=rope)
+            if number in outputs:
+                found[f"block {number}"] = x
+        if to_the_top:
+            x = self.encoder.norm(x)
+        if any(kind == "features" for kind, _ in taps):
+            found["features 0"] = x
+        if any(kind == "decoder" for kind, _ in taps):
+            _, hidden = self.encoder.decode_blocks(x, masking, {})
+            found |= {f"decoder {block + 1}": value for block, value in hidden.items()}
+        if self.prefix > 1:
+            found = {name: torch.cat([x[:, :1], x[:, self.prefix :]], dim=1) for name, x in found.items()}
+        return found
+
+
+# ---- the student's side ---------------------------------------------------------------------------------------------
+
+
+class Generator(nn.Module):
+    """AMD's generator: predict the teacher's tokens of patches that the student does not get.
+
+    A few blocks get the student's tokens and, for each further patch, a learned token with the patch's position.
+    """
+
+    def __init__(self, channels: int, heads: int, depth: int, out_channels: int) -> None:
+        super().__init__()
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, channels))
+        self.blocks = nn.Sequential(
+            *(Block(channels, heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth))
+        )
+        self.norm = norm_layer(channels)
+        self.head = nn.Linear(channels, out_channels)
+        self.apply(initialize)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return `[N, K, T]` for the positions `[N, K, D]` of K patches, from the student's tokens `[N, S, D]`."""
+        extra = self.mask_token + positions
+        x = self.blocks(torch.cat([x, extra.to(x.dtype)], dim=1))
+        return self.head(self.norm(x[:, -positions.shape[1] :]))
+
+
+class TeacherTerm(Term):
+    """The distance between a tap of the student, through an adaptor, and a tap of a frozen teacher."""
+
+    name: ClassVar[str] = "teacher"
+    Options: ClassVar[type] = TeacherOptions
+    options: TeacherOptions
+    head: nn.Module
+    own_teacher: ClassVar[bool] = True
+    """Whether the term needs a checkpoint of its own; otherwise it may use that of the term `teacher`."""
+
+    def __init__(self, options: TeacherOptions) -> None:
+        super().__init__(options)
+        self.reads_features = options.student_tap == "features" or options.extra_block
+        self.reads_decoder = options.student_tap == "decoder"
+        self.noise_rows = int(options.masked_pass > 0)
+        self.images_normalized: Normalization | None = None
+        self.teacher = FrozenNetwork()
+        self.wanted: dict[str, tuple[tuple[str, int], ...]] = {}  # by `input_name`, of all terms that use this teacher
+        self._weights: dict[str, Tensor] = {}
+        self._trained_with: Mapping[str, Any] = {}
+        self._holder: tuple[TeacherTerm, ...] = ()  # in a tuple, so that it is not a submodule
+        self._holder_name = ""
+
+    # ---- building
+
+    def settle(self, read: Reader) -> None:
+        if not self.options.checkpoint:
+            if self.own_teacher:
+                raise ValueError("no teacher is given: --terms.teacher.checkpoint FILE")
+            return
+        weights, self._trained_with = read(self.options.checkpoint)
+        if self.options.model:
+            with torch.device("meta"):
+                made = timm_model(self.options.model)
+            heads = made.blocks[0].attn.num_heads
+            found = {"embed_dim": made.embed_dim, "depth": len(made.blocks), "num_heads": heads}
+            self.options = _agreed(self.options, **found, digest=digest_of(weights))
+            self._weights = dict(weights)
+            return
+        plain = encoder_weights(weights, self.options.checkpoint)
+        self.options = resolved(self.options, plain, self._trained_with)
+        parts = ("norm.", "decoder", "mask_token")
+        self._weights = plain | {name: weights[name] for name in weights if name.startswith(parts)}
+        if self.options.teacher_tap == "decoder":
+            self.options = self._with_decoder()
+
+    def _with_decoder(self) -> TeacherOptions:
+        path = self.options.checkpoint
+        if "decoder_embed.weight" not in self._weights:
+            raise ValueError(
+                f"checkpoint {path} has no decoder, which teacher_tap 'decoder' needs: use MAE's full file"
+            )
+        width = self._weights["decoder_embed.weight"].shape[0]
+        heads = self.options.decoder_num_heads
+        if "model" in self._trained_with:
+            size, _ = parse_name(self._trained_with["model"])
+            heads = self._trained_with.get("decoder_num_heads") or DECODERS[size][2]
+        return _agreed(self.options, decoder_embed_dim=width, decoder_num_heads=heads or width // 32)
+
+    def attach(self, model: MaskedImageModel) -> None:
+        options = self.options
+        holder = model.terms["teacher"] if "teacher" in model.terms else self
+        self._holder = (self if options.checkpoint or self.own_teacher else holder,)  # type: ignore[assignment]
+        self._holder_name = next(name for name, term in model.terms.items() if term is self._holder[0])
+        if self._holder[0] is not self:
+            theirs = self._holder[0].options
+            names = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_num_heads", "digest")
+            options = self.options = replace(options, **{name: getattr(theirs, name) for name in names})
+        if not options.embed_dim:
+            raise ValueError(
+                "the teacher's channels are not known: --terms.teacher.checkpoint FILE tells them (terms without a "
+                "checkpoint use the teacher of the term 'teacher', which must precede them)"
+            )
+        self._attach_taps(model)
+        self._attach_adaptor(model)
+
+    def _attach_taps(self, model: MaskedImageModel) -> None:
+        """Resolve the blocks that are compared, and tell the model and the teacher."""
+        options = self.options
+        self.student_block, self.teacher_block = 0, 0
+        if options.student_tap == "decoder":
+            blocks = getattr(model, "decoder_blocks", None)
+            if not isinstance(model, MaskedAutoencoderViT) or not isinstance(blocks[0], Block):  # type: ignore[index]
+                raise ValueError("student_tap 'decoder' needs a decoder of self-attention, as MAE's")
+            self.student_block = block_number("student_block", options.student_block or 0.75, len(blocks))  # type: ignore[arg-type]
+            self.decoder_hidden = (self.student_block - 1,)
+        elif options.student_tap == "block" or options.relates and not options.extra_block:
+            self.student_block = block_number("student_block", options.student_block or 0.75, len(model.blocks))
+            self.taps = (self.student_block - 1 - options.relates,)
+            assert min(self.taps) >= ENCODER_INPUT
+        depth = options.depth
+        if options.teacher_tap == "decoder" and self._holder[0]._weights:
+            names = self._holder[0]._weights
+            depth = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("decoder_blocks."))
+        if options.teacher_tap != "features":
+            self.teacher_block = block_number("teacher_block", options.teacher_block or 0.75, depth)
+        wanted, tap = self._holder[0].wanted, (options.teacher_tap, self.teacher_block)
+        wanted[self.input_name] = tuple(sorted({*wanted.get(self.input_name, ()), tap}))
+
+    def _attach_adaptor(self, model: MaskedImageModel) -> None:
+        """Create the layers between the student's tap and the comparison."""
+        options = self.options
+        student, teacher = model.embed_dim, options.embed_dim
+        if options.student_tap == "decoder":
+            student = model.decoder_embed.out_features  # type: ignore[union-attr, assignment]
+        if options.teacher_tap == "decoder":
+            teacher = options.decoder_embed_dim
+        if options.relates:
+            self._attach_heads(model)
+        elif options.adaptor == "none" and student != teacher:
+            raise ValueError(f"adaptor 'none' needs equal channels; the student has {student}, the teacher {teacher}")
+        elif options.adaptor == "linear":
+            self.head = nn.Linear(student, teacher)
+        elif options.adaptor == "norm_linear":
+            self.head = nn.Sequential(nn.LayerNorm(student), nn.Linear(student, teacher))
+        elif options.adaptor == "mlp":
+            layers = nn.Linear(student, teacher), nn.GELU(), nn.Linear(teacher, teacher)
+            self.head = nn.Sequential(*layers).apply(initialize)
+        elif options.adaptor == "generator":
+            heads: int = model.blocks[0].attn.num_heads  # type: ignore[union-attr, assignment]
+            self.head = Generator(student, heads, options.generator_depth, teacher)
+        if options.masked_pass:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, model.embed_dim))
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    def _attach_heads(self, model: MaskedImageModel) -> None:
+        options, channels = self.options, model.embed_dim
+        self.heads: int = model.blocks[0].attn.num_heads  # type: ignore[union-attr, assignment]
+        if options.extra_block:
+            if options.adaptor == "none":
+                self.heads = options.num_heads
+            if channels % self.heads:
+                raise ValueError(f"{self.heads} heads do not divide {channels} channels: use adaptor 'heads'")
+            self.qkv = nn.Linear(channels, (1 + max(EXTRA_PAIRS[options.student_tap])) * channels)
+            initialize(self.qkv)
+        if options.adaptor == "heads":
+            self.head = nn.Conv2d(self.heads, options.num_heads, kernel_size=1)
+        elif self.heads != options.num_heads:
+            raise ValueError(
+                f"the student has {self.heads} attention heads and the teacher {options.num_heads}: use "
+                "adaptor 'heads' or extra_block"
+            )
+
+    def learn_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.images_normalized = (tuple(mean), tuple(std))
+        if self.teacher.network is not None:
+            self.teacher.network.learn_normalization(self.images_normalized)
+
+    def normalization(self, channels: int) -> Normalization | None:
+        """Return what a teacher of images with so many channels expects; None: what the student does."""
+        if self.options.mean and self.options.std:
+            return self.options.mean, self.options.std
+        if self._trained_with:
+            known = self._trained_with
+            own = tuple(known.get("mean") or ()), tuple(known.get("std") or ())
+            return own if all(own) else None
+        if self.options.model:
+            cfg = timm.get_pretrained_cfg(self.options.model, allow_unregistered=False)
+            if cfg is not None:
+                return tuple(cfg.mean), tuple(cfg.std)
+        return IMAGENET if channels == 3 else None
+
+    def check(self, model: MaskedImageModel) -> None:
+        if not model.drops_hidden:
+            raise ValueError("teacher terms need an encoder that gets only the visible patches")
+        if self.options.teacher_input == "superset" and self._teacher_patches(model) <= model.num_visible:
+            raise ValueError(
+                f"teacher_mask_ratio {self.options.teacher_mask_ratio} gives the teacher "
+                f"{self._teacher_patches(model)} patches; with a superset it gets more than the student's "
+                f"{model.num_visible}"
+            )
+        if self.teacher.network is not None:
+            self.teacher.network.set_grid(model.grid)
+        elif self._weights:
+            self._build_teacher(model)
+
+    def _build_teacher(self, model: MaskedImageModel) -> None:
+        """Build the teacher as deep as the terms need it. Its layers draw no random numbers of the student's."""
+        taps = {tap for taps in self.wanted.values() for tap in taps}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                encoder: Any
+                if self.options.model:
+                    encoder = build_timm(self.options, self._weights, model.grid)
+                else:
+                    decoder = any(kind == "decoder" for kind, _ in taps)
+                    encoder = build_plain(self.options, self._weights, self._trained_with, model.grid, decoder)
+            if any(kind in RELATIONS for kind, _ in taps) and not isinstance(encoder.blocks[0], Block):
+                raise ValueError(
+                    "attention and relations can only be taken from timm's VisionTransformer, not rotary ones"
+                )
+            channels = encoder.patch_embed.proj.in_channels
+            if model.in_chans not in (1, channels):
+                raise ValueError(f"its images have {channels} channels and the student's {model.in_chans}")
+            teacher = Teacher(encoder, self.normalization(channels))
+            if self.images_normalized or model.in_chans == 3:
+                teacher.learn_normalization(self.images_normalized or IMAGENET)
+        except ValueError as problem:
+            raise ValueError(f"checkpoint {self.options.checkpoint} cannot teach this model: {problem}") from problem
+        teacher.keep_only(taps)
+        self.teacher.hold(teacher)
+        self._weights = {}
+
+    # ---- which tokens
+
+    @property
+    def input_name(self) -> str:
+        """Name of the teacher's input: terms with the same one share the teacher's forward pass."""
+        options = self.options
+        ratio = f" {options.teacher_mask_ratio:g}" if options.teacher_input == "superset" else ""
+        return options.teacher_input + ratio
+
+    def _teacher_patches(self, model: MaskedImageModel) -> int:
+        return int(model.num_patches * (1 - self.options.teacher_mask_ratio))
+
+    def teacher_tokens(self, model: MaskedImageModel, view: View) -> Tensor:
+        """Return the teacher's tap: tokens, or queries, keys and values, of the patches that the teacher gets."""
+        holder = self._holder[0]
+        teacher = holder.teacher.network
+        if teacher is None:
+            raise ValueError(
+                "this model was loaded for inspection, without its teacher: to train it, build it with methods.build"
+            )
+        key = f"{self._holder_name} {self.input_name}"
+        if key not in view.shared:
+            ids = None
+            if self.options.teacher_input == "visible":
+                ids = view.ids_keep
+            elif self.options.teacher_input == "superset":
+                ids = view.ids_restore.argsort(dim=1)[:, : self._teacher_patches(model)]
+            masking = Masking(view.ids_keep, view.ids_restore, view.mask)
+            view.shared[key] = teacher(view.images, masking, ids, holder.wanted[self.input_name])
+        kind = "qkv" if self.options.relates else self.options.teacher_tap
+        return view.shared[key][f"{kind} {self.teacher_block}"]
+
+    def student_tokens(self, model: MaskedImageModel, view: View) -> tuple[Tensor, Tensor]:
+        """Return the student's tap, and the patches of its tokens as ids `[N, patches]`; empty: all, row by row."""
+        options, everywhere = self.options, view.ids_keep.new_empty(0)
+        if options.masked_pass:
+            return self.masked_features(model, view), everywhere
+        if options.student_tap == "decoder":
+            return view.decoder_hidden[self.student_block - 1], everywhere
+        if options.student_tap == "block":
+            return view.taps[self.student_block - 1], view.ids_keep
+        if options.student_tap == "features":
+            return view.latent, view.ids_keep
+        if options.extra_block:
+            return self.qkv(view.latent), view.ids_keep
+        block: Any = model.blocks[self.student_block - 1]
+        return block.attn.qkv(block.norm1(view.taps[self.student_block - 2])), view.ids_keep
+
+    def masked_ids(self, model: MaskedImageModel, view: View) -> Tensor:
+        """Return the patches `[N, K]` that the further pass replaces."""
+        noise = view.noise[:, self.noise_row]
+        return noise.argsort(dim=1)[:, : max(1, int(self.options.masked_pass * model.num_patches))]
+
+    def masked_features(self, model: MaskedImageModel, view: View) -> Tensor:
+        """Encode all places, some of them replaced by the learned token: `[N, 1 + L, D]`."""
+        mask = torch.zeros_like(view.mask).scatter(1, self.masked_ids(model, view), 1.0)
+        blank = self.mask_token + model.pos_embed[:, 1:]
+        tokens = torch.where(mask[:, :, None] > 0, blank.to(view.tokens.dtype), view.tokens)
+        return model.encode_tokens(tokens)[0]
+
+    def paired(
+        self, model: MaskedImageModel, view: View, student: Tensor, ids: Tensor, teacher: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens of both that are compared, in the same order. `ids` are the student's patches."""
+        tokens = self.options.tokens
+        if tokens == "class":
+            return student[:, :1], teacher[:, :1]
+        V = view.ids_keep.shape[1]
+        student_everywhere = ids.numel() == 0
+        teacher_everywhere = self.options.teacher_tap == "decoder" or self.options.teacher_input == "full"
+        if tokens == "hidden":
+            wanted = self.masked_ids(model, view) if self.options.masked_pass else view.ids_restore.argsort(1)[:, V:]
+            return take(student, wanted + 1), take(teacher, wanted + 1)
+        if tokens == "all" and student_everywhere:
+            return student, teacher
+        first = 1 if tokens == "visible" else 0
+        wanted = F.pad(view.ids_keep + 1, (1, 0))[:, first:]  # 0 is the class token's place
+        student = take(student, wanted) if student_everywhere else student[:, first:]
+        return student, take(teacher, wanted) if teacher_everywhere else teacher[:, first : 1 + V]
+
+    def forward(self, model: MaskedImageModel, view: View) -> Tensor:
+        options = self.options
+        teacher = self.teacher_tokens(model, view)
+        student, ids = self.student_tokens(model, view)
+        if options.tokens == "extra":
+            V = view.ids_keep.shape[1]
+            extra = view.ids_restore.argsort(dim=1)[:, V : self._teacher_patches(model)]
+            positions = take(model.pos_embed[:, 1:].expand(len(extra), -1, -1), extra)
+            return compare(self.head(student, positions), teacher[:, 1 + V :], options)
+        student, teacher = self.paired(model, view, student, ids, teacher)
+        if options.relates:
+            pair = EXTRA_PAIRS[options.student_tap] if options.extra_block else PAIRS[options.student_tap]
+            parts = 1 + max(pair) if options.extra_block else 3
+            student = relation(student, parts, pair, self.heads)
+            teacher = relation(teacher, 3, PAIRS[options.teacher_tap], options.num_heads)
+        if options.adaptor != "none":
+            student = self.head(student)
+        return compare(student, teacher, options)
+
+
+class FurtherTeacherTerm(TeacherTerm):
+    """A second or third comparison, with the teacher of the term `teacher` or with another one."""
+
+    own_teacher: ClassVar[bool] = False
