@@ -27,7 +27,7 @@ from PIL import Image
 
 from data import scenes
 from data.depth import with_range
-from data.folders import contents_of, images_below
+from data.folders import contents_of, images_below, split_named, visible_folders
 from data.images import BadImage, Pair, blamed_on, orientation_of, read_stored
 from data.mask_files import IGNORE, MOST_LISTED, Coding, ignored_value, read_mask
 from data.sources import Names, Source, read_class_list
@@ -50,7 +50,6 @@ __all__ = ["IGNORE", "Coding", "ignored_value", "open_splits", "open_test", "rea
 log = logging.getLogger(__name__)
 
 ADE20K = Path(__file__).resolve().parent.parent / "configs" / "ade20k.txt"
-SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
 MASK_FOLDERS = ("masks", "annotations")
 WANTED = f"a folder images, and a folder {' or '.join(MASK_FOLDERS)}"
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".npy")
@@ -119,14 +118,23 @@ class _Folder:
     """Whether the options say which value is ignored."""
 
     def split(self, split: str) -> str:
-        """The folder of a split's images, below `images`; "" where there is none. Test images may have no masks: then
-        they judge nothing. ValueError for others without."""
-        for name in SPLITS[split]:
-            images, masks = (os.path.isdir(os.path.join(self.root, kind, name)) for kind in ("images", self.masks))
-            if images and masks:
-                return name
-            if images and split != "test":
-                raise ValueError(f"{self.root} has a folder images/{name}, and no {self.masks}/{name}")
+        """Return the folder of a split's images, below `images`, whatever its capitals; "" where there is none.
+
+        Test images may have no masks: then they evaluate nothing.
+
+        Raises:
+            ValueError: Other images have no masks, or two folders name the split.
+        """
+        inside = visible_folders(os.path.join(self.root, "images"))
+        names = [name for name in inside if split_named(name) == (split, True)]
+        if len(names) > 1:
+            both = ", ".join(f"images/{name}" for name in names)
+            raise ValueError(f"{self.root} has several folders of {split} images: {both}. Join or rename them")
+        if not names or os.path.isdir(os.path.join(self.root, self.masks, names[0])):
+            return names[0] if names else ""
+        if split != "test":
+            raise ValueError(f"{self.root} has a folder images/{names[0]}, and no {self.masks}/{names[0]}")
+        log.warning("the test images in %s/images/%s have no masks and are not used", self.root, names[0])
         return ""
 
     def open(self, inside: str) -> tuple[Source, Names]:
@@ -152,7 +160,7 @@ class _Folder:
         path = functools.partial(_path, self.root, image_names)
         source = Source(image_names, read, classes=self.names, selection=self.selection, path=path)
         first = not self.value_range
-        source = with_range(source, self.channels, self.value_range, report=first or inside in SPLITS["train"])
+        source = with_range(source, self.channels, self.value_range, report=first or split_named(inside)[0] == "train")
         self.value_range[:] = source.value_range
         log.info("data: %s: %d images with masks", os.path.join(self.root, "images", inside), len(source))
         return source, mask_names
@@ -437,7 +445,7 @@ def _is_scenes(options: SegmentOptions) -> bool:
 def _opened(folder: _Folder, inside: str, options: SegmentOptions, processes: Processes) -> Source:
     source, masks = folder.open(inside)
     if options.check_masks:
-        train = inside in ("", *SPLITS["train"]) and not options.eval
+        train = split_named(inside)[0] in ("", "train") and not options.eval
         pixels = _check(folder, source, masks, processes, options.num_workers, train)
         source = replace(source, class_pixels=pixels)
     return source

@@ -190,6 +190,7 @@ def open_source(
     wds, wds/SHARDS   DATA           tar shards of WebDataset or of class folders; SHARDS may hold * and {00..99}
     pack              PACK           what tools.pack made (`auto` recognises it)
     """
+    dataset, data_path = os.path.expanduser(dataset), os.path.expanduser(data_path)
     if dataset == "auto":
         dataset, data_path = _guess(data_path)
     if class_list and dataset not in ("folder", "pack"):

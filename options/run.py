@@ -305,7 +305,10 @@ class ClassifierOptions(WholeImageOptions):
         "dist_eval": "evaluation is always distributed over the processes, each image counted once",
     }
     INHERITS: ClassVar[tuple[str, ...]] = ENCODER
-    INHERITS_EVAL: ClassVar[tuple[str, ...]] = (*ENCODER, "global_pool", "eval_crop")
+    INHERITS_EVAL: ClassVar[tuple[str, ...]] = (
+        *(*ENCODER, "global_pool", "eval_crop"),
+        *("test_share", "subset_seed", "group_by", "label_offset"),  # or training images might be evaluated
+    )
 
     num_classes: int = shape(0, section="Classifier")
     """Classes of the head; 0: as many as the training images have."""

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from data import splits
-from data.sources import Names, Source
+from data.sources import Names, Source, open_source
 from options import FinetuneOptions, PretrainOptions, SegmentOptions, parse
 from tests import test_masks
+from tests.runs import final, finish
 from tests.test_data_table import opened, refused, several
 from tests.test_sources import put
 from util import checkpoint
@@ -149,3 +150,54 @@ def test_an_empty_resume_is_automatic():
     assert PretrainOptions(resume="").resume == "auto" and parse(FinetuneOptions, ["--resume", ""]).resume == "auto"
     with pytest.raises(ValueError, match="there is no .*nowhere/checkpoints/last.pth"):
         checkpoint.to_judge({"resume": "", "output_dir": "nowhere"})
+
+
+def test_the_splits_of_masks_may_be_named_in_capitals(tmp_path, caplog):
+    for split in ("Train", "VALIDATION", "Test"):
+        test_masks.paint(tmp_path, split)
+    found = test_masks.opened(tmp_path)
+    assert [Path(part.names[0]).parent.name for part in (found.train, found.choice, found.test)] == [
+        "Train",
+        "VALIDATION",
+        "Test",
+    ]
+    test_masks.paint(tmp_path, "val")
+    with pytest.raises(ValueError, match="several folders of val images: images/VALIDATION, images/val"):
+        test_masks.opened(tmp_path)
+
+
+def test_evaluation_leaves_out_what_its_run_has_trained_on():
+    """The share that was set aside for testing depends on these options, which the checkpoint brings."""
+    assert {"test_share", "subset_seed", "group_by", "label_offset"} <= set(FinetuneOptions.INHERITS_EVAL)
+
+
+def test_the_home_folder_is_expanded_for_teachers_and_callers(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(tmp_path, "photos/1.png")
+    assert open_source("auto", "~/photos").path(0) == str(tmp_path / "photos/1.png")
+    for load in (checkpoint.load, checkpoint.load_model):
+        with pytest.raises(ValueError, match=f"no checkpoint at {tmp_path}/teacher.pth"):
+            load("~/teacher.pth")
+
+
+def test_a_run_inside_its_own_data_resumes(tmp_path):
+    """Its pictures and checkpoints lie below data_path, and are not part of the data."""
+    several(tmp_path, "photos", count=64)
+    words = ["--data_path", tmp_path, "--total_batch_size", 32, "--picture_every", 1]
+    run = tmp_path / "runs" / "a"
+    finish(run, *words, "--epochs", 1)
+    assert list((run / "samples").glob("*.png"))
+    said = finish(run, *words, "--epochs", 2, "--allow_change", "epochs")
+    assert "left out: 1 folders of training runs (runs/a)" in said
+    assert final(run)["epoch"] == 2 and final(run)["step"] == 4
+
+
+def test_class_folders_without_val_are_fine_tuned(tmp_path):
+    several(tmp_path / "data", "a", "b", count=60)
+    words = ["--data_path", tmp_path / "data", "--total_batch_size", 8, "--epochs", 1, "--resume", ""]
+    said = finish(tmp_path / "run", *words, door="main_finetune")
+    assert "test_share: 20 of 120 images are set aside" in said and "holdout: 20 of 100 images are set aside" in said
+    listed = [
+        set((tmp_path / "run" / f"images_{name}.txt").read_text().splitlines()) for name in ("train", "choice", "test")
+    ]
+    assert [len(each) for each in listed] == [80, 20, 20] and len(set.union(*listed)) == 120

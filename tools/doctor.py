@@ -333,6 +333,7 @@ def examine(
     plan = plan_of(options, processes, device)
     options = plan.options
     yield images(plan.source, options.max_bad_fraction)
+    yield from (Finding(DOUBTFUL if "left out" in note else GOOD, "data", note) for note in plan.source.notes)
     yield shared_memory(options, plan.image_bytes, processes)
     yield disk(options.output_dir, plan.checkpoint_bytes, plan.checkpoints)
     log.info("training on %d batches of %d images, to measure", WARM_UP + batches, options.batch_size)

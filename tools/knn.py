@@ -47,7 +47,7 @@ def untrained(options: Mapping[str, Any]) -> nn.Module:
     return methods.from_options(options)
 
 
-def splits(trained: Trained, data_path: str) -> tuple[Source, Source, str]:
+def splits(trained: Trained, data_path: str, group_by: str = "") -> tuple[Source, Source, str]:
     """Open the bank (train) and the queries (val) with the same labels; say what the queries are.
 
     Without labelled validation images, a tenth of each class's training images are the queries; the encoder has seen
@@ -63,18 +63,23 @@ def splits(trained: Trained, data_path: str) -> tuple[Source, Source, str]:
         queries = given.source(trained, "val", data_path, bank.classes)
     except NoSplit as error:
         log.warning("%s; a share of the training images are the queries instead", error)
-        return *divide(bank, SHARE, 0, "", "queries"), "held-out training"
+        return *divide(bank, SHARE, 0, group_by, "queries"), "held-out training"
     if queries.labels is None:
         log.warning("the validation images have no labels (%s); training images are the queries", queries.problem)
-        return *divide(bank, SHARE, 0, "", "queries"), "held-out training"
+        return *divide(bank, SHARE, 0, group_by, "queries"), "held-out training"
     return bank, like(bank, queries), "validation"
 
 
 def measure(
-    trained: Trained, data_path: str = "", batch_size: int = 256, workers: int = 0, eval_crop: str = ""
+    trained: Trained,
+    data_path: str = "",
+    batch_size: int = 256,
+    workers: int = 0,
+    eval_crop: str = "",
+    group_by: str = "",
 ) -> dict[str, Any]:
     """Accuracy in % of each kind of features, and how it was measured."""
-    bank, queries, asked = splits(trained, data_path)
+    bank, queries, asked = splits(trained, data_path, group_by)
     mean, std = trained.statistics
     reading: dict[str, Any] = dict(input_size=trained.options["input_size"], mean=mean, std=std)
     eval_crop = eval_crop or trained.options.get("eval_crop", "keep_size")
@@ -121,11 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument(
+        "--group_by", default="", help="without val: keep groups of images together, `folder` or a regular expression"
+    )
     words = parser.parse_args(argv)
     talk(main=True)
     try:
         trained = given.load(words.model, words.device)
-        found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop)
+        found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop, words.group_by)
         (trained.run / "knn.json").write_text(json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

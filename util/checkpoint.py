@@ -87,7 +87,7 @@ def verify(path: Path) -> None:
 
 def load(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint of this project on the CPU, after verifying it. Nothing in the file is executed."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     verify(path)
@@ -127,7 +127,7 @@ def load_model(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tens
 
     `averaged` selects the moving average of the weights, if the run has one.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         inside = path / "checkpoints" / LAST
         hint = f"; it is a run folder, whose latest checkpoint is {inside}" if inside.is_file() else ""
