@@ -112,7 +112,7 @@ def test_a_classifier_also_tells_its_logits(photos, tmp_path):
     ("words", "message"),
     [
         (["{tmp}/nothing", "{photos}"], "does not exist"),
-        (["{tmp}", "{photos}"], "holds no checkpoint"),
+        (["{tmp}", "{photos}"], "contains no checkpoint"),
         (["{run}", "{tmp}/nothing"], "does not exist"),
         (["{run}", "{photos}", "--split", "val"], "no val images"),
         (["{run}", "{photos}", "--output", "{tmp}/features.csv"], "must end in .npz"),

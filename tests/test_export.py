@@ -413,7 +413,7 @@ def test_bad_input_is_refused_in_words(pretrained, tmp_path, capsys):
     torch.save({"model": tiny | {"patch_embed.proj.weight": torch.zeros(192, 3, 16, 8)}}, flat)
     cases = [
         ([tmp_path / "nothing"], "does not exist"),
-        ([empty_run], "holds no checkpoint"),
+        ([empty_run], "contains no checkpoint"),
         ([text], "notes.pth is no checkpoint, or contains more than tensors"),
         ([no_encoder], "holds no vision transformer"),
         ([narrow], "3 in DeiT and timm"),

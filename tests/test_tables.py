@@ -288,7 +288,7 @@ def test_smoke_tests_on_several_processes_start_them(shell):
 def test_a_failure_costs_what_needs_it_and_nothing_else(shell, tmp_path):
     code, said, started = shell("9", codes=[2], ROWS="mae nor-mae", DATA=tmp_path, SEEDS="0 1")
     assert code == 1 and len(started) == 7
-    assert "left out, because what it needs failed" in said.out and "2 of 8 jobs failed" in said.out
+    assert "skipped, because a job that it needs failed" in said.out and "2 of 8 jobs failed" in said.out
 
 
 def test_what_is_missing_is_said_before_any_work(shell, tmp_path):
@@ -388,7 +388,7 @@ def test_when_the_time_is_up_what_runs_is_asked_to_save_and_nothing_new_begins(t
     jobs = jobs_in(tmp_path, "a", "b", "c")
     assert table_jobs.run(jobs, tmp_path, start=Endless, at_once=2, minutes=0.2 / 60) == INTERRUPTED
     said = capsys.readouterr().out
-    assert "the time is up" in said and "run the same command again to resume" in said and "python c" not in said
+    assert "time limit reached" in said and "run the same command again to resume" in said and "python c" not in said
     assert table_jobs.run(jobs, tmp_path, start=Slow, minutes=1) == 0
 
 
@@ -658,7 +658,7 @@ def assert_reported(table, out):
     missing = [line for line in text.splitlines() if "| not " in line]
     assert not missing or (table == "10" and all("| accuracy |" in line for line in missing)), "Table 2's are not run"
     measures = sum(len(row.paper) for row in TABLES[table].rows)
-    numbers = text.split("## What the runs were")[0]
+    numbers = text.split("## Runs")[0]
     assert numbers.count("\n| ") == measures + 2
     assert (out / "smoke" / "reports" / f"table_{table}.png").stat().st_size > 5_000
     return text
@@ -667,7 +667,7 @@ def assert_reported(table, out):
 def test_what_the_neighbour_term_does_in_smoke_form(tmp_path, monkeypatch, capsys):
     """Cut off on the way, which a very fast machine may miss, and taken up again; then nothing is left."""
     cut = smoke("nor_explained", tmp_path, 0, INTERRUPTED, MINUTES="0.25")
-    assert "the time is up" in cut or "[20 of 20]" in cut
+    assert "time limit reached" in cut or "[20 of 20]" in cut
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in {"SMOKE": "1", "OUT": str(tmp_path)}.items():

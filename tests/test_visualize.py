@@ -265,7 +265,7 @@ def test_listed_files_are_all_shown_in_order_and_a_folders_are_drawn_by_the_seed
     ("words", "message"),
     [
         (["neighbors", "{tmp}/nothing"], "does not exist"),
-        (["neighbors", "{tmp}"], "holds no checkpoint"),
+        (["neighbors", "{tmp}"], "contains no checkpoint"),
         (["neighbors", "{tmp}/foreign.pth"], "mae_vit_base_patch16={tmp}/foreign.pth"),
         (["neighbors", "vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'?"),
         (["neighbors", "mae_vit_mini_patch16"], "unknown model"),

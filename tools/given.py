@@ -1,4 +1,4 @@
-"""What a user hands to a tool, made into what it works on: a run or a checkpoint into a model and its data."""
+"""Load what a user gives to a tool: the model and data of a run or a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from util.distributed import pick_device
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in eval mode on its device, the options and updates it was trained with, and where it came from."""
+    """A trained model in eval mode, with its options, number of updates, checkpoint and device."""
 
     model: Pretrainer
     options: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Trained:
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], ...]:
-        """Mean and deviation of each channel that the model's images are normalised with."""
+        """Mean and standard deviation of each channel for normalisation."""
         return pixel_statistics(self.options["in_chans"], self.options["mean"], self.options["std"])
 
     @property
@@ -38,11 +38,11 @@ class Trained:
 
 
 def checkpoint_of(given: Path) -> Path:
-    """The checkpoint meant by a path: the file itself, or the newest one of a run folder."""
+    """Return the checkpoint for a path: the file itself, or the latest one of a run folder."""
     if given.is_dir():
         path = given / "checkpoints" / checkpoint.LAST
         if not path.is_file():
-            raise ValueError(f"{given} holds no checkpoint: there is no {path}")
+            raise ValueError(f"{given} contains no checkpoint: {path} does not exist")
         return path
     if not given.is_file():
         raise ValueError(f"{given} does not exist; give a run folder or a checkpoint")
@@ -50,7 +50,7 @@ def checkpoint_of(given: Path) -> Path:
 
 
 def load(given: Path, device: str) -> Trained:
-    """The trained model of a run folder or a checkpoint."""
+    """Load the trained model of a run folder or a checkpoint."""
     where = pick_device(device)
     path = checkpoint_of(given)
     model, options = methods.from_checkpoint(path)

@@ -1,12 +1,12 @@
-"""What runs did, on one page: report.html opens anywhere, offline, with everything in it.
+"""Report runs on one page: report.html is self-contained and works offline.
 
     python -m tools.report output/quickstart                     # report.html and curves.png in that folder
-    python -m tools.report output/mae output/nor --output report   # runs side by side, into the folder `report`
+    python -m tools.report output/mae output/nor --output report   # compare runs, in the folder `report`
 
 It reads options.yaml, environment.json, log.txt, metrics.jsonl, result.json, the pictures in samples/ and figures/ and,
-where tools.knn was run, knn.json. A run that is still going on, or was cut off, is reported as far as it came.
-Updates and images seen stand beside every figure, because runs that saw different amounts of data cannot be compared by
-their figures alone.
+where tools.knn was run, knn.json. Running and interrupted runs are reported as far as they have come.
+Updates and images seen are listed beside every metric, because runs that saw different amounts of data cannot be
+compared by their metrics alone.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def peak_lr(options: Mapping[str, Any]) -> float | None:
 
 
 def row(run: RunRecords) -> dict[str, str]:
-    """The run's line of the table."""
+    """Return the row of a run."""
     options = run.options
     done = f"{len(run.epochs)} of {options.get('epochs', '?')}"
     speeds = sorted(record["images_per_s"] for record in run.steps if is_number(record.get("images_per_s")))
@@ -94,7 +94,7 @@ def row(run: RunRecords) -> dict[str, str]:
 
 
 def judged(result: Mapping[str, Any]) -> dict[str, str]:
-    """What result.json says of a finished run on its test images: nothing of pretraining."""
+    """Return the test metrics in result.json; pretraining has none."""
     cells = {}
     for epoch, figures in result.get("accuracy", {}).items():
         cells[f"{epoch} epoch, test {result['metric']} %"] = f"{figures[result['metric']]:.2f}"
@@ -106,12 +106,12 @@ def judged(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def columns_of(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """The columns that any of the rows has, in order."""
+    """Return the columns of all rows, in order."""
     return list(dict.fromkeys(name for cells in rows for name in cells))
 
 
 def table(runs: Sequence[RunRecords]) -> str:
-    """Markdown for the terminal: one line a run; one figure a line where there is a single run."""
+    """Return Markdown for the terminal: one line per run, or one line per value for a single run."""
     rows = [row(run) for run in runs]
     columns = columns_of(rows)
     if len(runs) == 1:
@@ -123,7 +123,7 @@ def table(runs: Sequence[RunRecords]) -> str:
 
 
 def knn_table(knn: Mapping[str, Any]) -> str:
-    """Markdown of what tools.knn measured."""
+    """Return the results of tools.knn as Markdown."""
     lines = ["| features | accuracy % |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in knn["accuracy"].items()]
     return "\n".join(lines) + f"\n\n{knn['protocol']}\n"
@@ -133,7 +133,7 @@ def knn_table(knn: Mapping[str, Any]) -> str:
 
 
 def panels_of(runs: Sequence[RunRecords]) -> list[tuple[str, str]]:
-    """What there are curves of, and whether over epochs or steps: means of epochs first."""
+    """Return the names of the curves, and whether they are over epochs or steps; epoch means come first."""
     of_epochs = [
         name
         for name in dict.fromkeys(name for run in runs for record in run.epochs for name in record)
@@ -145,7 +145,7 @@ def panels_of(runs: Sequence[RunRecords]) -> list[tuple[str, str]]:
 
 
 def curves(runs: Sequence[RunRecords]) -> Figure:
-    """One panel a figure, all runs in each."""
+    """Plot one panel per value, with all runs."""
     panels = panels_of(runs)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -174,7 +174,7 @@ def page(runs: Sequence[RunRecords]) -> str:
 
 
 def report(runs: Sequence[RunRecords], folder: Path) -> list[Path]:
-    """Write report.html and, where anything was logged, curves.png into `folder`; answers their paths."""
+    """Write report.html and, if anything was logged, curves.png into `folder`; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "report.html"]
     with house_style():
@@ -186,7 +186,7 @@ def report(runs: Sequence[RunRecords], folder: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What runs did, on one page that opens offline.")
+    parser = argparse.ArgumentParser(description="Report runs on one page that works offline.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(
         "--output", type=Path, help="folder for both files (default: the run's, or `report` for several runs)"

@@ -1,7 +1,7 @@
 """Tiny data for smoke tests: digits enlarged to 64 pixels as image folders, transfer sets in their own layouts.
 
-Every set lies as torchvision unpacks it. It knows the true files of CIFAR-10, CIFAR-100 and Flowers by their hashes and
-opens no others, so a program that shall take tiny ones for them is started through this file:
+Every data set has the layout of torchvision. torchvision verifies the files of CIFAR-10, CIFAR-100 and Flowers by their
+hashes, so a program that is to read tiny ones instead is started through this module:
 
     python -m tools.smoke_data main_finetune.py --dataset torch/cifar10 ...
 """
@@ -22,12 +22,12 @@ from PIL import Image
 SIDE, CIFAR_SIDE = 64, 32
 CLASSES = 10
 TRAIN, TEST = 4, 2  # images of each class
-CALTECH = 31  # of a class: 30 to train on, as the literature takes them, and one to judge by
+CALTECH = 31  # per class: the usual 30 to train on, and one to test on
 
 
 def pictures() -> list[list[Image.Image]]:
-    """Of each digit, more images than any layout needs."""
-    from sklearn.datasets import load_digits  # here, because it takes long to import
+    """Return images of each digit, enough for every layout."""
+    from sklearn.datasets import load_digits  # slow import
 
     digits = load_digits()
     found = []
@@ -114,7 +114,7 @@ def caltech(root: Path, images: list[list[Image.Image]]) -> None:
 
 
 def cifar(root: Path, images: list[list[Image.Image]], folder: str, files: Sequence[str], meta: str, fine: str) -> None:
-    """Pickled batches: rows of red, then green, then blue pixels. The training images are dealt out to all `files`."""
+    """Pickled batches: rows of red, then green, then blue pixels. The training images are distributed over `files`."""
     rows, base = splits(images), root / folder
     base.mkdir(parents=True)
     pixels = [np.asarray(image.resize((CIFAR_SIDE, CIFAR_SIDE))).transpose(2, 0, 1).ravel() for *_, image in rows]
@@ -153,7 +153,7 @@ def flowers(root: Path, images: list[list[Image.Image]]) -> None:
 
 
 def ade20k(root: Path, images: list[list[Image.Image]]) -> None:
-    """Masks: 0, no class, in the first row; 1 where there is no ink; where there is, a number of the digit's own."""
+    """Write masks: 0 (ignored) in the first row, 1 for background, and an index per digit for ink."""
     base = root / "ADEChallengeData2016"
     for split, digit, number, image in splits(images):
         folder, prefix = {"train": ("training", "train"), "test": ("validation", "val")}[split]
@@ -180,12 +180,12 @@ KNOWN_BY_HASH = ("torch/cifar10", "torch/cifar100", "torch/flowers102")
 
 
 def opener(dataset: str) -> tuple[str, ...]:
-    """The words before a program's own that make it open the tiny files of a set."""
+    """Return the arguments before a program's own that let it open the tiny files of a data set."""
     return ("-m", "tools.smoke_data") if dataset in KNOWN_BY_HASH else ()
 
 
 def forget_hashes() -> None:
-    """Let torchvision take any files of the right names for those that it knows by their hashes."""
+    """Disable the hash checks of torchvision."""
     from torchvision.datasets import CIFAR10, CIFAR100, Flowers102
 
     for known in (CIFAR10, CIFAR100):
@@ -196,26 +196,26 @@ def forget_hashes() -> None:
 
 
 def write(root: Path, sets: Iterable[str]) -> None:
-    """The digits as image folders in `root/digits`, each data set in a folder of its name; what is there stays.
+    """Write the digits as image folders to `root/digits`, and each data set to a folder of its name.
 
-    What is written is always the same, so that runs which it cut off go on.
+    Existing folders are kept. The files are deterministic, so that interrupted runs can be resumed.
     """
     missing = [(name, root / folder_of(name)) for name in ("", *sorted(sets)) if not (root / folder_of(name)).exists()]
     images = pictures() if missing else []
     for name, folder in missing:
-        part = folder.with_name(f"{folder.name}.part")  # a name that only what is whole has
+        part = folder.with_name(f"{folder.name}.part")  # a complete folder only
         shutil.rmtree(part, ignore_errors=True)
         LAYOUTS[name](part, images) if name else folders(part, images)
         part.rename(folder)
 
 
 def folder_of(name: str) -> str:
-    """The folder's name for a data set, or for the images to pretrain on, which have none."""
+    """Return the folder of a data set, or of the images to pretrain on."""
     return name.replace("/", "_") or "digits"
 
 
 def main(words: Sequence[str]) -> None:
-    """Run one of the project's programs, which then opens tiny files."""
+    """Run a program of the project on tiny files."""
     forget_hashes()
     sys.argv = list(words)
     runpy.run_path(words[0], run_name="__main__")

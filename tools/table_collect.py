@@ -1,8 +1,8 @@
-"""What a table's runs came to, in one small folder: to keep, or to bring back from a machine that is only lent.
+"""Collect the results of a table in one small folder.
 
-`table_NAME.json` has of each row and seed what the runs were, their curves and results. Beside it lie the report and,
-if wanted, each row's pretrained model of its first seed in half precision, which `--init_from` and every tool can read.
-Nothing in the JSON tells of the machine's folders.
+`table_NAME.json` contains the details, curves and results of the runs of each row and seed. The folder also contains
+the report and, on request, the pretrained model of the first seed of each row in half precision, which `--init_from`
+and all tools can read. The JSON file contains no paths of the machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FACTS = ("started", "device", "gpus", "cpu_threads", "processes", "python", "ver
 
 
 def collect(folder: Path, report: Path, title: str, lines: Sequence[Line], models: bool) -> None:
-    """Write the folder. `report` is the Markdown file, with its picture beside it."""
+    """Write the folder. `report` is the Markdown file; its plot is in the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for line in lines:
@@ -48,7 +48,7 @@ def collect(folder: Path, report: Path, title: str, lines: Sequence[Line], model
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """A finished run: what it was, its curve (of each figure the values by epoch), its result."""
+    """Return the details, curves (values of each metric by epoch) and result of a finished run."""
     options = yaml.safe_load((folder / "options.yaml").read_text())
     starts = json.loads((folder / "environment.json").read_text())
     epochs = read_records(folder / "log.txt", "epoch")
@@ -67,7 +67,7 @@ def _short(value: Any) -> Any:
 
 
 def halve(source: Path, path: Path) -> None:
-    """The model of a checkpoint in half precision, with its options: half its weights' size, and no optimizer."""
+    """Write the model of a checkpoint in half precision, with its options and without optimizer state."""
     state = checkpoint.load(source)
     model: Mapping[str, Any] = state["model"]
     halved = {name: value.half() if value.is_floating_point() else value for name, value in model.items()}

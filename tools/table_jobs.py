@@ -1,7 +1,7 @@
-"""The jobs of a table: each done once, what it needs before it, several at a time, for as long as is allowed.
+"""Run the jobs of a table: each once, after its dependencies, several at a time, within a time limit.
 
-A job is a program of the project. One that was stopped has saved and goes on where it was, so that stopping all of
-them, by a signal or because the time is up, costs nothing but the wait.
+A job is a program of the project. A stopped job has saved a checkpoint and resumes later, so stopping all of them, by a
+signal or at the time limit, loses no work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 PROJECT = Path(__file__).resolve().parent.parent
-INTERRUPTED = 75  # the front doors' exit code for "stopped by a signal, everything saved"
+INTERRUPTED = 75  # exit code of the programs for "stopped by a signal, everything saved"
 PRELOAD = [
     "programs.pretrain",
     "programs.finetune",
@@ -30,39 +30,39 @@ PRELOAD = [
     "tools.tables",
     "torch.utils.tensorboard",
 ]
-LOOK = 0.05  # seconds between two looks at what is running
-TAIL = 10  # lines of a failed program's output that are shown
+LOOK = 0.05  # seconds between two checks of running jobs
+TAIL = 10  # lines of output shown for a failed program
 
 
 @dataclass(frozen=True)
 class Job:
-    """A program of the project and its words; `done` exists when it is finished."""
+    """A program of the project and its arguments; the file `done` exists when it is finished."""
 
     words: tuple[str, ...]
     done: Path
     after: tuple[Path, ...] = ()
-    """What must be done before."""
+    """Jobs that must be finished first."""
 
 
 def command(job: Job, nproc: int) -> list[str]:
-    """The command that a reader can paste, in the project's folder."""
+    """Return the command for the shell, in the project folder."""
     if nproc > 1 and job.words[0].startswith("main_"):
         return ["torchrun", "--standalone", "--nproc_per_node", str(nproc), *job.words]
     return ["python", *job.words]
 
 
 class Program(Protocol):
-    """A program that was started."""
+    """A started program."""
 
     def code(self) -> int | None:
-        """Its exit code; None while it is running."""
+        """Return the exit code, or None while it is running."""
 
     def send(self, number: int) -> None:
-        """Give it a signal."""
+        """Send a signal."""
 
 
 class Process:
-    """A command in a process of its own. It writes to the file `said`, or where this process writes."""
+    """A command in its own process. Its output goes to the file `said`, or to that of this process."""
 
     def __init__(self, words: Sequence[str], said: Path | None):
         programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
@@ -79,11 +79,11 @@ class Process:
 
 
 class Fork:
-    """The same as a fork of a process that has imported everything: it saves the seconds that tiny runs mostly take."""
+    """The same as a fork of a process that has imported everything, which is much faster for tiny runs."""
 
     def __init__(self, words: Sequence[str], said: Path | None):
         assert words[0] == "python"
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only get in each other's way
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower with several threads
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self._process = context.Process(target=run_program, args=(words[1:], said))
@@ -94,12 +94,12 @@ class Fork:
 
     def send(self, number: int) -> None:
         assert self._process.pid is not None
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(ProcessLookupError):  # it has just exited
             os.kill(self._process.pid, number)
 
 
 def run_program(words: Sequence[str], said: Path | None = None) -> None:
-    """Become one of the project's programs."""
+    """Run a program of the project in this process, and exit."""
     with _opened(said) as file:
         if file:
             os.dup2(file.fileno(), 1)
@@ -109,7 +109,7 @@ def run_program(words: Sequence[str], said: Path | None = None) -> None:
 
 
 def become(words: Sequence[str]) -> None:
-    """Run `FILE.py ...` or `-m MODULE ...` in this process, as `python` would."""
+    """Run `FILE.py ...` or `-m MODULE ...` in this process, like `python`."""
     if words[0] == "-m":
         sys.argv = list(words[1:])
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -119,7 +119,7 @@ def become(words: Sequence[str]) -> None:
 
 
 def _opened(path: Path | None) -> contextlib.AbstractContextManager[IO[str] | None]:
-    """The file to add to; None where there is none."""
+    """Open the file for appending; return None without a file."""
     if path is None:
         return contextlib.nullcontext()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def say(text: str) -> None:
 
 
 class Stop:
-    """Whether a stop was asked for, by a signal or because the time is up; programs are told once."""
+    """Whether a stop was requested, by a signal or by the time limit; programs are notified once."""
 
     def __init__(self, seconds: float):
         self.deadline = time.monotonic() + seconds if seconds else float("inf")
@@ -140,12 +140,12 @@ class Stop:
 
     def by_signal(self, number: int, frame: object) -> None:
         self.asked = True
-        self._told |= number == signal.SIGINT  # Ctrl-C reaches them from the terminal
+        self._told |= number == signal.SIGINT  # the terminal sends Ctrl-C to them
 
     def tell(self, running: Sequence[Program]) -> None:
-        """Ask what is running to save and end, if it is time and was not done before."""
+        """Ask running jobs once to save and exit, when the time is up."""
         if not self.asked and time.monotonic() > self.deadline:
-            say("the time is up: what runs is asked to save and to end")
+            say("time limit reached: running jobs save and exit")
             self.asked = True
         if self.asked and not self._told:
             self._told = True
@@ -172,15 +172,14 @@ def run(
     at_once: int = 1,
     minutes: float = 0,
 ) -> int:
-    """Do what is not done yet; a job that fails costs only those that need it. Answers the exit code.
+    """Run the jobs that are not finished; a failed job only stops those that need it. Return the exit code.
 
-    `at_once` of them run side by side and write to `root/logs`. After `minutes` (0: never) they are asked to save and
-    end.
+    Up to `at_once` jobs run in parallel, with logs in `root/logs`. After `minutes` (0: no limit) they save and exit.
     """
     waiting = [job for job in jobs if not job.done.exists()]
     for job in jobs:
         if job not in waiting:
-            say(f"{_title(job, jobs, root)}: finished before")
+            say(f"{_title(job, jobs, root)}: already finished")
     running: dict[Job, Program] = {}
     failed: list[Job] = []
     stop = Stop(60 * minutes)
@@ -189,7 +188,7 @@ def run(
             for job in [] if stop.asked else list(waiting):
                 missing = {path for path in job.after if not path.exists()}
                 if missing - {other.done for other in (*waiting, *running)}:
-                    say(f"{_title(job, jobs, root)}: left out, because what it needs failed")
+                    say(f"{_title(job, jobs, root)}: skipped, because a job that it needs failed")
                     waiting.remove(job)
                     failed.append(job)
                 elif not missing and len(running) < at_once:
@@ -211,10 +210,10 @@ def run(
             if not ended:
                 time.sleep(LOOK)
     if stop.asked and not all(job.done.exists() for job in jobs):
-        say("stopped; the same command goes on from here")
+        say("stopped; run the same command again to resume")
         return INTERRUPTED
     if failed:
-        say(f"{len(failed)} of {len(jobs)} jobs failed: the same command tries them again")
+        say(f"{len(failed)} of {len(jobs)} jobs failed: run the same command again to retry")
     return 1 if failed else 0
 
 
@@ -223,7 +222,7 @@ def _title(job: Job, jobs: Sequence[Job], root: Path) -> str:
 
 
 def _name(job: Job, root: Path) -> Path:
-    """The run's folder inside `root`; of a job without one, its file."""
+    """Return the path of the run folder inside `root`; for a job without one, that of its file."""
     return (job.done.parent if job.done.name == "result.json" else job.done).relative_to(root)
 
 

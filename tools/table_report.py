@@ -1,6 +1,6 @@
-"""A table's report: the paper's number, ours, their difference, and what the runs behind ours really were.
+"""Report a table: the paper's number, ours, their difference, and the details of our runs.
 
-Markdown, and a picture of both numbers. Everything is read from run folders; what is not there is "not run".
+The report is Markdown with a plot. Everything is read from run folders; missing runs are shown as "not run".
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ import methods
 from tools.figures.style import BLUE, VERMILION, grid_lines, house_style, save
 from util import checkpoint
 
-BATCH = 4096  # images of the paper's step, for which its memory is stated
+BATCH = 4096  # images per step for which the paper states memory
 NOT_RUN, UNFINISHED = "not run", "not finished"
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Folders of a row's pretraining and fine-tuning, each with a folder for every seed."""
+    """Folders of pretraining and fine-tuning of a row, each with one folder per seed."""
 
     pretraining: Path
     finetuning: Path
     scratch: bool = False
-    """Whether fine-tuning takes none of the pretrained weights."""
+    """Whether fine-tuning uses no pretrained weights."""
 
 
 @dataclass(frozen=True)
 class Bill:
-    """A figure of what benchmarks.bill wrote."""
+    """Key of a value written by benchmarks.bill."""
 
     file: Path
     variant: str
@@ -46,26 +46,26 @@ class Bill:
 
 
 def named(labels: Sequence[str]) -> str:
-    """Labels as a word of a command or a file's name: `vit-tiny-mae-200`."""
+    """Return labels as part of a command or file name: `vit-tiny-mae-200`."""
     return re.sub(r"[^a-z0-9.]+", "-", " ".join(labels).lower()).strip("-")
 
 
 @dataclass
 class Line:
-    """A line of the report."""
+    """A row of the report."""
 
     labels: tuple[str, ...]
     paper: float | None
     state: str = ""
-    """Why there is no number of ours."""
+    """Why we have no number."""
     values: list[float] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     place: Runs | Bill | None = None
-    """Where ours was looked for."""
+    """Where our runs are expected."""
 
     @property
     def name(self) -> str:
-        """The labels as a word: `vit-tiny-mae-200`."""
+        """The labels as one word: `vit-tiny-mae-200`."""
         return named(self.labels)
 
     @property
@@ -74,12 +74,12 @@ class Line:
 
     @property
     def deviation(self) -> float | None:
-        """Of the sample; None for a single seed."""
+        """Sample standard deviation; None for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 def measured(labels: tuple[str, ...], paper: float | None, cited: str, place: Runs | Bill | None) -> Line:
-    """The line of one number of the paper, with what lies at `place`."""
+    """Return the row of one number of the paper, with our runs at `place`."""
     if place is None:
         return Line(labels, paper, f"cited: {cited}")
     line = _of_bill(labels, paper, place) if isinstance(place, Bill) else _of_runs(labels, paper, place)
@@ -131,13 +131,13 @@ def _of_runs(labels: tuple[str, ...], paper: float | None, place: Runs) -> Line:
 
 
 def seeds_of(place: Runs) -> list[str]:
-    """The folders of the seeds that are finished: `seed0`, `seed1`, ..."""
+    """Return the folders of finished seeds: `seed0`, `seed1`, ..."""
     found = [path.parent.name for path in place.finetuning.glob("seed*/result.json")]
     return sorted(found, key=lambda name: (len(name), name))
 
 
 def facts_of_run(folder: Path, prefix: str) -> dict[str, str]:
-    """What a finished run was, in words: from its options, result, environment and last checkpoint."""
+    """Describe a finished run from its options, result, environment and last checkpoint."""
     options = yaml.safe_load((folder / "options.yaml").read_text())
     result = json.loads((folder / "result.json").read_text())
     starts = json.loads((folder / "environment.json").read_text())
@@ -155,24 +155,24 @@ def facts_of_run(folder: Path, prefix: str) -> dict[str, str]:
 
 
 def short_commit(described: str) -> str:
-    """`git describe`'s answer with fewer letters; whether files were changed stays said."""
+    """Shorten the output of `git describe`; a mark for changed files is kept."""
     commit, dash, dirty = described.partition("-")
     return commit[:10] + dash + dirty
 
 
 def data_of(folder: Path) -> str:
-    """The beginning of the training images' fingerprint, which every checkpoint holds."""
+    """Return the first digits of the fingerprint of the training images, from a checkpoint."""
     path = folder / "checkpoints" / checkpoint.LAST
     return checkpoint.load(path)["data"][:12] if path.exists() else ""
 
 
 @functools.cache
 def strength(options: str) -> str:
-    """What the neighbour term weighs the correlation by; otherwise normalised, its weight x (P - 1) and a note."""
+    """Return the strength of the neighbour term, weight x (P - 1), with a note if its relation has another scale."""
     said: dict[str, Any] = json.loads(options)
     if "neighbor" not in (said.get("terms") or {}):
         return "-"
-    with torch.device("meta"):  # shapes without numbers
+    with torch.device("meta"):  # shapes only
         model: Any = methods.from_options(said)
     term = model.terms["neighbor"]
     if scale := term.scale(model):
@@ -201,28 +201,28 @@ def difference(line: Line) -> str:
 
 
 def rows_to_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def markdown(title: str, columns: Sequence[str], lines: Sequence[Line], note: str, source: str) -> str:
-    """The report: numbers first, then what the runs were."""
+    """Return the report: numbers, then details of the runs."""
     numbers = [[*line.labels, number(line.paper), ours(line), difference(line)] for line in lines]
     text = f"# {title}\n\n"
     if note:
         text += f"{note}\n\n"
     text += rows_to_text([*columns, source, "ours", "difference"], numbers)
-    text += "\n± is the standard deviation over seeds. Numbers compare only where updates and images seen are alike.\n"
+    text += "\n± is the standard deviation over seeds. Compare numbers only if updates and images seen are similar.\n"
     names = list(dict.fromkeys(name for line in lines for name in line.facts))
     if names:
         facts = [[*line.labels, *(line.facts.get(name, "") for name in names)] for line in lines if line.facts]
-        text += f"\n## What the runs were\n\n{rows_to_text([*columns, *names], facts)}"
+        text += f"\n## Runs\n\n{rows_to_text([*columns, *names], facts)}"
     return text
 
 
 def picture(title: str, lines: Sequence[Line], source: str) -> Figure:
-    """The numbers of `source` as rings, ours as squares with the standard deviation; a panel for each unit."""
+    """Plot the numbers of `source` as rings and ours as squares with standard deviation; one panel per unit."""
     panels: dict[str, list[Line]] = {}
     for line in lines:
         panels.setdefault(line.place.measure if isinstance(line.place, Bill) else "%", []).append(line)
@@ -249,7 +249,7 @@ def picture(title: str, lines: Sequence[Line], source: str) -> Figure:
 def write(
     path: Path, title: str, columns: Sequence[str], lines: Sequence[Line], note: str = "", source: str = "paper"
 ) -> None:
-    """The text and, beside it, the picture. `source` is whose numbers ours stand beside."""
+    """Write the report and its plot. `source` names the published numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{markdown(title, columns, lines, note, source)}\n![{source} and ours]({path.stem}.png)\n")
     with house_style():

@@ -1,12 +1,12 @@
-"""The paper's tables as commands: pretrain, fine-tune or profile what a table needs, then report paper beside measured.
+"""Run the paper's tables: pretrain, fine-tune or profile what a table needs, and report the paper's numbers and ours.
 
-    DATA=IMAGENET bash scripts/table1.sh --dry-run        # the commands, to be pasted
-    DATA=IMAGENET NPROC=8 bash scripts/table1.sh          # what is finished is skipped, what was cut off goes on
-    SMOKE=1 bash scripts/table1.sh                        # all of it with tiny models on a CPU: does it work at all?
-    bash scripts/table1.sh --report                       # the report alone
+    DATA=IMAGENET bash scripts/table1.sh --dry-run        # print the commands
+    DATA=IMAGENET NPROC=8 bash scripts/table1.sh          # skip finished runs, resume interrupted ones
+    SMOKE=1 bash scripts/table1.sh                        # smoke test: tiny models on a CPU
+    bash scripts/table1.sh --report                       # only the report
 
-configs/tables.yaml holds the tables, `scripts/table.sh` lists the variables. A run has its folder by what it is, not by
-the table that asked for it: rows that several tables share are trained once.
+configs/tables.yaml contains the tables; `scripts/table.sh` lists the variables. The folder of a run depends on its
+options, not on the table: rows that several tables share are trained once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ TABLES = PROJECT / "configs" / "tables.yaml"
 
 ACCURACY = "accuracy"
 BILL_MEASURES = ("GB", "minutes", "price")
-WARMUP = 0.2  # of the epochs, as the paper's 40 of 200, where EPOCHS changes them
-FINETUNE_WARMUP = 0.05  # as the paper's 5 of 100, where FINETUNE_EPOCHS does
+WARMUP = 0.2  # share of the epochs, as 40 of 200 in the paper, if EPOCHS is given
+FINETUNE_WARMUP = 0.05  # as 5 of 100 in the paper, if FINETUNE_EPOCHS is given
 UNPACKED = {"torch/cifar10": "cifar-10-batches-py", "torch/cifar100": "cifar-100-python"}  # folders of torchvision's
 
 SEGMENTED = "ade20k"  # the set that main_segment.py is for
@@ -56,7 +56,7 @@ SMOKE_BILL = "--device cpu --batch_size 2 --rounds 1 --input_size 32 --decoder_d
 
 @dataclass(frozen=True)
 class Setting:
-    """What the variables of the shell say."""
+    """The settings in environment variables."""
 
     data: str = "DATA"
     transfer: str = "TRANSFER"
@@ -76,17 +76,17 @@ class Setting:
 
     @property
     def root(self) -> Path:
-        """Where the runs are: those of smoke tests never stand for real ones."""
+        """Folder of the runs; smoke tests have their own."""
         return self.out / "smoke" if self.smoke else self.out
 
 
 def setting_of(given: Mapping[str, str]) -> Setting:
-    """The setting that variables give; ValueError for one that cannot be."""
+    """Read the settings from environment variables; raise ValueError for an invalid one."""
 
     def number(name: str, default: int, least: int = 0) -> int:
         text = given.get(name) or str(default)
         if not text.isdecimal() or int(text) < least:
-            raise ValueError(f"{name} is {text!r}; it is a whole number, at least {least}")
+            raise ValueError(f"{name} is {text!r}; it must be an integer of at least {least}")
         return int(text)
 
     def amount(name: str, default: float, what: str) -> float:
@@ -100,9 +100,9 @@ def setting_of(given: Mapping[str, str]) -> Setting:
 
     seeds = given.get("SEEDS", "0").split()
     if not seeds or not all(seed.isdecimal() for seed in seeds):
-        raise ValueError(f"SEEDS is {given.get('SEEDS')!r}; it is whole numbers, such as '0 1 2'")
+        raise ValueError(f"SEEDS is {given.get('SEEDS')!r}; it must be integers such as '0 1 2'")
     if given.get("SMOKE", "0") not in ("", "0", "1"):
-        raise ValueError(f"SMOKE is {given['SMOKE']!r}; it is 1 or nothing")
+        raise ValueError(f"SMOKE is {given['SMOKE']!r}; it must be 1 or empty")
     data = path("DATA", Setting.data)
     return Setting(
         data=data,
@@ -125,18 +125,18 @@ def setting_of(given: Mapping[str, str]) -> Setting:
 
 @functools.cache
 def read_recipe(name: str) -> Mapping[str, Any]:
-    """What a recipe of configs/pretrain says."""
+    """Read a recipe of configs/pretrain."""
     return yaml.safe_load((PROJECT / "configs" / "pretrain" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: the paper's numbers by measure, and what is run for ours."""
+    """A row of a table: the paper's numbers by metric, and the runs for ours."""
 
     labels: tuple[str, ...]
     paper: Mapping[str, float | None]
     cited: Mapping[str, str]
-    """Why a measure is the paper's alone."""
+    """Why we have no number for a metric."""
     recipe: str = ""
     set: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = ""
@@ -144,23 +144,23 @@ class Row:
     """Of an option that takes a run, such as `tokenizer`, that run's recipe and, in turn, what it needs."""
     finetune: str = ""
     finetune_all: Mapping[str, Any] = field(default_factory=dict)
-    """What fine-tuning of every row of the table has beside the recipe,"""
+    """Options of fine-tuning in every row of the table, in addition to the recipe,"""
     finetune_set: Mapping[str, Any] = field(default_factory=dict)
-    """and of this one."""
+    """and in this row."""
     dataset: str = ""
-    """The name of the images to pretrain on, for a DATA that torchvision unpacked."""
+    """Data set to pretrain on, if DATA is a folder of torchvision."""
     sets: Mapping[str, str] = field(default_factory=dict)
-    """Of a measure, the data set that its number is of, where that is another one than pretraining's."""
+    """Data set of a metric, if it is not that of pretraining."""
     bill: str = ""
 
     @property
     def name(self) -> str:
-        """What ROWS calls it: `vit-tiny-mae-200`."""
+        """Name in ROWS: `vit-tiny-mae-200`."""
         return table_report.named(self.labels)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Method, model and whatever else the recipe says, with the row's own over it."""
+        """Options of the recipe, overridden by those of the row."""
         return {**read_recipe(self.recipe), **self.set}
 
     @property
@@ -174,7 +174,7 @@ class Row:
         }
 
     def measures(self) -> list[str]:
-        """Those that we can run."""
+        """Rows that can be run."""
         return [measure for measure in self.paper if measure not in self.cited]
 
 
@@ -185,13 +185,13 @@ class Table:
     columns: tuple[str, ...]
     note: str
     source: str
-    """Whose numbers ours stand beside."""
+    """Source of the published numbers."""
     rows: tuple[Row, ...]
 
 
 @functools.cache
 def read_tables(path: Path = TABLES) -> dict[str, Table]:
-    """All tables of the file by number."""
+    """Return all tables of the file by number."""
     return {number: _table(number, said) for number, said in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
 
 
@@ -218,7 +218,7 @@ def _row(table: Mapping[str, Any], said: Mapping[str, Any]) -> Row:
 
 
 def with_options(name: str, options: Mapping[str, Any]) -> str:
-    """A name that tells what differs: `mae_vit_tiny_in100-epochs1000`."""
+    """Return a name with the differences: `mae_vit_tiny_in100-epochs1000`."""
     return "-".join([name, *(f"{option.split('.')[-1]}{_text(value)}" for option, value in options.items())])
 
 
@@ -231,18 +231,18 @@ def _text(value: Any) -> str:
 
 
 class Plan:
-    """Which jobs a row means under a setting, and where their folders are."""
+    """The jobs of a row under the settings, and their folders."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
 
     def _changes(self, row: Row) -> dict[str, Any]:
-        """What differs from the row's recipe."""
+        """Options that differ from the recipe of the row."""
         epochs = self.setting.epochs
         return dict(row.set) | ({"epochs": epochs, "warmup_epochs": f"{WARMUP * epochs:g}"} if epochs else {})
 
     def pretraining(self, row: Row) -> Path:
-        """The folder of the row's pretraining, with a folder for each seed inside."""
+        """Folder of the pretraining of the row, with one folder per seed."""
         return self.setting.root / "pretrain" / with_options(row.recipe, self._changes(row))
 
     def finetuning(self, row: Row, measure: str) -> Path:
@@ -269,13 +269,13 @@ class Plan:
         return Job(words, folder / "result.json")
 
     def _data(self, dataset: str = "") -> str:
-        """The folder of a set to transfer to; without one, of the images to pretrain on."""
+        """Folder of a transfer set; without one, of the images to pretrain on."""
         if self.setting.smoke:
             return str(self.setting.root / "data" / smoke_data.folder_of(dataset))
         return self.setting.transfer if dataset else self.setting.data
 
     def _dataset(self, row: Row, measure: str = "") -> dict[str, str]:
-        """How the folder is read, where its look does not tell."""
+        """The value of --dataset, if it cannot be derived from the folder."""
         if measure in row.sets:
             return {"dataset": row.sets[measure]}
         unpacked = row.dataset and os.path.isdir(os.path.join(self._data(), UNPACKED[row.dataset]))
@@ -309,7 +309,7 @@ class Plan:
         if row.sets.get(measure) == SEGMENTED:
             door, recipe = "main_segment.py", f"segment/{SEGMENTED}"
             options = {"model": row.options["model"]}
-            changes |= {"warmup_steps": 0} if changes else {}  # they would go before the epochs of warm-up
+            changes |= {"warmup_steps": 0} if changes else {}  # they would override warmup_epochs
             changes |= {"input_size": SMOKE_MODEL["input_size"]} if setting.smoke else {}
         options |= changes | self._dataset(row, measure)
         options |= {"init_from": pretrained / "checkpoints" / "last.pth", "seed": seed}
@@ -330,10 +330,10 @@ class Plan:
         return Job(("-m", "benchmarks.bill", *how, *flags(options)), output)
 
     def jobs(self, rows: Iterable[Row]) -> list[Job]:
-        """What the rows need, each job once, in an order in which they can be done."""
+        """Return the jobs of the rows, each once, ordered by their dependencies."""
         found: list[Job] = []
         rows = list(rows)
-        for seed in self.setting.seeds:  # what is cut short has all rows with one seed before any with two
+        for seed in self.setting.seeds:  # all rows with one seed come before any row with two
             for row in rows:
                 if row.bill:
                     found.append(self.bill_job(row))
@@ -345,7 +345,7 @@ class Plan:
 
 
 def chosen(table: Table, asked: Sequence[str]) -> list[Row]:
-    """The rows that ROWS names, where it names any (`vit-tiny-*` is several); ValueError for a name without a row."""
+    """Return the rows that match ROWS (`vit-tiny-*`), or all; raise ValueError for a pattern without a match."""
     names = [row.name for row in table.rows]
     for pattern in asked:
         if not fnmatch.filter(names, pattern):
@@ -355,7 +355,7 @@ def chosen(table: Table, asked: Sequence[str]) -> list[Row]:
 
 
 def check(rows: Sequence[Row], setting: Setting) -> None:
-    """ValueError where a variable is missing, before any work."""
+    """Raise ValueError if a variable is missing, before any work."""
     if setting.smoke:
         return
     trained = [row for row in rows if not row.bill and row.measures()]
@@ -376,7 +376,7 @@ def check(rows: Sequence[Row], setting: Setting) -> None:
 
 
 def show(jobs: Sequence[Job], setting: Setting) -> None:
-    """The commands, one a line; those that are done are comments."""
+    """Return the commands, one per line; finished ones as comments."""
     say(f"cd {shlex.quote(str(PROJECT))}")
     for job in jobs:
         finished = "# finished: " if job.done.exists() else ""
@@ -384,7 +384,7 @@ def show(jobs: Sequence[Job], setting: Setting) -> None:
 
 
 def report(table: Table, setting: Setting, bring: Path | None = None, models: bool = False) -> None:
-    """Write the report of all rows, run or not, and say where it is; with `bring`, what they came to goes there."""
+    """Write the report of all rows and log its path; `bring` is a folder for curves and results."""
     plan = Plan(setting)
     lines = []
     for row in table.rows:
@@ -399,7 +399,7 @@ def report(table: Table, setting: Setting, bring: Path | None = None, models: bo
             lines.append(table_report.measured(label, paper, row.cited.get(measure, ""), place))
     columns = table.columns if len(lines) == len(table.rows) else (*table.columns, "Measure")
     path = setting.root / "reports" / f"table_{table.number}.md"
-    smoke = "Smoke test: tiny models on a handful of tiny images. No number of ours below means anything.\n\n"
+    smoke = "Smoke test: tiny models on a few tiny images. Our numbers below have no meaning.\n\n"
     title = f"Table {table.number}: {table.title}" if table.number.isdecimal() else table.title
     note = (smoke if setting.smoke else "") + table.note
     table_report.write(path, title, columns, lines, note, table.source)
@@ -411,16 +411,18 @@ def report(table: Table, setting: Setting, bring: Path | None = None, models: bo
 
 def main(argv: Sequence[str] | None = None) -> int:
     tables = read_tables()
-    parser = argparse.ArgumentParser(description="Run a table of the paper, and report ours beside the paper's.")
+    parser = argparse.ArgumentParser(description="Run a table of the paper, and report the paper's numbers and ours.")
     parser.add_argument("table", metavar="TABLE", help=f"one of {', '.join(tables)}")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
-    parser.add_argument("--report", action="store_true", help="only report what there is")
-    parser.add_argument("--collect", metavar="FOLDER", type=Path, help="also gather curves and results in a folder")
-    parser.add_argument("--models", action="store_true", help="with --collect: each row's model in half precision, too")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
+    parser.add_argument("--report", action="store_true", help="only report the results so far")
+    parser.add_argument("--collect", metavar="FOLDER", type=Path, help="also collect curves and results in a folder")
+    parser.add_argument(
+        "--models", action="store_true", help="with --collect: also each row's model, in half precision"
+    )
     given = parser.parse_args(argv)
     try:
         if given.models and not given.collect:
-            raise ValueError("--models goes with --collect FOLDER")
+            raise ValueError("--models needs --collect FOLDER")
         if given.table not in tables:
             raise ValueError(f"there is no table {given.table!r}; there are {', '.join(tables)}")
         setting, table = setting_of(os.environ), tables[given.table]

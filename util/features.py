@@ -1,7 +1,7 @@
-"""What a frozen encoder makes of a source of images: one vector for each, and the labels that go with them.
+"""Compute features of a frozen encoder: one vector per image, and the labels.
 
-The vector is the average of the patch tokens after the last norm, without a mask: by it, and not by the class token,
-all features in this project are compared. Linear probes may ask for the class token too.
+The vector is the average of the patch tokens after the last norm, without masking. All feature evaluations of this
+project use it instead of the class token, which linear probes can also select.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run says: lines for people, JSON lines for programs, TensorBoard for curves. None of them can stop a run."""
+"""Logging of a run: text, JSON lines and TensorBoard. Failing to log never stops a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DECODERS = ("pillow", "torchcodec", "nvidia-nvimgcodec-cu13")  # packages; the l
 
 
 class _AboveTheBar(logging.StreamHandler):
-    """Writes lines above a progress bar instead of through it."""
+    """Write lines above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
@@ -35,7 +35,7 @@ class _AboveTheBar(logging.StreamHandler):
 
 
 class _Kept(logging.Handler):
-    """Keeps lines until there is a file for them: much is said before it is settled which folder is the run's."""
+    """Keep lines that are logged before the run folder is known."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class _Kept(logging.Handler):
 
 
 def talk(main: bool, *, keep: bool = False) -> None:
-    """Lines to the terminal: everything from the main process, warnings from the others.
+    """Log to the terminal: everything from the main process, warnings from the others.
 
-    `keep` keeps the lines from here on for the next `log_file`.
+    `keep` also stores the lines for the next `log_file`.
     """
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -61,15 +61,15 @@ def talk(main: bool, *, keep: bool = False) -> None:
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    """A thread that could not write (TensorBoard's, mostly) is worth a line; anything else is a defect."""
+    """Log a thread that cannot write (usually TensorBoard's); other exceptions are bugs."""
     if isinstance(ended.exc_value, OSError):
-        log.warning("%s cannot write any more (%s)", ended.thread.name if ended.thread else "a thread", ended.exc_value)
+        log.warning("%s cannot write (%s)", ended.thread.name if ended.thread else "a thread", ended.exc_value)
     else:
         threading.__excepthook__(ended)
 
 
 class _Careful(logging.FileHandler):
-    """A log file that may become unwritable without taking the run along."""
+    """A log file handler whose errors do not stop the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's own name)
         pass
@@ -77,8 +77,8 @@ class _Careful(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[logging.Handler]:
-    """Also write every line, with its time, to `path`; first those that `talk` kept. The handler writes there alone."""
-    handler = _Careful(path, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
+    """Also write every line with its time to `path`, starting with those kept by `talk`. Return the file handler."""
+    handler = _Careful(path, encoding="utf-8", errors="backslashreplace")  # file names may contain any bytes
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     for kept in [other for other in root.handlers if isinstance(other, _Kept)]:
@@ -95,7 +95,7 @@ def log_file(path: Path) -> Iterator[logging.Handler]:
 
 
 class JsonLines:
-    """One JSON object a line, appended; numbers that are not finite become null. Fails once, with a warning."""
+    """Append one JSON object per line; non-finite numbers become null. An error is logged once."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -110,7 +110,7 @@ class JsonLines:
             self._failed = False
         except OSError as error:
             if not self._failed:
-                log.warning("cannot write %s (%s); training goes on", self.path, error)
+                log.warning("cannot write %s (%s); training continues", self.path, error)
             self._failed = True
 
 
@@ -121,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 
 def _drop_partial_line(path: Path) -> None:
-    """A process killed while writing leaves half a line; what follows must start on a fresh one."""
+    """Start a new line if a killed process left an incomplete one."""
     with contextlib.suppress(OSError), open(path, "rb+") as file:
         content = file.read()
         if content and not content.endswith(b"\n"):
@@ -129,14 +129,14 @@ def _drop_partial_line(path: Path) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every record of a JSON-lines file; [] when there is none."""
+    """Return the records of a JSON-lines file; [] if it does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 class RunLog:
-    """The records of one run's folder. Only the main process holds one."""
+    """Log files of a run folder; for the main process only."""
 
     def __init__(self, folder: Path, run_id: str, *, step: int, total_steps: int):
         self.run_id, self.total_steps = run_id, total_steps
@@ -148,7 +148,7 @@ class RunLog:
         self._began = datetime.datetime.now()
 
     def step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """One logged step: a JSON line, curves, and the bar or a plain line."""
+        """Log a step: a JSON line, curves, and the progress bar or a line of text."""
         self._metrics.write({"run_id": self.run_id, "step": step, "epoch": epoch, **values})
         self.scalars("train", values, step)
         shown = ", ".join(f"{name} {_short(name, value)}" for name, value in values.items() if name != "data_wait")
@@ -164,7 +164,7 @@ class RunLog:
         return str(left).split(".")[0]
 
     def epoch(self, values: Mapping[str, Any]) -> None:
-        """One finished epoch: a line of log.txt, and its figures as curves over epochs."""
+        """Log an epoch: a line of log.txt, and curves over epochs."""
         self._epochs.write({"run_id": self.run_id, **values})
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self.scalars("epoch", numbers, values["epoch"])
@@ -172,13 +172,13 @@ class RunLog:
         log.info("epoch %d done: %s", values["epoch"], shown)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Curves `group/name` in TensorBoard, whose names hold no blanks and signs."""
+        """Add curves `group/name` to TensorBoard, whose names may not contain spaces and signs."""
         for name, value in values.items():
             name = re.sub(r"[^\w.-]+", "_", name).strip("_")
             self._quietly(lambda name=name, value=value: self._board.add_scalar(f"{group}/{name}", value, step))
 
     def picture(self, name: str, image_HWC: Tensor, step: int) -> None:
-        """A uint8 picture `[H, W, 3]` for TensorBoard."""
+        """Add a uint8 picture `[H, W, 3]` to TensorBoard."""
         self._quietly(lambda: self._board.add_image(name, image_HWC, step, dataformats="HWC"))
 
     def text(self, name: str, text: str) -> None:
@@ -189,8 +189,8 @@ class RunLog:
             return
         try:
             write()
-        except Exception as error:  # a full disk, a writer thread that died: curves are not worth a run
-            log.warning("TensorBoard cannot be written (%s); its curves stop here, metrics.jsonl goes on", error)
+        except Exception as error:  # a full disk or a failed writer thread must not stop a run
+            log.warning("cannot write to TensorBoard (%s): no further curves, metrics.jsonl is complete", error)
             self._board = None
 
     def close(self) -> None:
@@ -205,18 +205,18 @@ def _short(name: str, value: float) -> str:
 
 
 def _board(folder: Path, step: int) -> Any:
-    """A TensorBoard writer that hides what a previous start wrote beyond `step`; None where there is no TensorBoard."""
+    """Return a TensorBoard writer that hides what an earlier start wrote after `step`, or None without TensorBoard."""
     try:
-        from torch.utils.tensorboard import SummaryWriter  # may be absent
+        from torch.utils.tensorboard import SummaryWriter  # optional
 
         return SummaryWriter(str(folder), purge_step=step or None)
     except Exception as error:
-        log.warning("no TensorBoard curves (%s); metrics.jsonl has the same numbers", error)
+        log.warning("no TensorBoard curves (%s); metrics.jsonl has the same values", error)
         return None
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what this process runs: for the run's records."""
+    """Return the machine, versions and commit of this process."""
     import platform
     import subprocess
 
@@ -245,7 +245,7 @@ def environment() -> dict[str, Any]:
 
 
 def installed(*packages: str) -> dict[str, str]:
-    """The versions of those that are there, whether they can be imported or not."""
+    """Return the versions of installed packages, without importing them."""
     found = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -77,12 +77,12 @@ class Records:
             log.warning("the warm-up of %g epochs does not end within this run", options.warmup_epochs)
 
     def write_error(self, error: BaseException) -> None:
-        """Write how the run ended into train.log; the terminal gets it from the program."""
+        """Write how the run ended to train.log; the program writes it to the terminal."""
         if self._file is not None:
             self._file.handle(log_record(error))
 
     def after_step(self) -> None:
-        """Log a step where it is time for one. The only place in the loop that waits for the device."""
+        """Log a step at the logging interval. Only here does the loop wait for the device."""
         if self._step % self.options.log_every:
             return
         now, stepper = time.monotonic(), self.state.stepper

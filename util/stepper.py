@@ -1,8 +1,8 @@
 """From a loss to an update: accumulation, loss scaling, clipping, and the refusal of anything that is not finite.
 
-The decision whether an update may happen is made on the device, and nobody waits for it: a loss that is not finite
-sends NaN into its gradients, DDP's sum carries that to every rank, the gradient norm shows it, and the fused optimizer
-skips its own step. The counters are read at log steps.
+The decision whether to apply an update is made on the device, without synchronisation: a loss that is not finite gives
+NaN gradients, the sum over ranks in DDP spreads them to every rank, the gradient norm detects them, and the fused
+optimizer skips the step. The counters are read at log steps.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-RECENT_STEPS = 32  # how many micro-batches a dump can look back on
-USUAL_STEPS = 20  # updates over which the norm of the gradient is averaged, and before which none is a spike
+RECENT_STEPS = 32  # micro-batches that a dump contains at most
+USUAL_STEPS = 20  # updates over which the gradient norm is averaged, and before which none counts as a spike
 
 
 class Unstable(RuntimeError):
-    """Too many steps in a row had a loss or a gradient that is not finite."""
+    """Too many consecutive steps had a loss or gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Stepper:
         self._hooks, self._total_steps, self._steps_per_epoch = hooks, total_steps, steps_per_epoch
         self._statistics = running_statistics(model)
         self._statistics_before: list[Tensor] = []
-        assert not (fp16 and skip_spikes), "the scaler would not hear of it"
+        assert not (fp16 and skip_spikes), "the loss scaler would not be informed"
         self.accum, self.clip_grad, self.skip_spikes = accum, clip_grad, skip_spikes
         self.step = 0
         self._micro = 0
@@ -106,12 +106,12 @@ class Stepper:
         self.grad_norm = torch.zeros((), device=device)
         self._usual_norm = torch.zeros((), device=device)
         self._highest = torch.full((), -torch.inf, device=device)
-        self._bad = torch.zeros(2, dtype=torch.int64, device=device)  # all, in a row
+        self._bad = torch.zeros(2, dtype=torch.int64, device=device)  # total, consecutive
         self._recent: deque[tuple[int, dict[str, Tensor], Tensor]] = deque(maxlen=RECENT_STEPS)
 
     @property
     def lr(self) -> float:
-        """The highest learning rate among the groups at the step last taken."""
+        """The highest learning rate of all groups at the last step."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     @contextlib.contextmanager
@@ -136,11 +136,11 @@ class Stepper:
     def __call__(self, losses: Mapping[str, Tensor], index: Tensor) -> bool:
         """Back-propagate `losses["loss"]`; True when an update was due, made or refused. `index`: the samples."""
         loss = losses["loss"]
-        self._highest = torch.fmax(self._highest, loss.detach().float())  # NaN is counted elsewhere
+        self._highest = torch.fmax(self._highest, loss.detach().float())  # NaN is counted separately
         self._recent.append((self.step, {name: value.detach() for name, value in losses.items()}, index))
         if self._micro == 0:
             self.optimizer.zero_grad(set_to_none=True)
-        # A loss that is not finite must not hide behind finite gradients, on this rank or on another.
+        # A non-finite loss must refuse the update even if all gradients are finite, on any rank.
         seed = torch.where(torch.isfinite(loss.detach()), 1.0 / self.accum, torch.nan).to(loss.dtype)
         self._scaler.scale(loss).backward(seed)
         self._micro += 1
@@ -164,7 +164,7 @@ class Stepper:
             self._scaler.step(self.optimizer)
             self._scaler.update()
         elif self._decides_on_device:
-            # The switch that GradScaler itself throws: a fused step with found_inf = 1 changes nothing.
+            # As GradScaler does: a fused step with found_inf = 1 changes nothing.
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not bad:  # waits for the device; only for optimizers without a fused form
@@ -182,7 +182,7 @@ class Stepper:
         return Progress(self.step, self._total_steps, self._steps_per_epoch, self.optimizer.param_groups)
 
     def _refused(self) -> Tensor:
-        """Whether the update must not happen, on the device; the norm is the same on every rank."""
+        """Whether to refuse the update, as a tensor on the device; the norm is the same on every rank."""
         bad, usual = ~torch.isfinite(self.grad_norm), self._usual_norm
         if self.skip_spikes:
             if self.step >= USUAL_STEPS:
@@ -192,18 +192,18 @@ class Stepper:
         return bad
 
     def highest_loss(self) -> float:
-        """The highest loss of this process since the last call. Waits for the device."""
+        """Return the highest loss of this process since the last call. Waits for the device."""
         highest = float(self._highest)
         self._highest = torch.full_like(self._highest, -torch.inf)
         return highest
 
     def bad_steps(self) -> tuple[int, int]:
-        """How many updates were refused, in all and in a row up to now. Waits for the device."""
+        """Return the number of refused updates, in total and consecutive up to now. Waits for the device."""
         total, in_a_row = self._bad.tolist()
         return total, in_a_row
 
     def recent(self) -> list[dict]:
-        """The last micro-batches: step, named losses as numbers, sample indices. Waits for the device."""
+        """Return the last micro-batches: step, losses by name, sample indices. Waits for the device."""
         return [
             {"step": step, "losses": {name: float(value) for name, value in losses.items()}, "index": index.tolist()}
             for step, losses, index in self._recent
@@ -224,14 +224,14 @@ class Stepper:
         self._usual_norm = torch.tensor(state["usual_norm"], device=self._usual_norm.device)
         asked = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, now in zip(self.optimizer.param_groups, asked, strict=True):  # torch takes all of them from the file
+        for group, now in zip(self.optimizer.param_groups, asked, strict=True):  # torch would use those of the file
             group.update({name: value for name, value in now.items() if name not in ("params", "lr")})
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that batch norms change in a forward pass."""
+    """Return the buffers that batch norms update in a forward pass."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
@@ -244,7 +244,7 @@ def seed_micro_step(seed: int, micro_number: int, rank: int) -> None:
 
 
 def names_of_bad_losses(recent: Sequence[Mapping]) -> list[str]:
-    """The losses of the newest micro-batches that are not finite, the parts before their sum."""
+    """Return the non-finite losses of the latest micro-batches, parts before their sum."""
     bad: dict[str, None] = {}
     for entry in recent:
         for name, value in entry["losses"].items():
