@@ -1,0 +1,176 @@
+"""tools.predict: masks and class tables against the programs' own evaluation, and what is refused."""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models_classifier
+import models_upernet
+from data.images import Pair, classifier_crop_share, eval_transform, read_image
+from data.loader import EvalSamples, pixel_statistics
+from data.segment_augment import eval_transform as pair_transform
+from data.sources import Source
+from data.splits import CLASSES
+from engine_segment import predicted_masks, windows_of
+from options import FinetuneOptions, SegmentOptions, to_dict
+from tests.test_masks import tag
+from tools import predict
+from util import checkpoint
+from util.overlay import colours
+
+NAMES = ["sky", "grass", "a cat"]
+SIZES = dict(model="mae_vit_tiny_patch4", embed_dim=24, depth=2, num_heads=2, in_chans=3)
+
+
+def save(folder, model, options):
+    mean, std = pixel_statistics(options.in_chans)
+    state = {"format": checkpoint.FORMAT, "model": model.state_dict(), "step": 1}
+    state["options"] = to_dict(options) | {"mean": list(mean), "std": list(std)}
+    (folder / "checkpoints").mkdir(parents=True)
+    checkpoint.save(folder / "checkpoints" / "last.pth", state)
+    (folder / CLASSES).write_text("".join(f"{name}\n" for name in NAMES))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    torch.manual_seed(0)
+    options = SegmentOptions(**SIZES, input_size=(16, 16), num_classes=3, batch_size=2, short_side=16)
+    model = models_upernet.from_options(to_dict(options), 3).eval()
+    torch.nn.init.normal_(model.decode.classify.weight)  # near zero, one class would win everywhere
+    return save(tmp_path_factory.mktemp("runs") / "segmenter", model, options), model, options
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    torch.manual_seed(0)
+    options = FinetuneOptions(**SIZES, input_size=(16, 24), num_classes=3)
+    sizes = {name: getattr(options, name) for name in (*SIZES, "input_size", "global_pool")}
+    model = models_classifier.build(num_classes=3, **sizes).eval()
+    torch.nn.init.normal_(model.head.weight)
+    return save(tmp_path_factory.mktemp("runs") / "classifier", model, options), model
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images of several sizes and kinds at two depths, one that is no image, and one with an EXIF orientation."""
+    drawn = np.random.default_rng(0)
+    for name, size in (("a.png", (20, 30)), ("deep/b.jpg", (40, 18)), ("deep/c.png", (16, 16))):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    tag(tmp_path / "photos" / "deep" / "b.jpg", 6)
+    (tmp_path / "photos" / "broken.jpg").write_text("not an image")
+    return tmp_path / "photos"
+
+
+def run_tool(*words):
+    return predict.main([*map(str, words), "--device", "cpu"])
+
+
+def test_masks_are_those_of_the_programs_evaluation(segmenter, photos, tmp_path, capsys):
+    folder, model, options = segmenter
+    assert run_tool(folder, photos, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "3 images: masks/ and overlays/ of 3 classes" in said and "1 could not be read" in said
+    files = {"a": photos / "a.png", "deep/b": photos / "deep/b.jpg", "deep/c": photos / "deep/c.png"}
+    images = [read_image(str(path)) for path in files.values()]
+
+    def read(number):
+        return Pair(images[number], np.zeros(images[number].shape[:2], np.int16))
+
+    mean, std = pixel_statistics(3)
+    samples = EvalSamples(Source(list(files), read), pair_transform(16), mean=mean, std=std)
+    made = predicted_masks(model, samples, range(3), windows=windows_of(options, 4), device=torch.device("cpu"),
+                           autocast=torch.no_grad)  # fmt: skip
+    for stem, image_HWC, (_, _, expected) in zip(files, images, made, strict=True):
+        with Image.open(tmp_path / "out" / "masks" / f"{stem}.png") as mask:
+            assert mask.mode == "P" and np.array_equal(np.asarray(mask), expected.numpy())
+            assert mask.size == image_HWC.shape[1::-1] and len(np.unique(expected)) > 1
+            assert np.array_equal(np.asarray(mask.convert("RGB")), colours(3)[expected].numpy())
+        with Image.open(tmp_path / "out" / "overlays" / f"{stem}.png") as drawn:
+            mixed = 0.4 * image_HWC + 0.6 * colours(3)[expected].numpy()
+            assert np.abs(np.asarray(drawn) - mixed).max() <= 1
+    with Image.open(tmp_path / "out/masks/deep/b.png") as mask:
+        assert mask.size == (40, 18), "as viewers show the photograph, which is stored as 18 x 40"
+    with open(tmp_path / "out" / "classes.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert [row[:2] for row in rows] == [["number", "class"], ["0", "sky"], ["1", "grass"], ["2", "a cat"]]
+    assert rows[1][2] == "#{:02x}{:02x}{:02x}".format(*colours(3)[0].tolist())
+    assert (tmp_path / "out" / "bad_images.txt").read_text().startswith(str(photos / "broken.jpg"))
+
+
+def test_classes_are_those_of_the_model(classifier, photos, tmp_path, capsys):
+    folder, model = classifier
+    assert run_tool(folder, photos / "deep", photos / "a.png", "--output", tmp_path / "out") == 0
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", "predicted", "probability", *NAMES] and [row[0] for row in rows] == [
+        "b.jpg",
+        "c.png",
+        "a.png",
+    ]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in pixel_statistics(3))
+    transform = eval_transform((16, 24), classifier_crop_share((16, 24)))
+    for row, name in zip(rows, ("deep/b.jpg", "deep/c.png", "a.png"), strict=True):
+        image = (transform(read_image(str(photos / name))) / 255 - mean) / std
+        with torch.no_grad():
+            shares = model(image[None]).softmax(dim=1)[0]
+        np.testing.assert_allclose([float(value) for value in row[3:]], shares.numpy(), atol=2e-6)
+        assert row[1] == NAMES[int(shares.argmax())] and float(row[2]) == pytest.approx(float(shares.max()), abs=1e-6)
+
+
+def test_the_default_folder_is_the_runs_and_files_are_not_overwritten(classifier, photos, capsys):
+    folder, _ = classifier
+    assert run_tool(folder, photos / "a.png") == 0
+    assert (folder / "predictions" / "predictions.csv").is_file()
+    assert run_tool(folder, photos / "a.png") == 2
+    assert "holds files already; name a new folder with --output" in capsys.readouterr().err
+
+
+def test_more_bits_are_scaled_as_in_training(tmp_path, segmenter, capsys):
+    """A darker picture of 16 bits, which alone would have another range."""
+    _, model, options = segmenter
+    folder = save(tmp_path / "run", model, replace(options, value_range=(0, 4095)))
+    values = np.random.default_rng(0).integers(0, 900, (20, 20)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.fromarray(np.repeat(read_image(str(tmp_path / "deep.png"), 3, (0, 4095)), 1, -1)).save(tmp_path / "eight.png")
+    for name in ("deep", "eight"):
+        assert run_tool(folder, tmp_path / f"{name}.png", "--output", tmp_path / name) == 0
+    found = [np.asarray(Image.open(tmp_path / name / "masks" / f"{name}.png")) for name in ("deep", "eight")]
+    assert np.array_equal(*found)
+
+
+def test_what_cannot_be_predicted_is_refused(tmp_path, classifier, segmenter, photos, capsys):
+    headless = models_classifier.build(num_classes=0, input_size=(16, 16), **SIZES)
+    encoder = save(tmp_path / "encoder", headless, FinetuneOptions(**SIZES, input_size=(16, 16)))
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (9, 9)).save(other / "a.jpg")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "x.jpg").write_text("no image")
+    cases = [
+        ([encoder, photos], "is an encoder without a classification head: fine-tune it first"),
+        ([classifier[0], tmp_path / "nothing"], "nothing does not exist"),
+        ([classifier[0], tmp_path / "empty"], "no images in"),
+        ([classifier[0], segmenter[0] / CLASSES], "is not named like an image"),
+        ([segmenter[0], photos, other], "would both be written as a: give them in two commands"),
+        ([segmenter[0], tmp_path / "text"], "not one of 1 images can be read"),
+        ([classifier[0], tmp_path / "text"], "not one of 1 images can be read"),
+        ([classifier[0], photos, "--batch_size", "0"], "batch_size: must be at least 1"),
+        ([tmp_path / "nowhere", photos], "nowhere does not exist"),
+    ]
+    for number, (words, told) in enumerate(cases):
+        assert run_tool(*words, "--output", tmp_path / f"out{number}") == 2, words
+        assert told in capsys.readouterr().err
+
+
+def test_masks_of_many_classes_have_sixteen_bits(tmp_path):
+    mask = torch.tensor([[0, 299], [256, 3]])
+    predict.write_mask(mask, 300, tmp_path / "a" / "m.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / "m.png")), mask.numpy())

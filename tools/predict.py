@@ -1,0 +1,262 @@
+"""Apply a trained segmenter or classifier to images: masks with overlays, or a table of classes.
+
+    python -m tools.predict output/segment PHOTOS                    # a segmenter: masks/ and overlays/ in a new folder
+    python -m tools.predict output/finetune a.jpg b.jpg              # a classifier: predictions.csv
+    python -m tools.predict output/finetune/checkpoints/best.pth PHOTOS MORE/c.png --output DIR
+
+IMAGES are files and folders, which are searched at all depths. A segmenter writes for each image a mask of its size, a
+PNG file whose palette shows the classes and whose numbers are theirs, from 0 on, and the image under these colours;
+classes.csv lists numbers, names and colours. A classifier writes a row for each image: its file, the class with the
+highest probability, and the probabilities of all classes. Images are prepared as the run evaluated its own, with its
+`value_range`; EXIF orientation is applied, so that masks lie as viewers show the images. Files that cannot be read are
+listed in bad_images.txt and named at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.depth import with_range
+from data.files import write_text
+from data.folders import images_below
+from data.images import BadImage, is_image_name, read_stored
+from data.loader import EvalSamples, NothingReadable, eval_batches, eval_transform
+from data.sources import Names, Source
+from tools import encoder as encoders
+from tools import given
+from tools import segmenter as segmenters
+from tools.encoder import Encoder
+from util import checkpoint
+from util.distributed import pick_device
+from util.logging import talk
+from util.overlay import colours, overlay, shown
+
+log = logging.getLogger(__name__)
+
+MASKS, OVERLAYS, CLASSES, TABLE, BAD = "masks", "overlays", "classes.csv", "predictions.csv", "bad_images.txt"
+
+
+def find_images(paths: Sequence[str], output: Path) -> dict[str, str]:
+    """Find the image files that `paths` name.
+
+    Args:
+        paths: Image files, and folders that are searched at all depths.
+        output: A folder that is left out of the search.
+
+    Returns:
+        The file of each image by the name of its results: its path below the folder given, or its file's name.
+
+    Raises:
+        ValueError: For a path that does not exist, a folder without images, or two images of one name.
+    """
+    found: dict[str, str] = {}
+    stems: dict[str, str] = {}
+    for path in paths:
+        if os.path.isdir(path):
+            inside = [(name, os.path.join(path, name)) for name in images_below(path)]
+            inside = [(name, file) for name, file in inside if output.resolve() not in Path(file).resolve().parents]
+            if not inside:
+                raise ValueError(f"no images in {path}")
+        elif os.path.isfile(path):
+            if not is_image_name(os.path.basename(path)):
+                raise ValueError(f"{path} is not named like an image (.jpg .png .tif .npy ...)")
+            inside = [(os.path.basename(path), path)]
+        else:
+            raise ValueError(f"{path} does not exist")
+        for name, file in inside:
+            stem = os.path.splitext(name)[0]
+            if stem in stems and os.path.realpath(stems[stem]) != os.path.realpath(file):
+                raise ValueError(
+                    f"{stems[stem]} and {file} would both be written as {stem}: give them in two commands, each with "
+                    "an --output of its own"
+                )
+            if stem not in stems:
+                stems[stem] = found[name] = file
+    return found
+
+
+def open_images(files: dict[str, str], channels: int, value_range: Sequence[float]) -> Source:
+    """Open image files as a source of uint8 images, scaled as the model's training images were."""
+    paths = Names(files.values())
+    source = Source(Names(files), functools.partial(_read, paths, channels), path=functools.partial(_path, paths))
+    return with_range(source, channels, value_range)
+
+
+def _path(paths: Sequence[str], number: int) -> str:
+    return paths[number]
+
+
+def _read(paths: Sequence[str], channels: int, number: int) -> np.ndarray:
+    return read_stored(paths[number], channels)
+
+
+# ---- segmenters -----------------------------------------------------------------------------------------------------
+
+
+def write_mask(mask_HW: Tensor, classes: int, path: Path) -> None:
+    """Write class numbers `[H, W]` as a PNG file with a palette; of more than 256 classes as a grey one of 16 bits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if classes > 256:
+        Image.fromarray(mask_HW.numpy().astype(np.uint16)).save(path)
+        return
+    picture = Image.fromarray(mask_HW.numpy().astype(np.uint8), "P")
+    picture.putpalette(colours(classes)[:-1].flatten().tolist())
+    picture.save(path)
+
+
+def segment(trained: segmenters.Trained, source: Source, output: Path) -> list[BadImage]:
+    """Write the masks and overlays of all images; return those that could not be read."""
+    classes = len(trained.class_names)
+    bad = []
+    for number, name in enumerate(source.names):
+        try:
+            image_HWC = source.read(number)
+        except BadImage as error:
+            bad.append(error)
+            continue
+        mask_HW = trained.predict(image_HWC)
+        stem = os.path.splitext(name)[0]
+        write_mask(mask_HW, classes, output / MASKS / f"{stem}.png")
+        image_CHW = torch.from_numpy(image_HWC.copy()).permute(2, 0, 1) / 255
+        none, one = (0.0,) * len(image_CHW), (1.0,) * len(image_CHW)
+        drawn = overlay(shown(image_CHW, none, one), mask_HW, classes)
+        (output / OVERLAYS / stem).parent.mkdir(parents=True, exist_ok=True)
+        pixels = (drawn * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(output / OVERLAYS / f"{stem}.png")
+    palette = colours(classes).tolist()
+    rows = [(number, name, "#{:02x}{:02x}{:02x}".format(*palette[number]))
+            for number, name in enumerate(trained.class_names)]  # fmt: skip
+    write_table(output / CLASSES, ("number", "class", "colour"), rows)
+    return bad
+
+
+# ---- classifiers ----------------------------------------------------------------------------------------------------
+
+
+def classify(
+    encoder: Encoder, source: Source, device: torch.device, batch_size: int, num_workers: int
+) -> tuple[list[int], np.ndarray]:
+    """Compute class probabilities.
+
+    Returns:
+        The numbers of the images that can be read, and float32 `[n, K]`.
+    """
+    encoder.model.to(device)
+    mean, std = encoder.statistics
+    transform = eval_transform(encoder.image_shape[1:], encoder.crop_share, encoder.eval_crop)
+    samples = EvalSamples(source, transform, mean=mean, std=std)
+    numbers: list[int] = []
+    parts = []
+    for batch in eval_batches(samples, batch_size=batch_size, num_workers=num_workers):
+        logits = encoder.answers(batch.to(device).images)["logits"]
+        parts.append(logits.float().softmax(dim=1).cpu().numpy())
+        numbers += batch.index.tolist()
+    return numbers, np.concatenate(parts)
+
+
+def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a CSV file."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+def write_classes(encoder: Encoder, source: Source, numbers: list[int], shares_NK: np.ndarray, path: Path) -> None:
+    """Write each image's file, most probable class, its probability, and the probability of every class."""
+    names = encoder.class_names or [str(number) for number in range(encoder.classes)]
+    rows = [
+        (source.names[number], names[shares.argmax()], f"{shares.max():.6f}", *(f"{share:.6f}" for share in shares))
+        for number, shares in zip(numbers, shares_NK, strict=True)
+    ]
+    write_table(path, ("file", "predicted", "probability", *names), rows)
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+def predict(
+    model: Path, images: Sequence[str], output: Path | None, device: torch.device, batch_size: int, num_workers: int
+) -> str:
+    """Write the predictions of a run's model for images, and return a summary.
+
+    Raises:
+        ValueError: If the model predicts no classes, or the images or the output folder cannot be used.
+    """
+    file = given.checkpoint_of(model)
+    weights, made_with = checkpoint.load_model(file, averaged=True)
+    is_segmenter = segmenters.is_segmenter(weights)
+    if not is_segmenter and "head.weight" not in weights:
+        raise ValueError(
+            f"{file} is an encoder without a classification head: fine-tune it first (main_finetune.py, "
+            "main_segment.py), or compute its features with tools.embed"
+        )
+    if not is_segmenter and "patch_embed.proj.weight" not in weights:
+        raise ValueError(
+            f"{file} is a linear probe, which holds no encoder: fine-tune the encoder with main_finetune.py to predict"
+        )
+    output = output or checkpoint.run_of(file) / "predictions"
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        what = "is a file" if output.is_file() else "holds files already"
+        raise ValueError(f"{output} {what}; name a new folder with --output, or remove it")
+    files = find_images(images, output)
+    channels, value_range = made_with.get("in_chans", 3), made_with.get("value_range", ())
+    source = open_images(files, channels, value_range)
+    if is_segmenter:
+        trained = segmenters.load(file)
+        trained.model.to(device)
+        output.mkdir(parents=True, exist_ok=True)
+        bad = [(error.path, error.reason) for error in segment(trained, source, output)]
+        what = f"{MASKS}/ and {OVERLAYS}/ of {len(trained.class_names)} classes, which {CLASSES} lists"
+    else:
+        encoder = encoders.load(file)
+        numbers, shares_NK = classify(encoder, source, device, batch_size, num_workers)
+        output.mkdir(parents=True, exist_ok=True)
+        write_classes(encoder, source, numbers, shares_NK, output / TABLE)
+        unread = sorted({*range(len(source))} - {*numbers})
+        bad = [(files[source.names[number]], "cannot be read") for number in unread]
+        what = f"{TABLE}, {encoder.classes} classes"
+    if bad:
+        write_text(output / BAD, "".join(f"{path}\t{reason}\n" for path, reason in bad))
+    if len(bad) == len(source):
+        raise ValueError(f"not one of {len(bad)} images can be read: {': '.join(bad[0])}")
+    left_out = f"; {len(bad)} could not be read and are listed in {BAD}, such as {bad[0][0]}" if bad else ""
+    return f"Written: {output}\n  {len(source) - len(bad)} images: {what}{left_out}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT", help="of main_segment.py or main_finetune.py")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, and folders of any depth")
+    parser.add_argument("--output", type=Path, help="a new folder (default: predictions in the run's folder)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, of a classifier")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that load images, of a classifier")
+    words = parser.parse_args(argv)
+    try:
+        if words.batch_size < 1 or words.num_workers < 0:
+            raise ValueError("batch_size: must be at least 1, and num_workers at least 0")
+        device = pick_device(words.device)
+        summary = predict(words.model, words.images, words.output, device, words.batch_size, words.num_workers)
+    except (ValueError, OSError, NothingReadable) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    talk(True)
+    sys.exit(main())

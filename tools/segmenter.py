@@ -1,0 +1,86 @@
+"""A trained segmenter as the tools use it: its model, the options of its run, and predictions for single images.
+
+N images   C channels   K classes   H W rows and columns of an image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import models_upernet
+from data.loader import pixel_statistics
+from data.segment_augment import fitted, resize_image
+from data.splits import read_classes
+from engine_segment import short_side, windows_of
+from options import SegmentOptions, from_dict
+from tools import given
+from util import checkpoint
+from util.windows import predict
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A segmenter in eval mode, the resolved options of its run, and where it comes from."""
+
+    model: models_upernet.Segmenter
+    options: SegmentOptions
+    checkpoint: Path
+    class_names: list[str]
+    updates: int
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], ...]:
+        """Mean and deviation of each channel, on a scale of 0 to 1, that images are normalised with."""
+        return pixel_statistics(self.options.in_chans, self.options.mean, self.options.std)
+
+    @property
+    def run(self) -> Path:
+        """Folder of its run, or the one in which its checkpoint lies."""
+        return checkpoint.run_of(self.checkpoint)
+
+    def normalised(self, image_HWC: np.ndarray) -> Tensor:
+        """Resize an image as evaluation does and normalise it: float32 `[1, C, h, w]` on the model's device."""
+        image_CHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)
+        resized = resize_image(image_CHW, fitted(image_CHW.shape[1:], short_side(self.options)))
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.statistics)
+        device = self.model.patch_embed.proj.weight.device
+        return ((resized.float() / 255 - mean) / std)[None].to(device)
+
+    @torch.inference_mode()
+    def predict(self, image_HWC: np.ndarray) -> Tensor:
+        """Predict the class of each pixel of an uint8 image `[H, W, C]`: int64 `[H, W]` on the CPU."""
+        windows = windows_of(self.options, self.model.patch)
+        scores = predict(self.model, self.normalised(image_HWC), windows, image_HWC.shape[:2])
+        return scores.argmax(dim=1)[0].cpu()
+
+
+def is_segmenter(weights: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint's weights are those of a segmenter."""
+    return "decode.classify.weight" in weights
+
+
+def load(path: Path) -> Trained:
+    """Load the segmenter of a run folder or a checkpoint, on the CPU.
+
+    Raises:
+        ValueError: If it is not a segmenter of this project.
+    """
+    file = given.checkpoint_of(path)
+    weights, made_with = checkpoint.load_model(file, averaged=True)
+    if not made_with or not is_segmenter(weights):
+        raise ValueError(f"{file} is not a segmenter of main_segment.py")
+    options = from_dict(SegmentOptions, made_with)
+    classes = len(weights["decode.classify.weight"])
+    model = models_upernet.from_options(made_with, classes)
+    models_upernet.load_segmenter(model, weights, made_with)
+    names = read_classes(checkpoint.run_of(file))
+    if len(names) != classes:
+        names = [str(number) for number in range(classes)]
+    return Trained(model.eval(), options, file, names, checkpoint.load(file).get("step", 0))
