@@ -234,25 +234,29 @@ class EncoderOptions(RunOptions):
     grad_checkpointing: bool = machine(False)
     """Recompute activations in the backward pass: less memory, more time."""
 
-    min_scale: float = result(0.2, section="Crops")
-    """Minimum area of a random crop, as a share of the image."""
-    hflip: float = result(0.5)
+    hflip: float = result(0.5, section="Crops")
     """Probability of a horizontal flip."""
 
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "embed_dim", "depth", "num_heads")
-        self._between(0, 1, "hflip", "min_scale")
-        require(self.min_scale > 0, "must be more than 0, or a crop is empty", "min_scale")
+        self._between(0, 1, "hflip")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeImageOptions(EncoderOptions):
     """Options of programs that evaluate one vector or class per image."""
 
-    eval_crop: Literal["keep_size", "mae"] = result("keep_size", section="Crops")
+    min_scale: float = result(0.2, section="Crops")
+    """Minimum area of a random crop, as a share of the image."""
+    eval_crop: Literal["keep_size", "mae"] = result("keep_size")
     """How images are prepared for evaluation, k-NN and features. `mae`: all are resized and their centre cropped, as by
     MAE and timm (32 -> 36 -> 32); `keep_size`: the same, but an image that already has input_size stays unchanged."""
+
+    def _check(self) -> None:
+        super()._check()
+        self._between(0, 1, "min_scale")
+        require(self.min_scale > 0, "must be more than 0, or a crop is empty", "min_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +294,8 @@ class PretrainOptions(WholeImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierOptions(WholeImageOptions):
-    """Options shared by fine-tuning and linear probes: labels, subsets and evaluation."""
+class LabelledOptions(EncoderOptions):
+    """Options of the programs that learn from labels: classes, splits and evaluation."""
 
     ALIASES: ClassVar[dict[str, str]] = {
         **RunOptions.ALIASES,
@@ -299,6 +303,72 @@ class ClassifierOptions(WholeImageOptions):
         "nb_classes": "num_classes",
         "class_weight": "class_weights",
     }
+
+    num_classes: int = shape(0, section="Classes")
+    """Number of classes; 0: as many as the training data have."""
+    class_weights: tuple[str, ...] = result(())
+    """Weight of each class in the loss, `1 5`, in the order of the classes; `balanced`: N / (K x N_k) for class k, with
+    N the images (in segmentation pixels) of the training data, N_k those of the class, and K the number of classes;
+    empty: all alike."""
+
+    label_share: float = result(1.0, section="Labels")
+    """Share of the training images to use, of each class at least one; usual low-label values are 0.01 and 0.1."""
+    test_share: float = result(0.1)
+    """Share of the images that is held out for testing, where there is no split `val` or `test`; of classified images
+    at least 20, and two per class, if these are at most a quarter of each class."""
+    holdout: float = result(0.02)
+    """Share of the training images that is held out to select `best`, where there is no validation set beside the test
+    set; of classified images at least as many as for test_share. 0: `best` is selected on the test images, as by MAE's
+    script and as is usual on ADE20K, which is optimistic."""
+    subset_seed: int = result(0)
+    """Seed of all random splits of the images (label_share, holdout, test_share), independent of `seed`."""
+    group_by: str = result("")
+    """Keep groups of images together in random splits: `folder`, or a regular expression with one group in parentheses
+    that is searched in each image's name, such as `([^/]+)_[0-9]+` for the frames of a film."""
+    eval_every: int = result(1)
+    """Epochs between evaluations; the last epoch is always evaluated."""
+
+    def _check(self) -> None:
+        super()._check()
+        self._at_least(0, "num_classes")
+        self._at_least(1, "eval_every")
+        self._between(0, 1, "label_share", "test_share", "holdout")
+        self._between(0, 2**32 - 1, "subset_seed")
+        _check_class_weights(self.class_weights)
+        require(self.num_classes != 1, "must be at least 2", "num_classes")
+        require(self.label_share > 0, "must be more than 0, or no image is left", "label_share")
+        require(0 < self.test_share < 1, "must be more than 0 and less than 1", "test_share")
+        require(self.holdout < 1, "must be less than 1, or no image is left to train on", "holdout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions(LabelledOptions):
+    """Options of the programs that train an encoder and what reads it, end to end."""
+
+    eval: bool = machine(False, section="Transfer")
+    """Only evaluate: print the metrics of the checkpoint given by `resume` or `init_from`, or of the run's last one."""
+    from_scratch: bool = result(False)
+    """Use the sizes of the encoder in `init_from` but none of its weights, as a baseline."""
+    drop_path: float = result(0.1)
+    """Stochastic depth: rate at which the last block is skipped; it decreases linearly towards the first block."""
+    layer_decay: float = result(0.65)
+    """Factor between the learning rates of a block and the block above it; 1: the same rate for all."""
+    steps: int = result(0)
+    """Total optimizer steps, instead of epochs; 0: as given by epochs."""
+
+    def _check(self) -> None:
+        super()._check()
+        self._at_least(0, "steps")
+        self._between(0, 1, "drop_path", "layer_decay")
+        require(self.drop_path < 1, "must be less than 1", "drop_path")
+        require(self.layer_decay > 0, "must be more than 0, or only the head is trained", "layer_decay")
+        require(bool(self.init_from) or not self.from_scratch, "needs init_from", "from_scratch", "init_from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(LabelledOptions, WholeImageOptions):
+    """Options shared by fine-tuning and linear probes."""
+
     FOREIGN: ClassVar[dict[str, str]] = {
         **RunOptions.FOREIGN,
         "cls_token": "use --global_pool token",
@@ -310,50 +380,20 @@ class ClassifierOptions(WholeImageOptions):
         *("test_share", "subset_seed", "group_by", "label_offset"),  # or training images might be evaluated
     )
 
-    num_classes: int = shape(0, section="Classifier")
-    """Classes of the head; 0: as many as the training images have."""
-    global_pool: Literal["avg", "token"] = shape("avg")
+    global_pool: Literal["avg", "token"] = shape("avg", section="Classifier")
     """Input of the head: the average of the patch tokens, or the class token."""
-
-    label_share: float = result(1.0, section="Labels")
-    """Share of each class's training images to use, at least one per class; usual low-label values are 0.01 and 0.1."""
     labels_per_class: int = result(0)
     """Training images of each class to use; 0: as given by label_share."""
-    subset_seed: int = result(0)
-    """Seed of all random splits of the images (label_share, holdout, test_share), independent of `seed`."""
-    test_share: float = result(0.1)
-    """Share of each class's images that is held out for testing, where there is no split `val` or `test`; at least 20
-    images, and two per class, if these are at most a quarter of each class."""
-    holdout: float = result(0.02)
-    """Share of each class's training images that is held out to select `best`, where there is no validation set beside
-    the test set; at least as many images as for test_share, unless there is a split `val`, which is used then. 0: best
-    is selected on the test images, as by MAE's script, which is optimistic."""
-    group_by: str = result("")
-    """Keep groups of images together in random splits: `folder`, or a regular expression with one group in parentheses
-    that is searched in each image's name, such as `([^/]+)_[0-9]+` for the frames of a film."""
-    class_weights: tuple[str, ...] = result(())
-    """Weight of each class in the loss, `1 5`, in the order of the classes; `balanced`: images of all classes / (number
-    of classes x images of the class), counted in the training data; empty: all alike."""
-    eval_every: int = result(1)
-    """Epochs between evaluations; the last epoch is always evaluated."""
 
     def _check(self) -> None:
         super()._check()
-        self._at_least(0, "num_classes", "labels_per_class")
-        _check_class_weights(self.class_weights)
-        self._at_least(1, "eval_every")
-        self._between(0, 1, "label_share", "holdout", "test_share")
-        require(0 < self.test_share < 1, "must be more than 0 and less than 1", "test_share")
-        self._between(0, 2**32 - 1, "subset_seed")
-        require(self.num_classes != 1, "must be at least 2", "num_classes")
-        require(self.label_share > 0, "must be more than 0, or no image is left", "label_share")
-        require(self.holdout < 1, "must be less than 1, or no image is left to train on", "holdout")
+        self._at_least(0, "labels_per_class")
         both = self.labels_per_class > 0 and self.label_share < 1
         require(not both, "give either labels_per_class or label_share", "labels_per_class", "label_share")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(ClassifierOptions):
+class FinetuneOptions(TransferOptions, ClassifierOptions):
     """Train a classifier end to end, from a pretrained encoder (`--init_from`) or from scratch."""
 
     PROGRAM = "finetune"
@@ -366,19 +406,8 @@ class FinetuneOptions(ClassifierOptions):
     min_lr: float = result(1e-6)
     min_scale: float = result(0.08)
 
-    eval: bool = machine(False, section="Fine-tuning")
-    """Only evaluate: print the accuracy of the checkpoint given by `resume` or `init_from`, or of the last one."""
-    from_scratch: bool = result(False)
-    """Use the sizes of the encoder in `init_from` but none of its weights, as a baseline."""
-    drop_path: float = result(0.1)
-    """Stochastic depth: rate at which the last block is skipped; it decreases linearly towards the first block."""
-
-    optimizer: Literal["adamw", "sgd"] = shape("adamw")
+    optimizer: Literal["adamw", "sgd"] = shape("adamw", section="Fine-tuning")
     """`adamw` with (0.9, 0.999), or `sgd` with momentum 0.9."""
-    layer_decay: float = result(0.65)
-    """Factor between the learning rates of a block and the block above it; 1: the same rate for all."""
-    steps: int = result(0)
-    """Total optimizer steps, instead of epochs; 0: as given by epochs."""
     ema: float = result(0.0)
     """Decay of an exponential moving average of the weights, which is then evaluated; 0: none."""
 
@@ -397,12 +426,10 @@ class FinetuneOptions(ClassifierOptions):
 
     def _check(self) -> None:
         super()._check()
-        self._at_least(0, "steps", "color_jitter", "mixup", "cutmix")
-        self._between(0, 1, "drop_path", "layer_decay", "ema", "reprob", "smoothing")
-        require(bool(self.init_from) or not self.from_scratch, "needs init_from", "from_scratch", "init_from")
-        for name in ("drop_path", "ema", "smoothing"):
+        self._at_least(0, "color_jitter", "mixup", "cutmix")
+        self._between(0, 1, "ema", "reprob", "smoothing")
+        for name in ("ema", "smoothing"):
             require(getattr(self, name) < 1, "must be less than 1", name)
-        require(self.layer_decay > 0, "must be more than 0, or only the head is trained", "layer_decay")
         require(
             not (self.aa and self.color_jitter),
             "has no effect together with aa; give one of them",
@@ -443,17 +470,16 @@ class ProbeOptions(ClassifierOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentOptions(EncoderOptions):
+class SegmentOptions(TransferOptions):
     """Train UPerNet to classify every pixel, from a pretrained encoder (`--init_from`) or from scratch."""
 
     PROGRAM = "segment"
 
     ALIASES: ClassVar[dict[str, str]] = {
-        **RunOptions.ALIASES,
-        "finetune": "init_from",
-        "nb_classes": "num_classes",
-        "class_weight": "class_weights",
+        **LabelledOptions.ALIASES,
         "cat_max_ratio": "max_class_share",
+        "min_scale": "min_resize",
+        "max_scale": "max_resize",
     }
     INHERITS: ClassVar[tuple[str, ...]] = tuple(name for name in ENCODER if name != "input_size")
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = (
@@ -472,23 +498,10 @@ class SegmentOptions(EncoderOptions):
     input_size: tuple[int, int] = shape((512, 512))
     """Size of training crops and of evaluation windows in pixels: one number, or rows and columns as `160x96`."""
     blr: float = result(1.6e-3)
-    min_scale: float = result(0.5)
-    """Minimum factor by which a training image is resized before it is cropped."""
+    eval_every: int = result(10)
 
-    eval: bool = machine(False, section="Segmentation")
-    """Only evaluate: print the metrics of the checkpoint given by `resume` or `init_from`, or of the run's last one."""
-    from_scratch: bool = result(False)
-    """Use the sizes of the encoder in `init_from` but none of its weights, as a baseline."""
-    num_classes: int = shape(0)
-    """Number of classes; 0 (recommended): that of the class list."""
-    drop_path: float = result(0.1)
-    """Stochastic depth: rate at which the last block is skipped; it decreases linearly towards the first block."""
-    auxiliary: float = result(0.4)
+    auxiliary: float = result(0.4, section="Segmentation")
     """Weight of the auxiliary head's loss."""
-    layer_decay: float = result(0.65)
-    """Factor between the learning rates of a block and the block above it; 1: the same rate for all."""
-    steps: int = result(0)
-    """Total optimizer steps, instead of epochs; 0: as given by epochs."""
     warmup_steps: int = result(0)
     """Steps in which the learning rate rises from 0, instead of warmup_epochs; 0: as given by warmup_epochs."""
     power: float = result(1.0)
@@ -502,28 +515,15 @@ class SegmentOptions(EncoderOptions):
     mask_values: tuple[str, ...] = result(())
     """Value stored in the masks for each class, in the order of the class list: `0,255`, or colours as
     `#000000,#ff0000`; empty: the classes' numbers."""
-    class_weights: tuple[str, ...] = result(())
-    """Weight of each class in the loss, `1 5`, in the order of the classes; `balanced`: pixels of all classes / (number
-    of classes x pixels of the class), counted in the training data; empty: all alike."""
     check_masks: bool = machine(True)
     """Check every mask before training. Off: invalid masks count as unreadable images when they are read."""
-    label_share: float = result(1.0)
-    """Share of the training images to use, at least one; smaller subsets are part of larger ones."""
-    test_share: float = result(0.1)
-    """Share of the images that is held out for testing, where there is no folder `val` or `test`."""
-    holdout: float = result(0.02)
-    """Share of the training images that is held out to select `best`, where there is no `val` beside `test`; 0: `best`
-    is selected on the test images, as is usual on ADE20K, which is optimistic."""
-    subset_seed: int = result(0)
-    """Seed of all random splits of the images (label_share, holdout, test_share), independent of `seed`."""
-    group_by: str = result("")
-    """Keep groups of images together in random splits: `folder`, or a regular expression with one group in parentheses
-    that is searched in each image's name, such as `([^/]+)_[0-9]+` for the frames of a film."""
 
     short_side: int = result(0, section="Scaling")
     """Short side of images in evaluation, in pixels; 0: that of the crop. The long side is at most four times it."""
-    max_scale: float = result(2.0)
-    """Maximum factor by which a training image is resized; min_scale is the minimum."""
+    min_resize: float = result(0.5)
+    """Minimum factor by which a training image is resized before it is cropped."""
+    max_resize: float = result(2.0)
+    """Maximum factor by which a training image is resized."""
     max_class_share: float = result(0.75)
     """Maximum share of one class in a crop; other crops are drawn again, at most ten times. 1: no limit."""
     photometric: bool = result(True)
@@ -535,31 +535,20 @@ class SegmentOptions(EncoderOptions):
     """Pixels between two windows; 0: two thirds of the crop."""
     flip: bool = result(False)
     """Average the predictions of an image and of its mirror image in evaluation."""
-    eval_every: int = result(10)
-    """Epochs between evaluations; the last epoch is always evaluated."""
     picture_every: int = machine(10)
     """Epochs between pictures of predicted masks, in `samples/` and TensorBoard; 0: never."""
 
     def _check(self) -> None:
         super()._check()
-        _check_class_weights(self.class_weights)
-        self._at_least(0, "num_classes", "auxiliary", "steps", "warmup_steps", "power")
+        self._at_least(0, "auxiliary", "warmup_steps", "power")
         self._at_least(0, "short_side", "stride", "picture_every")
         require(self.ignore_label is None or self.ignore_label >= 0, "must be at least 0", "ignore_label")
         mapped = bool(self.mask_values) and (self.reduce_zero_label or self.dataset == "ade20k")
         require(not mapped, "says itself which value is which class: leave out", "mask_values", "reduce_zero_label")
         require(self.label_offset is None, "is for lists; for masks see reduce_zero_label", "label_offset")
-        self._at_least(1, "eval_every")
-        self._between(0, 1, "drop_path", "layer_decay", "label_share", "test_share", "holdout", "max_class_share")
-        self._between(0, 2**32 - 1, "subset_seed")
-        require(self.num_classes != 1, "must be at least 2", "num_classes")
-        for name in ("drop_path", "holdout", "test_share"):
-            require(getattr(self, name) < 1, "must be less than 1", name)
-        require(self.label_share > 0, "must be more than 0, or no image is left", "label_share")
-        require(self.test_share > 0, "must be more than 0, or no image is left to test on", "test_share")
-        require(self.layer_decay > 0, "must be more than 0, or only the heads are trained", "layer_decay")
-        require(self.max_scale >= self.min_scale, "must be at least min_scale", "max_scale", "min_scale")
-        require(bool(self.init_from) or not self.from_scratch, "needs init_from", "from_scratch", "init_from")
+        self._between(0, 1, "max_class_share")
+        require(self.min_resize > 0, "must be more than 0", "min_resize")
+        require(self.max_resize >= self.min_resize, "must be at least min_resize", "max_resize", "min_resize")
         most = min(self.input_size)
         require(self.stride <= most, f"{self.stride} leaves gaps between windows of {most} pixels", "stride")
         require(not self.steps or self.warmup_steps < self.steps, "must be less than steps", "warmup_steps", "steps")

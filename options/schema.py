@@ -663,11 +663,17 @@ def _plain(value: Any) -> Any:
 
 def from_dict(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
     """Invert `to_dict`. Unknown names are refused; missing ones have their default."""
-    known = field_types(schema)
+    known, values = field_types(schema), current_names(schema, values)
     for key in values:
         if key not in known:
             raise unknown(key, known)
     return schema(**{key: read(value, known[key], key) for key, value in values.items()})
+
+
+def current_names(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return stored options under their current names; an earlier name of an option is one of its aliases."""
+    known, aliases = field_types(schema), _aliases(schema)
+    return {name if name in known else aliases.get(name, name): value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -688,6 +694,7 @@ def differences(schema: type, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     """
     term_options: Mapping[str, type] = getattr(schema, "TERM_OPTIONS", {})
     found = []
+    old, new = current_names(schema, old), current_names(schema, new)
     for field in dataclasses.fields(schema):
         before, after = (_plain(values.get(field.name, default_of(field))) for values in (old, new))
         if field.name == "terms":

@@ -78,8 +78,8 @@ def training_images(options: SegmentOptions, source: Source) -> TrainSamples:
     transform = train_transform(
         options.input_size,
         short_side=short_side(options),
-        min_scale=options.min_scale,
-        max_scale=options.max_scale,
+        min_resize=options.min_resize,
+        max_resize=options.max_resize,
         max_class_share=options.max_class_share,
         hflip=options.hflip,
         photometric=options.photometric,

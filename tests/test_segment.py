@@ -25,7 +25,7 @@ from data.masks import IGNORE
 from data.segment_augment import eval_transform
 from data.sources import Source
 from engine_segment import Objective, cross_entropy, evaluate, predicted_masks
-from options import SegmentOptions, resolve_batch
+from options import SegmentOptions, differences, from_dict, resolve_batch, to_dict
 from options.schema import default_of
 from programs import segment
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
@@ -465,6 +465,15 @@ def test_figure_9_shows_runs_side_by_side(whole, data, tmp_path, capsys):
 # ---- recipes
 
 
+def test_the_earlier_names_of_the_resize_factors_are_read():
+    options = main_segment.parse_options(["--min_scale", "0.6", "--max_scale", "1.5"])
+    assert (options.min_resize, options.max_resize) == (0.6, 1.5)
+    stored = to_dict(options)
+    earlier = {{"min_resize": "min_scale", "max_resize": "max_scale"}.get(name, name): stored[name] for name in stored}
+    assert from_dict(SegmentOptions, earlier) == options
+    assert differences(SegmentOptions, earlier, stored) == []
+
+
 def recipe(name, *words):
     return main_segment.parse_options(["-c", str(PROJECT / f"configs/segment/{name}.yaml"), *words])
 
@@ -488,7 +497,7 @@ def test_ade20k_is_trained_as_published():
         rate = optim.absolute_lr(found.lr, found.blr, found.total_batch_size)
         assert (rate, found.total_batch_size, found.warmup_steps, found.holdout) == (pytest.approx(1e-4), 16, 1500, 0)
         assert (found.layer_decay, found.drop_path, found.weight_decay, found.power) == (0.65, 0.1, 0.05, 1.0)
-        assert (found.input_size, found.min_scale, found.max_scale, found.max_class_share) == (
+        assert (found.input_size, found.min_resize, found.max_resize, found.max_class_share) == (
             (512, 512),
             0.5,
             2.0,

@@ -32,7 +32,7 @@ def coded(rows=40, columns=60, classes=5, seed=0):
 
 
 def transform(**changes):
-    options = dict(short_side=40, min_scale=0.5, max_scale=2.0, max_class_share=0.75, hflip=0.5, photometric=False)
+    options = dict(short_side=40, min_resize=0.5, max_resize=2.0, max_class_share=0.75, hflip=0.5, photometric=False)
     return train_transform((32, 32), **(options | changes), mean=MEAN)
 
 
@@ -53,7 +53,7 @@ def test_image_and_mask_move_together(seed):
 
 def test_at_scale_one_without_chance_it_is_a_crop():
     pair = coded()
-    image, mask = transform(min_scale=1.0, max_scale=1.0, hflip=0.0)(pair)
+    image, mask = transform(min_resize=1.0, max_resize=1.0, hflip=0.0)(pair)
     found = [
         (top, left)
         for top in range(9)
