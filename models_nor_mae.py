@@ -259,10 +259,10 @@ class NeighborTerm(Term):
             raise ValueError(
                 f"tokens is {self.options.tokens!r}; this decoder predicts hidden patches only, some or all: use 'all'"
             )
-        if self.options.cnp == "released" and min(model.grid) < 3 or model.num_patches < 2:
+        if self.options.cnp == "released" and min(model.grid) < 3:
             raise ValueError(
-                f"a grid of {model.grid[0]} x {model.grid[1]} patches is too small for companions "
-                f"(cnp {self.options.cnp}): use smaller patches or larger images"
+                f"a grid of {model.grid[0]} x {model.grid[1]} patches is too small for cnp released, which needs "
+                "3 x 3: use smaller patches or larger images"
             )
         if self.normalization(model) == "token" and self.width(model) < 2:
             raise ValueError("normalize 'token' needs patches of more than one value")

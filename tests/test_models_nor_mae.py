@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import methods
 import models_nor_mae
 from models_mae import MaskedAutoencoderViT, patchify, random_masking
 from models_nor_mae import (
@@ -554,6 +555,20 @@ def test_grids_that_are_too_small_are_refused():
         build(grid=(2, 2), mask_ratio=0.5, cnp="released")
     model = build(grid=(2, 2), mask_ratio=0.5)
     assert model(*batch(model)[:1])["loss"].isfinite()
+    assert build(grid=(3, 3), mask_ratio=0.5, cnp="released")
+
+
+def test_an_encoder_that_sees_every_place_is_refused():
+    with pytest.raises(ValueError, match="sees every place"):
+        methods.build("simmim", "mae_vit_tiny_patch4", input_size=16, terms={"neighbor": {}})
+
+
+def test_patches_of_two_values_can_be_standardised():
+    model = methods.build(
+        "nor_mae", "mae_vit_tiny_patch1", input_size=4, in_chans=2, embed_dim=8, depth=1, num_heads=1,
+        decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1,
+    )  # fmt: skip
+    assert model(torch.randn(2, 2, 4, 4))["neighbor"].isfinite()
 
 
 def test_the_second_pass_gets_no_gradient():
