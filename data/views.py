@@ -124,10 +124,13 @@ def jitter_colours(image: Tensor, brightness: float, contrast: float, saturation
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     """Blur uint8 `[C, H, W]` by a Gaussian of `sigma` pixels, cut off at 3 sigma; edge pixels are repeated outwards."""
     radius = max(1, math.ceil(3 * sigma))
-    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma).square())
-    weights /= weights.sum()
-    channels = image.shape[0]
-    blurred = F.pad(image[None].float().contiguous(), [radius] * 4, mode="replicate")
-    blurred = F.conv2d(blurred, weights.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
-    blurred = F.conv2d(blurred, weights.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
-    return blurred[0].round_().to(torch.uint8)
+    densities = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma).square())
+    weights = (densities / densities.sum()).tolist()
+    blurred = F.pad(image[None].float().contiguous(), [radius] * 4, mode="replicate")[0]
+    for axis, size in ((1, image.shape[1]), (2, image.shape[2])):
+        # A sum of shifted images: several times faster than the convolution of a few channels.
+        total = blurred.narrow(axis, 0, size) * weights[0]
+        for place, weight in enumerate(weights[1:], start=1):
+            total.add_(blurred.narrow(axis, place, size), alpha=weight)
+        blurred = total
+    return blurred.round_().to(torch.uint8)

@@ -51,6 +51,15 @@ SMOKE_RUN = {
 }
 SMOKE_MODEL = {"input_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 2}
 SMOKE_DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+SMOKE_VIEWS = {  # of the methods with several views
+    "proj_hidden_dim": 32,
+    "proj_dim": 16,
+    "out_dim": 64,
+    "head_hidden_dim": 32,
+    "head_bottleneck_dim": 16,
+    "local_crops": 1,
+    "local_size": 32,
+}
 SMOKE_BILL = "--device cpu --batch_size 2 --rounds 1 --input_size 32 --decoder_depth 1"
 
 
@@ -295,7 +304,7 @@ class Plan:
         if setting.smoke:
             own = methods.own_options(row.options["method"])
             options |= SMOKE_MODEL | SMOKE_RUN
-            options |= {name: value for name, value in SMOKE_DECODER.items() if name in own}
+            options |= {name: value for name, value in (SMOKE_DECODER | SMOKE_VIEWS).items() if name in own}
         options |= self._dataset(row) | {"seed": seed, "data_path": self._data(), "output_dir": folder}
         recipe = ("main_pretrain.py", "-c", f"configs/pretrain/{row.recipe}.yaml")
         return Job((*recipe, *flags(options), *setting.more), folder / "result.json", after)
