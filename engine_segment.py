@@ -70,22 +70,22 @@ def cross_entropy(logits: Tensor, masks: Tensor, weights_K: Tensor | None = None
 
 
 def brought_to(logits: Tensor, masks: Tensor) -> Tensor:
-    """Logits at the rows and columns of masks."""
+    """Resize logits to the rows and columns of masks."""
     return F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def short_side(options: SegmentOptions) -> int:
-    """Pixels of the short side of an image that is judged."""
+    """Return the short side of evaluated images, in pixels."""
     return options.short_side or min(options.input_size)
 
 
 def judged_images(options: SegmentOptions, source: Source) -> EvalSamples:
-    """The images of a source as they are judged, with their masks."""
+    """Return the images of a source, resized for evaluation, with their masks."""
     return EvalSamples(source, eval_transform(short_side(options)), mean=options.mean, std=options.std)
 
 
 def windows_of(options: SegmentOptions, patch: int) -> Windows:
-    """How a model with patches of so many pixels looks at them."""
+    """Return the window function for a model with this patch size."""
     rows, columns = options.input_size
     stride = (options.stride, options.stride) if options.stride else (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
     return Windows(
@@ -103,9 +103,9 @@ def evaluate(
     processes: Processes,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, Any]:
-    """`figures_of` all pixels of all processes' batches, by the classes' names, and the number of `images`.
+    """Return the metrics of all pixels of all processes, by class name, and the number of `images`.
 
-    Logits are brought to the size of the mask, which may be another than that of the image it belongs to.
+    Logits are resized to the mask, which may differ in size from the resized image.
     """
     was_training = model.training
     model.eval()
@@ -126,7 +126,7 @@ def evaluate(
 
 
 def same_statistics(model: nn.Module, processes: Processes) -> None:
-    """Every process judges by the main one's running means and variances, which are what a checkpoint holds."""
+    """Copy the running statistics of the main process, which are those of checkpoints, to every process."""
     if processes.world_size == 1:
         return
     theirs = processes.broadcast({name: buffer.cpu() for name, buffer in model.named_buffers()})
@@ -144,7 +144,7 @@ def predicted_masks(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of some images: a picture `[3, H, W]` between 0 and 1, the true mask and the predicted one; on the CPU."""
+    """Yield for some images a picture `[3, H, W]` between 0 and 1, the mask and the prediction, on the CPU."""
     was_training = model.training
     model.eval()
     made = []

@@ -1,8 +1,8 @@
-"""Classifiers on the pretrained encoder: the whole of it fine-tuned, or a linear layer on its frozen features.
+"""Classifiers on a pretrained encoder: fine-tuned end to end, or a linear layer on frozen features.
 
 A classifier is timm's VisionTransformer with MAE's names, so that a checkpoint of MAE, NoR-MAE, timm or ours fits by
-name, at another image size too: positions are resampled. Fine-tuning follows He et al., "Masked Autoencoders Are
-Scalable Vision Learners", CVPR 2022.
+name, also at another image size, for which positions are resampled. Fine-tuning follows He et al., "Masked Autoencoders
+Are Scalable Vision Learners", CVPR 2022.
 
 N images   D encoder channels   C classes
 """
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from models_vit import SIZES, LoadReport, VisionTransformer, load_from_run, parse_name, patch_grid
 
-HEAD_STD, PROBE_STD = 2e-5, 0.01  # MAE's initial weights of the head, fine-tuned and probed
-TOKEN_STD = 0.02  # of the class token, trained from scratch
+HEAD_STD, PROBE_STD = 2e-5, 0.01  # standard deviation of the head's initial weights in MAE, for fine-tuning and probes
+TOKEN_STD = 0.02  # standard deviation of the class token when trained from scratch
 
 
 class Classifier(VisionTransformer):
-    """timm's VisionTransformer, with MAE's layers for the learning rates: all that is no stem and no block is on top.
+    """timm's VisionTransformer with MAE's layers for the learning rates: parts other than stem and blocks form the top.
 
     `global_pool` "avg" normalises the average of the patch tokens and leaves out the encoder's own norm, as MAE does;
     "token" classifies the class token.
@@ -39,7 +39,7 @@ class Classifier(VisionTransformer):
         return self.forward_features(images)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's, which would put the norm of "token" beside the last block."""
+        """Group parameters by layer; timm would put the norm of "token" in the layer of the last block."""
         matcher = super().group_matcher(coarse)
         return {"stem": matcher["stem"], "blocks": [(r"^blocks\.(\d+)", None)]}
 
@@ -89,7 +89,7 @@ def encoder_sizes(
 
 
 def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
-    """Begin with the weights of a checkpoint; a head that it lacks, or has for other classes, starts near zero.
+    """Initialise from the weights of a checkpoint; re-initialise a missing or mismatched head near zero.
 
     `made_with` are the options of the run that wrote it, or empty where they are not known. ValueError where it holds
     no encoder of this model, or one with another number of heads, which no weight's shape would tell.
@@ -111,9 +111,9 @@ def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Ma
 
 
 def load_classifier(model: Classifier, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> None:
-    """Take a trained classifier's weights, all of them. ValueError where one is missing, or the classes are others."""
+    """Load all weights of a trained classifier. Raises ValueError if one is missing or the classes differ."""
     if "head.weight" not in weights:
-        raise ValueError("these weights are of no classifier: they have no head")
+        raise ValueError("these weights have no classification head")
     if (theirs := len(weights["head.weight"])) != model.num_classes:
         raise ValueError(f"these weights are of a head for {theirs} classes, the data have {model.num_classes}")
     report = load_encoder(model, weights, made_with)
@@ -123,7 +123,7 @@ def load_classifier(model: Classifier, weights: Mapping[str, Tensor], made_with:
 
 
 class LinearProbe(nn.Module):
-    """MAE's linear classifier: features standardised by batch normalisation without weights, then one layer."""
+    """MAE's linear classifier: batch normalisation without weights, then one linear layer."""
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
@@ -138,7 +138,7 @@ class LinearProbe(nn.Module):
 
 
 def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[tuple[float, list[str]]]:
-    """(share of the learning rate, parts of the model) for each layer, from the stem to the head."""
+    """Return (factor of the learning rate, parts of the model) for each layer, from the stem to the head."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parts: dict[float, dict[str, None]] = {}
     for group in groups:

@@ -1,4 +1,4 @@
-"""UPerNet on the plain vision transformer: a class for every pixel.
+"""UPerNet on a plain vision transformer, for semantic segmentation.
 
 Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV 2018: pyramid pooling on the deepest of four
 maps, a feature pyramid from there to the finest, and one classifier on all four together. A plain ViT has one
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from models_classifier import Classifier, encoder_sizes, load_encoder
 from models_vit import LoadReport
 
-POOLS = (1, 2, 3, 6)  # rows and columns that the deepest map is averaged to
+POOLS = (1, 2, 3, 6)  # rows and columns of the pooled maps
 AUXILIARY = 256  # channels of the auxiliary head
-AUXILIARY_LEVEL = 2  # it reads the map that keeps the patches' own scale
+AUXILIARY_LEVEL = 2  # it uses the map at the scale of the patches
 DROPOUT = 0.1
 
 
 class Segmenter(Classifier):
-    """The encoder without its last norm, which nothing reads; `neck`, `decode`, and the head that only trains."""
+    """The encoder without its unused last norm; `neck`, `decode`, and the auxiliary head, used in training only."""
 
     def __init__(self, *, classes: int, **encoder: Any):
         super().__init__(num_classes=0, global_pool="token", final_norm=False, dynamic_img_size=True, **encoder)
@@ -44,7 +44,7 @@ class Segmenter(Classifier):
         return self.patch_embed.patch_size[0]
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The outputs of the four tapped blocks at strides of 1/4, 1/2, 1 and 2 patches, `[N, D, H, W]` each."""
+        """Return the outputs of the four tapped blocks at strides of 1/4, 1/2, 1 and 2 patches, `[N, D, H, W]` each."""
         blocks = sorted(set(self.taps))
         found = self.forward_intermediates(images, indices=blocks, intermediates_only=True)
         of_block = dict(zip(blocks, found, strict=True))
@@ -60,9 +60,9 @@ class Segmenter(Classifier):
 
 
 def tapped_blocks(depth: int) -> tuple[int, int, int, int]:
-    """Numbers of the blocks whose output is taken: 3, 5, 7 and 11 of 12, and as deep in another encoder.
+    """Return the indices of the tapped blocks: 3, 5, 7 and 11 of 12, or the same relative depths.
 
-    One with fewer than four blocks gives some of them twice.
+    With fewer than four blocks, some occur twice.
     """
     third, half, two_thirds = (max(1, round(depth * share / 12)) for share in (4, 6, 8))
     return third - 1, half - 1, two_thirds - 1, depth - 1
@@ -80,7 +80,7 @@ def build(
     drop_path: float = 0.0,
     grad_checkpointing: bool = False,
 ) -> Segmenter:
-    """A segmenter from scratch; sizes of 0 are the model's own. ValueError for an unknown or impossible model."""
+    """Build a segmenter; sizes of 0 are the model's own. Raises ValueError for an unknown or impossible model."""
     sizes = encoder_sizes(model, input_size=input_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
     built = Segmenter(**sizes, classes=num_classes, in_chans=in_chans, drop_path_rate=drop_path)
     built.set_grad_checkpointing(grad_checkpointing)
@@ -88,13 +88,13 @@ def build(
 
 
 def from_options(options: Mapping[str, Any], classes: int) -> Segmenter:
-    """The model that a run with these options trained, from scratch."""
+    """Build the model of a run with these options."""
     names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads")
     return build(num_classes=classes, **{name: options[name] for name in names})
 
 
 def begin_with(model: Segmenter, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
-    """Begin with the weights of any checkpoint; the last layers of a segmenter for other classes are left out.
+    """Initialise from the weights of any checkpoint, except the last layers of a segmenter for other classes.
 
     `made_with` and errors as for `models_classifier.load_encoder`.
     """
@@ -105,9 +105,9 @@ def begin_with(model: Segmenter, weights: Mapping[str, Tensor], made_with: Mappi
 
 
 def load_segmenter(model: Segmenter, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> None:
-    """Take a trained segmenter's weights, all of them. ValueError where one is missing, or the classes are others."""
+    """Load all weights of a trained segmenter. Raises ValueError if one is missing or the classes differ."""
     if "decode.classify.weight" not in weights:
-        raise ValueError("these weights are of no segmenter: they have no layer decode.classify")
+        raise ValueError("these weights are not of a segmenter: they have no layer decode.classify")
     if (theirs := len(weights["decode.classify.weight"])) != model.classes:
         raise ValueError(f"these weights tell {theirs} classes apart, the data have {model.classes}")
     missing = load_encoder(model, weights, made_with).missing
@@ -141,7 +141,7 @@ class Neck(nn.Module):
 
 
 class HalfMaxPool(nn.Module):
-    """Maximum over 2 x 2 windows, rounding odd sides down; a side of one patch stays one patch."""
+    """Max-pool 2 x 2 windows, rounding odd sides down; a side of one patch is unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = [min(2, side) for side in x.shape[-2:]]
@@ -203,5 +203,5 @@ def classifier(channels: int, classes: int) -> nn.Conv2d:
 
 
 def resize(features: Tensor, like: Tensor) -> Tensor:
-    """Features at the rows and columns of another map."""
+    """Resize features to the rows and columns of another map."""
     return F.interpolate(features, size=like.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,7 +1,7 @@
-"""The training images of a classifier: random crops with timm's automatic augmentation, jitter and erasing.
+"""Augmentation for classifiers: random crops, timm's automatic augmentation, colour jitter and random erasing.
 
-Erased rectangles are filled with noise around the mean, which bytes cannot hold: with erasing, images leave here
-normalised, as floats.
+Erased rectangles are filled with noise around the mean, which bytes cannot represent: with erasing, the results are
+normalised floats.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""JPEG files by torchcodec, for the same pixels as Pillow's in less time and without holding Python's lock.
+"""Decode JPEG files with torchcodec: the same pixels as Pillow, faster, and without holding Python's lock.
 
-Both packages carry libjpeg-turbo, so their RGB pixels are equal to the last bit. That is not taken on trust: at the
-first use a small picture goes through both, and torchcodec is used only if they agree. So no result depends on whether
-it is installed. What it would read otherwise (CMYK, a file that is cut off, PNG under another name) is left to Pillow.
-EXIF segments are cut out before, and the orientation in them is applied here, so that it is the same with each decoder.
+Both packages use libjpeg-turbo, so their RGB pixels are identical. This is checked: at the first use a small picture is
+decoded by both, and torchcodec is used only if they agree, so no result depends on whether it is installed. Files that
+the two decode differently (CMYK, truncated files, PNG under another name) are left to Pillow. EXIF segments are removed
+before decoding, and their orientation is applied here, so that it is the same with each decoder.
 
-nvimgcodec, an optional package, decodes no more of a file than a crop shows: the same pixels in less time.
+nvimgcodec, an optional package, decodes only the cropped part of a file, with the same pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from PIL import Image
 
 log = logging.getLogger(__name__)
 
-Decode = Callable[..., Any]  # a file's tensor to uint8 [C, H, W]; torchcodec's own type also has the answer to a batch
+Decode = Callable[..., Any]  # a file's tensor to uint8 [C, H, W]; torchcodec's own type also covers batches
 DecodePart = Callable[[bytes, int, int, int, int], np.ndarray | None]  # bytes, top, left, rows, columns to [H, W, 3]
 
 START, END, START_OF_SCAN, APP1 = b"\xff\xd8\xff", b"\xff\xd9", 0xDA, 0xE1
@@ -38,7 +38,7 @@ ORIENTATION, LONG = 0x0112, 4  # the tag, and the type of a value of 32 bits
 
 
 def jpeg_pixels(data: bytes) -> np.ndarray | None:
-    """A JPEG file's pixels, uint8 `[H, W, 3]`, upright; None where Pillow must look at it."""
+    """Decode a JPEG file to uint8 `[H, W, 3]`, upright; return None where Pillow must decode it."""
     decode = torchcodec_jpeg()
     if decode is None or (header := read_header(data)) is None:
         return None
@@ -48,20 +48,21 @@ def jpeg_pixels(data: bytes) -> np.ndarray | None:
 
 @functools.cache
 def torchcodec_jpeg() -> Decode | None:
-    """torchcodec's decoder; None, with a line in the log, where it is no substitute."""
+    """Return torchcodec's decoder; None, with a log line, if it cannot replace Pillow."""
     try:
         import torchcodec
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError) as error:  # missing, or its libraries do not fit this torch
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        log.warning("data: Pillow decodes JPEG files, for the same pixels more slowly: torchcodec fails (%s)", reason)
+        log.warning("data: JPEG files are decoded by Pillow (slower, same pixels): torchcodec fails (%s)", reason)
         return None
     if not all(_agree(decode_jpeg, subsampling) for subsampling in ("4:4:4", "4:2:0")):
         log.warning(
-            "data: Pillow decodes JPEG files: torchcodec %s gives other pixels than this Pillow", torchcodec.__version__
+            "data: JPEG files are decoded by Pillow: torchcodec %s gives other pixels than this Pillow",
+            torchcodec.__version__,
         )
         return None
-    log.info("data: torchcodec %s decodes JPEG files", torchcodec.__version__)
+    log.info("data: JPEG files are decoded by torchcodec %s", torchcodec.__version__)
     return decode_jpeg
 
 
@@ -74,7 +75,7 @@ def _agree(decode: Decode, subsampling: str) -> bool:
 
 
 def _trial(subsampling: str) -> tuple[bytes, np.ndarray]:
-    """A file with edges, gradients and an odd size, and Pillow's pixels of it."""
+    """Return a JPEG file with edges, gradients and an odd size, and its pixels as decoded by Pillow."""
     rows, columns = np.mgrid[:37, :53]
     picture = np.stack([rows * 6, columns * 4, (rows * columns) % 256], axis=-1).astype(np.uint8)
     file = io.BytesIO()
@@ -88,7 +89,7 @@ def _pixels(data: bytes, decode: Decode, header: Header) -> np.ndarray | None:
         # given bytes, torchcodec makes this tensor too, and changes the filters of warnings each time
         file = torch.frombuffer(bytearray(header.without_exif(data)), dtype=torch.uint8)
         return decode(file).permute(1, 2, 0).numpy()
-    except (RuntimeError, ValueError):  # damaged: Pillow decides, and finds the words
+    except (RuntimeError, ValueError):  # damaged: Pillow decides, and reports the reason
         return None
 
 
@@ -113,7 +114,7 @@ def png_values(data: bytes) -> np.ndarray:
 
 
 def lacks_parts() -> str:
-    """Why no parts of JPEG files can be decoded; empty where they can."""
+    """Return why parts of JPEG files cannot be decoded, or an empty string."""
     try:
         found = importlib.util.find_spec("nvidia.nvimgcodec")
     except ImportError:
@@ -129,16 +130,16 @@ def can_be_cut(data: bytes) -> Header | None:
 
 
 def jpeg_part(data: bytes, top: int, left: int, rows: int, columns: int) -> np.ndarray | None:
-    """Pixels of a part of a file that can be cut, uint8 `[rows, columns, 3]`; None where the whole is needed."""
+    """Decode a part of a file to uint8 `[rows, columns, 3]`; None if the complete file must be decoded."""
     decode = part_decoder(os.getpid())
-    if decode is None or columns == 1:  # of a single column nvimgcodec mixes up the colours
+    if decode is None or columns == 1:  # nvimgcodec swaps the colours of a single column
         return None
     return decode(data, top, left, rows, columns)
 
 
 @functools.cache
 def part_decoder(process: int) -> DecodePart | None:
-    """nvimgcodec's decoder for one process (it survives no fork); None, with a line in the log, if it is no use."""
+    """Return nvimgcodec's decoder for this process (it does not survive a fork); None, with a log line, if unusable."""
     try:
         with _silence():
             from nvidia import nvimgcodec
@@ -150,7 +151,7 @@ def part_decoder(process: int) -> DecodePart | None:
             )
             how = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        log.warning("data: JPEG files are decoded whole, which takes longer: nvimgcodec fails (%s)", error)
+        log.warning("data: JPEG files are decoded completely (slower): nvimgcodec fails (%s)", error)
         return None
 
     def decode(data: bytes, top: int, left: int, rows: int, columns: int) -> np.ndarray | None:
@@ -165,14 +166,16 @@ def part_decoder(process: int) -> DecodePart | None:
         data, expected = _trial(subsampling)
         found = decode(data, 5, 9, 21, 30)
         if found is None or not np.array_equal(found, expected[5:26, 9:39]):
-            log.warning("data: JPEG files are decoded whole: nvimgcodec %s gives other pixels", nvimgcodec.__version__)
+            log.warning(
+                "data: JPEG files are decoded completely: nvimgcodec %s gives other pixels", nvimgcodec.__version__
+            )
             return None
     return decode
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without the lines about missing GPU libraries that nvimgcodec's C code writes when it starts."""
+    """Suppress the messages about missing GPU libraries that nvimgcodec writes at its start."""
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -190,11 +193,11 @@ def _silence() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a JPEG file says before its pixels.
+    """The header of a JPEG file.
 
-    rows, columns  as stored; 0 where it does not say
-    exif           from where to where the EXIF segments reach
-    orientation    EXIF's, 1 to 8; 1 where there is none
+    rows, columns  as stored; 0 if missing
+    exif           start and end of the EXIF segments
+    orientation    of EXIF, 1 to 8; 1 if missing
     """
 
     rows: int
@@ -226,7 +229,7 @@ def _read_header(data: bytes) -> Header | None:
     exif: list[tuple[int, int]] = []
     while (marker := data[position + 1]) != START_OF_SCAN:
         if data[position] != 0xFF or marker == 0xFF:
-            return None  # fill bytes or no header at all
+            return None  # fill bytes, or not a header
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         if marker in FRAMES:
             rows = int.from_bytes(data[position + 5 : position + 7], "big")

@@ -1,8 +1,8 @@
-"""Small data sets held decoded in the device's memory, where crops, mirroring and mask noise are made by the batch.
+"""Small data sets, decoded and kept in device memory, where crops, flips and mask noise are computed per batch.
 
 The guarantees are those of `data.loader`: a sample is a function of (seed, epoch, index) alone. Its random numbers come
 from a counter: number k of a sample is a hash of (seed, epoch, index, stream, k), so that a batch needs no generator
-and no loop over its samples. The law of crops, mirroring and masks is that of the loader; the numbers drawn are others.
+and no loop over its samples. Crops, flips and masks have the distribution of the loader, but other random numbers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from data.loader import (
 log = logging.getLogger(__name__)
 
 MEMORY = Path("/proc/meminfo")
-SHARE_OF_MEMORY = 0.5  # of what is free, that images may take
-LOOKED_AT = 64  # images whose size tells whether all have room, before all are read
+SHARE_OF_MEMORY = 0.5  # maximum share of free memory for images
+LOOKED_AT = 64  # images from which the required memory is estimated
 RESIZE_BYTES = 2**28  # of float pixels at a time
 CUBIC = -0.5  # Pillow's
 
@@ -46,9 +46,10 @@ CUBIC = -0.5  # Pillow's
 class DeviceSamples:
     """Augmented images with mask noise by (epoch, index), as `data.loader.TrainSamples`, made on the device.
 
-    Noise is uniform of `noise_shape`, or else what `draw_noise` returns for a generator of the sample's own.
+    Noise is uniform of `noise_shape`, or the result of `draw_noise` for a generator of each sample.
     `source` is read once, by `num_workers` threads; images of several sizes are padded to the largest. An unreadable
-    one is replaced by the next readable and reported with the first batch. ValueError where memory does not suffice.
+    one is replaced by the next readable and reported with the first batch. Raises ValueError if there is not enough
+    memory.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class DeviceSamples:
 
 
 def _moved(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it."""
+    """Copy to the device asynchronously."""
     tensor = torch.as_tensor(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -115,14 +116,14 @@ def _moved(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 def states_of(seed: int, epochs: np.ndarray, index: np.ndarray, stream: int) -> np.ndarray:
-    """uint64 `[N]`: where each sample's random numbers of a stream begin."""
+    """Return uint64 `[N]`, the start of the random numbers of each sample in a stream."""
     epochs_seeds = {epoch: mix(seed, epoch, stream) for epoch in set(epochs.tolist())}
     state = np.array([epochs_seeds[epoch] for epoch in epochs.tolist()], np.uint64) ^ index.astype(np.uint64)
     return _scrambled(state + np.uint64(0x9E3779B97F4A7C15))
 
 
 def _scrambled(state: np.ndarray) -> np.ndarray:
-    """SplitMix64's last steps."""
+    """Apply the final steps of SplitMix64."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
@@ -131,7 +132,7 @@ def _scrambled(state: np.ndarray) -> np.ndarray:
 def uniforms(states: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """`[N, count]` uniform numbers in [0, 1) with 24 random bits: SplitMix64 from each of the int64 `states` `[N]`.
 
-    Whole numbers until the end, so every device gives the same.
+    Computed with integers, so every device gives the same numbers.
     """
     step = torch.arange(1, count + 1, device=states.device) * -7046029254386353131  # 0x9E3779B97F4A7C15, signed
     state = states[:, None] + step
@@ -142,7 +143,7 @@ def uniforms(states: Tensor, count: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
-    """To the right, filled with zeros; on signed numbers torch would repeat the sign."""
+    """Shift right with zeros; torch would repeat the sign of signed integers."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -200,7 +201,7 @@ def _rounded(pixels: Tensor) -> Tensor:
 
 
 def weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """`[N, size, side]`: what each pixel counts in each of `size` new ones, made of `length` from `start` on."""
+    """Return `[N, size, side]`, the weight of each pixel in each of `size` new ones made of `length` from `start`."""
     scale = (length / size)[:, None, None]
     pixel = torch.arange(side, device=start.device) + 0.5
     center = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
@@ -269,10 +270,10 @@ def _require_room(pictures: Sequence[np.ndarray], n: int, device: torch.device) 
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that can be had; where the system does not tell, all that it has."""
+    """Return the available memory of the device, or its total memory if that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError):  # what is free and what holds only copies of files: Linux lets little lie idle
+    with contextlib.suppress(OSError):  # free memory and file caches
         if found := re.search(r"^MemAvailable:\s*(\d+) kB", MEMORY.read_text(), re.MULTILINE):
             return 1024 * int(found[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

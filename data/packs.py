@@ -1,13 +1,14 @@
 """Packs: a split's images in a few large files, read by memory map. Made once by `tools.pack`.
 
-    PACK/train/pack.json          what it is: source, recipe, classes, and the sha256 of every other file
-               index.npy          one row an image: where it lies, its size if raw, its label, its source file's state
-               names.bin          the images' names, each ended by a zero byte
-               shard-00000.bin    images one after the other: whole image files, or raw uint8 pixels
-               verified.json      which shards were hashed, and their size and time then
+    PACK/train/pack.json          source, recipe, classes, and the sha256 of every other file
+               index.npy          one row per image: position, size if raw, label, size and time of its source file
+               names.bin          names of the images, each terminated by a zero byte
+               shard-00000.bin    images one after the other: image files, or raw uint8 pixels
+               verified.json      the shards that were hashed, with their size and time
 
-A pack is written shard by shard, each complete or absent, so that a packing that was stopped goes on. Opening one
-checks it: every hash at the first use on a disk, and whether anything was touched at each later one.
+A pack is written shard by shard, each atomically, so that an interrupted packing can be resumed. Opening a pack
+verifies
+it: every hash at the first use on a disk, and sizes and times of files at later ones.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ ROW = np.dtype(
 class Recipe:
     """How images are stored.
 
-    short_side  pixels that the shorter side is reduced to, never enlarged; 0 leaves sizes as they are
-    quality     of the JPEG files (4:2:0) that images become; 0 keeps each image's own file, or makes a lossless one
-    raw         pixels instead of files: larger, and nothing to decode
-    channels    of the pixels
+    short_side  pixels of the shorter side, to which larger images are reduced; 0: sizes are unchanged
+    quality     JPEG quality (4:2:0); 0: the file of each image is copied, or a lossless one written
+    raw         store pixels instead of files: larger, and nothing to decode
+    channels    channels of the pixels
     """
 
     short_side: int = 256
@@ -65,11 +66,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.short_side < 0:
-            raise ValueError(f"size is {self.short_side}; it is the shorter side in pixels, or 0 for sizes as they are")
+            raise ValueError(
+                f"size is {self.short_side}; it must be the shorter side in pixels, or 0 for unchanged sizes"
+            )
         if not 0 <= self.quality <= 100:
-            raise ValueError(f"quality is {self.quality}; JPEG has 1 to 100, and 0 keeps the files as they are")
+            raise ValueError(f"quality is {self.quality}; it must be 1 to 100 for JPEG, or 0 to copy the files")
         if not self.raw and not self.quality and self.short_side:
-            raise ValueError(f"quality 0 keeps the files as they are, and size is {self.short_side}: give size 0 too")
+            raise ValueError(f"quality 0 copies the files, but size is {self.short_side}: also give size 0")
         if not self.raw and self.quality and self.channels not in (1, 3):
             raise ValueError(f"JPEG has 1 or 3 channels, not {self.channels}: pack them raw, or with size 0, quality 0")
 
@@ -102,7 +105,7 @@ class Recipe:
 
 @dataclass
 class Pack:
-    """One split's images, whole and checked."""
+    """The verified images of one split."""
 
     folder: str
     manifest: dict[str, Any]
@@ -163,7 +166,7 @@ def is_pack(folder: str | Path) -> bool:
 
 
 def open_pack(folder: str | Path) -> Pack:
-    """The pack in `folder`; ValueError, saying what differs, unless it is whole, unchanged and of this version."""
+    """Open the pack in `folder`. Raises ValueError unless it is complete, unchanged and of this version."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     found, lost = {}, []
@@ -180,7 +183,9 @@ def open_pack(folder: str | Path) -> Pack:
         lost = _changed(folder, manifest["files"], found)
     if lost:
         more = f"; and {len(lost) - 5} more files" if len(lost) > 5 else ""
-        raise ValueError(f"the pack {folder} is not as it was made: {'; '.join(lost[:5])}{more}. Make or copy it anew")
+        raise ValueError(
+            f"the pack {folder} has changed since it was created: {'; '.join(lost[:5])}{more}. Create or copy it again"
+        )
     names = (folder / NAMES).read_bytes().split(b"\0")[:-1]
     return Pack(str(folder), manifest, np.load(folder / INDEX), [os.fsdecode(name) for name in names])
 
@@ -188,20 +193,20 @@ def open_pack(folder: str | Path) -> Pack:
 def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         if (folder / PLAN).is_file():
-            raise ValueError(f"the pack {folder} is unfinished: the command that made it goes on where it stopped")
-        raise ValueError(f"{folder} holds no pack: it has no {MANIFEST}")
+            raise ValueError(f"the pack {folder} is incomplete: run the command that created it again to resume")
+        raise ValueError(f"{folder} is not a pack: it has no {MANIFEST}")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version = manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error}). Make or copy the pack anew") from error
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}). Create or copy the pack again") from error
     if version != VERSION:
-        raise ValueError(f"the pack {folder} is of version {version}, and this program reads version {VERSION}")
+        raise ValueError(f"the pack {folder} is of version {version}, but this program reads version {VERSION}")
     return manifest
 
 
 def _changed(folder: Path, files: dict[str, dict], found: dict[str, list[int]]) -> list[str]:
-    """What has another hash, in words. Files of the size and time at which they were hashed before are believed."""
+    """Describe files with another hash. Files with the size and time of an earlier check are not hashed again."""
     try:
         verified = json.loads((folder / VERIFIED).read_text())
     except (OSError, ValueError):
@@ -210,7 +215,7 @@ def _changed(folder: Path, files: dict[str, dict], found: dict[str, list[int]]) 
     if not unsure:
         return []
     size = sum(files[name]["bytes"] for name in unsure)
-    log.info("data: checking %d files (%.1f GB) of the pack %s, once on this disk", len(unsure), size / 1e9, folder)
+    log.info("data: verifying %d files (%.1f GB) of the pack %s, once on this disk", len(unsure), size / 1e9, folder)
     with ThreadPoolExecutor() as threads:
         hashes = dict(zip(unsure, threads.map(lambda name: sha256(folder / name), unsure), strict=True))
     wrong = [
@@ -222,7 +227,7 @@ def _changed(folder: Path, files: dict[str, dict], found: dict[str, list[int]]) 
         try:
             write_json(folder / VERIFIED, found)
         except OSError as error:
-            log.info("data: %s cannot be written (%s): the pack is checked at every start", folder / VERIFIED, error)
+            log.info("data: %s cannot be written (%s): the pack is verified at every start", folder / VERIFIED, error)
     return wrong
 
 
@@ -236,7 +241,7 @@ def sha256(path: Path) -> str:
 
 @dataclass
 class Packing:
-    """A pack that is being made from images `read` by number, of which `path` (if any) tells the file."""
+    """A pack in creation, from images read by `read(number)`; `path(number)`, if any, is the file."""
 
     folder: Path
     recipe: Recipe
@@ -257,7 +262,7 @@ class Packing:
         return self.folder / f"shard-{shard:05d}.json"
 
     def missing(self) -> list[int]:
-        """The shards that are still to be written; one is done when its note is there and its size is as noted."""
+        """Return the shards that are not complete: without a note, or with another size than noted."""
 
         def done(shard: int) -> bool:
             file = self.folder / shard_name(shard)
@@ -269,7 +274,7 @@ class Packing:
         return [shard for shard in range(self.shards) if not done(shard)]
 
     def write(self, shard: int) -> int:
-        """Write a shard, read it back, and note it; answers how many images were asked for."""
+        """Write a shard, read it back, and note it. Return its number of images, unreadable ones included."""
         rows, problems, offset = [], [], 0
         with atomic_write(self.folder / shard_name(shard), sync=True) as target:
             for image in self.images_of(shard):
@@ -301,7 +306,7 @@ class Packing:
         return *self.recipe.store(self.read(image), file), size, time
 
     def _read_back(self, shard: int, rows: list[list[int]]) -> None:
-        """OSError unless every image of the shard can be read from the disk."""
+        """Raise OSError unless every image of the shard can be read from the disk."""
         index = np.array([tuple(row[1:]) for row in rows], ROW)
         for number in range(len(rows)):
             try:
@@ -314,7 +319,7 @@ class Packing:
         return [json.loads(self._note(shard).read_text()) for shard in range(self.shards)]
 
     def left_out(self) -> list[list[str]]:
-        """(name, reason) of the images that could not be read."""
+        """Return (name, reason) of unreadable images."""
         return [problem for note in self._notes() for problem in note["left_out"]]
 
     def finish(self, source: dict[str, Any], classes: list[str] | None) -> None:

@@ -2,8 +2,8 @@
 
 A scene is a function of its number alone. Every class has a form and a texture of its own, and prefers a hue, though
 nearly half of the shapes have one that another class may have too. They are turned and placed anywhere, and later ones
-hide earlier ones. The ground may have any colour and is most of the picture: to say "ground" everywhere is right for
-80% of the pixels, and has a mean IoU of 13%.
+hide earlier ones. The ground may have any colour and is most of the picture: predicting "ground" everywhere is correct
+for 80% of the pixels, and has a mean IoU of 13%.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEYS = {"train": 0, "val": 1}
 @functools.lru_cache(maxsize=sum(SIZES.values()))  # 24 kB each, and as slow to draw as a photograph to decode
 def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     """The image, uint8 `[64, 96, 3]`, and the number of each pixel's class, uint8 `[64, 96]`; both read-only."""
-    drawn = np.random.RandomState([_KEYS[split], index])  # a legacy generator: its stream is promised never to change
+    drawn = np.random.RandomState([_KEYS[split], index])  # a legacy generator, whose stream never changes
     image, mask = _ground(drawn), np.zeros((ROWS, COLUMNS), np.uint8)
     for _ in range(drawn.randint(2, 6)):
         number = drawn.randint(1, len(CLASSES))

@@ -1,7 +1,7 @@
-"""Images with masks as a segmenter learns from them: scaled, cropped, mirrored, in distorted colours.
+"""Augment images with masks for segmentation: scale, crop, flip and colour distortion.
 
 The recipe that published ADE20K numbers share (MMSegmentation's): resized at random between half and twice the size at
-which images are judged, cropped so that no class fills most of the crop where that can be had, mirrored, distorted in
+which images are evaluated, cropped so that no class fills most of the crop if possible, mirrored, distorted in
 brightness, contrast, saturation and hue as for SSD, and padded on the right and below. Everything is drawn from torch's
 generator, which the sample's seed has set.
 """
@@ -21,7 +21,7 @@ from data.images import Pair, PairTransform
 from data.masks import IGNORE
 
 LONG = 4  # the longer side's limit, in short sides: images are resized to fit 2048 x 512
-CROPS = 10  # tries for a crop that no class fills
+CROPS = 10  # attempts to find a crop that no class fills
 BRIGHTNESS, CONTRAST, HUE = 32.0, (0.5, 1.5), 0.1  # grey levels, factors (of the saturation too), part of the circle
 
 
@@ -106,7 +106,7 @@ def resize_image(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_mask(mask_HW: Tensor, size: tuple[int, int]) -> Tensor:
-    """The class at the middle of each new pixel."""
+    """Resize a mask: the class at the centre of each new pixel."""
     rows, columns = (
         ((torch.arange(new) + 0.5) * (old / new)).long() for new, old in zip(size, mask_HW.shape, strict=True)
     )
@@ -114,9 +114,9 @@ def resize_mask(mask_HW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def place_crop(mask_HW: Tensor, size: tuple[int, int], max_class_share: float) -> tuple[int, int]:
-    """Top and left of a random crop; one that a class fills by more than that share, or alone, is drawn again.
+    """Return top and left of a random crop; a crop in which one class exceeds the maximum share is drawn again.
 
-    After ten tries the last one counts.
+    After ten attempts the last one is used.
     """
     for _ in range(CROPS):
         room = [max(0, length - crop) + 1 for length, crop in zip(mask_HW.shape, size, strict=True)]
@@ -131,7 +131,8 @@ def place_crop(mask_HW: Tensor, size: tuple[int, int], max_class_share: float) -
 
 
 def distort(image_CHW: Tensor) -> Tensor:
-    """Each by a coin: brightness, contrast (before or after the colours, by another coin), saturation, hue.
+    """Change brightness, contrast (before or after the colours, at random), saturation and hue, each with probability
+    0.5.
 
     Saturation and hue are those of HSV, and for 3 channels only.
     """
@@ -156,7 +157,7 @@ def distort(image_CHW: Tensor) -> Tensor:
 
 
 def saturate(image_CHW: Tensor, factor: float) -> Tensor:
-    """HSV's saturation times a factor, at most 1: hue and value stay, what each channel lacks to the highest grows."""
+    """Multiply the saturation of HSV by a factor, limited to 1; hue and value are unchanged."""
     highest_HW = image_CHW.amax(dim=0)
     lacking = highest_HW - image_CHW
     most_HW = highest_HW / lacking.amax(dim=0).clamp(min=1e-6)  # the factor that makes the saturation 1
@@ -164,7 +165,7 @@ def saturate(image_CHW: Tensor, factor: float) -> Tensor:
 
 
 def padded(image_CHW: Tensor, mask_HW: Tensor, size: tuple[int, int], mean: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """The crop in the upper left of an image of `size`."""
+    """Place the crop in the upper left of an image of `size`."""
     rows, columns = mask_HW.shape
     if (rows, columns) == size:
         return image_CHW, mask_HW

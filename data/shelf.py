@@ -1,9 +1,9 @@
-"""The way of batches from worker processes to the training process: shared memory that is used again.
+"""Reused shared memory for batches from worker processes to the training process.
 
-Fresh shared memory is zeroed and mapped page by page, on both sides, which for a batch of images takes longer than to
-fill it. So there are a few places, each a file in memory that both sides keep mapped: a worker copies a batch into the
-place that it was told, and the training process copies it out before that place is given to another batch. Images are
-stacked right there. Places grow with the largest batch they have held. A small /dev/shm is no limit to them.
+New shared memory is zeroed and mapped page by page on both sides, which takes longer than filling it with a batch of
+images. Instead there are a few places, each a file in memory that both sides keep mapped. A worker stacks the images of
+a batch in the place assigned to it, and the training process copies them before the place is assigned to another batch.
+Places grow to the size of the largest batch. They are not limited by a small /dev/shm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A tensor that lies on a shelf. To be opened by the process that made the shelf, before its place is used anew."""
+    """A tensor on a shelf, to be opened by the process that created the shelf before its place is reused."""
 
     shelf: int
     place: int
@@ -52,13 +52,13 @@ class Parcel:
         return _shelves[self.shelf].look(self).clone()
 
     def pin_memory(self) -> Tensor:
-        """A copy in page-locked memory."""
+        """Return a copy in page-locked memory."""
         return _shelves[self.shelf].look(self).pin_memory()
 
 
 class Shelf:
-    """`places` for batches; none where the system has no files in memory. It is made before the workers are forked; a
-    worker that was started otherwise finds a shelf without places."""
+    """A number of `places` for batches; 0 if the system has no files in memory. Create it before forking the workers;
+    workers that are started otherwise see a shelf without places."""
 
     def __init__(self, places: int):
         self.number = next(_numbers)
@@ -83,18 +83,18 @@ class Shelf:
         return allocate
 
     def put(self, number: int, tensors: Sequence[Tensor]) -> list[Parcel] | list[Tensor]:
-        """Batch `number` in its place, instead of the batch that lay there; the tensors themselves without places."""
+        """Store batch `number` in its place; without places, return the tensors themselves."""
         if not self.files:
             return list(tensors)
         parcels = self.parcels(number, tensors)
         for parcel, tensor in zip(parcels, tensors, strict=True):
             there = self.look(parcel)
-            if there.data_ptr() != tensor.data_ptr():  # or it was made there
+            if there.data_ptr() != tensor.data_ptr():  # or it was created there
                 there.copy_(tensor)
         return parcels
 
     def parcels(self, number: int, tensors: Sequence[Tensor]) -> list[Parcel]:
-        """Where such tensors will lie as batch `number`, in a place that is large enough."""
+        """Reserve positions for tensors of these shapes in the place of batch `number`."""
         place, parcels, end = number % len(self.files), [], 0
         for tensor in tensors:
             dense = torch.empty_like(tensor, device="meta")
@@ -105,7 +105,7 @@ class Shelf:
         return parcels
 
     def look(self, parcel: Parcel) -> Tensor:
-        """The tensor as it lies there."""
+        """Return the tensor in its place."""
         if len(self.mapped[parcel.place]) < parcel.offset + parcel.bytes:
             self.mapped[parcel.place] = torch.frombuffer(mmap.mmap(self.files[parcel.place], 0), dtype=torch.uint8)
         stored = self.mapped[parcel.place][parcel.offset : parcel.offset + parcel.bytes]

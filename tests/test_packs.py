@@ -326,7 +326,7 @@ def test_hashes_are_taken_once_and_again_after_any_change(folder, tmp_path, said
     [
         (["--size", "-1"], "size is -1"),
         (["--quality", "101"], "quality is 101"),
-        (["--quality", "0"], "give size 0 too"),
+        (["--quality", "0"], "also give size 0"),
         (["--in_chans", "4"], "JPEG has 1 or 3 channels"),
         (["--num_workers", "0"], "must be at least 1"),
         (["--dataset", "webdataset"], "unknown dataset"),
