@@ -414,7 +414,7 @@ def test_bad_input_is_refused_in_words(pretrained, tmp_path, capsys):
     cases = [
         ([tmp_path / "nothing"], "does not exist"),
         ([empty_run], "contains no checkpoint"),
-        ([text], "notes.pth is no checkpoint, or contains more than tensors"),
+        ([text], "notes.pth is not a checkpoint, or contains more than tensors"),
         ([no_encoder], "holds no vision transformer"),
         ([narrow], "3 in DeiT and timm"),
         ([narrow, "--num_heads", "5"], "5 heads cannot share 192 channels"),

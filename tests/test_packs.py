@@ -214,12 +214,12 @@ def test_a_packing_that_was_stopped_goes_on(folder, tmp_path, said, monkeypatch)
     words = [str(folder), "--output", str(tmp_path / "pack"), "--num_workers", "1"]
     monkeypatch.setattr(packs.Packing, "write", stopped_after_two)
     assert pack.main(words) == 130
-    with pytest.raises(ValueError, match="unfinished.*goes on"):
+    with pytest.raises(ValueError, match="incomplete.*resume"):
         open_source("auto", str(tmp_path / "pack"))
     monkeypatch.setattr(packs.Packing, "write", lambda self, shard: written.append(shard) or write(self, shard))
     assert pack.main(words) == 0
     assert written[:4] == [0, 1, 2, 3]
-    assert any("2 of 4 shards are there" in line for line in said)
+    assert any("2 of 4 shards are complete" in line for line in said)
     packed(folder, tmp_path / "whole")
     for name in ("index.npy", "names.bin", "shard-00003.bin"):
         assert (tmp_path / "pack/train" / name).read_bytes() == (tmp_path / "whole/train" / name).read_bytes()
@@ -260,7 +260,7 @@ def test_unreadable_images_are_left_out_and_named_up_to_the_limit(folder, tmp_pa
         (lambda train: (train / "shard-00002.bin").unlink(), "shard-00002.bin is missing"),
         (lambda train: flip(train / "shard-00000.bin"), "shard-00000.bin has sha256 .* not"),
         (lambda train: flip(train / "index.npy"), "index.npy has sha256"),
-        (lambda train: edit(train, version=7), "version 7, and this program reads version 1"),
+        (lambda train: edit(train, version=7), "version 7, but this program reads version 1"),
         (lambda train: (train / "pack.json").write_text("{"), "pack.json is damaged"),
     ],
 )

@@ -306,8 +306,8 @@ def test_what_is_missing_is_said_before_any_work(shell, tmp_path):
     ("variables", "words"),
     [
         ({"NPROC": "two"}, "NPROC is 'two'"),
-        ({"NPROC": "0"}, "NPROC is '0'; it is a whole number, at least 1"),
-        ({"JOBS": "0"}, "JOBS is '0'; it is a whole number, at least 1"),
+        ({"NPROC": "0"}, "NPROC is '0'; it must be an integer of at least 1"),
+        ({"JOBS": "0"}, "JOBS is '0'; it must be an integer of at least 1"),
         ({"MINUTES": "ten"}, "MINUTES is 'ten'; it is how long runs may take, a number"),
         ({"SEEDS": "a"}, "SEEDS is 'a'"),
         ({"SMOKE": "yes"}, "SMOKE is 'yes'"),
