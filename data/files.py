@@ -78,3 +78,30 @@ def link(path: Path, other: Path, *, or_copy: bool) -> bool:
         shutil.copyfile(path, temporary)
     os.replace(temporary, other)
     return True
+
+
+def require_free(folder: Path) -> None:
+    """Raise ValueError unless `folder` is new or empty."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists():
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise ValueError(f"{folder} {what}; name a new folder with --output, or remove it")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Make a temporary folder beside `folder`, and rename it at the end; on an error it is removed.
+
+    Raises:
+        ValueError: If `folder` is neither new nor empty.
+    """
+    require_free(folder)
+    growing = temporary_of(folder)  # an incomplete folder must not look complete
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir(parents=True)
+    try:
+        yield growing
+        growing.replace(folder)
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)

@@ -39,7 +39,10 @@ ROOMS = [
     (r"main_\w+", r"programs|options"),
     (r"programs", rf"programs|methods|{BELOW}"),
     (r"programs\.\w+", rf"programs(\.\w+)?|engine_\w+|methods|models_\w+|{BELOW}"),
-    (r"tools\.(figures\.figure9|segmenter)", rf"tools(\.\w+)*|engine_segment|models_upernet|{BELOW}"),  # predicts
+    (
+        r"tools\.(figures\.figure9|segmenter|export_segmenter)",
+        rf"tools(\.\w+)*|engine_segment|models_upernet|{BELOW}",
+    ),  # predicts
     (r"tools\.given", rf"methods|models_vit|{BELOW}"),
     (r"tools\.figures(\.\w+)?", rf"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|{BELOW}"),  # shows their maths
     (r"tools\.tokenizer", rf"models_(tokenizer|vit)|{BELOW}"),  # fits a model that is not trained

@@ -1,6 +1,8 @@
 """tools.predict: masks and class tables against the programs' own evaluation, and what is refused."""
 
 import csv
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +20,7 @@ from data.splits import CLASSES
 from engine_segment import predicted_masks, windows_of
 from options import FinetuneOptions, SegmentOptions, to_dict
 from tests.test_masks import tag
-from tools import predict
+from tools import export, predict
 from util import checkpoint
 from util.overlay import colours
 
@@ -129,7 +131,7 @@ def test_the_default_folder_is_the_runs_and_files_are_not_overwritten(classifier
     assert run_tool(folder, photos / "a.png") == 0
     assert (folder / "predictions" / "predictions.csv").is_file()
     assert run_tool(folder, photos / "a.png") == 2
-    assert "holds files already; name a new folder with --output" in capsys.readouterr().err
+    assert "is not empty; name a new folder with --output" in capsys.readouterr().err
 
 
 def test_more_bits_are_scaled_as_in_training(tmp_path, segmenter, capsys):
@@ -174,3 +176,37 @@ def test_masks_of_many_classes_have_sixteen_bits(tmp_path):
     mask = torch.tensor([[0, 299], [256, 3]])
     predict.write_mask(mask, 300, tmp_path / "a" / "m.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / "m.png")), mask.numpy())
+
+
+# ---- export
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx"])
+def test_an_exported_segmenter_has_the_models_logits_and_loads_in_five_lines(segmenter, tmp_path, name, capsys):
+    if name == "onnx":
+        pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    folder, model, _ = segmenter
+    assert export.main([name, str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert "a segmenter of 3 classes, images of 3 x 16 x 16" in capsys.readouterr().out
+    about = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert about["classes"] == NAMES and about["largest_difference"] < 1e-4
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 6
+    found = {"pixels": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
+    exec(code.replace("FOLDER", str(tmp_path / "out")), found)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in pixel_statistics(3))
+    with torch.no_grad():
+        logits, _ = model((found["pixels"] / 255 - mean) / std)
+    expected = torch.nn.functional.interpolate(logits, (16, 16), mode="bilinear").argmax(dim=1)
+    assert (found["classes"] == expected).float().mean() > 0.999, "but for ties"
+
+
+def test_formats_that_hold_no_segmenter_are_refused(segmenter, classifier, tmp_path, capsys):
+    cases = [
+        (["timm", segmenter[0]], "is a segmenter, and timm holds encoders and classifiers; .* to onnx or torch"),
+        (["torch", classifier[0]], "is not a segmenter; torch is a format of segmenters"),
+        (["torch", segmenter[0], "--input_size", "32"], "do not apply to a segmenter"),
+    ]
+    for words, told in cases:
+        assert export.main([*map(str, words), "--output", str(tmp_path / "out")]) == 2
+        assert re.search(told, capsys.readouterr().err) and not (tmp_path / "out").exists()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import shutil
 import statistics
 import sys
 import time
@@ -32,10 +31,12 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from data.files import new_folder
 from options.schema import read
-from tools import card
+from tools import card, export_segmenter, given, segmenter
 from tools import encoder as encoders
 from tools.encoder import Encoder
+from util import checkpoint
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -360,11 +361,7 @@ def export(name: str, encoder: Encoder, output: Path) -> str:
         ValueError: the encoder has no such format, or the folder is not empty.
         Mismatch: the check failed; the folder is removed.
     """
-    require_free(output)
-    growing = output.with_name(f".{output.name}.tmp")  # an incomplete export must not look complete
-    shutil.rmtree(growing, ignore_errors=True)
-    growing.mkdir(parents=True)
-    try:
+    with new_folder(output) as growing:
         FORMATS[name].write(encoder, growing)
         differences = check(encoder, name, growing)
         checked = "the largest difference is " + ", ".join(
@@ -383,19 +380,7 @@ def export(name: str, encoder: Encoder, output: Path) -> str:
         usage = FORMATS[name].usage(encoder)
         text = card.readme(encoder, facts, library=FORMATS[name].library, usage=usage, checked=checked)
         (growing / "README.md").write_text(text, encoding="utf-8")
-        growing.replace(output)
-    finally:
-        shutil.rmtree(growing, ignore_errors=True)
     return checked
-
-
-def require_free(output: Path) -> None:
-    """Raise ValueError unless the folder is new or empty."""
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists():
-        what = "is not empty" if output.is_dir() else "is a file"
-        raise ValueError(f"{output} {what}; name a new folder with --output, or remove it")
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -406,14 +391,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Export a pretrained encoder or a fine-tuned classifier to timm, Hugging Face transformers or ONNX."
     )
-    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument(
+        "format", choices=[*FORMATS, "torch"], help="torch: of a segmenter, which otherwise has onnx alone"
+    )
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--output", type=Path, help="a new folder (default: export/FORMAT in the run folder)")
     parser.add_argument("--input_size", help="pixels of the images, e.g. 224 or 160x96 (default: as in training)")
     parser.add_argument("--num_heads", type=int, default=0, help="attention heads, for weights of other programs")
     words = parser.parse_args(argv)
     try:
-        require_packages(words.format)
+        if words.format in FORMATS:
+            require_packages(words.format)
+        file = given.checkpoint_of(words.model)
+        if segmenter.is_segmenter(checkpoint.load_weights(file)):
+            if words.input_size or words.num_heads:
+                raise ValueError("input_size and num_heads do not apply to a segmenter: its run states them")
+            trained = segmenter.load(file)
+            output = words.output or trained.run / "export" / words.format
+            sys.stdout.write(export_segmenter.export(words.format, trained, output))
+            return 0
+        if words.format not in FORMATS:
+            raise ValueError(f"{file} is not a segmenter; torch is a format of segmenters, see also timm")
         size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
         encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
         output = words.output or encoder.run / "export" / words.format

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.depth import with_range
-from data.files import write_text
+from data.files import require_free, write_text
 from data.folders import images_below
 from data.images import BadImage, is_image_name, read_stored
 from data.loader import EvalSamples, NothingReadable, eval_batches, eval_transform
@@ -208,9 +208,7 @@ def predict(
             f"{file} is a linear probe, which holds no encoder: fine-tune the encoder with main_finetune.py to predict"
         )
     output = output or checkpoint.run_of(file) / "predictions"
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        what = "is a file" if output.is_file() else "holds files already"
-        raise ValueError(f"{output} {what}; name a new folder with --output, or remove it")
+    require_free(output)
     files = find_images(images, output)
     channels, value_range = made_with.get("in_chans", 3), made_with.get("value_range", ())
     source = open_images(files, channels, value_range)
