@@ -1,6 +1,7 @@
 """The faults that mutation testing makes: which there are, which are left out, and that a fork reports its tests."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -49,6 +50,24 @@ def changed_lines(mutation, source):
 )  # fmt: skip
 def test_faults(mutation, source, expected):
     assert set(changed_lines(mutation, source)) == expected
+
+
+def test_the_tests_of_a_mutant_are_those_that_run_its_statement(mutation, tmp_path, monkeypatch):
+    source = "def f(a):\n    b = (a +\n         1)\n    if b > 1:\n        return b\n    return -b\n"
+    (tmp_path / "target.py").write_text(source)
+    (tmp_path / "test_target.py").write_text(
+        "import target\ndef test_one():\n    assert target.f(3) == 4\ndef test_two():\n    assert target.f(-3) == 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    coverage = mutation.Coverage(tmp_path / "target.py", tmp_path / "coverage.json")
+    assert mutation.passes(["test_target.py"], 60, [coverage])
+    covered = json.loads((tmp_path / "coverage.json").read_text())
+    reached = {}
+    for mutant in mutation.find_mutants(source):
+        names = {name.partition("::")[2] for name in mutation.tests_of(mutant, covered)}
+        reached.setdefault(tuple(mutant.lines), names)
+    assert reached == {(2, 3): {"test_one", "test_two"}, (4,): {"test_one", "test_two"}, (6,): {"test_two"}}
 
 
 def test_a_fork_tells_whether_its_tests_pass(mutation, tmp_path):
