@@ -208,12 +208,17 @@ def build_timm(options: TeacherOptions, weights: Mapping[str, Tensor], grid: tup
         teacher.set_input_size((grid[0] * patch_size[0], grid[1] * patch_size[1]))
     convert = getattr(sys.modules[type(teacher).__module__], "checkpoint_filter_fn", None)
     fitting = convert(dict(weights), teacher) if convert else dict(weights)
-    missing, unexpected = teacher.load_state_dict(fitting, strict=False)
-    strange = [name for name in unexpected if not name.startswith(("head", "fc_norm", "mask_token", "decoder"))]
-    if missing or strange:
-        parts = [f"lacks {', '.join(missing[:4])}"] if missing else []
-        parts += [f"also has {', '.join(strange[:4])}"] if strange else []
-        raise ValueError(f"these are not the weights of timm's {options.model}: the file {' and '.join(parts)}")
+    own = teacher.state_dict()
+    missing = [name for name in own if name not in fitting]
+    wrong = [name for name in own if name in fitting and fitting[name].shape != own[name].shape]
+    others = ("head", "fc_norm", "mask_token", "decoder")
+    strange = [name for name in fitting if name not in own and not name.startswith(others)]
+    for names, problem in ((missing, "lacks"), (wrong, "has other sizes of"), (strange, "also has")):
+        if names:
+            raise ValueError(
+                f"these are not the weights of timm's {options.model}: the file {problem} {', '.join(names[:4])}"
+            )
+    teacher.load_state_dict({name: fitting[name] for name in own})
     return teacher
 
 
@@ -552,11 +557,11 @@ class TeacherTerm(Term):
     def check(self, model: MaskedImageModel) -> None:
         if not model.drops_hidden:
             raise ValueError("teacher terms need an encoder that gets only the visible patches")
-        if self.options.teacher_input == "superset" and self._teacher_patches(model) <= model.num_visible:
+        least = model.num_visible + (self.options.tokens == "extra")
+        if self.options.teacher_input == "superset" and self._teacher_patches(model) < least:
             raise ValueError(
                 f"teacher_mask_ratio {self.options.teacher_mask_ratio} gives the teacher "
-                f"{self._teacher_patches(model)} patches; with a superset it gets more than the student's "
-                f"{model.num_visible}"
+                f"{self._teacher_patches(model)} patches, fewer than {least}: the student has {model.num_visible}"
             )
         if self.teacher.network is not None:
             self.teacher.network.set_grid(model.grid)

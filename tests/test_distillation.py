@@ -1,0 +1,494 @@
+"""Each distillation method against loops over images, heads and tokens, gradients included, and teachers of timm's."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from methods import METHODS, build, from_checkpoint
+from models_teacher import Teacher
+from options.teacher import TeacherOptions
+from tests.small import SMALL, TEACHER, batch, options_of, small, teacher_checkpoint, write_checkpoint
+
+PRESETS = ("dmae", "mae_lite_distill", "d2_mae", "tiny_mim", "g2sd", "amd", "proteus")
+V = {"tiny_mim": 20, "proteus": 20, "amd": 1}  # visible patches; else 5
+
+# ---- the equations --------------------------------------------------------------------------------------------------
+
+
+def encode(vit, images, ids):
+    """What enters the first block and what every block puts out, for the patches `ids` `[N, V]`."""
+    tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+    chosen = torch.stack([row[own] for row, own in zip(tokens, ids, strict=True)])
+    states = [torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1), chosen], dim=1)]
+    for block in vit.blocks:
+        states.append(block(states[-1]))
+    return states
+
+
+def decode(model, latent, ids):
+    """What every block of the decoder puts out, for all places."""
+    embedded = model.decoder_embed(latent)
+    rows = []
+    for tokens, own in zip(embedded, ids, strict=True):
+        places = {0: tokens[0]} | {int(place) + 1: token for place, token in zip(own, tokens[1:], strict=True)}
+        rows.append(torch.stack([places.get(place, model.mask_token[0, 0]) for place in range(21)]))
+    states = [torch.stack(rows) + model.decoder_pos_embed]
+    for block in model.decoder_blocks:
+        states.append(block(states[-1]))
+    return states
+
+
+def products(x, weight, bias, heads, a, b):
+    """`[image][head][i][j]` = A_i . B_j / sqrt(d), where A and B are rows `a` and `b` of channels of the layer."""
+    channels = x.shape[-1]
+    found = []
+    for image in x:
+        layers = [
+            image @ weight[part * channels : (part + 1) * channels].T + bias[part * channels : (part + 1) * channels]
+            for part in (a, b)
+        ]
+        d = channels // heads
+        by_head = [[part[:, head * d : (head + 1) * d] for part in layers] for head in range(heads)]
+        found.append([[[(q * k).sum() / math.sqrt(d) for k in theirs] for q in own] for own, theirs in by_head])
+    return found
+
+
+def attention_of(block, x, a=0, b=1):
+    return products(block.norm1(x), block.attn.qkv.weight, block.attn.qkv.bias, block.attn.num_heads, a, b)
+
+
+def mean_squared(pairs):
+    """Of pairs of vectors: over all of their values."""
+    total = count = 0
+    for ours, theirs in pairs:
+        total, count = total + ((ours - theirs) ** 2).sum(), count + len(ours)
+    return total / count
+
+
+def token_pairs(ours, theirs):
+    return zip(ours.flatten(0, 1), theirs.flatten(0, 1), strict=True)
+
+
+def through_heads(term, student, teacher):
+    """The mean squared difference of logits, the student's through a convolution over heads."""
+    weight, bias = term.head.weight[:, :, 0, 0], term.head.bias
+    total = count = 0
+    for ours, theirs in zip(student, teacher, strict=True):
+        for head, rows in enumerate(theirs):
+            for i, row in enumerate(rows):
+                for j, value in enumerate(row):
+                    mixed = bias[head] + sum(weight[head, own] * ours[own][i][j] for own in range(len(ours)))
+                    total, count = total + (mixed - value) ** 2, count + 1
+    return total / count
+
+
+def divergence(student, teacher):
+    """The mean over images, heads and rows of KL(softmax(teacher) || softmax(student))."""
+    total = count = 0
+    for ours, theirs in zip(student, teacher, strict=True):
+        for own_rows, rows in zip(ours, theirs, strict=True):
+            for own, row in zip(own_rows, rows, strict=True):
+                q, p = torch.stack(own).softmax(0), torch.stack(row).softmax(0)
+                total, count = total + (p * (p.log() - q.log())).sum(), count + 1
+    return total / count
+
+
+def reconstruction(model, images, ids, decoded):
+    """The mean squared error over hidden patches of the prediction from the decoder's last block."""
+    pred = model.decoder_pred(model.decoder_norm(decoded))[:, 1:]
+    error = ((pred - model.target(images)) ** 2).mean(dim=-1)
+    hidden = [(n, place) for n, own in enumerate(ids) for place in range(20) if place not in own.tolist()]
+    return sum(error[n, place] for n, place in hidden) / len(hidden)
+
+
+def equations(method, model, teacher, images, noise):
+    """Each part of the method's loss, by name, from its paper's equations."""
+    order = noise[:, 0].argsort(dim=1)
+    ids = order[:, : V.get(method, 5)]
+    states, terms, parts = encode(model, images, ids), model.terms, {}
+    latent = model.norm(states[-1])
+    if model.predicts:
+        source = model.decoder_input_norm(states[1]) if method == "d2_mae" else latent
+        parts["reconstruction"] = reconstruction(model, images, ids, decode(model, source, ids)[-1])
+    with torch.no_grad():
+        taught = encode(teacher, images, ids)
+    if method == "dmae":
+        ours, theirs = terms["teacher"].head(states[1]), taught[3]
+        pairs = [(a / a.norm(), b / b.norm()) for a, b in token_pairs(ours, theirs)]
+        parts["teacher"] = sum((a - b).abs().sum() for a, b in pairs) / ours.numel()
+    if method == "mae_lite_distill":
+        logits = attention_of(teacher.blocks[3], taught[3])
+        parts["teacher"] = through_heads(terms["teacher"], attention_of(model.blocks[1], states[1]), logits)
+    if method == "d2_mae":
+        logits, extra = attention_of(teacher.blocks[3], taught[3]), terms["teacher"].qkv
+        parts["teacher"] = through_heads(terms["teacher"], products(latent, extra.weight, extra.bias, 2, 0, 1), logits)
+    if method == "tiny_mim":
+        for name, own, theirs in (("teacher", (0, 1), (0, 1)), ("teacher2", (0, 0), (2, 2))):
+            extra = terms[name].qkv
+            student = products(latent, extra.weight, extra.bias, 4, *own)
+            parts[name] = divergence(student, attention_of(teacher.blocks[2], taught[2], *theirs))
+    if method == "g2sd":
+        ours = terms["teacher"].head(decode(model, latent, ids)[-1])
+        with torch.no_grad():
+            theirs = decode(teacher, teacher.norm(taught[-1]), ids)[1]
+        total = 0
+        for a, b in token_pairs(ours, theirs):
+            b = (b - b.mean()) / (b.var(unbiased=False) + 1e-6).sqrt()
+            difference = (a - b).abs()
+            total += torch.where(difference < 2, difference**2 / 4, difference - 1).sum()
+        parts["teacher"] = total / ours.numel()
+    if method == "amd":
+        with torch.no_grad():
+            wider = encode(teacher, images, order[:, :5])
+        for name, own, theirs in (("teacher", 1, 2), ("teacher2", 2, 4)):
+            parts[name] = mean_squared(token_pairs(terms[name].head(states[own][:, 1:]), wider[theirs][:, 1:2]))
+        generator = terms["teacher3"].head
+        places = torch.stack([model.pos_embed[0, 1 + own] for own in order[:, 1:5]])
+        made = generator.blocks(torch.cat([states[2], generator.mask_token + places], dim=1))[:, -4:]
+        parts["teacher3"] = mean_squared(token_pairs(generator.head(generator.norm(made)), wider[4][:, 2:]))
+    if method == "proteus":
+        features = teacher.norm(taught[-1])
+        for name, tokens in (("teacher", slice(0, 1)), ("teacher2", slice(1, None))):
+            parts[name] = mean_squared(token_pairs(terms[name].head(latent[:, tokens]), features[:, tokens]))
+        replaced = noise[:, terms["teacher3"].noise_row].argsort(dim=1)[:, :6]  # 0.3 of 20
+        tokens = (model.patch_embed(images) + model.pos_embed[:, 1:]).clone()
+        for n, own in enumerate(replaced):
+            tokens[n, own] = terms["teacher3"].mask_token[0, 0] + model.pos_embed[0, 1 + own]
+        x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1), tokens], dim=1)
+        for block in model.blocks:
+            x = block(x)
+        with torch.no_grad():
+            everything = teacher.norm(encode(teacher, images, torch.arange(20).expand(len(images), -1))[-1])
+        student = terms["teacher3"].head(model.norm(x)[:, 1:])
+        pairs = [(student[n, i], everything[n, 1 + i]) for n, own in enumerate(replaced) for i in own.tolist()]
+        parts["teacher3"] = mean_squared(pairs)
+    return parts
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_method_computes_its_equations(method):
+    more = {"decoder_depth": 2} if method == "g2sd" else {}
+    terms = {}
+    if method == "g2sd":
+        options = TEACHER | {"decoder_depth": 2}
+        torch.manual_seed(5)
+        terms = {"teacher": {"checkpoint": file_of(build("mae", **options), {"method": "mae"} | options, "g2sd")}}
+    model = small(method, **more, terms=terms).double()
+    teacher, _ = from_checkpoint(model.terms["teacher"].options.checkpoint)
+    teacher.double().requires_grad_(False)
+    images, _, noise = batch(model, n=2)
+    images = images.double()
+    found = model(images, noise=noise)
+    expected = equations(method, model, teacher, images, noise)
+    assert {*expected} == {*found} - {"loss"}
+    weights = {name: term.options.weight for name, term in model.terms.items()} | {"reconstruction": 1.0}
+    total = sum(weights[name] * part for name, part in expected.items())
+    assert found["loss"].item() == pytest.approx(total.item(), rel=1e-10)
+    for name, part in expected.items():
+        assert found[name].item() == pytest.approx(part.item(), rel=1e-10), name
+        assert part > 1e-6
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ours = torch.autograd.grad(found["loss"], list(trained.values()))
+    theirs = torch.autograd.grad(total, list(trained.values()))
+    for name, a, b in zip(trained, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def file_of(model, options, name):
+    from tests.small import scratch
+
+    return write_checkpoint(f"{scratch.name}/{name}.pth", model, options)
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_the_loss_is_zero_where_teacher_and_student_are_equal(method):
+    options = SMALL | {"depth": 2, "decoder_depth": 2}
+    torch.manual_seed(3)
+    teacher = build("mae", **options)
+    path = file_of(teacher, {"method": "mae"} | options, "same")
+    equal_blocks = {"student_block": -1, "teacher_block": -1}
+    changes = {
+        "dmae": {"teacher": equal_blocks},
+        "g2sd": {"teacher": {"student_block": 1, "teacher_block": 1}},
+        "amd": {"teacher3": None},  # equal masks leave the generator nothing to do
+        "tiny_mim": {"teacher": {"teacher_block": 2}, "teacher2": {"teacher_block": 2}},
+    }.get(method, {})
+    terms = changes | {"teacher": {"checkpoint": path} | changes.get("teacher", {})}
+    if method == "amd":
+        terms["teacher2"] = {}
+    own = dict(options)
+    if method in ("d2_mae", "tiny_mim"):  # the additional block stands for the teacher's second
+        own["depth"] = 1
+    if method == "g2sd":
+        own["decoder_depth"] = 1
+    model = small(method, **own, terms=terms, **({"mask_ratio": 0.75} if method == "amd" else {}))
+    model.load_state_dict(
+        teacher.state_dict() | {n: v for n, v in model.state_dict().items() if "terms" in n or "input" in n},
+        strict=False,
+    )
+    for name, term in model.terms.items():
+        if method in ("d2_mae", "tiny_mim"):
+            block = teacher.blocks[1]
+            model.norm.load_state_dict(block.norm1.state_dict())
+            rows = slice(32, 48) if name == "teacher2" else slice(0, 32)
+            with torch.no_grad():
+                term.qkv.weight.copy_(block.attn.qkv.weight[rows])
+                term.qkv.bias.copy_(block.attn.qkv.bias[rows])
+        term.head = (
+            torch.nn.LayerNorm(12, eps=1e-6, elementwise_affine=False) if method == "g2sd" else torch.nn.Identity()
+        )
+    images, _, noise = batch(model)
+    if method == "proteus":  # every patch alike, so that the replacing token can be equal to what it replaces
+        images = images[:, :, :1, :1].expand(-1, -1, 16, 20)[:1]
+        noise = noise[:1]
+        with torch.no_grad():
+            model.terms["teacher3"].mask_token.copy_(model.patch_embed(images)[:, :1])
+    losses = model(images, noise=noise)
+    for name in model.terms:
+        assert losses[name].item() == pytest.approx(0, abs=1e-6), name
+
+
+# ---- combinations and options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_method_combines_with_the_neighbor_term(method):
+    model = small(method, terms={"neighbor": {}})
+    images, _, noise = batch(model)
+    losses = model(images, noise=noise)
+    assert losses["neighbor"].isfinite() and model.predicts
+    losses["loss"].backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_only_what_is_needed_is_built_and_run():
+    assert not any(name.startswith(("decoder", "mask_token")) for name in small("tiny_mim").state_dict())
+    names = {name.split(".")[0] for name in small("g2sd").state_dict()}
+    assert {"decoder_embed", "decoder_blocks"} <= names and not {"decoder_norm", "decoder_pred"} & names
+    depths = {"dmae": 3, "mae_lite_distill": 4, "tiny_mim": 3, "amd": 4, "proteus": 4}
+    for method, depth in depths.items():
+        network = small(method).terms["teacher"].teacher.network
+        assert len(network.encoder.blocks) == depth, method
+        assert all(term.teacher.network is None for term in list(small(method).terms.values())[1:])
+
+
+def test_terms_with_one_teacher_run_it_once(monkeypatch):
+    model = small("proteus")
+    calls = []
+    original = Teacher.forward
+    monkeypatch.setattr(Teacher, "forward", lambda self, *given: calls.append(given[-1]) or original(self, *given))
+    images, _, noise = batch(model)
+    model(images, noise=noise)
+    assert calls == [(("features", 0),)]
+
+
+def test_two_teachers():
+    second = {"checkpoint": teacher_checkpoint(4), "student_block": 2, "tokens": "class", "distance": "cosine"}
+    model = small("dmae", terms={"teacher2": second})
+    images, _, noise = batch(model)
+    losses = model(images, noise=noise)
+    assert {"teacher", "teacher2"} <= {*losses} and 0 < losses["teacher2"] <= 2
+    assert model.terms["teacher"].options.num_heads == 3 and model.terms["teacher2"].options.num_heads == 4
+    torch.testing.assert_close(losses["loss"], losses["reconstruction"] + losses["teacher"] + losses["teacher2"])
+
+
+def test_the_reconstruction_has_a_weight():
+    model, half = small("dmae"), small("dmae", reconstruction_weight=0.5)
+    images, _, noise = batch(model)
+    full, less = model(images, noise=noise), half(images, noise=noise)
+    assert torch.equal(full["reconstruction"], less["reconstruction"])
+    torch.testing.assert_close(less["loss"], 0.5 * full["reconstruction"] + full["teacher"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_divergence_is_computed_in_float32(dtype):
+    model = small("tiny_mim")
+    with torch.no_grad():
+        for term in model.terms.values():
+            term.qkv.weight.mul_(40)  # softmax values below the smallest number of half precision
+    images, _, noise = batch(model)
+    expected = model(images, noise=noise)["loss"]
+    with torch.autocast("cpu", dtype=dtype):
+        losses = model(images, noise=noise)
+    losses["loss"].backward()
+    assert losses["teacher"].dtype == torch.float32 and expected > 5
+    torch.testing.assert_close(losses["loss"], expected, rtol=0.1, atol=0)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2", "smooth_l1", "cosine", "kl"])
+@pytest.mark.parametrize("normalize", ["none", "l2", "layer_norm", "softmax"])
+def test_every_distance_and_normalisation(distance, normalize):
+    if distance == "kl" and normalize != "softmax":
+        with pytest.raises(ValueError, match="distance is 'kl', which needs normalize 'softmax'"):
+            TeacherOptions(distance=distance, normalize=normalize)
+        return
+    model = small("dmae", terms={"teacher": {"distance": distance, "normalize": normalize, "temperature": 0.5}})
+    images, _, noise = batch(model)
+    view = model.observe(images, noise=noise)
+    term = model.terms["teacher"]
+    ours, theirs = term.head(view.taps[0]), term.teacher_tokens(model, view)
+    total = 0
+    for a, b in token_pairs(ours, theirs):
+        if normalize == "l2":
+            a, b = a / a.norm(), b / b.norm()
+        if normalize == "layer_norm":
+            a, b = ((x - x.mean()) / (x.var(unbiased=False) + 1e-6).sqrt() for x in (a, b))
+        if normalize == "softmax":
+            a, b = (a / 0.5).softmax(0), (b / 0.5).softmax(0)
+        total += {
+            "l1": lambda a, b: (a - b).abs().mean(),
+            "l2": lambda a, b: ((a - b) ** 2).mean(),
+            "smooth_l1": lambda a, b: F.smooth_l1_loss(a, b),
+            "cosine": lambda a, b: 1 - (a @ b) / (a.norm() * b.norm()),
+            "kl": lambda a, b: (b * (b / a).log()).sum(),
+        }[distance](a, b)
+    count = ours.shape[0] * ours.shape[1]
+    assert term(model, view).item() == pytest.approx((total / count).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("dmae", {"student_tap": "attention"}, "can only be compared with each other"),
+        ("dmae", {"adaptor": "none"}, "adaptor 'none' needs equal channels; the student has 16, the teacher 24"),
+        ("dmae", {"adaptor": "heads"}, "has no heads"),
+        ("dmae", {"tokens": "hidden"}, "needs student_tap 'decoder' or a masked_pass"),
+        ("dmae", {"tokens": "extra"}, "need each other"),
+        ("dmae", {"student_tap": "decoder"}, "includes patches that the teacher does not get"),
+        ("dmae", {"distance": "l3"}, "distance is 'l3'"),
+        ("dmae", {"temperature": 0}, "temperature is 0; it must be more than 0"),
+        ("dmae", {"teacher_input": "superset", "teacher_mask_ratio": 0.9}, "fewer than 5"),
+        ("mae_lite_distill", {"adaptor": "none"}, "the student has 2 attention heads and the teacher 3"),
+        ("mae_lite_distill", {"tokens": "class"}, "for attention and relations it can only be 'all'"),
+        ("dmae", {"model": "vit_nano"}, "which timm .* does not have"),
+        ("dmae", {"model": "resnet18"}, "a teacher is a vision transformer"),
+        ("dmae", {"model": "test_vit"}, "these are not the weights of timm's test_vit"),
+    ],
+)
+def test_impossible_combinations_are_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        small(method, terms={"teacher": options})
+
+
+def test_a_part_that_nothing_trains_is_refused():
+    with pytest.raises(ValueError, match="no loss uses the encoder's output"):
+        small("dmae", reconstruction_weight=0)
+    with pytest.raises(ValueError, match="no loss uses the encoder's output"):
+        small("mae", reconstruct_block=1)
+    with pytest.raises(ValueError, match="reads the output of every block"):
+        small("cross_mae", reconstruct_block=1)
+    with pytest.raises(ValueError, match="reconstruct_block is 3, but there are 2 blocks"):
+        small("d2_mae", reconstruct_block=3)
+
+
+def test_every_preset_is_an_entry_of_the_registry():
+    assert {METHODS[name].model for name in PRESETS} == {METHODS["mae"].model}
+
+
+# ---- other teachers -------------------------------------------------------------------------------------------------
+
+
+def timm_file(tmp_path, name):
+    torch.manual_seed(4)
+    model = timm.create_model(name, pretrained=False, num_classes=0, global_pool="token").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # layer scales and registers that matter
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    torch.save(model.state_dict(), tmp_path / f"{name}.pth")
+    return model, {"model": name, "checkpoint": str(tmp_path / f"{name}.pth")}
+
+
+IMAGE = {"model": "mae_vit_tiny_patch16", "input_size": 64, "embed_dim": 16, "depth": 2, "num_heads": 2}
+FEATURES = {"student_tap": "features", "teacher_tap": "features", "teacher_input": "full"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit",
+        pytest.param("vit_small_patch14_reg4_dinov2", marks=pytest.mark.slow),
+        "vit_tiny_patch16_dinov3_qkvb",
+    ],
+)
+def test_a_teacher_by_timms_name(tmp_path, name):
+    """Plain with another normalisation; patches of 14, layer scale and registers; rotary positions and registers."""
+    theirs, options = timm_file(tmp_path, name)
+    model = build("dmae", **IMAGE, terms={"teacher": options | FEATURES})
+    term, side = model.terms["teacher"], 4 * theirs.patch_embed.patch_size[0]
+    assert term.options.embed_dim == theirs.embed_dim and term.options.digest
+    images, _, noise = batch(model, n=2)
+    view = model.observe(images, noise=noise)
+    found = term.teacher_tokens(model, view)
+    theirs.set_input_size((side, side))
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    if name == "test_vit":
+        images = (images * std + mean - 0.5) / 0.5
+    if side != 64:
+        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        features = theirs.forward_features(images)
+    expected = torch.cat([features[:, :1], features[:, theirs.num_prefix_tokens :]], dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # the same patches in another order are the same features in that order
+    network, order = term.teacher.network, torch.stack([torch.randperm(16) for _ in range(2)])
+    again = network(view.images, None, order, (("features", 0),))["features 0"]
+    for n in range(2):
+        torch.testing.assert_close(again[n, 1:], found[n, 1 + order[n]], rtol=1e-4, atol=1e-4)
+    losses = model(view.images, noise=noise)
+    losses["loss"].backward()
+    if "dinov3" in name:
+        taps = {"student_tap": "attention", "teacher_tap": "attention", "adaptor": "heads"}
+        with pytest.raises(ValueError, match="only be taken from timm's VisionTransformer"):
+            build("dmae", **IMAGE, terms={"teacher": options | taps})
+
+
+def test_the_teachers_normalisation_is_applied(tmp_path):
+    _, options = timm_file(tmp_path, "test_vit")
+    ours = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    pixels = torch.rand(2, 3, 64, 64)
+    prepared = []
+    for mean, std in (ours, ((0.5,) * 3, (0.5,) * 3), ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))):
+        model = build("dmae", **IMAGE, terms={"teacher": options}, mean=mean, std=std)
+        images = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        prepared.append(model.terms["teacher"].teacher.network.prepare(images))
+    for images in prepared:
+        torch.testing.assert_close(images, (pixels - 0.5) / 0.5, rtol=1e-5, atol=1e-5)
+    given = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    model = build("dmae", **IMAGE, terms={"teacher": options | given}, mean=(0.5,) * 3, std=(0.5,) * 3)
+    torch.testing.assert_close(model.terms["teacher"].teacher.network.prepare((pixels - 0.5) / 0.5), pixels)
+
+
+def test_grey_images_have_a_teacher_of_coloured_ones(tmp_path):
+    _, options = timm_file(tmp_path, "test_vit")
+    model = build("dmae", **IMAGE, in_chans=1, terms={"teacher": options}, mean=(0.2,), std=(0.4,))
+    pixels = torch.rand(2, 1, 64, 64)
+    prepared = model.terms["teacher"].teacher.network.prepare((pixels - 0.2) / 0.4)
+    torch.testing.assert_close(prepared, ((pixels - 0.5) / 0.5).expand(-1, 3, -1, -1), rtol=1e-5, atol=1e-5)
+    assert model((pixels - 0.2) / 0.4)["loss"].isfinite()
+    with pytest.raises(ValueError, match="its images have 3 channels and the student's 4"):
+        build("dmae", **IMAGE, in_chans=4, terms={"teacher": options})
+
+
+def test_a_teacher_with_other_patches_gets_the_image_resized():
+    ours = small("dmae", model="mae_vit_tiny_patch2", input_size=(16, 20))
+    network = ours.terms["teacher"].teacher.network
+    assert network.encoder.patch_embed.grid_size == (8, 10) and network.encoder.patch_embed.img_size == (32, 40)
+    images, _, noise = batch(ours)
+    assert ours(images, noise=noise)["teacher"].isfinite()
+
+
+def test_a_run_of_an_older_version_resumes():
+    """An option that did not exist counts as its default."""
+    import methods
+    from options import differences
+
+    new = options_of("dmae", small("dmae"))
+    known = ("weight", "checkpoint", "student_block", "teacher_block", "embed_dim", "depth", "num_heads", "digest")
+    old = new | {"terms": {"teacher": {name: new["terms"]["teacher"][name] for name in known}}}
+    assert differences(methods.schema("dmae"), old, new) == []
+    changed = new | {"terms": {"teacher": new["terms"]["teacher"] | {"distance": "l2"}}}
+    assert [found.name for found in differences(methods.schema("dmae"), old, changed)] == ["terms.teacher.distance"]
