@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,30 @@ from options import ClassifierOptions
 from util.distributed import Processes
 from util.evaluation import Evaluation
 from util.run import Run
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Learning from the predictions of a trained classifier, beside the labels.
+
+    The loss is (1 - weight) x that of the labels + weight x this one's: with `soft` labels
+    T^2 KL(softmax(teacher / T) || softmax(student / T)), with `hard` ones the cross-entropy of the teacher's class.
+    """
+
+    teacher: Callable[[Tensor], Tensor]
+    """From images to logits `[N, C]`, without gradient."""
+    weight: float = 0.5
+    temperature: float = 1.0
+    labels: Literal["soft", "hard"] = "soft"
+
+    def loss(self, logits_NC: Tensor, images: Tensor) -> Tensor:
+        """Compute the loss of the student's logits in float32."""
+        teacher_NC = self.teacher(images).float()
+        if self.labels == "hard":
+            return F.cross_entropy(logits_NC.float(), teacher_NC.argmax(dim=1))
+        T = self.temperature
+        student, teacher = (F.log_softmax(x.float() / T, dim=1) for x in (logits_NC, teacher_NC))
+        return T**2 * (teacher.exp() * (teacher - student)).sum(dim=1).mean()
 
 
 class Objective(nn.Module):
@@ -37,12 +63,14 @@ class Objective(nn.Module):
         smoothing: float = 0.0,
         prepare: Callable[[Tensor], Tensor] | None = None,
         class_weights: Sequence[float] | None = None,
+        distillation: Distillation | None = None,
     ):
         super().__init__()
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
         self.model, self.smoothing, self.prepare = model, smoothing, prepare
+        self.distillation = distillation
         self.mix: Mixup | None = None
         if mixup > 0 or cutmix > 0:
             self.mix = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=smoothing, num_classes=classes)
@@ -50,10 +78,16 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         if self.mix is not None:
             images, targets = self.mix(images, labels)
-            return {"loss": self._mixed_loss(self._logits(images), targets)}
-        logits = self._logits(images)
-        weight = self._weights_on(logits.device)
-        return {"loss": F.cross_entropy(logits, labels, weight=weight, label_smoothing=self.smoothing)}
+            logits = self._logits(images)
+            loss = self._mixed_loss(logits, targets)
+        else:
+            logits = self._logits(images)
+            weight = self._weights_on(logits.device)
+            loss = F.cross_entropy(logits, labels, weight=weight, label_smoothing=self.smoothing)
+        if self.distillation is None:
+            return {"loss": loss}
+        part, share = self.distillation.loss(logits, images), self.distillation.weight
+        return {"loss": (1 - share) * loss + share * part, "label": loss, "distillation": part}
 
     def _mixed_loss(self, logits_NC: Tensor, targets_NC: Tensor) -> Tensor:
         """Compute the loss for a distribution over the classes; torch divides by N, whatever the weights."""

@@ -7,13 +7,28 @@ Are Scalable Vision Learners", CVPR 2022.
 N images   D encoder channels   C classes
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import torch
+import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models_vit import SIZES, LoadReport, VisionTransformer, load_from_run, parse_name, patch_grid
+from models_vit import (
+    SIZES,
+    LoadReport,
+    VisionTransformer,
+    load_from_run,
+    parse_name,
+    patch_grid,
+    renormalization,
+)
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
 
 HEAD_STD, PROBE_STD = 2e-5, 0.01  # standard deviation of the head's initial weights in MAE, for fine-tuning and probes
 TOKEN_STD = 0.02  # standard deviation of the class token when trained from scratch
@@ -120,6 +135,84 @@ def load_classifier(model: Classifier, weights: Mapping[str, Tensor], made_with:
     if report.missing:
         pool = " (another global_pool?)" if any("norm" in name for name in report.missing) else ""
         raise ValueError(f"these weights are of another classifier{pool}: without {', '.join(report.missing[:5])}")
+
+
+class TeacherClassifier(nn.Module):
+    """A frozen classifier that gets images as they are prepared for another one.
+
+    Args:
+        classifier: The trained classifier.
+        own: Mean and standard deviation with which its images are normalised.
+        images: Those of the images that it gets.
+    """
+
+    def __init__(self, classifier: Classifier, own: Normalization, images: Normalization) -> None:
+        super().__init__()
+        self.classifier = classifier.requires_grad_(False).eval()
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        scale, shift = (None, None) if own == images else renormalization(images, own)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits `[N, C]`."""
+        if images.shape[1] == 1 and self.classifier.in_chans != 1:
+            images = images.expand(-1, self.classifier.in_chans, -1, -1)
+        if self.scale is not None and self.shift is not None:
+            images = images * self.scale + self.shift
+        size = self.classifier.patch_embed.img_size
+        if tuple(images.shape[-2:]) != tuple(size):
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+        return self.classifier(images)
+
+
+def load_teacher(
+    weights: Mapping[str, Tensor], made_with: Mapping[str, Any], classes: int, images: Normalization
+) -> TeacherClassifier:
+    """Build a trained classifier as a teacher.
+
+    Args:
+        weights: Its weights.
+        made_with: The options of the run that trained it; empty for a file of MAE's or timm's, whose sizes are read
+            from the weights and whose images are taken to be normalised as ImageNet's.
+        classes: Number of classes of the data.
+        images: Mean and standard deviation of the images that it will get.
+
+    Raises:
+        ValueError: If the weights are not those of a plain ViT with a head for so many classes.
+    """
+    if "patch_embed.proj.weight" not in weights or "head.weight" not in weights:
+        raise ValueError("the weights are not those of a classifier: patch_embed.proj.weight or head.weight is missing")
+    channels, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    sizes = {size.embed_dim: name for name, size in SIZES.items()}
+    if not made_with and channels not in sizes:
+        raise ValueError(f"the encoder has {channels} channels, and its attention heads are not known")
+    side = patch_size * math.isqrt(weights["pos_embed"].shape[1] - 1)
+    model = made_with.get("model") or f"mae_vit_{sizes[channels]}_patch{patch_size}"
+    input_size = tuple(made_with.get("input_size") or (side, side))
+    classifier = build(
+        model,
+        num_classes=classes,
+        input_size=(input_size[0], input_size[1]),
+        in_chans=in_chans,
+        embed_dim=channels,
+        depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        num_heads=made_with.get("num_heads") or 0,
+        global_pool="avg" if "fc_norm.weight" in weights else "token",
+    )
+    load_classifier(classifier, weights, made_with)
+    own = (tuple(made_with.get("mean") or ()), tuple(made_with.get("std") or ()))
+    if not all(own):
+        own = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if in_chans == 3 else images
+    if len(images[0]) not in (1, len(own[0])):
+        raise ValueError(f"its images have {len(own[0])} channels, the data {len(images[0])}")
+    return TeacherClassifier(classifier, own, images)
 
 
 class LinearProbe(nn.Module):

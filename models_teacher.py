@@ -43,6 +43,7 @@ from models_vit import (
     load_matching,
     parse_name,
     patch_grid,
+    renormalization,
     require_plain_encoder,
     take,
     without_autocast,
@@ -268,16 +269,14 @@ class Teacher(nn.Module):
         if self.normalization in (None, student):
             return
         assert self.normalization is not None
-        (mean, std), (own_mean, own_std) = student, self.normalization
+        (mean, _), (own_mean, _) = student, self.normalization
         if len(mean) not in (1, self.in_chans) or len(own_mean) != self.in_chans:
             raise ValueError(
                 f"the images are normalised for {len(mean)} channels, and the teacher for {len(own_mean)} of "
                 f"{self.in_chans}: give --terms.teacher.mean and --terms.teacher.std with {self.in_chans} numbers"
             )
-        ours, theirs = (torch.tensor(pair, dtype=torch.float64) for pair in ((mean, std), (own_mean, own_std)))
         device = self.encoder.cls_token.device
-        self.scale = (ours[1] / theirs[1])[:, None, None].float().to(device)
-        self.shift = ((ours[0] - theirs[0]) / theirs[1])[:, None, None].float().to(device)
+        self.scale, self.shift = (values.to(device) for values in renormalization(student, self.normalization))
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample the positions for images of `grid` patches."""

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,7 @@ __all__ = [
     "patch_grid",
     "plain_encoder",
     "position_table",
+    "renormalization",
     "require_plain_encoder",
     "resample_abs_pos_embed",
     "take",
@@ -358,6 +359,21 @@ Reader = Callable[[str], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 def take(x: Tensor, ids: Tensor) -> Tensor:
     """Gather from `x` `[N, L, D]` the rows `ids` `[N, V]`: `[N, V, D]`."""
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def renormalization(
+    own: tuple[Sequence[float], Sequence[float]], other: tuple[Sequence[float], Sequence[float]]
+) -> tuple[Tensor, Tensor]:
+    """Return `scale` and `shift`, `[channels, 1, 1]`, from images that are normalised for one network to another's.
+
+    Args:
+        own: Mean and standard deviation with which the images are normalised.
+        other: Those that the other network expects. One of the two may have one channel for all.
+    """
+    (mean, std), (other_mean, other_std) = (
+        [torch.tensor(values, dtype=torch.float64)[:, None, None] for values in pair] for pair in (own, other)
+    )
+    return (std / other_std).float(), ((mean - other_mean) / other_std).float()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -411,6 +411,18 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
     ema: float = result(0.0)
     """Decay of an exponential moving average of the weights, which is then evaluated; 0: none."""
 
+    distill_from: str = result("", section="Distillation")
+    """Checkpoint of a trained classifier of the same classes, whose predictions are learned beside the labels: one of
+    main_finetune.py, or a plain ViT's with a head (MAE, timm)."""
+    distill_weight: float = result(0.5)
+    """Weight of its predictions in the loss; the labels have 1 minus that."""
+    distill_labels: Literal["soft", "hard"] = result("soft")
+    """`soft`: its probabilities; `hard`: the class that it predicts, as in DeiT, but without a distillation token."""
+    distill_temperature: float = result(1.0)
+    """Temperature of both softmaxes, with soft labels."""
+    distill_digest: str = result("")
+    """SHA-256 of its weights, recorded by a run so that it is not resumed with another one."""
+
     aa: str = result("rand-m9-mstd0.5-inc1", section="Augmentation")
     """Automatic augmentation, in timm's notation; empty: none."""
     color_jitter: float = result(0.0)
@@ -427,6 +439,8 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "color_jitter", "mixup", "cutmix")
+        self._between(0, 1, "distill_weight")
+        require(self.distill_temperature > 0, "must be more than 0", "distill_temperature")
         self._between(0, 1, "ema", "reprob", "smoothing")
         for name in ("ema", "smoothing"):
             require(getattr(self, name) < 1, "must be less than 1", name)

@@ -22,9 +22,9 @@ from data.class_weights import image_weights
 from data.images import classifier_crop_share, describe_eval_crop
 from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_batches, eval_transform
 from data.splits import Splits
-from engine_finetune import Objective, describe, evaluate, make_evaluation
+from engine_finetune import Distillation, Objective, describe, evaluate, make_evaluation
 from models_classifier import Classifier
-from models_vit import for_channels
+from models_vit import digest_of, for_channels
 from options import FinetuneOptions
 from programs.training import train_epochs
 from util import checkpoint, distributed, optim, precision
@@ -41,7 +41,30 @@ def require_pairs(options: FinetuneOptions) -> None:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
 
 
-def objective_of(options: FinetuneOptions, model: nn.Module, train: Source) -> Objective:
+def load_teacher(options: FinetuneOptions, device: torch.device) -> tuple[FinetuneOptions, Distillation | None]:
+    """Load the classifier `distill_from`; return the options with its digest. None where there is none."""
+    if not options.distill_from:
+        return options, None
+    weights, made_with = checkpoint.load_model(options.distill_from, averaged=True)
+    found = digest_of(weights)
+    if options.distill_digest not in ("", found):
+        raise ValueError(f"distill_digest is {options.distill_digest}, but {options.distill_from} has {found}")
+    try:
+        teacher = models_classifier.load_teacher(
+            weights, made_with, options.num_classes, (tuple(options.mean), tuple(options.std))
+        )
+    except ValueError as problem:
+        raise ValueError(f"distill_from: {options.distill_from} cannot be the teacher: {problem}") from problem
+    log.info("teacher: %s, weight %g, %s labels", options.distill_from, options.distill_weight, options.distill_labels)
+    distillation = Distillation(
+        teacher.to(device), options.distill_weight, options.distill_temperature, options.distill_labels
+    )
+    return replace(options, distill_digest=found), distillation
+
+
+def objective_of(
+    options: FinetuneOptions, model: nn.Module, train: Source, distillation: Distillation | None = None
+) -> Objective:
     """Build the loss for the training images `train`, whose labels may decide the weights of the classes."""
     return Objective(
         model,
@@ -50,6 +73,7 @@ def objective_of(options: FinetuneOptions, model: nn.Module, train: Source) -> O
         cutmix=options.cutmix,
         smoothing=options.smoothing,
         class_weights=image_weights(options.class_weights, train),
+        distillation=distillation,
     )
 
 
@@ -151,6 +175,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
         weights, made_with = methods.load_pretrained(options.init_from)
         report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
         log.info("weights from %s: %s", options.init_from, report)
+    options, distillation = load_teacher(options, processes.device)
     batches = share_batches(options, training_images(options, found.train), processes)
     if options.steps:
         options = replace(options, epochs=math.ceil(options.steps / batches.steps_per_epoch))
@@ -160,7 +185,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     ema = ModelEmaV3(model, decay=options.ema) if options.ema else None
     others = {"ema": ema.module} if ema else {}
     run.prepare(model, batches, optimizer, total_steps=options.steps, **others)
-    objective = objective_of(options, run.trained, found.train)
+    objective = objective_of(options, run.trained, found.train, distillation)
     sources = {"choice": found.choice, "test": found.test}
     evaluated = ema.module if ema else model
     tasks = [

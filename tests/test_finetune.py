@@ -21,7 +21,7 @@ import main_finetune
 import models_classifier
 from data.augment import finetune_transform
 from data.loader import Batch
-from engine_finetune import Objective, evaluate
+from engine_finetune import Distillation, Objective, evaluate
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
 from util import checkpoint, optim
 from util.distributed import Processes
@@ -168,6 +168,42 @@ def test_without_mixing_labels_are_smoothed():
     torch.testing.assert_close(Objective(model, classes=10, smoothing=0.1)(images, labels)["loss"], expected)
 
 
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_predictions_of_a_teacher_are_learned_by_hand(kind):
+    images, labels = torch.randn(3, 1, 8, 8), torch.tensor([3, 0, 9])
+    model, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
+    found = Objective(model, classes=10, distillation=Distillation(teacher, 0.3, 2.0, kind))(images, labels)
+    expected = 0.0
+    for n in range(3):
+        if kind == "hard":
+            expected -= model(images)[n].log_softmax(0)[teacher(images)[n].argmax()] / 3
+        else:
+            p, q = ((x(images)[n] / 2).softmax(0) for x in (teacher, model))
+            expected += 4 * sum(p[c] * (p[c] / q[c]).log() for c in range(10)) / 3
+    torch.testing.assert_close(found["distillation"], expected)
+    torch.testing.assert_close(found["label"], F.cross_entropy(model(images), labels))
+    torch.testing.assert_close(found["loss"], 0.7 * found["label"] + 0.3 * found["distillation"])
+    equal = Objective(model, classes=10, distillation=Distillation(model))(images, labels)
+    assert equal["distillation"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_teacher_gets_its_own_normalisation_and_size():
+    options = {"model": "mae_vit_tiny_patch4", "embed_dim": 16, "depth": 1, "num_heads": 2}
+    teacher = models_classifier.build(num_classes=3, input_size=(16, 16), **options).eval()
+    nn.init.normal_(teacher.head.weight)
+    ours, theirs = ((0.2,) * 3, (0.5,) * 3), ((0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
+    made_with = options | {"input_size": [16, 16], "mean": list(theirs[0]), "std": list(theirs[1])}
+    loaded = models_classifier.load_teacher(teacher.state_dict(), made_with, 3, ours)
+    pixels = torch.rand(2, 3, 16, 16)
+    mean, std = (torch.tensor(values)[:, None, None] for values in theirs)
+    torch.testing.assert_close(loaded((pixels - 0.2) / 0.5), teacher((pixels - mean) / std), rtol=1e-4, atol=1e-5)
+    assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, 3) and not loaded.train().training
+    with pytest.raises(ValueError, match="head for 3 classes, the data"):
+        models_classifier.load_teacher(teacher.state_dict(), made_with, 4, ours)
+    with pytest.raises(ValueError, match="not those of a classifier"):
+        models_classifier.load_teacher({"head.weight": torch.zeros(3, 16)}, {}, 3, ours)
+
+
 def test_evaluation_is_what_a_loop_counts():
     generator = torch.Generator().manual_seed(3)
     logits, labels = torch.randn(53, 8, generator=generator), torch.randint(0, 7, (53,), generator=generator)
@@ -256,6 +292,18 @@ def test_a_run_killed_anywhere_ends_where_a_whole_one_ends(whole, pretrained, tm
     assert all(torch.equal(value, other["ema"][name]) for name, value in one["ema"].items())
     assert result(folder)["accuracy"] == result(whole)["accuracy"]
     assert result(folder)["best"] == result(whole)["best"], "the best survives"
+
+
+def test_a_run_learns_from_a_teacher_and_resumes_with_no_other(whole, pretrained, tmp_path):
+    folder, teacher = tmp_path / "run", tmp_path / "teacher.pth"
+    teacher.write_bytes((whole / "checkpoints/last.pth").read_bytes())
+    words = ["--init_from", pretrained, "--distill_from", teacher, "--epochs", 1]
+    finish(folder, *words, door=DOOR)
+    assert {"loss", "label", "distillation"} <= metrics(folder)[-1].keys()
+    teacher.write_bytes((whole / "checkpoints/best.pth").read_bytes())
+    refused = Training(folder, *words, "--epochs", 2, "--allow_change", "epochs", door=DOOR)
+    same = (whole / "checkpoints/last.pth").read_bytes() == teacher.read_bytes()
+    assert same or (refused.wait() == 2 and "distill_digest" in refused.said)
 
 
 def test_a_signal_saves_and_exits_with_75(tmp_path):
