@@ -87,7 +87,7 @@ def build(
 def encoder_sizes(
     model: str, *, input_size: tuple[int, int], embed_dim: int, depth: int, num_heads: int
 ) -> dict[str, Any]:
-    """The sizes that timm's VisionTransformer is told, those of 0 from the model's name; ValueError as for `build`."""
+    """Return the sizes for timm's VisionTransformer; sizes of 0 are those of the model's name. Raises as `build`."""
     size, patch_size = parse_name(model)
     patch_grid(input_size, patch_size)
     own = SIZES[size]

@@ -1,7 +1,7 @@
-"""What all benchmarks share: words on the command line, turns drawn anew, ratios within a round, JSON and Markdown.
+"""Functions shared by all benchmarks: command line, random order within rounds, ratios per round, JSON and Markdown.
 
-Only times of the same round are compared, each variant taking its turn in an order drawn anew: a machine that is slow
-for a minute is slow for all of them.
+Only times of the same round are compared, and each round runs the variants in a new random order: a machine that is
+slow for a minute is slow for all of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def parser(description: str, **numbers: tuple[int, str]) -> argparse.ArgumentPar
 def in_turn(
     variants: Mapping[str, Callable[[], float]], rounds: int, seed: int, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """What each variant answers, by round."""
+    """Return the results of each variant, by round."""
     order = random.Random(seed)
     found: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):

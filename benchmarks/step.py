@@ -5,7 +5,7 @@
     python -m benchmarks.step --help
 
 A step is forward, backward, gradient norm and AdamW on one synthetic batch that is already on the device. In every
-round each variant takes its turn, in an order drawn anew, and only ratios of the same round are compared: a machine
+round the variants run in a new random order, and only ratios of the same round are compared: a machine
 that is slow for a minute is slow for all of them. Medians with quartiles of these ratios go to a Markdown table on the
 terminal and, with the raw times, to benchmarks/results/.
 """

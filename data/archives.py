@@ -326,7 +326,7 @@ def find_shards(pattern: str, data_path: str, split: str) -> tuple[list[str], bo
         The files, sorted, and whether they are named after the split.
     """
     if not os.path.isdir(data_path):
-        raise ValueError(f"wds needs --data_path: the folder of the tar shards ({data_path!r} is none)")
+        raise ValueError(f"wds needs --data_path: the folder of the tar shards, found {data_path!r}")
     if pattern:
         found = [path for each in _braces(pattern) for path in glob.glob(os.path.join(data_path, each))]
     else:

@@ -127,7 +127,7 @@ def images_below(root: str) -> list[str]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder or a link to one; a link that leads nowhere, or in a circle, is none."""
+    """Return whether an entry is a folder or a valid link to one."""
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 

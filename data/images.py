@@ -300,7 +300,7 @@ def describe_eval_crop(input_size: tuple[int, int], crop_share: float, eval_crop
 
 
 def classifier_crop_share(input_size: tuple[int, int]) -> float:
-    """The `crop_share` with which classifiers are judged: as by MAE and timm, with no margin beyond 224 pixels."""
+    """Return the `crop_share` for evaluating classifiers: as in MAE and timm, without a margin above 224 pixels."""
     return CROP_SHARE if max(input_size) <= 224 else 1.0
 
 

@@ -22,7 +22,7 @@ class Labels:
 
     numbers  int64 `[n]`, or None where the text holds several labels
     classes  their names
-    problem  why no classifier can be trained on them, with the option that settles it, or ""
+    problem  why no classifier can be trained on them, with the option that resolves it, or ""
     notes    what a user would want to know, a line each
     """
 

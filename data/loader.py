@@ -3,7 +3,7 @@
 What a batch holds is a function of (seed, epoch, position) alone. The epoch's order is one permutation; a global batch
 is a stretch of it, however many processes, accumulation steps or workers share it. Each sample's augmentation and mask
 noise are drawn from (seed, epoch, index). So workers carry no state, any optimizer step of any epoch can be started at
-directly, and a run stopped anywhere goes on with exactly the images that it would have seen.
+directly, and an interrupted run resumes with exactly the same images.
 """
 
 from __future__ import annotations
@@ -349,8 +349,8 @@ class EvalSamples(Dataset):
 class Loader:
     """Batches by their keys, from worker processes or (num_workers 0) in this one, in the order of the keys.
 
-    Workers live until `stop`, ignore the signals that the main process handles, and hold no state: when one dies, or no
-    batch comes for `timeout` seconds (0: any time is fine), all are replaced, and loading goes on where it was.
+    Workers run until `stop`, ignore the signals that the main process handles, and have no state: if one exits, or no
+    batch arrives for `timeout` seconds (0: no limit), all are restarted and loading continues at the same position.
     """
 
     def __init__(self, samples: Samples, num_workers: int, pin_memory: bool, timeout: float = WORKER_TIMEOUT):
@@ -394,30 +394,30 @@ class Loader:
             yield _unless_error(batch)
 
     def _next(self, stream: Iterator[Any]) -> Any:
-        """The next batch. _WorkersLost when one of them is dead, or all have been silent for too long."""
+        """Return the next batch. Raises _WorkersLost if a worker has exited, or no batch arrives in time."""
         self._waits_since = time.monotonic()
         try:
             batch = next(stream)
             return batch if isinstance(batch, NothingReadable) else batch.opened()
-        except Exception as error:  # what a death looks like from here depends on the moment: ask who is dead
+        except Exception as error:  # the error depends on the moment at which a worker exited
             dead = self._dead_workers()
             if not dead:
                 raise
             if self._hung:
-                advice = "Most often a file system does not answer; worker_timeout says how long to wait for it"
+                advice = "The usual cause is a file system that does not respond; worker_timeout sets the time limit"
                 raise _WorkersLost("hung", f"no batch for {self.timeout:g} s", advice) from error
             advice = f"try fewer than num_workers {self.num_workers} or a larger /dev/shm"
-            raise _WorkersLost("died", dead, f"Most often memory ran out: {advice}") from error
+            raise _WorkersLost("died", dead, f"The usual cause is insufficient memory: {advice}") from error
         finally:
             self._waits_since = 0.0
 
     def stop(self) -> None:
-        """End the workers. They hold nothing that would be lost."""
+        """Stop the workers, which have no state to lose."""
         self._loader, self._hung = None, False
         _kill(self._processes)
 
     def _dead_workers(self) -> str:
-        """Who is dead, in words; a worker that is just dying has a second for it."""
+        """Describe exited workers, waiting up to a second for one that is exiting."""
         closed = wait([process.sentinel for process in self._processes], timeout=1)
         dead = [process for process in self._processes if process.sentinel in closed]
         for process in dead:

@@ -1,7 +1,7 @@
 """Images with masks that say the class of every pixel: where they come from, and whether they can be trained on.
 
     DATA/images/{train,val}/a.jpg       DATA/masks/{train,val}/a.png             with classes.txt, a name a line
-    DATA/images/a.jpg                   DATA/masks/a.png                         a seeded slice is set aside to judge
+    DATA/images/a.jpg                   DATA/masks/a.png                         a random share is held out for testing
     ADE/images/{training,validation}/   ADE/annotations/{training,validation}/   ADEChallengeData2016 as it is unpacked
 
 A mask holds the number of each pixel's class: a grey file of 1, 8 or 16 bits, one with a palette, of which the numbers
@@ -350,7 +350,7 @@ def _require_classes(folder: _Folder, masks: int, pixels_K: np.ndarray, total: C
 
 
 def _mapping_hint(coding: Coding, total: Counter[int]) -> str:
-    """Return which option maps the values found to the classes; "" where it cannot be told."""
+    """Return which option maps the values found to the classes; "" if that is unknown."""
     stored = sorted(total)
     if coding.values or not 2 <= len(stored) <= 256:
         return ""
@@ -399,10 +399,10 @@ def _read_scene(split: str, channels: int, index: int) -> Pair:
 
 
 def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
-    """Pairs to train on, those that choose the best epoch, and those that judge. ValueError for all that cannot be.
+    """Return pairs for training, for selecting the best epoch, and for testing. Raises ValueError if impossible.
 
-    Without a split to judge, `test_share` of all images judge. A split `val` beside `test` chooses; else `holdout` of
-    the training images, or with 0 of them the test images themselves.
+    Without a test split, `test_share` of all images are held out. The best epoch is selected on `val` if there is also
+    a `test`, otherwise on `holdout` of the training images, or with holdout 0 on the test images.
     """
     if _is_scenes(options):
         whole, test, choice = (_open_scenes(split, options.in_chans) for split in ("train", "val", "val"))
@@ -428,7 +428,7 @@ def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
 
 
 def open_test(options: SegmentOptions, processes: Processes) -> Source:
-    """The pairs that judge, alone."""
+    """Return the test pairs only."""
     if _is_scenes(options):
         return _open_scenes("val", options.in_chans)
     folder = _open_folder(options)

@@ -611,7 +611,7 @@ def _same_source(pack: Pack) -> None:
         different = f"{len(added)} images were added ({some(added)}), {len(gone)} are gone ({some(gone)})"
         different = different if added or gone else "classes or labels are others"
     raise ValueError(
-        f"{made['data_path']} is not as it was when the pack {pack.folder} was made of it: {different}. Pack it anew, "
+        f"{made['data_path']} has changed since the pack {pack.folder} was created from it: {different}. Pack again, "
         f"or let the pack stand on its own: python -m tools.pack --detach {pack.folder}"
     )
 
@@ -655,7 +655,7 @@ _BOTH_TEST: dict[str, list[dict[str, Any]]] = _TRAIN_TEST | {"train": [{"split":
 
 
 def _with(splits: dict[str, list[dict[str, Any]]], **more: Any) -> dict[str, list[dict[str, Any]]]:
-    """The same splits, asked for with something that torchvision would otherwise settle unsaid."""
+    """The same splits, with arguments that make torchvision's defaults explicit."""
     return {split: [ask | more for ask in asks] for split, asks in splits.items()}
 
 
@@ -711,7 +711,7 @@ def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> S
 
 
 def _caltech101_split(labels: np.ndarray, classes: list[str], split: str) -> tuple[np.ndarray, str]:
-    """(indices of the split, what it is in words): 30 images of each class to train on, at most 50 others to judge.
+    """Return (indices, description) of a split: 30 images per class for training, at most 50 others for testing.
 
     Each class is drawn by its own name, so that one that is missing or longer changes nothing for the others.
     """

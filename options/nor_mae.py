@@ -14,28 +14,29 @@ Normalize = Literal["token", "feature", "none"]
 
 @dataclass(frozen=True)
 class NeighborOptions:
-    """What is related, and how."""
+    """Options of the neighbour term."""
 
     weight: float = 5e-5
-    """The paper's lambda. With standardised tokens it weighs the correlation of the predictions by weight x (P - 1)."""
+    """The paper's lambda. With normalised tokens, the factor of the correlation of the predictions is weight x (P - 1).
+    """
     cnp: Literal["closest", "released"] = "closest"
-    """Which patch is a patch's companion: `closest`, its most similar neighbour; `released`, what the released code
-    selects instead, which settles `border`, `similarity` and `normalize` (on under norm_pix_loss, else off)."""
+    """Companion of a patch: `closest`, its most similar neighbour; `released`, the selection of the released code,
+    which also sets `border`, `similarity` and `normalize` (on with norm_pix_loss, otherwise off)."""
     border: Literal["auto", "natural", "wrap"] = "auto"
-    """The grid's edge: `natural`, 3 neighbours in a corner and 5 on a side; `wrap`, 8 everywhere as on a torus; `auto`,
-    natural unless cnp is released."""
+    """Border of the grid: `natural`, 3 neighbours in a corner and 5 at an edge; `wrap`, 8 everywhere as on a torus;
+    `auto`, natural unless cnp is released."""
     similarity: Literal["embed_pos", "embed", "pixels"] = "embed_pos"
-    """What is compared to find the companion: patch embeddings with positions, without them, or the image's pixels."""
+    """What is compared to select companions: patch embeddings with positions, without positions, or pixels."""
     companion: Literal["closest", "random"] = "closest"
-    """Whose prediction is the second: that of the companions, or that of an independent random mask."""
+    """Input of the second pass: the companions, or the patches of an independent random mask."""
     relation: Relation = "off_diagonal"
-    """Which sum over the two predictions is minimised; `alignment` is the supplement's NoA."""
+    """Relation of the two predictions that is minimised; `alignment` is the supplement's NoA."""
     normalize: Normalize = "token"
-    """What is standardised first: each token, each feature over images and patches, or nothing."""
+    """Normalisation of both predictions: each token, each feature over images and patches, or none."""
     space: Literal["pixels", "embedding"] = "pixels"
-    """What is related: predicted pixels, or what the decoder's norm hands to the last layer."""
+    """What is related: predicted pixels, or the output of the decoder's norm."""
     tokens: Literal["all", "visible", "masked"] = "all"
-    """Which patches' predictions are related."""
+    """Patches whose predictions are related."""
     fraction: float = 1.0
     """Share k/g of the images that take the second pass, drawn in each step: 0.25 is 1 of every 4 consecutive images of
     an update, 0.3 is 3 of 10. The cost falls by that share; mean and gradient of the term are the same on average, and
@@ -72,7 +73,7 @@ class NeighborOptions:
 
     @property
     def together(self) -> str:
-        """The option by which the term looks at all images together, in words; empty where it is a mean over them."""
+        """The option for which the term is not a mean over images, or an empty string."""
         if self.normalize == "feature":
             return "normalize 'feature'"
         return "relation 'off_diagonal_squared'" if self.relation == "off_diagonal_squared" else ""

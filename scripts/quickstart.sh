@@ -5,7 +5,7 @@
 #   bash scripts/quickstart.sh --epochs 20        further words go to main_pretrain.py
 #   OUTPUT=/tmp/first bash scripts/quickstart.sh
 #
-# Run again it takes up a run that was cut off; a finished run is only judged and drawn again.
+# Running it again resumes an interrupted run; a finished run is only evaluated and drawn again.
 set -euo pipefail
 
 OUTPUT="${OUTPUT:-$(dirname "${BASH_SOURCE[0]}")/../output/quickstart}"

@@ -157,7 +157,7 @@ def test_what_is_no_fitting_segmenter_is_refused():
     with pytest.raises(ValueError, match="5 classes apart, the data have 3"):
         models_upernet.load_segmenter(segmenter(num_classes=3), weights, {})
     encoder = models_classifier.build("mae_vit_tiny_patch8", num_classes=5, **SMALL)
-    with pytest.raises(ValueError, match="no segmenter"):
+    with pytest.raises(ValueError, match="not of a segmenter"):
         models_upernet.load_segmenter(segmenter(), encoder.state_dict(), {})
     with pytest.raises(ValueError, match="without neck"):
         part = {name: value for name, value in weights.items() if not name.startswith("neck.")}

@@ -457,7 +457,7 @@ def test_figure_9_shows_runs_side_by_side(whole, data, tmp_path, capsys):
         assert drawn.width > drawn.height and np.asarray(drawn.convert("RGB")).std() > 20
     torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "other.pth")
     assert visualize.main(["figure9", str(tmp_path / "other.pth"), *words]) == 2
-    assert "is no segmenter of main_segment.py" in capsys.readouterr().err
+    assert "is not a segmenter of main_segment.py" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is a segmenter, whose encoder has no last norm"):
         encoder.load(whole / "checkpoints" / "last.pth")
 

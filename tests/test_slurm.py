@@ -52,7 +52,7 @@ def test_a_job_that_is_preempted_requeues_itself_and_goes_on(cluster, tmp_path):
     job.send_signal(signal.SIGUSR1)
     out, err = job.communicate(timeout=180)
     assert job.returncode == 0, err
-    assert "goes back into the queue" in out
+    assert "is requeued" in out
     assert "requeue 17" in (tmp_path / "scontrol.log").read_text()
     stopped_at = final(tmp_path / "run")["step"]
     assert 0 < stopped_at < 80

@@ -28,9 +28,9 @@ BANNED = {  # pattern: what to write instead
     r"\b(judge|judges|judged|judging)\b": "evaluate",
     r"\breckon(s|ed|ing)?\b": "compute",
     r"\banswer(s|ed|ing)?\b": "return",
-    r"\b(is|are|there is|there are) none\b|\bthat is none\b|\bof no classifier\b": "is not a ..., no ...",
+    r"\bthat (is|are) none\b|\bof no classifier\b": "is not a ..., no ...",
     r"\bbecomes? of\b": "result",
-    r"\bis dead\b|\bthe dead\b": "exited",
+    r"\b(who|which|process|worker|rank)s? (is|are) dead\b|\bthe dead\b": "exited",
     r"\bsettle(s|d)?\b": "resolve, prepare",
     r"\bmend(s|ed|ing|able)?\b": "correct, fix",
     r"\bfront doors?\b": "program",
@@ -40,21 +40,6 @@ BANNED = {  # pattern: what to write instead
 
 # Places (a file or a folder with everything below it) and how many banned phrases are left there.
 ALLOWED: dict[str, int] = {
-    "benchmarks": 20,
-    "configs": 17,
-    "data": 56,
-    "engine_finetune.py": 17,
-    "engine_segment.py": 21,
-    "models_classifier.py": 18,
-    "models_mae.py": 16,
-    "models_nor_mae.py": 21,
-    "models_upernet.py": 16,
-    "models_vit.py": 17,
-    "options": 40,
-    "scripts": 20,
-    "tests": 170,
-    "tools": 62,
-    "util": 91,
 }
 
 
@@ -80,6 +65,8 @@ def find_banned(path):
         part = re.sub(r"`test_\w+`", "", part)
         for pattern, instead in BANNED.items():
             for match in re.finditer(pattern, re.sub(r"\s", " ", part), re.IGNORECASE):
+                if match[0].isupper():  # the name of a constant
+                    continue
                 line = start + part[: match.start()].count("\n")
                 found.append(f"{path.relative_to(PROJECT)}:{line}: {match[0]!r}: write: {instead}")
     return found

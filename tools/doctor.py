@@ -294,7 +294,7 @@ def train_a_little(plan: Plan, device: torch.device, count: int) -> Measured:
 def estimate(
     options: RunOptions, steps_per_epoch: int, measured: Measured, processes: int, price: float | None
 ) -> Iterator[str]:
-    """Time, memory and price of the run in words; `price` is of one device for an hour."""
+    """Yield lines on time, memory and price of the run; `price` is per device and hour."""
     hours = steps_per_epoch * options.accum_iter * measured.seconds / 3600
     rate = processes * options.batch_size / measured.seconds
     yield (

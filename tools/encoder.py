@@ -1,9 +1,9 @@
-"""Any trained model as the plain vision transformer inside it, with what whoever uses it must know.
+"""Load the vision transformer in any trained model, with the facts that are needed to use it.
 
-A run or a checkpoint of this project, pretrained or fine-tuned, or the file of another MAE becomes a VisionTransformer
-of timm's. Its weights decide every size but two: attention heads leave no trace in them, and rows and columns only
-their product. Both come from the run's options. Weights of other programs have none, and wrong heads would go
-unnoticed, so there the user is asked wherever the width does not settle it.
+A run or a checkpoint of this project, pretrained or fine-tuned, or a file of another MAE becomes a timm
+VisionTransformer. The weights determine all sizes except two: the number of attention heads, and rows and columns of
+patches, of which only the product is known. Both come from the options of the run. Weights of other programs have no
+options, and a wrong number of heads would not be detected, so it must be given unless the width determines it.
 
 N images   L patches   D channels   C H W image
 """
@@ -50,7 +50,7 @@ DECODER = ("decoder_", "mask_token")  # how the names of MAE's decoder begin
 
 
 class Mismatch(ValueError):
-    """Two models that should give the same answers do not."""
+    """Two models have different outputs."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Encoder:
 
     @property
     def pooling(self) -> str:
-        """What `features` are, in words."""
+        """Description of `features`."""
         if self.arguments["global_pool"] == "token":
             return "the class token after the last norm"
         if self.arguments["fc_norm"]:
@@ -128,7 +128,7 @@ class Encoder:
         return answers | {"logits": self.model.head(features)} if self.classes else answers
 
     def probe(self, count: int = 2) -> Tensor:
-        """Images of noise, always the same, to compare answers on."""
+        """Return fixed images of noise, to compare outputs on."""
         return torch.randn(count, *self.image_shape, generator=torch.Generator().manual_seed(0))
 
     def at_size(self, input_size: tuple[int, int]) -> Encoder:
@@ -161,7 +161,7 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
     encoder = Encoder(model, ARCHITECTURES[size], settled, statistics, file, options)
     if options:
         encoder = replace(encoder, updates=checkpoint.load(file).get("step"))
-        compare(encoder, _as_trained(options, weights, encoder), f"the model taken out of {file}")
+        compare(encoder, _as_trained(options, weights, encoder), f"the model extracted from {file}")
     return encoder if input_size in (None, encoder.image_shape[1:]) else encoder.at_size(input_size)
 
 
@@ -182,17 +182,21 @@ def _as_trained(options: Mapping[str, Any], weights: Mapping[str, Tensor], encod
 
 
 def compare(encoder: Encoder, found: Mapping[str, Tensor], what: str) -> dict[str, float]:
-    """The largest difference of each answer to `encoder.probe()`; `Mismatch` where one is more than rounding."""
+    """Return the largest difference of each output for `encoder.probe()`; raise `Mismatch` if it exceeds rounding."""
     differences = {}
     for name, expected in encoder.answers(encoder.probe()).items():
         if name not in found:
             continue
         if found[name].shape != expected.shape:
-            raise Mismatch(f"{what} answers {name} of {list(found[name].shape)} instead of {list(expected.shape)}")
+            raise Mismatch(
+                f"{what} returns {name} of shape {list(found[name].shape)} instead of {list(expected.shape)}"
+            )
         difference = (found[name] - expected).abs().max().item()
         allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-        if not difference <= allowed:  # NaN is no agreement
-            raise Mismatch(f"{what} answers other {name}: off by {difference:.2g}; rounding explains {allowed:.2g}")
+        if not difference <= allowed:  # NaN counts as a difference
+            raise Mismatch(
+                f"{what} returns other {name}: the difference is {difference:.2g}, rounding explains {allowed:.2g}"
+            )
         differences[name] = difference
     return differences
 
@@ -204,7 +208,7 @@ def _create(architecture: str, arguments: Mapping[str, Any], *, pretrained: bool
 
 
 def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
-    """What timm.create_model must be told to build the model of these weights."""
+    """Return the arguments of timm.create_model for these weights."""
     require_plain_encoder(weights, where=f"the weights in {file}")
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if missing := [name for name in needed if name not in weights]:

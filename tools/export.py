@@ -43,7 +43,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 TIMED_RUNS, TIMED_SECONDS = 50, 5.0
 
 Answers = Callable[[Tensor], Mapping[str, Tensor]]
-"""A function from normalised images to the outputs of `Encoder.answers`, or some of them."""
+"""A function from normalised images to the outputs of an `Encoder`, or some of them."""
 
 
 @dataclass(frozen=True)

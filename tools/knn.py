@@ -1,11 +1,11 @@
-"""What the features of an encoder are worth: nearest neighbours vote on the class of each held-out image.
+"""Evaluate features of an encoder: classify held-out images by their nearest neighbours.
 
     python -m tools.knn output/quickstart
 
-Three rows: raw pixels; the encoder as it was before training (same options, same seed); the trained one. What training
-taught is the step from the second row to the third. Raw pixels are a bar to know of: they do well where images are
-small, centred and alike in lighting, as the digits are, and badly on photographs. Labels and a validation split are
-needed. knn.json in the run's folder keeps the figures, and tools/report.py shows them.
+There are three rows: raw pixels, the untrained encoder (same options, same seed), and the trained encoder. The effect
+of training is the difference between the last two. Raw pixels are a strong baseline for small, centred images with the
+same lighting, such as digits, and a weak one for photographs. Labels are needed. The results are written to knn.json in
+the run folder, and tools/report.py shows them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from util.knn import knn_accuracy
 from util.logging import talk
 
 K, TEMPERATURE = 20, 0.07
-SHARE = 0.1  # of the training images, that are the queries where there are no validation images
+SHARE = 0.1  # share of the training images that are queries if there are no validation images
 POOLS = {"avg": "Average of the patch tokens", "token": "Class token"}
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ Features = tuple[Tensor, Tensor | None]
 
 
 def untrained(options: Mapping[str, Any]) -> nn.Module:
-    """The model as a run with these options began: the same seed, the same weights."""
+    """Build the model with the initial weights of a run with these options."""
     torch.manual_seed(options["seed"])
     return methods.from_options(options)
 
@@ -78,7 +78,7 @@ def measure(
     eval_crop: str = "",
     group_by: str = "",
 ) -> dict[str, Any]:
-    """Accuracy in % of each kind of features, and how it was measured."""
+    """Return the accuracy in % of each kind of features, and a description of the protocol."""
     bank, queries, asked = splits(trained, data_path, group_by)
     mean, std = trained.statistics
     reading: dict[str, Any] = dict(input_size=trained.options["input_size"], mean=mean, std=std)
@@ -117,7 +117,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What the features of an encoder are worth, by nearest neighbours.")
+    parser = argparse.ArgumentParser(description="Evaluate features of an encoder by nearest neighbours.")
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--data_path", default="", help="labelled images, train and val (default: the run's own data)")
     parser.add_argument(

@@ -404,7 +404,7 @@ def pictures_of(run: RunRecords) -> list[Path]:
 
 
 def caption_of(path: Path) -> str:
-    """Say in words what a picture shows."""
+    """Return a caption for a picture."""
     if epoch := re.fullmatch(r"recon_e(\d+)", path.stem):
         return (
             f"Epoch {int(epoch[1])}. Rows: original, visible patches, reconstruction, hidden patches pasted into the "

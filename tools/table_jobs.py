@@ -62,7 +62,7 @@ class Program(Protocol):
 
 
 class Process:
-    """A command in its own process. Its output goes to the file `said`, or to that of this process."""
+    """A command in its own process. Its output goes to the given file, or to that of this process."""
 
     def __init__(self, words: Sequence[str], said: Path | None):
         programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}

@@ -1,13 +1,13 @@
-"""See what the model sees: the paper's figures, and the ones by which people judge a small ViT.
+"""Draw the paper's figures, and others for evaluating a small ViT.
 
-    python -m tools.visualize neighbors                                     # embedded photos, fresh ViT-Tiny
+    python -m tools.visualize neighbors                                     # embedded photos, untrained ViT-Tiny
     python -m tools.visualize similarity output/tiny --images IMAGENET      # streamed over a folder
     python -m tools.visualize separation output/mae output/nor mae_vit_tiny_patch16 --images a.jpg b.jpg
     python -m tools.visualize reconstruction output/tiny --output picture.pdf
 
 A model is a run folder, a checkpoint, a model's name (random weights), or NAME=FILE (`tools/figures/models.py`).
-Pictures are written as PNG and SVG and added to TensorBoard, all into the folder `figures`: the run's, where one run is
-shown, else the present folder's. A new picture is a file in `tools/figures` and a line in `PICTURES`.
+Pictures are written as PNG and SVG and added to TensorBoard, in the folder `figures` of the run if one run is shown,
+otherwise of the current folder. A new picture is a file in `tools/figures` and an entry in `PICTURES`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FRESH = "mae_vit_tiny_patch16"
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of a subject, and how many images it shows unless the user says."""
+    """A figure of a subject, and its default number of images."""
 
     draw: Callable[[Subject], Figure]
     count: int
@@ -57,7 +57,7 @@ PICTURES = {
 
 
 def sides(text: str) -> tuple[int, int]:
-    """`224`, or rows and columns as `160x96`."""
+    """Parse `224`, or rows and columns as `160x96`."""
     parts = text.lower().split("x")
     rows, columns = (int(part) for part in (parts if len(parts) == 2 else parts * 2))
     return rows, columns
@@ -65,7 +65,7 @@ def sides(text: str) -> tuple[int, int]:
 
 def positive(text: str) -> int:
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too few; at least 1")
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return int(text)
 
 
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--count", type=positive, help=f"how many of a folder's images, drawn by the seed (default: {how_many})"
         )
-        made.add_argument("--seed", type=int, default=0, help="of masks, random weights and the choice of images")
+        made.add_argument("--seed", type=int, default=0, help="seed of masks, random weights and selected images")
         made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
         made.add_argument("--input_size", type=sides, help="pixels, as 224 or 160x96 (default: the model's own)")
 
@@ -102,14 +102,16 @@ def parser() -> argparse.ArgumentParser:
         made = command(name, picture.draw)
         of_models(made, picture.count)
         if name in ("figure1", "neighbors", "separation", "reconstruction"):
-            made.add_argument("--mask_ratio", type=float, help="share hidden (default: the first model's, or 0.75)")
+            made.add_argument(
+                "--mask_ratio", type=float, help="share of masked patches (default: the first model's, or 0.75)"
+            )
         if name in ("figure1", "neighbors", "closeup", "separation"):
             told = "what is compared to find neighbours (default: embed_pos; pixels where models are compared)"
             made.add_argument("--similarity", choices=get_args(Similarity), help=told)
-            released = "closest neighbours, or what the released code selects in their place (default: closest)"
+            released = "closest neighbours, or the selection of the released code (default: closest)"
             made.add_argument("--cnp", choices=["closest", "released"], default="closest", help=released)
         if name == "reconstruction":
-            told = "a model given as NAME=FILE was trained to predict standardised patches"
+            told = "models given as NAME=FILE were trained with normalised patches"
             made.add_argument("--norm_pix_loss", action="store_true", help=told)
     made = command("similarity", similarity.similarity)
     of_models(made, None)
@@ -121,14 +123,14 @@ def parser() -> argparse.ArgumentParser:
     made = command("figure9", figure9)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs or checkpoints of main_segment.py")
     made.add_argument("--count", type=positive, default=4, help="how many of the test images (default: 4)")
-    made.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    made.add_argument("--seed", type=int, default=0, help="seed of the selected images")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    made.add_argument("--data_path", default="", help="where images and masks are (default: where the run had them)")
+    made.add_argument("--data_path", default="", help="folder of images and masks (default: that of the run)")
     return result
 
 
 def load_models(words: argparse.Namespace) -> list[Shown]:
-    """The models that were named; ValueError unless they take the same images."""
+    """Load the models; raise ValueError unless they have the same image size and channels."""
     norm_pix_loss = getattr(words, "norm_pix_loss", False)
     how = {"device": words.device, "seed": words.seed, "input_size": words.input_size, "norm_pix_loss": norm_pix_loss}
     found = [models.load(word, **how) for word in words.models]
@@ -140,13 +142,13 @@ def load_models(words: argparse.Namespace) -> list[Shown]:
 
 
 def mask_ratio_of(words: argparse.Namespace, found: Sequence[Shown]) -> float:
-    """As the user says, or as the first model was trained."""
+    """Return the mask ratio given by the user, or that of the first model."""
     given = getattr(words, "mask_ratio", None)
     return getattr(found[0].model, "mask_ratio", 0.75) if given is None else given
 
 
 def of_subject(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
-    """A picture of models and images."""
+    """Draw a picture of models and images."""
     picture = PICTURES[words.picture]
     source, listed = open_images(words.images, found)
     numbers = chosen(source, words.count or (None if listed else picture.count), words.seed)
@@ -164,7 +166,7 @@ def of_subject(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
 
 
 def of_stream(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
-    """The histogram of similarities; its figures are also printed."""
+    """Draw the histogram of similarities, and print its statistics."""
     if len(found) > 1:
         raise ValueError("the histogram shows one model")
     shown, (source, _) = found[0], open_images(words.images, found)
@@ -177,10 +179,10 @@ def of_stream(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
 
 
 def draw(words: argparse.Namespace) -> list[Path]:
-    """Draw what was asked for; answers the files written."""
+    """Draw the requested picture; return the written files."""
     home, updates = Path("figures"), 0
     for path in words.output:
-        style.kind_of(path)  # refused before any work is done
+        style.kind_of(path)  # before any work is done
     with style.house_style():
         if words.picture == "relations":
             figure = relations(words.runs)

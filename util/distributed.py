@@ -1,8 +1,8 @@
-"""Where this process stands among the others, and how all of them agree on what to do next.
+"""Distributed processes: rank and device of this process, and decisions of all processes together.
 
-Under torchrun there are several processes (ranks), one per device; without it there is one. Everything that must be
-decided together (stop, save) travels over a CPU channel as one small integer per step. A step's answer is read a step
-later, when it has long arrived, so that no device is ever waited for.
+torchrun starts several processes (ranks), one per device; without it there is one. Common decisions (stop, save) are
+made over a CPU channel with one small integer per step. The result is read one step later, so that no device waits for
+it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-CONTINUE, SAVE, STOP = 0, 1, 2  # what a rank asks for at a step's end; the highest request wins
+CONTINUE, SAVE, STOP = 0, 1, 2  # requests of a rank at the end of a step; the highest one wins
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_AT_ONCE = 130  # a second Ctrl-C
 LAUNCHERS = (("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
@@ -33,7 +33,7 @@ LAUNCHERS = (("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "T
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `world_size` ones, and the device that is its own."""
+    """The rank and device of this process."""
 
     rank: int
     world_size: int
@@ -42,7 +42,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one process that writes files."""
+        """Whether this process writes files."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -50,7 +50,7 @@ class Processes:
             dist.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, on every rank (a new tensor where there are several)."""
+        """Return the sum over all ranks, on every rank (a new tensor if there are several)."""
         if self.world_size == 1:
             return values
         total = values.clone()
@@ -58,7 +58,7 @@ class Processes:
         return total
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value, on every rank (any object; travels pickled between the processes of one run)."""
+        """Return the value of rank 0 on every rank (any object; pickled between the processes of one run)."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -66,7 +66,7 @@ class Processes:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks, on every rank."""
+        """Return the values of all ranks, in order, on every rank."""
         if self.world_size == 1:
             return [value]
         boxes: list[T | None] = [None] * self.world_size
@@ -75,7 +75,7 @@ class Processes:
 
 
 class NoDevice(ValueError):  # noqa: N818 - it says what is wrong
-    """The device asked for is not there for this process, though perhaps for others."""
+    """The device is not available to this process, but perhaps to others."""
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -99,7 +99,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 @contextlib.contextmanager
 def start(device: str, timeout_minutes: float = 10.0) -> Iterator[Processes]:
-    """Join the other processes if started by torchrun (NCCL between GPUs, else gloo), and leave them at the end."""
+    """Join the other processes if started by torchrun (NCCL between GPUs, otherwise gloo); leave at the end."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     own = pick_device(device, local_rank)
     if own.type == "cuda":
@@ -123,17 +123,18 @@ def start(device: str, timeout_minutes: float = 10.0) -> Iterator[Processes]:
     try:
         yield Processes(rank, processes, local_rank, own)
     finally:
-        # After an error the others may never come; leaving without a word lets the launcher end them.
+        # After an error the others may never arrive; exiting lets the launcher stop them.
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
 
 def _meeting_place(rank: int, processes: int, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
-    """A store in which nothing of an earlier attempt stands, and the one it was found through.
+    """Return a store without entries of earlier attempts, and the store through which it was found.
 
-    torchrun's own store outlives the processes that it restarts, and addresses of the dead in it keep the living from
-    meeting (torch 2.14). So rank 0 opens a new store and leaves its port in the old one; a port nobody answers at is
-    of an earlier attempt. The caller keeps both: without torchrun rank 0 serves the old one too, and others are slower.
+    torchrun's store outlives the processes that it restarts, and addresses of exited processes in it prevent new ones
+    from connecting (torch 2.14). Therefore rank 0 opens a new store and writes its port to the old one; a port that
+    does not respond belongs to an earlier attempt. The caller keeps both stores open, because without torchrun rank 0
+    also serves the old one.
     """
     old, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=processes, timeout=timeout))
     host = os.environ["MASTER_ADDR"]
@@ -155,7 +156,7 @@ def _meeting_place(rank: int, processes: int, timeout: datetime.timedelta) -> tu
 
 
 class Agreement:
-    """One integer per step from every rank; the highest of all, a step later (at once with a single process)."""
+    """Combine one integer per step of every rank to the maximum, available a step later (at once with one process)."""
 
     def __init__(self, processes: Processes):
         self._alone = processes.world_size == 1
@@ -171,7 +172,7 @@ class Agreement:
         return agreed
 
     def settle(self) -> int:
-        """The answer still under way, if any. All ranks must call this at the same step."""
+        """Return the pending decision, if any. All ranks must call this at the same step."""
         if self._pending is None:
             return CONTINUE
         mine, work = self._pending
@@ -181,7 +182,7 @@ class Agreement:
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 or Ctrl-C until the step's end; a second Ctrl-C leaves at once."""
+    """Record SIGTERM, SIGUSR1 or Ctrl-C until the end of the step; a second Ctrl-C exits immediately."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -192,31 +193,31 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is signal.SIGINT and number == signal.SIGINT:
-            os._exit(EXIT_AT_ONCE)  # the newest checkpoint is whole: it was renamed into place
+            os._exit(EXIT_AT_ONCE)  # the latest checkpoint is valid: it was written atomically
         self.signal = signal.Signals(number)
 
 
 def on_stop_signals(act: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
-    """From now on `act(number, frame)` happens at SIGTERM, SIGUSR1 and Ctrl-C; answers what happened before at each."""
+    """Call `act(number, frame)` on SIGTERM, SIGUSR1 and Ctrl-C; return the previous handlers."""
     return {number: signal.signal(number, act) or signal.SIG_DFL for number in STOP_SIGNALS}
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun, or somebody in its way, has told this process its rank and where the others are."""
+    """Whether torchrun, or another launcher, has set the rank and the address of the main process."""
     return "RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def world_size() -> int:
-    """How many processes torchrun started (1 without it), known before they have joined."""
+    """Return the number of processes that torchrun started (1 without it), known before they have joined."""
     return int(os.environ.get("WORLD_SIZE", "1")) if is_one_of_several() else 1
 
 
 def launches() -> list[str]:
-    """The job that this process is of, for each launcher that starts the same words again by itself."""
+    """Return the job of this process, for each launcher that restarts commands automatically."""
     return [f"{job}={os.environ[job]}" for job, _ in LAUNCHERS if job in os.environ]
 
 
 def is_restart(earlier: Sequence[str]) -> bool:
-    """Whether a launcher has started this process again after one whose `launches` were `earlier`."""
+    """Whether a launcher has restarted this process after one whose `launches` were `earlier`."""
     again = [job for job, count in LAUNCHERS if int(os.environ.get(count) or 0) > 0]
     return any(f"{job}={os.environ.get(job)}" in earlier for job in again)

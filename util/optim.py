@@ -1,4 +1,4 @@
-"""Optimizers, learning rates and the schedule, as MAE trains: one place for every front door.
+"""Optimizers, learning rates and the schedule, as in MAE, for all programs.
 
 timm and torch do the work. Pretraining: AdamW with (0.9, 0.95), no decay on biases and norms. Fine-tuning: AdamW with
 (0.9, 0.999), each layer at its own rate. Linear probes: LARS. A linear warm-up and half a cosine for all, per step; for

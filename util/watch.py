@@ -153,7 +153,7 @@ def written(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
     except OSError as error:
-        log.warning("cannot write %s (%s); training goes on", path, error)
+        log.warning("cannot write %s (%s); training continues", path, error)
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
 
 

@@ -1,1 +1,1 @@
-"""One picture a file: a function from a `Subject` (models, and images for them) to a figure, and the maths it shows."""
+"""One module per picture: a function from a `Subject` (models and images) to a figure, and its computations."""

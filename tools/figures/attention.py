@@ -1,4 +1,4 @@
-"""How far and how broadly each attention head looks, block by block.
+"""Distance and entropy of each attention head, block by block.
 
 *Distance* is the mean distance in pixels between a patch and the patches it attends to, weighted by attention, as in
 Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; attention to the class token is left out and the rest
@@ -28,9 +28,9 @@ PARTS = ("qkv", "q_norm", "k_norm", "num_heads", "scale")
 
 
 def head_attention(block: Any, x: Tensor) -> Iterator[Tensor]:
-    """The attention `[N, T, T]` of each head of timm's block, given the block's input `[N, T, D]`.
+    """Yield the attention `[N, T, T]` of each head of a timm block, given the input `[N, T, D]` of the block.
 
-    One head after the other: for 3,137 tokens a single one already takes 39 MB an image.
+    One head at a time, because one head of 3,137 tokens needs 39 MB per image.
     """
     attention: Any = getattr(block, "attn", None)
     missing = [part for part in PARTS if not hasattr(attention, part)]
@@ -44,7 +44,7 @@ def head_attention(block: Any, x: Tensor) -> Iterator[Tensor]:
 
 
 def patch_distances(grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """Pixels between the middles of all patches: `[L, L]`."""
+    """Return the distances in pixels between the centres of all patches: `[L, L]`."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     middles = torch.stack([rows.flatten() * patch[0], columns.flatten() * patch[1]], dim=1).float()
     return torch.cdist(middles, middles)
@@ -52,7 +52,7 @@ def patch_distances(grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
 
 @torch.inference_mode()
 def distance_and_entropy(shown: Shown, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each block and head `[blocks, H]`: the mean attention distance in pixels, and the mean entropy in bits."""
+    """Return mean attention distance in pixels and mean entropy in bits, each `[blocks, H]`."""
     between = patch_distances(shown.grid, shown.patch).to(shown.device)
     totals: list[Tensor] = []
     for image in shown.normalized(pixels).split(1):
@@ -74,7 +74,7 @@ def distance_and_entropy(shown: Shown, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention(subject: Subject) -> Figure:
-    """Attention distance and entropy of every head, block by block, models in colours."""
+    """Plot attention distance and entropy of every head by block, one colour per model."""
     figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     axes = figure.subplots(1, 2)
     count = len(subject.models)

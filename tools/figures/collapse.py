@@ -1,9 +1,9 @@
-"""Whether an encoder's features collapse: how alike an image's tokens become with depth, and how many directions count.
+"""Feature collapse: similarity of the tokens of an image by depth, and effective rank of the features.
 
 *Token similarity* is the mean cosine between two different patch tokens of an image: 1 means that every patch is
-encoded alike. *Effective rank* is exp of the entropy of the singular values, scaled to sum to one, of all patch tokens
-minus their mean (Roy and Vetterli, "The effective rank", EUSIPCO 2007): 1 means a single direction, the number of
-channels that all directions count the same.
+encoded to the same vector. *Effective rank* is exp of the entropy of the singular values, scaled to sum to one, of all
+patch tokens minus their mean (Roy and Vetterli, "The effective rank", EUSIPCO 2007): 1 means a single direction, the
+number of channels that all directions count the same.
 
 N images   L patches   D channels
 """
@@ -24,7 +24,7 @@ WIDTH = 7.0
 
 
 def token_similarity(tokens: Tensor) -> Tensor:
-    """The mean cosine between two different tokens of an image, of each image: tokens `[N, L, D]` -> `[N]`.
+    """Return the mean cosine between two different tokens of each image: tokens `[N, L, D]` -> `[N]`.
 
     The squared length of the sum of unit vectors is the sum of all their cosines, so no L x L matrix is needed.
     """
@@ -35,7 +35,7 @@ def token_similarity(tokens: Tensor) -> Tensor:
 
 
 class Spread:
-    """Mean and covariance of any number of vectors, added up in float64."""
+    """Running mean and covariance of vectors, in float64."""
 
     def __init__(self, channels: int):
         self.count = 0
@@ -51,7 +51,7 @@ class Spread:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the singular values; 1 where nothing varies."""
+        """Return exp of the entropy of the singular values; 1 for constant vectors."""
         mean = self.sum / self.count
         scatter = self.products - self.count * torch.outer(mean, mean)
         variances = torch.linalg.eigvalsh(scatter)
@@ -64,7 +64,7 @@ class Spread:
 
 @torch.inference_mode()
 def measure(shown: Shown, pixels: Tensor, batch_size: int = 16) -> tuple[list[float], list[float]]:
-    """Token similarity and effective rank of what enters the first block and of what leaves each."""
+    """Return token similarity and effective rank of the input of the first block and of the output of each block."""
     similarities: list[float] = []
     spreads: list[Spread] = []
     for images in shown.normalized(pixels).split(batch_size):
@@ -79,7 +79,7 @@ def measure(shown: Shown, pixels: Tensor, batch_size: int = 16) -> tuple[list[fl
 
 
 def collapse(subject: Subject) -> Figure:
-    """Token similarity across depth and effective rank of the features, models in colours."""
+    """Plot token similarity and effective rank by depth, one colour per model."""
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for number, shown in enumerate(subject.models):
@@ -94,7 +94,7 @@ def collapse(subject: Subject) -> Figure:
     axes[1].set(title="effective rank", ylabel="dimensions")
     from_zero(axes[1])
     for axis in axes:
-        axis.set_xlabel("depth: 0 enters the first block, b leaves block b")
+        axis.set_xlabel("depth: 0 is the input of the first block, b the output of block b")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         grid_lines(axis)
     columns = 1 if len(subject.models) > 1 else 2

@@ -1,4 +1,4 @@
-"""Figure 1 of the NoR-MAE paper: closest neighbours in the image, and under them how models encode them."""
+"""Figure 1 of the NoR-MAE paper: closest neighbours in an image, and how models encode them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tools.figures.subject import Subject
 
 
 def figure1(subject: Subject) -> Figure:
-    """Figure 1: one image's closest neighbours on top, the plane of each model's tokens below."""
+    """Figure 1: closest neighbours of an image (top), and the tokens of each model in a plane (bottom)."""
     one = replace(subject, pixels=subject.pixels[:1], names=subject.names[:1])
-    # Both halves show the same neighbours, those of the lower one's rule, which holds for every model.
+    # Both halves show the same neighbours, selected as for the lower one, independent of the model.
     one = replace(one, similarity=separation.similarity_of(one))
     top = replace(one, models=one.models[:1])
     below_width, below = separation.size_of(one)
@@ -24,7 +24,7 @@ def figure1(subject: Subject) -> Figure:
     upper, lower = figure.subfigures(2, 1, height_ratios=[above, below], squeeze=False).flat
     neighbors.draw(upper, top)
     separation.draw(lower, one)
-    # Which model chose the neighbours matters only where embeddings did.
+    # The model only matters if neighbours are selected by embeddings.
     note(upper, neighbors.sentences(top)[one.similarity == "pixels" :], width)
     note(lower, separation.sentences(one), width)
     return figure

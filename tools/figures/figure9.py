@@ -1,4 +1,4 @@
-"""Figure 9: what segmenters make of the same images, beside the true masks."""
+"""Figure 9: predictions of segmenters for the same images, beside the true masks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_NAMES = 24  # in the legend, those with the most pixels
 def figure9(
     runs: Sequence[Path], *, count: int = 4, seed: int = 0, device: str = "auto", data_path: str = ""
 ) -> Figure:
-    """Image, true mask, and the mask that each run's newest checkpoint predicts, of test images drawn by the seed."""
+    """Plot image, true mask and the prediction of the latest checkpoint of each run, for random test images."""
     processes = Processes(0, 1, 0, pick_device(device))
     shown: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     said, labels = [], []
@@ -39,7 +39,7 @@ def figure9(
         file = given.checkpoint_of(path)
         weights, made_with = checkpoint.load_model(file)
         if "max_class_share" not in made_with:
-            raise ValueError(f"{file} is no segmenter of main_segment.py")
+            raise ValueError(f"{file} is not a segmenter of main_segment.py")
         options = replace(from_dict(SegmentOptions, made_with), check_masks=False)
         options = replace(options, data_path=data_path or options.data_path)
         if source is None:
@@ -65,7 +65,7 @@ def figure9(
         )
         labels.append(checkpoint.run_of(file).resolve().name)
         said.append(f"{labels[-1]}: {options.model}, {checkpoint.load(file)['step']:,} updates.")
-    assert source is not None, "one run at least"
+    assert source is not None, "give at least one run"
     return _drawn(shown, labels, [source.names[number] for number in numbers], source.classes or [], said)
 
 
@@ -96,5 +96,5 @@ def _drawn(
     palette = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours(len(classes)).tolist()]
     patches = [Patch(color=palette[number], label=classes[number]) for number in most]
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(inches / 1.3)))
-    note(figure, [*said, "Black: no class."], inches)
+    note(figure, [*said, "Black: ignored."], inches)
     return figure

@@ -1,10 +1,10 @@
-"""Models to look at: a run, a checkpoint, or any ViT by name, with random weights or those of a file.
+"""Models for figures: a run, a checkpoint, or a ViT by name, with random weights or those of a file.
 
-    output/mine                                      a run folder: its newest checkpoint
+    output/mine                                      a run folder: its latest checkpoint
     output/mine/checkpoints/best.pth                 one of its checkpoints
-    mae_vit_tiny_patch16                           one of our sizes with fresh weights
-    vit_base_patch16_224                           a ViT of timm's with random weights
-    mae_vit_base_patch16=mae_pretrain_vit_base.pth either of them with the weights of a file
+    mae_vit_tiny_patch16                           a model of this project with random weights
+    vit_base_patch16_224                           a ViT of timm with random weights
+    mae_vit_base_patch16=mae_pretrain_vit_base.pth one of these with the weights of a file
 
 Nothing is ever downloaded.
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that a model comes from."""
+    """The run of a model."""
 
     run: Path
     options: Mapping[str, Any]
@@ -45,18 +45,18 @@ class Origin:
 
 @dataclass(frozen=True)
 class Shown:
-    """A ViT in eval mode on its device, what to call it, and what to say about it."""
+    """A ViT in eval mode on its device, with its name and a description."""
 
     label: str
     about: str
     model: VisionTransformer
     statistics: tuple[tuple[float, ...], ...]
-    """Mean and deviation of each channel that its images are normalised with."""
+    """Mean and standard deviation of each channel for normalisation."""
     device: torch.device
     origin: Origin | None = None
-    """Where it comes from, if from a run of this project."""
+    """Its run, for a run of this project."""
     decoder_trained: bool = True
-    """Whether the decoder, if there is one, has weights that belong to the encoder's."""
+    """Whether the decoder, if any, was trained with the encoder."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,22 +75,22 @@ class Shown:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images it takes."""
+        """Channels, height and width of its images."""
         return (self.model.patch_embed.proj.in_channels, *self.model.patch_embed.img_size)
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels `[N, C, H, W]` as the model takes them."""
+        """Normalise uint8 pixels `[N, C, H, W]` for the model."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in self.statistics)
         return ((pixels / 255 - mean) / std).to(self.device)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The patches' embeddings `[N, L, D]` without and with their positions."""
+        """Return the patch embeddings `[N, L, D]` without and with positions."""
         embedded = self.model.patch_embed(images)
         table = self.model.pos_embed
         return embedded, embedded if table is None else embedded + table[:, -self.num_patches :]
 
     def _with_prefix(self, tokens: Tensor) -> Tensor:
-        """Class and register tokens with their positions, then these patches with theirs."""
+        """Concatenate class and register tokens, with positions, and these patches."""
         model = self.model
         prefix: list[Tensor] = [token for token in (model.cls_token, model.reg_token) if token is not None]
         if not prefix:
@@ -101,11 +101,11 @@ class Shown:
         return model.norm_pre(torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1))
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """The encoder on any of an image's patches `[N, V, D]`, positions added: `[N, V, D]` after the norm."""
+        """Encode selected patches `[N, V, D]`, positions included; return `[N, V, D]` after the norm."""
         return self.model.norm(self.model.blocks(self._with_prefix(tokens)))[:, self.prefix :]
 
     def layers(self, images: Tensor) -> Iterator[tuple[nn.Module | None, Tensor]]:
-        """Whole images through the encoder: (None, what enters the first block), then each block with its output."""
+        """Encode complete images; yield (None, input of the first block), then each block with its output."""
         x = self._with_prefix(self.embed(images)[1])
         yield None, x
         for block in self.model.blocks:
@@ -114,7 +114,7 @@ class Shown:
 
     @property
     def prefix(self) -> int:
-        """How many tokens stand before the patches'."""
+        """Number of tokens before those of the patches."""
         return self.model.num_prefix_tokens
 
 
@@ -126,7 +126,7 @@ def load(
     input_size: tuple[int, int] | None = None,
     norm_pix_loss: bool = False,
 ) -> Shown:
-    """The model that `word` names, see above; `norm_pix_loss` says how one from a file was trained."""
+    """Load the model given by `word`, see above; `norm_pix_loss` applies to weights from a file."""
     name, equals, file = word.partition("=")
     if Path(word).exists():
         shown = _of_run(Path(word), device)
@@ -143,13 +143,13 @@ def load(
         hint = nearest(name, known) or "mae_vit_tiny_patch16 or vit_tiny_patch16_224, say"
         raise ValueError(f"{word} is neither a run, nor a checkpoint, nor a model's name; {hint}")
     if input_size and shown.size[1:] != input_size:
-        patch_grid(input_size, shown.patch[0])  # refuses sizes that the patches do not fill
+        patch_grid(input_size, shown.patch[0])  # refuses sizes that the patch size does not divide
         shown.model.set_input_size(input_size)
     return shown
 
 
 def _of_run(path: Path, device: str) -> Shown:
-    """A pretrained autoencoder, or the encoder of a classifier."""
+    """Load a pretrained autoencoder, or the encoder of a classifier."""
     file = given.checkpoint_of(path)
     try:
         options = checkpoint.load(file)["options"]
@@ -195,7 +195,7 @@ def _by_name(
     if file:
         report = load_from_run(model, weights, {})
         log.info("%s: %s", file, report)
-        about = f"weights of {Path(file).name}, {_heads(model)} heads"  # a file does not tell, so say it
+        about = f"weights of {Path(file).name}, {_heads(model)} heads"  # a file does not record it
         decoder_trained = not any(missing.startswith("decoder_") for missing in report.missing)
     else:
         log.info("%s: %s; nothing is downloaded, trained weights are given as %s=FILE", name, about, name)
@@ -208,5 +208,5 @@ def _heads(model: Any) -> int:
 
 
 def _depth(weights: Mapping[str, Tensor], blocks: str) -> int:
-    """How many blocks of this name the weights hold."""
+    """Return the number of blocks with this name in the weights."""
     return len({name.split(".")[1] for name in weights if name.startswith(f"{blocks}.")})

@@ -1,4 +1,4 @@
-"""Closest neighbour patches: where the arrows point, which are shared, and what an image of them alone looks like.
+"""Closest neighbour patches: arrows to them, shared ones, and an image of these patches alone.
 
 Figures 1 (top), 2 and 4 of Meng et al., "Closest Neighbors are Harmful for Lightweight Masked Auto-encoders", CVPR
 2025. The companion (CNP) of a visible patch is the one of its 3, 5 or 8 neighbours with the highest cosine similarity.
@@ -27,12 +27,12 @@ COLUMNS = ("input", "visible patches", "their closest neighbours", "these neighb
 
 
 def similarity_of(subject: Subject) -> Similarity:
-    """What is compared unless the user says: what the paper's program compares."""
+    """The default for comparison, as in the released program."""
     return subject.similarity or "embed_pos"
 
 
 def frame(patch: int, columns: int, size: tuple[int, int]) -> Rectangle:
-    """A rectangle just inside the border of a patch."""
+    """Return a rectangle just inside the border of a patch."""
     row, column = divmod(patch, columns)
     height, width = size
     inset = 0.04 * width
@@ -40,7 +40,7 @@ def frame(patch: int, columns: int, size: tuple[int, int]) -> Rectangle:
 
 
 def outline_companions(axis: Any, companions: Sequence[int], columns: int, size: tuple[int, int]) -> None:
-    """Shared companions with a thick solid border; where patches are large enough, others with a thin dashed one."""
+    """Draw borders: thick and solid for shared companions, thin and dashed for others if patches are large enough."""
     pointers, thin = Counter(companions), min(1.0, 14 / columns)
     shared = [frame(patch, columns, size) for patch, count in pointers.items() if count > 1]
     alone = [frame(patch, columns, size) for patch, count in pointers.items() if count == 1]
@@ -52,12 +52,12 @@ def outline_companions(axis: Any, companions: Sequence[int], columns: int, size:
 
 
 def _cased(width: float) -> list[withStroke]:
-    """A white edge, without which a line is lost in a patch of its own brightness."""
+    """Return a white outline, which makes lines visible on patches of the same brightness."""
     return [withStroke(linewidth=width, foreground="white")]
 
 
 def arrows(axis: Any, starts: Sequence[int], ends: Sequence[int], columns: int, size: tuple[int, int]) -> None:
-    """From the middle of each patch to the middle of its companion."""
+    """Draw arrows from the centre of each patch to the centre of its companion."""
     height, width = size
     (y, x), (to_y, to_x) = (np.divmod(np.asarray(patches), columns) for patches in (starts, ends))
     axis.quiver(
@@ -81,7 +81,7 @@ def arrows(axis: Any, starts: Sequence[int], ends: Sequence[int], columns: int, 
 
 
 def summary(visible: Sequence[int], companions: Sequence[int], similarities: Sequence[float]) -> str:
-    """What the arrows of one image amount to."""
+    """Return statistics of the arrows of one image."""
     pointed = Counter(companions)
     shared = sum(pointers > 1 for pointers in pointed.values())
     own = len(set(companions) & set(visible))
@@ -92,7 +92,7 @@ def summary(visible: Sequence[int], companions: Sequence[int], similarities: Seq
 
 
 def draw(container: Any, subject: Subject) -> None:
-    """The panels, into a figure or a part of one: a row for each image."""
+    """Draw the panels in a figure or a part of one, one row per image."""
     shown, (rows, columns) = subject.only, subject.grid
     photographs = subject.photographs
     height, width = photographs.shape[1:3]
@@ -118,13 +118,13 @@ def draw(container: Any, subject: Subject) -> None:
 
 
 def height_of(subject: Subject) -> float:
-    """Inches that `draw` needs at the full width."""
+    """Return the height in inches that `draw` needs at full width."""
     height, width = subject.pixels.shape[-2:]
     return len(subject.pixels) * (WIDTH / len(COLUMNS) * height / width + 0.45) + 0.2
 
 
 def sentences(subject: Subject) -> list[str]:
-    """What the panels show."""
+    """Return a description of the panels."""
     shown, (rows, columns) = subject.only, subject.grid
     of_one = "; thin dashed: of one" if columns <= FINE else ""
     return [
@@ -136,7 +136,7 @@ def sentences(subject: Subject) -> list[str]:
 
 
 def neighbors(subject: Subject) -> Figure:
-    """Figures 1 (top) and 4: input, visible patches, an arrow to each one's closest neighbour, those alone."""
+    """Figures 1 (top) and 4: input, visible patches, arrows to their closest neighbours, and these alone."""
     figure = Figure(figsize=(WIDTH, height_of(subject) + 0.5), layout="compressed")
     draw(figure, subject)
     note(figure, sentences(subject), WIDTH)
@@ -144,7 +144,7 @@ def neighbors(subject: Subject) -> Figure:
 
 
 def shared_pair(companions: Sequence[int], columns: int) -> tuple[int, int, int]:
-    """A companion of many patches and two of these, as far apart as can be; the lowest of equals."""
+    """Return a companion of many patches, and two of these with maximum distance; ties go to the lowest index."""
     pointers: dict[int, list[int]] = {}
     for patch, companion in enumerate(companions):
         pointers.setdefault(companion, []).append(patch)

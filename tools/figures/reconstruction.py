@@ -1,4 +1,4 @@
-"""What the decoder makes of the hidden patches."""
+"""Reconstructions of masked patches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNDONE = (
 
 
 def autoencoder(shown: Shown) -> MaskedImageModel:
-    """The model, if it can reconstruct; ValueError if not."""
+    """Return the model; raise ValueError if it cannot reconstruct."""
     if not isinstance(shown.model, MaskedImageModel):
         raise ValueError(f"{shown.label} is an encoder without a decoder, which cannot reconstruct")
     if not shown.decoder_trained:
@@ -36,7 +36,8 @@ def autoencoder(shown: Shown) -> MaskedImageModel:
 
 
 def reconstruction(subject: Subject) -> Figure:
-    """Original, visible patches, and what each model predicts: every patch, and the hidden ones among the visible."""
+    """Plot original, visible patches, and predictions of each model: of all patches, and combined with the visible
+    ones."""
     made, noise = [], subject.noise
     for shown in subject.models:
         model = autoencoder(shown)

@@ -1,4 +1,4 @@
-"""Runs with different relations side by side, from their folders alone.
+"""Compare runs with different relations, from their folders.
 
 Figure 6 of the NoR-MAE paper shows that another relation at the same weight trains differently. Relations differ in
 scale by orders of magnitude, so equal weights are not equal strengths: the label gives the weight, and a panel what the
@@ -21,7 +21,7 @@ WIDTH = 7.0
 
 
 def relation_of(run: RunRecords) -> str:
-    """What tells this run apart from others: its relation and weight, or that it has none."""
+    """Return a label: the relation and weight of the run, or that it has none."""
     term: Mapping[str, Any] | None = (run.options.get("terms") or {}).get("neighbor")
     if term is None:
         return f"no neighbour term ({run.options.get('method')})"
@@ -33,7 +33,7 @@ def relation_of(run: RunRecords) -> str:
 
 
 def labels_of(runs: Sequence[RunRecords]) -> list[str]:
-    """One for each run; the run's name is added where two would be the same."""
+    """Return one label per run; the name of the run is added to duplicates."""
     labels = [relation_of(run) for run in runs]
     return [
         label if labels.count(label) == 1 else f"{label} ({run.name})" for label, run in zip(labels, runs, strict=True)
@@ -41,13 +41,13 @@ def labels_of(runs: Sequence[RunRecords]) -> list[str]:
 
 
 def series(run: RunRecords, name: str) -> tuple[list[int], list[float]]:
-    """Epochs, counted from 1, and a figure's value in each."""
+    """Return epochs, counted from 1, and the values of a metric."""
     shown = [record for record in run.epochs if is_number(record.get(name))]
     return [record["epoch"] + 1 for record in shown], [record[name] for record in shown]
 
 
 def added_by_the_term(run: RunRecords) -> tuple[list[int], list[float]]:
-    """Epochs, and the weighted neighbour term in each."""
+    """Return epochs, and the weighted neighbour term in each."""
     epochs, values = series(run, "train_neighbor")
     weight = run.options["terms"]["neighbor"]["weight"] if values else 0.0
     return epochs, [weight * value for value in values]
@@ -57,7 +57,7 @@ def relations(folders: Sequence[Path]) -> Figure:
     """Figure 6: training curves of runs with different relations, from their folders."""
     runs = [read_run(folder) for folder in folders]
     if not runs:
-        raise ValueError("name the run folders to compare")
+        raise ValueError("give the run folders to compare")
     panels = [
         ("reconstruction loss", [series(run, "train_reconstruction") for run in runs]),
         ("weight x neighbour term", [added_by_the_term(run) for run in runs]),

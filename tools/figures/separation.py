@@ -1,4 +1,4 @@
-"""Whether an encoder tells different closest neighbours apart: its tokens in a plane, and a number for it.
+"""How well an encoder separates different closest neighbours: its tokens in a plane, and a score.
 
 Figures 1 (bottom), 7 and 8 of the NoR-MAE paper. An image is encoded twice, once from its visible patches and once
 from their closest neighbours (CNPs). The tokens of both are scaled to unit length, and their two principal components
@@ -6,13 +6,13 @@ make the plane.
 
 *Separation* is the share of the tokens' variance that lies between groups, corrected for chance. A group is one CNP
 and the visible patches whose closest neighbour it is, so every group has two members at least. With n tokens in k
-groups it is 1 - (within / (n - k)) / (total / (n - 1)): 1 where a patch and its CNP are encoded alike and other CNPs
-are not, 0 on average where groups mean nothing. It is taken in all dimensions, because the plane hides some, and given
-for the plane beside it. Why not the silhouette: it compares with the nearest other group only, so it falls as groups
-get more, and patch sizes could not be compared; its chance level is not 0; and it costs the square of the tokens.
+groups it is 1 - (within / (n - k)) / (total / (n - 1)): 1 if a patch and its CNP are encoded to the same vector and
+other CNPs are not, 0 on average for random groups. It is computed in all dimensions, and also reported for the plane.
+The silhouette score is not used, because it compares with the nearest other group only, so it decreases with the number
+of groups and depends on the patch size; its chance level is not 0; and its cost is quadratic in the tokens.
 
-Neighbours are alike before any training, in pixels and in position. So put a model with random weights beside a
-trained one: the difference is what training did.
+Neighbouring patches are similar before any training, in pixels and in position. Compare a trained model with one that
+has random weights: the difference is the effect of training.
 
 N images   V visible patches   D channels   n tokens   k groups
 """
@@ -41,7 +41,7 @@ WIDEST = 4  # models in a row
 
 @dataclass(frozen=True)
 class Encoded:
-    """One image's tokens under one model, on the CPU."""
+    """Tokens of one image under one model, on the CPU."""
 
     visible: Tensor
     """`[V, D]` encoded from the visible patches, of unit length."""
@@ -52,13 +52,13 @@ class Encoded:
 
 
 def similarity_of(subject: Subject) -> Similarity:
-    """Pixels unless the user says: then the neighbours are the same whatever the models are."""
+    """The default is pixels, for which the neighbours do not depend on the models."""
     return subject.similarity or "pixels"
 
 
 @torch.inference_mode()
 def encode(subject: Subject, shown: Shown) -> list[Encoded]:
-    """Every image's visible patches and companions through one encoder."""
+    """Encode the visible patches and the companions of every image."""
     similarity = similarity_of(subject)
     chooser = subject.models[0] if similarity == "pixels" else shown
     companions_NL, _ = subject.neighbors(chooser, similarity)
@@ -84,7 +84,7 @@ def pca(features: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def separation(features: Tensor, groups: Tensor) -> float:
-    """Share of the variance of features `[n, D]` that lies between groups `[n]`, less what chance would give."""
+    """Return the share of the variance of features `[n, D]` between groups `[n]`, corrected for chance."""
     x = features.double()
     names, group = groups.unique(return_inverse=True)
     n, k = len(x), len(names)
@@ -98,14 +98,14 @@ def separation(features: Tensor, groups: Tensor) -> float:
 
 
 def once(encoded: Encoded) -> tuple[Tensor, Tensor]:
-    """All visible tokens, then each companion once (a shared one is encoded alike each time); and their groups."""
+    """Return all visible tokens, then each companion once, and their groups."""
     _, group = encoded.ids.unique(return_inverse=True)
     first = torch.full((int(group.max()) + 1,), len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
     return torch.cat([encoded.visible, encoded.companions[first]]), torch.cat([group, group[first]])
 
 
 def panel(axis: Any, encoded: Encoded) -> str:
-    """The plane of one image's tokens; answers its figures in words."""
+    """Plot the tokens of one image in a plane; return the scores as text."""
     features, groups = once(encoded)
     plane, share = pca(features)
     visible = len(encoded.visible)
@@ -131,7 +131,7 @@ def panel(axis: Any, encoded: Encoded) -> str:
 
 
 def draw(container: Any, subject: Subject) -> None:
-    """The panels, into a figure or a part of one: a row for each image, a column for each model."""
+    """Draw the panels in a figure or a part of one: one row per image, one column per model."""
     models = subject.models
     if len(models) > WIDEST:
         raise ValueError(f"{len(models)} models do not fit side by side; at most {WIDEST}")
@@ -148,12 +148,12 @@ def draw(container: Any, subject: Subject) -> None:
 
 
 def size_of(subject: Subject) -> tuple[float, float]:
-    """Width and height in inches that `draw` needs."""
+    """Return the width and height in inches that `draw` needs."""
     return max(4.6, PANEL * len(subject.models) + 0.3), (PANEL + 0.25) * len(subject.pixels) + 0.6
 
 
 def sentences(subject: Subject) -> list[str]:
-    """What the panels show."""
+    """Return a description of the panels."""
     similarity = similarity_of(subject)
     each = "" if similarity == "pixels" or len(subject.models) == 1 else ", for each model its own"
     rows, columns = subject.grid
@@ -166,7 +166,7 @@ def sentences(subject: Subject) -> list[str]:
 
 
 def separated(subject: Subject) -> Figure:
-    """Figures 7, 8 and 1 (bottom): visible and CNP tokens in a plane, models side by side, with their separation."""
+    """Figures 7, 8 and 1 (bottom): tokens of visible patches and CNPs in a plane, by model, with their separation."""
     width, height = size_of(subject)
     figure = Figure(figsize=(width, height + 0.6), layout="constrained")
     draw(figure, subject)

@@ -1,4 +1,4 @@
-"""How alike patches and their closest neighbours are: a histogram over any number of images, read as a stream.
+"""Similarity of patches and their closest neighbours: a histogram over any number of images.
 
 Figure 3 of the NoR-MAE paper. The crop matters (a crop of a small part of an image has flatter patches), and so does
 what is compared, so the figure states both.
@@ -29,7 +29,7 @@ ALIKE = 0.99
 
 @dataclass
 class Histogram:
-    """Counts of similarities in equal bins from -1 to 1, and what bins would blur."""
+    """Histogram of similarities from -1 to 1, with exact mean, minimum and maximum."""
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
     total: float = 0.0
@@ -38,7 +38,7 @@ class Histogram:
     high: float = -np.inf
 
     def add(self, similarities: Tensor) -> None:
-        """Any number of similarities; rounding may have carried them over 1 by a hair."""
+        """Add similarities, which may exceed 1 by rounding."""
         values = similarities.double().flatten().cpu().numpy()
         self.counts += np.histogram(values.clip(-1, 1), bins=BINS, range=(-1, 1))[0]
         self.total += float(values.sum())
@@ -66,7 +66,7 @@ class Histogram:
 
 
 class RandomCrops(EvalSamples):
-    """Pretraining's random crops, each drawn from a seed and its image's number."""
+    """Random crops of pretraining, seeded by the seed and the index of the image."""
 
     def __init__(self, source: Source, transform: Transform, *, mean: Sequence[float], std: Sequence[float], seed: int):
         super().__init__(source, transform, mean=mean, std=std)
@@ -79,13 +79,13 @@ class RandomCrops(EvalSamples):
 
 
 CROPS: dict[str, str] = {
-    "centre": "centre crop: short side resized to 8/7 of the input, the middle cut out",
+    "centre": "centre crop: short side resized to 8/7 of the input size",
     "random": "random crop of 20 to 100% of the image's area, mirrored half of the time",
 }
 
 
 def crops(source: Source, shown: Shown, crop: str, seed: int) -> EvalSamples:
-    """The images as the model would see them."""
+    """Return the images as the model receives them."""
     (mean, std), size = shown.statistics, shown.size[1:]
     if crop == "random":
         return RandomCrops(source, pretrain_transform(size), mean=mean, std=std, seed=seed)
@@ -100,7 +100,7 @@ def stream(
     num_workers: int = 0,
     progress: Callable[..., Iterator] = tqdm,
 ) -> dict[Similarity, Histogram]:
-    """A histogram for each kind of comparison, over the images of these numbers."""
+    """Compute one histogram per kind of comparison, over the images with these indices."""
     found = {similarity: Histogram() for similarity in SPACES}
     batches = eval_batches(samples, batch_size=batch_size, num_workers=num_workers, indices=numbers)
     with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""How every figure looks, and how it is written: PNG, SVG or PDF, and TensorBoard.
+"""Style of all figures, and output as PNG, SVG or PDF and to TensorBoard.
 
-The colours are Okabe and Ito's, which colour-blind readers tell apart. No figure rests on colour alone: what differs
-in colour differs in shape, dash, edge or label too, so that it survives a grey printer.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish. No figure relies on colour alone:
+shape, dash, edge or label differ too, so that figures can be printed in grey.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ SETTINGS: dict[Any, Any] = {
     "lines.linewidth": 1.3,
     "legend.frameon": False,
     "pdf.fonttype": 42,  # text stays text
-    "svg.hashsalt": "nor-mae",  # the same figure is the same file
+    "svg.hashsalt": "nor-mae",  # reproducible files
 }
 
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Figures made and saved inside look alike, whatever a user's matplotlibrc says."""
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # of a PDF it tells every glyph
+    """Context in which figures are independent of the user's matplotlibrc."""
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs every glyph of a PDF
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(SETTINGS)
@@ -59,24 +59,24 @@ def house_style() -> Iterator[None]:
 
 
 def line_of(number: int) -> dict[str, Any]:
-    """Colour and dashes of the line with this number."""
+    """Return colour and dashes of a line by its index."""
     return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
 
 
 def curve_of(number: int, points: int) -> dict[str, Any]:
-    """As `line_of`, with a marker at its end, without which a curve of one point would differ in colour alone."""
+    """Return `line_of` with a marker at the end, so that curves of one point do not differ in colour only."""
     marker = MARKERS[number % len(MARKERS)]
     return line_of(number) | {"marker": marker, "markersize": 3.5, "markevery": (max(0, points - 1), 1)}
 
 
 def grid_lines(axis: Any) -> None:
-    """Faint lines behind the curves of a panel."""
+    """Draw grid lines behind the curves of a panel."""
     axis.grid(alpha=0.3, linewidth=0.5)
     axis.set_axisbelow(True)
 
 
 def from_zero(axis: Any) -> None:
-    """Let the upright axis begin at 0 and end a little above what is drawn."""
+    """Set the limits of the y axis from 0 to slightly above the data."""
     axis.set_ylim(0, 1.04 * axis.get_ylim()[1])
 
 
@@ -92,20 +92,20 @@ def picture(axis: Any, pixels: np.ndarray) -> None:
 
 
 def short_name(name: str, letters: int = 26) -> str:
-    """The end of a path, for a label."""
+    """Return the end of a path, for a label."""
     last = Path(name).name
     return last if len(last) <= letters else f"…{last[-letters + 1 :]}"
 
 
 def note(figure: Any, sentences: Sequence[str], width_inches: float) -> None:
-    """Small text above the panels that says what they show; broken into lines that fit."""
+    """Write small wrapped text above the panels."""
     letters = max(40, int(width_inches * 17.5))
     lines = [line for sentence in sentences for line in textwrap.wrap(sentence, letters)]
     figure.suptitle("\n".join(lines), fontsize=7.5, x=0.01, ha="left", linespacing=1.3)
 
 
 def kind_of(path: Path) -> str:
-    """The format that a file's suffix asks for; ValueError for one that figures are not written in."""
+    """Return the format of a file name by its suffix; raise ValueError for an unsupported one."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise ValueError(f"{path}: a figure is written as {', '.join(f'.{name}' for name in FORMATS)}")
@@ -121,7 +121,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def pixels_of(figure: Figure) -> np.ndarray:
-    """The figure as uint8 `[H, W, 3]`."""
+    """Render the figure as uint8 `[H, W, 3]`."""
     figure.set_dpi(SCREEN_DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -1,4 +1,4 @@
-"""What a figure is made of: models, the images that all of them are shown, and the mask that all of them get.
+"""The input of a figure: models, images, and one mask for all models.
 
 N images   L patches, row by row   C H W image
 """
@@ -29,8 +29,8 @@ from tools.figures.models import Shown
 log = logging.getLogger(__name__)
 
 PHOTOS = "photos"
-"""The word for scikit-learn's two embedded photographs."""
-BLANK = 0.86  # the grey of patches that are not shown
+"""Name of the two photographs of scikit-learn."""
+BLANK = 0.86  # grey level of patches that are not shown
 
 Similarity = Literal["embed_pos", "embed", "pixels"]
 SPACES: dict[Similarity, str] = {
@@ -42,7 +42,7 @@ SPACES: dict[Similarity, str] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Models of one image size, images `[N, C, H, W]` (uint8) for all of them, their names, and how to look."""
+    """Models of one image size, images `[N, C, H, W]` (uint8), their names, and settings."""
 
     models: Sequence[Shown]
     pixels: Tensor
@@ -50,19 +50,19 @@ class Subject:
     seed: int = 0
     mask_ratio: float = 0.75
     similarity: Similarity | None = None
-    """What is compared to find a closest neighbour; None lets the figure choose."""
+    """What is compared to find closest neighbours; None: the default of the figure."""
     cnp: Literal["closest", "released"] = "closest"
 
     @property
     def only(self) -> Shown:
-        """The model, of a figure that shows one."""
+        """The model of a figure that shows one."""
         if len(self.models) > 1:
             raise ValueError(f"this figure shows one model; found {', '.join(shown.label for shown in self.models)}")
         return self.models[0]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches; ValueError unless all models have the same, as the same masks need."""
+        """Rows and columns of patches. Raises ValueError unless all models have the same, which shared masks need."""
         grids = {shown.label: shown.grid for shown in self.models}
         if len(set(grids.values())) > 1:
             found = ", ".join(f"{label} {rows} x {columns}" for label, (rows, columns) in grids.items())
@@ -71,13 +71,13 @@ class Subject:
 
     @functools.cached_property
     def noise(self) -> Tensor:
-        """`[N, L]`, whose smallest are visible: the same for the same seed, on any device and for any model."""
+        """Noise `[N, L]`, of which the smallest values are visible; it depends on the seed only."""
         rows, columns = self.grid
         return torch.rand(len(self.pixels), rows * columns, generator=torch.Generator().manual_seed(self.seed))
 
     @functools.cached_property
     def masking(self) -> Masking:
-        """Which patches the encoders see."""
+        """Indices of visible patches."""
         patches = self.noise.shape[1]
         visible = int(patches * (1 - self.mask_ratio))
         if not 0 < visible < patches:
@@ -85,18 +85,18 @@ class Subject:
         return random_masking(self.noise, visible)
 
     def displayed(self, shown: Shown, images: Tensor) -> np.ndarray:
-        """Normalised images `[N, C, H, W]` as `[N, H, W, 3]` (or `[N, H, W]` in grey) between 0 and 1."""
+        """Convert normalised images `[N, C, H, W]` to `[N, H, W, 3]` (or `[N, H, W]` for grey) between 0 and 1."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in shown.statistics)
         return as_pictures(images.float().cpu() * std + mean)
 
     @property
     def photographs(self) -> np.ndarray:
-        """The images themselves, as `displayed` gives them."""
+        """The images as returned by `displayed`."""
         return as_pictures(self.pixels / 255)
 
     @property
     def channels_note(self) -> list[str]:
-        """What to say of images that no screen can show as they are."""
+        """Return a note for images that cannot be displayed directly."""
         channels = self.pixels.shape[1]
         if channels in (1, 3):
             return []
@@ -105,7 +105,7 @@ class Subject:
 
     @torch.inference_mode()
     def neighbors(self, shown: Shown, similarity: Similarity) -> tuple[Tensor, Tensor]:
-        """Of every patch its companion `[N, L]`, and the cosine similarity of the two `[N, L]`; on the CPU."""
+        """Return the companion of every patch `[N, L]` and the cosine similarity of the two `[N, L]`, on the CPU."""
         tokens = compared(shown, shown.normalized(self.pixels), similarity)
         if self.cnp == "released":
             companions = released_neighbors(tokens, shown.grid)
@@ -117,14 +117,14 @@ class Subject:
 
     @property
     def companions_note(self) -> str:
-        """Which patch is called the companion."""
+        """Description of the selection of companions."""
         if self.cnp == "released":
             return "companions as the released code selects them"
         return "closest of up to 8 neighbours"
 
 
 def compared(shown: Shown, images: Tensor, similarity: Similarity) -> Tensor:
-    """What neighbours are compared by, `[N, L, ...]`, of normalised images."""
+    """Return the values `[N, L, ...]` by which neighbours are compared, of normalised images."""
     if similarity == "pixels":
         return patchify(images, shown.patch[0])
     embedded, with_position = shown.embed(images)
@@ -138,14 +138,14 @@ def highest_similarity(shown: Shown, images: Tensor, similarity: Similarity) -> 
 
 
 def as_pictures(images: Tensor) -> np.ndarray:
-    """Images `[N, C, H, W]` on a scale of 0 to 1 as `[N, H, W, 3]`, or `[N, H, W]` in grey."""
+    """Convert images `[N, C, H, W]` between 0 and 1 to `[N, H, W, 3]`, or `[N, H, W]` for grey."""
     images = images.clamp(0, 1)
     channels = images.shape[1]
     return images[:, 0].numpy() if channels < 3 else images[:, :3].movedim(1, -1).numpy()
 
 
 def only_patches(picture: np.ndarray, patches: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
-    """A picture `[H, W, ...]` with all but these patches blank."""
+    """Return a picture `[H, W, ...]` with all other patches blank."""
     rows, columns = grid
     shown = np.zeros(rows * columns, dtype=bool)
     shown[list(patches)] = True
@@ -155,14 +155,14 @@ def only_patches(picture: np.ndarray, patches: Sequence[int], grid: tuple[int, i
 
 
 def photos(in_chans: int) -> Source:
-    """Scikit-learn's two photographs, a Chinese pavilion and a flower, which come with it."""
+    """Return the two photographs of scikit-learn, a pavilion and a flower."""
     found = load_sample_images()
     names = [Path(name).name for name in found.filenames]
     return Source(names, lambda index: picture_pixels(Image.fromarray(found.images[index]), in_chans))
 
 
 def open_images(paths: Sequence[str], models: Sequence[Shown]) -> tuple[Source, bool]:
-    """The images, and whether they were listed one by one, so that all of them are meant.
+    """Open the images; also return whether they were listed one by one, so that all are shown.
 
     Image files; one folder, list or shard, or `digits`; `photos`; or, without paths, a run's own held-out images, and
     where there is no run, or its images are gone, the photos. ValueError for anything else.
@@ -194,7 +194,7 @@ def open_images(paths: Sequence[str], models: Sequence[Shown]) -> tuple[Source, 
 
 
 def _held_out(opened: Callable[[str], Source]) -> Source:
-    """The validation split, or where there is none the training images, or whatever lies there."""
+    """Open the validation split, or else the training images, or the folder itself."""
     try:
         return opened("val")
     except ValueError:
@@ -202,13 +202,13 @@ def _held_out(opened: Callable[[str], Source]) -> Source:
 
 
 def chosen(source: Source, count: int | None, seed: int) -> list[int]:
-    """Numbers of `count` images drawn by the seed; of all where there are no more, or None are asked for."""
+    """Draw the indices of `count` images; of all images if there are no more, or `count` is None."""
     everything = range(len(source))
     return list(everything) if count is None or count >= len(source) else random.Random(seed).sample(everything, count)
 
 
 def read_images(source: Source, size: tuple[int, int, int], numbers: Sequence[int]) -> tuple[Tensor, list[str]]:
-    """The middle of each image as uint8 `[N, C, H, W]`, and the names."""
+    """Read centre crops as uint8 `[N, C, H, W]`, and their names."""
     samples = EvalSamples(source, eval_transform(size[1:]), mean=(0.0,) * size[0], std=(1.0,) * size[0])
     (batch,) = eval_batches(samples, batch_size=len(numbers), indices=numbers)  # all of it: then it says what is bad
     return batch.images, [source.names[number] for number in batch.index.tolist()]
