@@ -39,8 +39,7 @@ BANNED = {  # pattern: what to write instead
 }
 
 # Places (a file or a folder with everything below it) and how many banned phrases are left there.
-ALLOWED: dict[str, int] = {
-}
+ALLOWED: dict[str, int] = {}
 
 
 def prose_of_python(text, names):
