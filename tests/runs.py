@@ -131,6 +131,7 @@ def start_ranks(
     folder: Path,
     *words: object,
     door: str = "main_pretrain",
+    tiny: bool = True,
     faults: dict[int, Callable[[], None]] | None = None,
 ) -> list[Training]:
     """`count` processes that train together as under torchrun; `faults` by rank."""
@@ -140,7 +141,7 @@ def start_ranks(
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [
-        Training(folder, *words, door=door, environment=environment, fault=(faults or {}).get(rank))
+        Training(folder, *words, door=door, tiny=tiny, environment=environment, fault=(faults or {}).get(rank))
         for rank, environment in enumerate(ranks)
     ]
 

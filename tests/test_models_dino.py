@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import methods
 from methods import build
+from models_classifier import build as build_classifier
+from models_classifier import load_encoder
 from models_dino import (
     DINOHead,
     clip_each,
@@ -16,9 +19,13 @@ from models_dino import (
     resampling_matrix,
     teacher_temperature,
 )
+from models_vit import load_matching
 from tests.published import needs_vectors, read
+from tests.small import options_of, write_checkpoint
 from tests.small import small as small_model
 from util.stepper import Progress
+
+SIZES = {"input_size": (16, 20), "in_chans": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 def small(**changes):
@@ -329,3 +336,27 @@ def test_views_are_the_papers(local_crops):
         ((96, 96), (0.05, 0.4), 2, 0.5)
     ] * bool(local_crops)
     assert {crop.interpolation for crop in (first, second, *local)} == {"bicubic"}
+
+
+def test_other_programs_start_from_the_teachers_encoder(tmp_path):
+    """Fine-tuning, probes, segmentation, teachers of other methods and tools read weights by these functions."""
+    model = small()
+    torch.nn.init.normal_(model.blocks[0].mlp.fc1.weight)  # the student's
+    options = options_of("dino", model)
+    weights, made_with = methods.load_pretrained(write_checkpoint(tmp_path / "last.pth", model, options))
+    teacher = model.teacher.state_dict()
+    assert weights.keys() == {name for name in teacher if not name.startswith("head.")}
+    assert all(torch.equal(value, teacher[name]) for name, value in weights.items())
+    assert made_with["method"] == "dino" and methods.feature_pool(made_with) == "token"
+    other = build_classifier(num_classes=3, model="mae_vit_tiny_patch4", **SIZES)
+    load_encoder(other, weights, made_with)
+    assert torch.equal(other.blocks[0].mlp.fc1.weight, model.teacher.blocks[0].mlp.fc1.weight)
+
+
+def test_a_run_starts_from_another_methods_encoder():
+    """The student gets the weights that are loaded, and the teacher gets them before the first step."""
+    model, other = small(), small_model("mae")
+    load_matching(model, other.state_dict())
+    model.before_step(Progress(0, 10, 5, []))
+    for network in (model, model.teacher):
+        assert torch.equal(network.blocks[1].attn.qkv.weight, other.blocks[1].attn.qkv.weight)

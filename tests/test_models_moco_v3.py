@@ -6,11 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import methods
 from models_moco_v3 import BatchNormOverRanks, MoCoV3, contrastive_loss, mlp
 from models_vit import position_table
+from programs import pretrain
 from tests.published import needs_vectors, read
 from tests.small import small as small_model
-from util.stepper import Progress
+from util import optim
+from util.distributed import Processes
+from util.run import resolve
+from util.stepper import Progress, Stepper
 
 
 def small(**changes):
@@ -241,3 +246,41 @@ def test_views_are_the_papers():
 
 def test_the_class_reads_its_options():
     assert MoCoV3.feature_pool == "token" and MoCoV3.decays_vectors and MoCoV3.encoder_prefix == ""
+
+
+def test_keys_come_from_the_network_that_the_release_would_have():
+    """Its key network moves at the start of each step, by that step's momentum; ours at the end of the step before."""
+    model = small(momentum=0.5)
+    optimizer = optim.adamw(optim.pretrain_groups(model, 0.1), 1e-2)
+    schedule = optim.warmup_cosine(optimizer, epochs=1, warmup_epochs=0, steps_per_epoch=4, min_lr=0.0)
+    stepper = Stepper(model, optimizer, schedule, hooks=model, total_steps=4, steps_per_epoch=4)
+    expected = {name: p.clone() for name, p in model.teacher.named_parameters()}
+    for step in range(4):
+        own = dict(model.named_parameters())
+        keep = 1 - 0.5 * (1 + math.cos(math.pi * step / 4)) / 2
+        expected = {name: keep * p + (1 - keep) * own[name].detach() for name, p in expected.items()}
+        with stepper.micro_step():
+            losses = model(two_views(model, seed=step))
+        for name, p in model.teacher.named_parameters():
+            torch.testing.assert_close(p, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        stepper(losses, torch.arange(4))
+    assert (model.teacher.norm.weight - model.norm.weight).abs().max() > 1e-4
+
+
+def test_everything_is_decayed_in_one_group():
+    model = small()
+    (group,) = optim.pretrain_groups(model, 0.1)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for p in group["params"]} == trained and group["weight_decay"] == 0.1
+
+
+def test_views_are_not_cut_on_the_device():
+    options = methods.parse_options(
+        "--method moco_v3 --data_path digits --input_size 8 --in_chans 1 --model mae_vit_tiny_patch2 --embed_dim 24 "
+        "--depth 1 --num_heads 2 --total_batch_size 64 --num_workers 0 --device cpu --data_on_device "
+        "--proj_hidden_dim 16".split()
+    )
+    model = pretrain.build_model(options)
+    source = pretrain.open_images(options, model)
+    with pytest.raises(ValueError, match="data_on_device: the method moco_v3 trains on 2 augmented views"):
+        pretrain.make_batches(resolve(options), model, source, Processes(0, 1, 0, torch.device("cpu")))

@@ -160,6 +160,8 @@ def _of_run(path: Path, device: str) -> Shown:
     if "method" in options:
         trained = given.load(path, device)
         model, about, updates = trained.model, options["method"], trained.updates
+        if trained.model.encoder_prefix:  # the features are those of another encoder than the trained one
+            model = encoder.load(file).model
     else:
         found = encoder.load(file)
         model, about, updates = found.model, "classifier", found.updates or 0
