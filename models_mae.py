@@ -275,6 +275,10 @@ class MaskedImageModel(Pretrainer):
         raise NotImplementedError
 
     @property
+    def main_part(self) -> str:
+        return self.target.name
+
+    @property
     def loss_terms(self) -> dict[str, Any]:
         return dict(self.terms.items())
 

@@ -671,6 +671,11 @@ class Pretrainer(VisionTransformer):
         """
 
     @property
+    def main_part(self) -> str:
+        """Name of the loss part that `constant_loss` compares with."""
+        return "loss"
+
+    @property
     def loss_terms(self) -> dict[str, Any]:
         """The loss terms that were added to the method, by name."""
         return {}

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,10 +128,17 @@ def announce(
     records: RunLog,
     step: int,
     device: torch.device,
-) -> None:
-    """What will be trained, before it is, and the loss that a model which learns nothing of the images has."""
+) -> dict[str, Any]:
+    """Log what will be trained and the loss of a constant prediction; return both for result.json."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("%s, %s: %.2f M weights, %d x %d patches", options.method, options.model, weights / 1e6, *model.grid)
+    changed = [
+        f"{name} {getattr(options, name)}" for name in ("embed_dim", "depth", "num_heads") if getattr(options, name)
+    ]
+    model_name = options.model + (f" with {', '.join(changed)}" if changed else "")
+    log.info(
+        "%s, %s: %.2f M trainable parameters, %d x %d patches", options.method, model_name, weights / 1e6, *model.grid
+    )
+    facts: dict[str, Any] = {"images": len(source), "parameters": weights}
     for name, term in model.loss_terms.items():
         records.scalars(f"strength_{name}", term.scale(model), step)
         scale = ", ".join(f"{what} = {value:.4g}" for what, value in term.scale(model).items())
@@ -156,7 +164,26 @@ def announce(
     few = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)
     first = next(eval_batches(few, batch_size=32)).to(device)
     if (constant := model.constant_loss(first.images)) is not None:
-        log.info("a constant prediction has a loss of about %.3f", constant)
+        log.info("the best constant prediction has a %s loss of about %.3f", model.main_part, constant)
+        facts |= {"constant_loss": constant, "constant_loss_of": model.main_part}
+    return facts
+
+
+def conclude(options: PretrainOptions, facts: Mapping[str, Any], last: Mapping[str, Any], folder: Path) -> None:
+    """Warn about a run that learned nothing, and name the commands that usually follow."""
+    constant, loss = facts.get("constant_loss"), last.get(f"train_{facts.get('constant_loss_of')}")
+    if constant is not None and loss is not None and loss >= constant:
+        log.warning(
+            "the loss of the last epoch, %.3f, is not below that of the best constant prediction, %.3f: nothing was "
+            "learned. Train for more updates (--epochs) or at a higher rate (--blr; now %g for batches of 256)",
+            loss,
+            constant,
+            options.blr,
+        )
+    weights = folder / "checkpoints" / "last.pth"
+    log.info("next: python -m tools.report %s", folder)
+    log.info("next: python -m tools.export timm %s", folder)
+    log.info("next: python main_finetune.py --init_from %s --data_path LABELLED_IMAGES", weights)
 
 
 def run(options: PretrainOptions) -> None:
@@ -176,9 +203,12 @@ def run(options: PretrainOptions) -> None:
         run.prepare(model, batches, make_optimizer(options, model, processes.device))
         tasks = make_tasks(options, model, source, run)
         with run:
+            facts: dict[str, Any] = {}
             if run.log:
-                announce(options, model, source, run.log, run.stepper.step, processes.device)
-            run.finish(**train_epochs(run, run.trained, batches, tasks))
+                facts = announce(options, model, source, run.log, run.stepper.step, processes.device)
+            run.finish(**facts, **train_epochs(run, run.trained, batches, tasks))
+            if run.log:
+                conclude(options, facts, run.state.last or {}, run.folder)
 
 
 def make_tasks(options: PretrainOptions, model: Pretrainer, source: Source, run: Run) -> list[EpochTask]:

@@ -64,3 +64,28 @@ def test_the_log_file_begins_with_what_was_said_before_it(tmp_path, monkeypatch)
         pass
     assert [line.split()[-1] for line in (tmp_path / "train.log").read_text().splitlines()] == ["data", "epoch"]
     assert (tmp_path / "other.log").read_text() == ""
+
+
+def test_the_terminal_gets_a_line_every_few_seconds_and_the_last_one(tmp_path, caplog, monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 3.5, 4.0, 4.5])
+    monkeypatch.setattr("util.logging.time.monotonic", lambda: next(clock))
+    caplog.set_level(logging.INFO)
+    records = RunLog(tmp_path, "run", step=0, total_steps=6, epochs=2)
+    for step in range(1, 7):
+        records.step(step, (step - 1) // 3, {"loss": 0.5})
+        records.advance(step)
+    records.close()
+    said = [line.split(":")[0] for line in caplog.messages if line.startswith("epoch")]
+    assert said == ["epoch 1/2 step 1/6", "epoch 2/2 step 4/6", "epoch 2/2 step 6/6"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6, "the files get every step"
+
+
+def test_every_evaluation_is_printed(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    records = RunLog(tmp_path, "run", step=0, total_steps=60, epochs=20)
+    for epoch in range(3):
+        records.epoch({"epoch": epoch, "step": 3 * epoch, "train_loss": 0.5, "test_acc1": 50.0})
+        records.epoch({"epoch": epoch, "step": 3 * epoch, "train_loss": 0.5})
+    records.close()
+    assert sum("test_acc1" in line for line in caplog.messages) == 3
+    assert sum(line.startswith("epoch") for line in caplog.messages) <= 4

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -94,6 +95,9 @@ def log_file(path: Path) -> Iterator[logging.Handler]:
             handler.close()
 
 
+SECONDS_BETWEEN_LINES = 3.0
+
+
 class JsonLines:
     """Append one JSON object per line; non-finite numbers become null. An error is logged once."""
 
@@ -136,14 +140,25 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Log files of a run folder; for the main process only."""
+    """Log files of a run folder; for the main process only.
 
-    def __init__(self, folder: Path, run_id: str, *, step: int, total_steps: int):
-        self.run_id, self.total_steps = run_id, total_steps
+    Files get every record. The terminal gets a progress bar, and text at most every `SECONDS_BETWEEN_LINES`, so that a
+    run of many short epochs does not fill the screen.
+    """
+
+    def __init__(self, folder: Path, run_id: str, *, step: int, total_steps: int, epochs: int = 0):
+        self.run_id, self.total_steps, self.epochs = run_id, total_steps, epochs
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._epochs = JsonLines(folder / "log.txt")
         self._board = _board(folder, step)
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            dynamic_ncols=True,
+            disable=None,
+            bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )
+        self._line_at = -math.inf
         self._first_step = step
         self._began = datetime.datetime.now()
 
@@ -151,12 +166,29 @@ class RunLog:
         """Log a step: a JSON line, curves, and the progress bar or a line of text."""
         self._metrics.write({"run_id": self.run_id, "step": step, "epoch": epoch, **values})
         self.scalars("train", values, step)
-        shown = ", ".join(f"{name} {_short(name, value)}" for name, value in values.items() if name != "data_wait")
         if not self._bar.disable:
-            self._bar.set_postfix_str(shown)
-            self._bar.update(step - self._bar.n)
-        else:
-            log.info("epoch %d step %d/%d: %s, eta %s", epoch, step, self.total_steps, shown, self._eta(step))
+            speed = f", {values['images_per_s']:.0f} images/s" if "images_per_s" in values else ""
+            self._bar.set_postfix_str(f"loss {values['loss']:.4g}{speed}", refresh=False)
+        elif self._line_is_due(step):
+            shown = ", ".join(f"{name} {_short(name, value)}" for name, value in values.items() if name != "data_wait")
+            where = f"epoch {self._number(epoch)} step {step}/{self.total_steps}"
+            log.info("%s: %s, eta %s", where, shown, self._eta(step))
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to a step."""
+        self._bar.update(step - self._bar.n)
+
+    def _line_is_due(self, step: int) -> bool:
+        """Return whether a line may be printed: after some seconds without one, and at the end of the training."""
+        now = time.monotonic()
+        if now - self._line_at < SECONDS_BETWEEN_LINES and step < self.total_steps:
+            return False
+        self._line_at = now
+        return True
+
+    def _number(self, epoch: int) -> str:
+        """Return an epoch's number, from 1, and how many there are."""
+        return f"{epoch + 1}/{self.epochs}" if self.epochs else str(epoch + 1)
 
     def _eta(self, step: int) -> str:
         done = max(1, step - self._first_step)
@@ -169,7 +201,9 @@ class RunLog:
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self.scalars("epoch", numbers, values["epoch"])
         shown = ", ".join(f"{name} {_short(name, value)}" for name, value in numbers.items())
-        log.info("epoch %d done: %s", values["epoch"], shown)
+        evaluated = any("acc" in name or "miou" in name.lower() for name in numbers)
+        if evaluated or self._line_is_due(values["step"]):
+            log.info("epoch %s: %s", self._number(values["epoch"]), shown)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Add curves `group/name` to TensorBoard, whose names may not contain spaces and signs."""

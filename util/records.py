@@ -50,7 +50,9 @@ class Records:
         if self.processes.main:
             self._file = stack.enter_context(log_file(self.folder / "train.log"))
             self._log_plan(total_steps)
-            self.log = RunLog(self.folder, self.run_id, step=self._step, total_steps=total_steps)
+            self.log = RunLog(
+                self.folder, self.run_id, step=self._step, total_steps=total_steps, epochs=self.options.epochs
+            )
             stack.callback(self.log.close)
 
     def _log_plan(self, total_steps: int) -> None:
@@ -64,6 +66,8 @@ class Records:
             "" if options.epochs * steps == total_steps else ", the last epoch cut short,",
             total_steps,
         )
+        if left_out := len(self.source) - steps * options.total_batch_size:
+            log.info("%d images, others in each epoch, are left out because they do not fill a step", left_out)
         log.info(
             "%d images a step: %d at a time x %d accumulated x %d processes; learning rate %.3e, precision %s",
             options.total_batch_size,
@@ -83,6 +87,8 @@ class Records:
 
     def after_step(self) -> None:
         """Log a step at the logging interval. Only here does the loop wait for the device."""
+        if self.log:
+            self.log.advance(self._step)
         if self._step % self.options.log_every:
             return
         now, stepper = time.monotonic(), self.state.stepper

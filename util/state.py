@@ -119,7 +119,7 @@ class TrainingState:
             )
         if (amp := state.get("amp", self.amp)) != self.amp:  # `auto` depends on the device
             log.warning("resuming with precision %s instead of %s", precision_name(self.amp), precision_name(amp))
-        log.info("resuming from %s: epoch %d, step %d", path, self.epoch, self.stepper.step)
+        log.info("resuming from %s: epoch %d, step %d", path, self.epoch + 1, self.stepper.step)
 
     def _require_same_model(self, state: Mapping[str, Any], path: str) -> None:
         if missing := [name for name in self.others if name not in state]:
