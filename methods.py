@@ -382,6 +382,11 @@ def from_checkpoint(path: str | Path) -> tuple[Pretrainer, dict[str, Any]]:
     from util.checkpoint import load
 
     state = load(path)
+    if "method" not in state["options"]:
+        raise ValueError(
+            f"{path} is not a pretraining checkpoint: it holds a fine-tuned model. tools.encoder.load_encoder(path) "
+            "loads its encoder"
+        )
     model = from_options(state["options"])
     model.load_state_dict(state["model"])
     return model.eval(), state["options"]

@@ -707,6 +707,11 @@ class Pretrainer(VisionTransformer):
         self.apply(initialize)
 
     def _check_images(self, images: Tensor) -> None:
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images are {str(images.dtype).removeprefix('torch.')}; this model takes normalised floats: "
+                "(images / 255 - mean) / std, with the run's mean and std per channel"
+            )
         expected = (self.in_chans, *self.input_size)
         if images.ndim != 4 or images.shape[1:] != expected:
             raise ValueError(

@@ -538,6 +538,14 @@ def _own_randomness() -> Iterator[None]:
         random.setstate(states[2])
 
 
+def suggested_batch(images: int, processes: int) -> int:
+    """Return the largest power of two times `processes` of which an epoch has at least four; at least `processes`."""
+    size = processes
+    while size * 8 <= images:
+        size *= 2
+    return size
+
+
 class Batches:
     """A rank's share of every epoch.
 
@@ -564,7 +572,8 @@ class Batches:
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"{len(samples)} images are too few for one optimizer step of {self.total} "
-                f"(batch_size {batch_size} x accum_iter {accum} x {world_size} processes)"
+                f"(batch_size {batch_size} x accum_iter {accum} x {world_size} processes): use a smaller "
+                f"--total_batch_size, e.g. {suggested_batch(len(samples), world_size)}"
             )
         self.images, self.batch_size, self.accum = len(samples), batch_size, accum
         self.rank, self.world_size, self.seed = rank, world_size, seed

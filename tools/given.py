@@ -39,14 +39,7 @@ class Trained:
 
 def checkpoint_of(given: Path) -> Path:
     """Return the checkpoint for a path: the file itself, or the latest one of a run folder."""
-    if given.is_dir():
-        path = given / "checkpoints" / checkpoint.LAST
-        if not path.is_file():
-            raise ValueError(f"{given} contains no checkpoint: {path} does not exist")
-        return path
-    if not given.is_file():
-        raise ValueError(f"{given} does not exist; give a run folder or a checkpoint")
-    return given
+    return checkpoint.file_of(given)
 
 
 def load(given: Path, device: str) -> Trained:

@@ -85,11 +85,28 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match")
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint of this project on the CPU, after verifying it. Nothing in the file is executed."""
+def file_of(path: str | Path) -> Path:
+    """Return the checkpoint meant by a path: a file, or a run folder, whose latest checkpoint is taken.
+
+    Raises CheckpointError if there is none.
+    """
     path = Path(path).expanduser()
+    if path.is_dir():
+        inside = path / "checkpoints" / LAST
+        if not inside.is_file():
+            raise CheckpointError(f"{path} is a folder without a checkpoint: there is no {inside}")
+        return inside
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
+    return path
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint of this project (or the latest of a run folder) on the CPU, after verifying it.
+
+    Nothing in the file is executed.
+    """
+    path = file_of(path)
     verify(path)
     state = _read(path)
     if not isinstance(state, dict) or "format" not in state:
@@ -127,11 +144,7 @@ def load_model(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tens
 
     `averaged` selects the moving average of the weights, if the run has one.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        inside = path / "checkpoints" / LAST
-        hint = f"; it is a run folder, whose latest checkpoint is {inside}" if inside.is_file() else ""
-        raise CheckpointError(f"no checkpoint at {path}{hint}")
+    path = file_of(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -176,7 +189,9 @@ def inherited(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, A
     Where another number of channels is given, each channel gets the average mean and deviation of the encoder's.
     """
     if str(given.get("eval", "false")).lower() == "true":
-        return options_of(to_judge(given), *schema.INHERITS_EVAL)
+        # The run's own data, unless other data are given.
+        data = () if {"data_path", "data_dir", "dataset"} & given.keys() else ("data_path", "dataset", "class_list")
+        return options_of(to_judge(given), *schema.INHERITS_EVAL, *data)
     own, wanted = options_of(given.get("init_from", ""), *schema.INHERITS), str(given.get("in_chans", ""))
     if wanted.isdecimal() and int(wanted) != own.get("in_chans", int(wanted)):
         own |= {name: [sum(own[name]) / len(own[name])] * int(wanted) for name in ("mean", "std") if own.get(name)}
@@ -187,9 +202,9 @@ def to_judge(given: Mapping[str, Any]) -> str:
     """Return the checkpoint that `--eval` evaluates. Raises OptionError if there is none."""
     named = given.get("resume", "auto")
     if named not in ("auto", ""):
-        return str(named)
+        return str(file_of(named))
     if given.get("init_from"):
-        return str(given["init_from"])
+        return str(file_of(given["init_from"]))
     last = Path(given.get("output_dir", "output")) / "checkpoints" / LAST
     if not last.is_file():
         raise OptionError(f"eval needs a checkpoint: there is no {last}; name one with --resume", "eval")

@@ -148,10 +148,11 @@ class RunFolder:
         """Return the checkpoint to resume from (--resume, or the latest valid one) and its content, or (None, None)."""
         found = checkpoint.candidates(self.checkpoints)
         if self.options.resume != "auto":
-            named = Path(self.options.resume)
-            if not named.is_file():
-                there = ", ".join(str(path) for path in found) or "none"
-                raise ValueError(f"--resume {named}: no such checkpoint; the run folder has: {there}")
+            try:
+                named = checkpoint.file_of(self.options.resume)
+            except CheckpointError as error:
+                there = f"; {self.path} has: {', '.join(map(str, found))}" if found else ""
+                raise ValueError(f"--resume: {error}{there}") from None
             if not found or named.resolve().parent == self.checkpoints.resolve():
                 state = checkpoint.load(named)
                 if "sampler" not in state:
