@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from options import ClassifierOptions
 from util.distributed import Processes
 from util.evaluation import Evaluation
 from util.run import Run
+
+MOST_CONFUSED = 100  # classes of which a confusion matrix is kept
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,26 @@ def evaluate(
     classes: int,
     processes: Processes,
     autocast: Callable[[], AbstractContextManager],
-) -> dict[str, float]:
-    """`acc1`, `acc5` and `mean_class_acc` in percent, `loss`, and the number of `images`, over all processes.
+) -> dict[str, Any]:
+    """Evaluate a classifier on the images of all processes, each image once.
 
-    Each process brings batches of its own share, of any size, so that every image counts once. `mean_class_acc`
-    averages the accuracies of the classes that have images.
+    Args:
+        model: From images to logits.
+        batches: This process's share of the images, in batches of any size.
+        classes: Number of classes.
+        processes: The processes that evaluate together.
+        autocast: Context of the forward pass.
+
+    Returns:
+        `acc1` and, for more than five classes, `acc5` in percent; `mean_class_acc`, the mean over the classes that have
+        images; `loss`; the number of `images`; for at most 100 classes `confusion`, the number of images of each true
+        class (row) that were given each class (column).
     """
     was_training = model.training
     model.eval()
     device = processes.device
     table_3C = torch.zeros(3, classes, dtype=torch.int64, device=device)  # of each class: images, right, right in five
+    confusion_CC = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     loss = torch.zeros((), device=device)
     for batch in batches:
         batch = batch.to(device)
@@ -132,24 +144,29 @@ def evaluate(
         hit_Nk = logits_NC.topk(min(5, classes), dim=1).indices == batch.labels[:, None]
         counted_3N = torch.stack([torch.ones_like(batch.labels), hit_Nk[:, 0].long(), hit_Nk.any(dim=1).long()])
         table_3C.index_add_(1, batch.labels, counted_3N)
+        pair_N = batch.labels * classes + logits_NC.argmax(dim=1)
+        confusion_CC += torch.bincount(pair_N, minlength=classes * classes).view(classes, classes)
     model.train(was_training)
-    shares = processes.gather((table_3C.cpu(), float(loss)))
+    shares = processes.gather((table_3C.cpu(), float(loss), confusion_CC.cpu() if classes <= MOST_CONFUSED else None))
     table_3C = torch.stack([share[0] for share in shares]).sum(dim=0).double()
     images, right, in_five = table_3C
     there = images > 0
+    top5 = {"acc5": 100 * float(in_five.sum() / images.sum())} if classes > 5 else {}
+    confusion = {"confusion": sum(share[2] for share in shares).tolist()} if classes <= MOST_CONFUSED else {}
     return {
         "acc1": 100 * float(right.sum() / images.sum()),
-        "acc5": 100 * float(in_five.sum() / images.sum()),
+        **top5,
         "mean_class_acc": 100 * float((right[there] / images[there]).mean()),
         "loss": sum(share[1] for share in shares) / float(images.sum()),
         "images": int(images.sum()),
+        **confusion,
     }
 
 
 def describe(figures: Mapping[str, float]) -> str:
     """Return the metrics of `evaluate` as text: `top-1 71.23%, top-5 ...`."""
     names = {"acc1": "top-1", "acc5": "top-5", "mean_class_acc": "mean per class"}
-    return ", ".join(f"{word} {figures[name]:.2f}%" for name, word in names.items())
+    return ", ".join(f"{word} {figures[name]:.2f}%" for name, word in names.items() if name in figures)
 
 
 def make_evaluation(

@@ -70,8 +70,9 @@ class RunOptions(Options):
     # `~` is expanded in these options.
     PATHS: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "init_from", "data_path", "dataset", "class_list")
 
-    output_dir: str = machine("output", section="Run folder")
-    """Run folder for options, logs and checkpoints. It must be new, or contain this run, which is then resumed."""
+    output_dir: str = machine("", section="Run folder")
+    """Run folder for options, logs and checkpoints. It must be new, or contain this run, which is then resumed. Empty:
+    `output/NAME-DATE` with the method's or the program's name."""
     resume: str = machine("auto")
     """Checkpoint to resume from; `auto` or empty: the latest valid one in output_dir, if there is any."""
     overwrite: bool = machine(False)

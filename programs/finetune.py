@@ -171,6 +171,8 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     found = splits.open_splits(options)
     options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
     model = build_model(options, found.classes)
+    if not options.init_from:
+        log.warning("no --init_from: the encoder starts from random weights, not from a pretrained one")
     if options.init_from and not options.from_scratch:
         weights, made_with = methods.load_pretrained(options.init_from)
         report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)

@@ -32,7 +32,9 @@ from util.knn import knn_accuracy
 from util.logging import talk
 from util.run import Run, resolve, share_batches
 
-log = logging.getLogger("linprobe")
+log = logging.getLogger("probe")
+
+FEW_IMAGES, MAE_BLR = 100_000, 0.1
 
 
 def load_encoder(options: ProbeOptions) -> Classifier:
@@ -129,6 +131,13 @@ def run(options: ProbeOptions) -> None:
         features = Features(options, encoder, run, found)
         batches = training_batches(options, found.train, features, processes)
         lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
+        if len(found.train) < FEW_IMAGES and not options.lr and options.blr <= MAE_BLR:
+            log.warning(
+                "%d training images: blr %g is MAE's rate for ImageNet in batches of 16,384 and may be far too low "
+                "here; compare with a higher one, e.g. --blr 1, on the validation images",
+                len(found.train),
+                options.blr,
+            )
         run.prepare(model, batches, optim.lars(model, lr, options.weight_decay))
 
         def encode(images: Tensor) -> Tensor:

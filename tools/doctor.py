@@ -191,7 +191,9 @@ def images(source: Source, max_bad_fraction: float) -> Finding:
     said += f"; {len(indices) - len(bad)} of {len(indices)} {what}, {1000 * each:.1f} ms each"
     if not bad:
         return Finding(GOOD, "images", said)
-    verdict = DOUBTFUL if len(bad) <= allowed_bad(max_bad_fraction, len(indices)) else WRONG
+    # The sample is small: what training accepts of all images is doubtful, not wrong.
+    allowed = max(allowed_bad(max_bad_fraction, len(source)), allowed_bad(max_bad_fraction, len(indices)))
+    verdict = DOUBTFUL if len(bad) <= allowed else WRONG
     return Finding(verdict, "images", f"{said}; not read: {'; '.join(bad[:3])}")
 
 

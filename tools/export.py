@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -387,6 +388,14 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+def output_of(words: argparse.Namespace, run: Path) -> Path:
+    """Return the folder to write to; with --overwrite, remove an earlier export there."""
+    output = words.output or run / "export" / words.format
+    if words.overwrite and (output / "export.json").is_file():
+        shutil.rmtree(output)
+    return output
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Export a pretrained encoder or a fine-tuned classifier to timm, Hugging Face transformers or ONNX."
@@ -396,6 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--output", type=Path, help="a new folder (default: export/FORMAT in the run folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in that folder")
     parser.add_argument("--input_size", help="pixels of the images, e.g. 224 or 160x96 (default: as in training)")
     parser.add_argument("--num_heads", type=int, default=0, help="attention heads, for weights of other programs")
     words = parser.parse_args(argv)
@@ -407,14 +417,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if words.input_size or words.num_heads:
                 raise ValueError("input_size and num_heads do not apply to a segmenter: its run states them")
             trained = segmenter.load(file)
-            output = words.output or trained.run / "export" / words.format
+            output = output_of(words, trained.run)
             sys.stdout.write(export_segmenter.export(words.format, trained, output))
             return 0
         if words.format not in FORMATS:
             raise ValueError(f"{file} is not a segmenter; torch is a format of segmenters, see also timm")
         size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
         encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
-        output = words.output or encoder.run / "export" / words.format
+        output = output_of(words, encoder.run)
         checked = export(words.format, encoder, output)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -37,7 +37,7 @@ TITLES = {
 }
 TITLES |= {
     f"{images}_{figure}": f"{what}, {whose}"
-    for images, whose in (("choice", "images that choose the best"), ("test", "test images"))
+    for images, whose in (("val", "validation images"), ("choice", "validation images"), ("test", "test images"))
     for figure, what in (
         ("acc1", "top-1 in %"),
         ("acc5", "top-5 in %"),

@@ -180,7 +180,7 @@ def of_stream(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
 
 def draw(words: argparse.Namespace) -> list[Path]:
     """Draw the requested picture; return the written files."""
-    home, updates = Path("figures"), 0
+    home, updates = Path("output") / "figures", 0
     for path in words.output:
         style.kind_of(path)  # before any work is done
     with style.house_style():

@@ -205,10 +205,12 @@ def to_judge(given: Mapping[str, Any]) -> str:
         return str(file_of(named))
     if given.get("init_from"):
         return str(file_of(given["init_from"]))
-    last = Path(given.get("output_dir", "output")) / "checkpoints" / LAST
-    if not last.is_file():
-        raise OptionError(f"eval needs a checkpoint: there is no {last}; name one with --resume", "eval")
-    return str(last)
+    if not given.get("output_dir"):
+        raise OptionError("eval needs a checkpoint or a run folder: name it with --resume", "eval")
+    try:
+        return str(file_of(given["output_dir"]))
+    except CheckpointError as error:
+        raise OptionError(f"eval needs a checkpoint: {error}; name one with --resume", "eval") from None
 
 
 def run_of(file: Path) -> Path:

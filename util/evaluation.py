@@ -55,7 +55,7 @@ class Evaluation(EpochTask):
     def after_epoch(self, epoch: int) -> dict[str, float]:
         metrics = self._measure("choice")
         self.run.save_best(self.metric, metrics[self.metric])
-        group = "test" if self.chosen_on == TEST else "choice"
+        group = "test" if self.chosen_on == TEST else "val"
         return {f"{group}_{name}": value for name, value in metrics.items() if isinstance(value, float)}
 
     def _best_weights(self, best: Path) -> dict[str, Tensor] | None:
@@ -73,8 +73,13 @@ class Evaluation(EpochTask):
         if weights is not None:
             self.model.load_state_dict(weights)
             accuracy["best"] = self._measure("test")
+        confusion: dict[str, Any] = {}
         for name, metrics in accuracy.items():
+            matrix = metrics.pop("confusion", None)
+            if matrix is not None and name == "last":
+                names = list(self.run.source.classes or map(str, range(len(matrix))))
+                confusion = {"confusion": {"classes": names, "matrix": matrix}}
             log.info("%s epoch, %d test images: %s", name, metrics["images"], self.describe(metrics))
         best = run.state.best["epoch"]
         log.info("the best epoch, number %d, was chosen by %s on %s", best, self.metric, self.chosen_on)
-        return {"accuracy": accuracy, "metric": self.metric, "best_chosen_on": self.chosen_on}
+        return {"accuracy": accuracy, "metric": self.metric, "best_chosen_on": self.chosen_on, **confusion}

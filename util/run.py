@@ -6,6 +6,7 @@ uninterrupted run ends. Another configuration is refused, with a table of the di
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -280,9 +281,11 @@ class Run:
 
 
 def resolve(options: Options) -> Options:
-    """Return the options with the batch sizes and the mean and deviation of the pixels worked out."""
+    """Return the options with the batch sizes, the mean and deviation of the pixels and the run folder worked out."""
+    name = getattr(options, "method", "") or options.PROGRAM
+    folder = options.output_dir or f"output/{name}-{datetime.date.today().isoformat()}"
     mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
-    return replace(resolve_batch(options, distributed.world_size()), mean=mean, std=std)
+    return replace(resolve_batch(options, distributed.world_size()), mean=mean, std=std, output_dir=folder)
 
 
 def share_batches(options: RunOptions, samples: Samples, processes: Processes) -> Batches:

@@ -3,6 +3,7 @@
     output/mine                                      a run folder: its latest checkpoint
     output/mine/checkpoints/best.pth                 one of its checkpoints
     mae_vit_tiny_patch16                           a model of this project with random weights
+    untrained:output/mine                          the model of a pretraining run with its initial weights
     vit_base_patch16_224                           a ViT of timm with random weights
     mae_vit_base_patch16=mae_pretrain_vit_base.pth one of these with the weights of a file
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def load(
 ) -> Shown:
     """Load the model given by `word`, see above; `norm_pix_loss` applies to weights from a file."""
     name, equals, file = word.partition("=")
-    if Path(word).exists():
+    if word.startswith("untrained:"):
+        shown = _untrained(Path(word.partition(":")[2]), device)
+    elif Path(word).exists():
         shown = _of_run(Path(word), device)
     elif equals or name.startswith("mae_vit_") or timm.is_model(name):
         shown = _by_name(name, file, device, seed, input_size, norm_pix_loss)
@@ -173,6 +176,18 @@ def _of_run(path: Path, device: str) -> Shown:
     about = f"{about}, {options['model']}, {updates:,} updates"
     where = pick_device(device)
     return Shown(name, about, model.to(where).eval(), statistics, where, origin)
+
+
+def _untrained(path: Path, device: str) -> Shown:
+    """Return the model of a pretraining run with its initial weights."""
+    trained = _of_run(path, device)
+    if trained.origin is None or "method" not in trained.origin.options:
+        raise ValueError(f"{path} is not a pretraining run, so it has no untrained model")
+    options = trained.origin.options
+    torch.manual_seed(options["seed"])
+    model = methods.from_options(options).to(trained.device).eval()
+    about = f"{options['method']}, {options['model']}, initial weights"
+    return replace(trained, label=f"{trained.label}, untrained", about=about, model=model, origin=None)
 
 
 def _by_name(
