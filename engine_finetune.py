@@ -147,12 +147,14 @@ def evaluate(
         pair_N = batch.labels * classes + logits_NC.argmax(dim=1)
         confusion_CC += torch.bincount(pair_N, minlength=classes * classes).view(classes, classes)
     model.train(was_training)
-    shares = processes.gather((table_3C.cpu(), float(loss), confusion_CC.cpu() if classes <= MOST_CONFUSED else None))
+    shares = processes.gather((table_3C.cpu(), float(loss), confusion_CC.cpu()))
     table_3C = torch.stack([share[0] for share in shares]).sum(dim=0).double()
     images, right, in_five = table_3C
     there = images > 0
     top5 = {"acc5": 100 * float(in_five.sum() / images.sum())} if classes > 5 else {}
-    confusion = {"confusion": sum(share[2] for share in shares).tolist()} if classes <= MOST_CONFUSED else {}
+    confusion: dict[str, Any] = {}
+    if classes <= MOST_CONFUSED:
+        confusion["confusion"] = torch.stack([share[2] for share in shares]).sum(dim=0).tolist()
     return {
         "acc1": 100 * float(right.sum() / images.sum()),
         **top5,

@@ -40,13 +40,6 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["last.pth"]
 
 
-def test_a_runs_folder_in_place_of_its_checkpoint_is_told_the_checkpoint(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    checkpoint.save(tmp_path / "checkpoints" / "last.pth", state())
-    with pytest.raises(CheckpointError, match="latest checkpoint is .*checkpoints/last.pth"):
-        checkpoint.load_model(tmp_path)
-
-
 def test_the_previous_file_stays_beside_the_last(tmp_path):
     for value in (1.0, 2.0, 3.0):
         checkpoint.keep_previous(tmp_path)
@@ -158,3 +151,17 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"12345678901234567890")
     with pytest.raises(CheckpointError, match="safetensors"):
         checkpoint.load_weights(tmp_path / "bad.safetensors")
+
+
+def test_a_run_folder_stands_for_its_latest_checkpoint(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="is a folder without a checkpoint"):
+        checkpoint.file_of(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    last = tmp_path / "checkpoints" / "last.pth"
+    checkpoint.save(
+        last, {"format": checkpoint.FORMAT, "model": {"w": torch.ones(1)}, "options": {"method": "mae"}, "epoch": 3}
+    )
+    assert checkpoint.file_of(tmp_path) == last and checkpoint.load(tmp_path)["epoch"] == 3
+    assert checkpoint.load_model(tmp_path)[1] == {"method": "mae"}
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint at"):
+        checkpoint.file_of(tmp_path / "nowhere")

@@ -578,3 +578,12 @@ def test_evaluation_leaves_unreadable_images_out_and_says_so(caplog):
 def test_how_many_images_may_be_bad(fraction, images, allowed):
     assert allowed_bad(fraction, images) == allowed
     assert math.ceil(0.07 * 100) == 8  # the rounding that is guarded against
+
+
+def test_too_few_images_for_a_step_name_a_batch_that_fits():
+    with pytest.raises(
+        ValueError, match="64 images are too few for one optimizer step of 256 .*--total_batch_size, e.g. 16"
+    ):
+        Batches(make_samples(images=64), batch_size=256)
+    assert [data.suggested_batch(images, 1) for images in (1, 7, 8, 100, 1000)] == [1, 1, 2, 16, 128]
+    assert data.suggested_batch(100, 3) == 24

@@ -219,6 +219,14 @@ def test_evaluation_is_what_a_loop_counts():
     assert figures["mean_class_acc"] == pytest.approx(100 * sum(sum(c) / len(c) for c in of_class) / 7)
     assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     assert figures["images"] == 53
+    counted = [[sum(labels[n] == c and logits[n].argmax() == d for n in range(53)) for d in range(8)] for c in range(8)]
+    assert figures["confusion"] == counted
+
+
+def test_few_classes_have_no_top_5():
+    logits, labels = torch.eye(5), torch.arange(5)
+    batch = Batch(logits, labels, None, torch.arange(5))
+    assert "acc5" not in evaluate(nn.Identity(), [batch], classes=5, processes=ALONE, autocast=torch.no_grad)
 
 
 def augmented(aa, reprob):

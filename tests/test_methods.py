@@ -271,3 +271,17 @@ def test_a_model_comes_back_from_a_checkpoint(tmp_path):
     images, _, noise = batch(model)
     for mine, other in zip(again.predict(images, noise=noise), model.predict(images, noise=noise), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_images_of_whole_numbers_are_refused_with_advice():
+    model = small("mae")
+    with pytest.raises(ValueError, match=r"images are uint8; .*\(images / 255 - mean\) / std"):
+        model.encode(torch.zeros(1, 3, 16, 20, dtype=torch.uint8))
+
+
+def test_a_fine_tuned_checkpoint_is_refused_with_advice(tmp_path):
+    from util import checkpoint
+
+    checkpoint.save(tmp_path / "last.pth", {"format": checkpoint.FORMAT, "model": {}, "options": {"mixup": 0.8}})
+    with pytest.raises(ValueError, match="holds a fine-tuned model. tools.encoder.load_encoder"):
+        methods.from_checkpoint(tmp_path / "last.pth")
