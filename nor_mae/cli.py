@@ -14,6 +14,7 @@ COMMANDS = {
     "finetune": ("main_finetune", "train a classifier from a pretrained encoder, or evaluate one"),
     "probe": ("main_linprobe", "train a linear classifier on a frozen encoder"),
     "segment": ("main_segment", "train a segmenter from a pretrained encoder, or evaluate one"),
+    "predict": ("tools.predict", "apply a classifier or segmenter to images"),
     "export": ("tools.export", "write a model for timm, Hugging Face or ONNX"),
     "embed": ("tools.embed", "write the features of images to a file"),
     "knn": ("tools.knn", "evaluate an encoder by nearest neighbours"),

@@ -31,6 +31,7 @@ from util import checkpoint, distributed, optim, precision
 from util.distributed import Processes
 from util.logging import talk
 from util.run import Run, resolve, share_batches
+from util.threads import choose_threads
 
 log = logging.getLogger("finetune")
 
@@ -158,6 +159,7 @@ def judge_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     model = build_model(options, classes)
     models_classifier.load_classifier(model, weights, made_with)
     model.to(processes.device)
+    choose_threads(model, processes.device)
     autocast = precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
     batches = image_batches(options, test, processes)
     figures = evaluate(model, batches, classes=classes, processes=processes, autocast=autocast)
@@ -183,6 +185,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
         options = replace(options, epochs=math.ceil(options.steps / batches.steps_per_epoch))
     run = Run(options, processes, found.train)
     model.to(processes.device)
+    choose_threads(model, processes.device)
     optimizer = make_optimizer(options, model, processes.device)
     ema = ModelEmaV3(model, decay=options.ema) if options.ema else None
     others = {"ema": ema.module} if ema else {}

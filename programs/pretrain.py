@@ -35,6 +35,7 @@ from util.distributed import Processes
 from util.logging import RunLog, talk
 from util.run import Run, resolve, share_batches
 from util.tasks import EpochTask, Pictures
+from util.threads import choose_threads
 from util.watch import OnlineKNN, draw_reconstructions, open_validation
 
 log = logging.getLogger("pretrain")
@@ -200,6 +201,7 @@ def run(options: PretrainOptions) -> None:
             log.info("weights from %s: %s", options.init_from, report)
         run = Run(options, processes, source)
         model.to(processes.device)
+        choose_threads(model, processes.device)
         run.prepare(model, batches, make_optimizer(options, model, processes.device))
         tasks = make_tasks(options, model, source, run)
         with run:

@@ -31,6 +31,7 @@ from util.features import FeatureSamples, encode_source, interleaved, pooled
 from util.knn import knn_accuracy
 from util.logging import talk
 from util.run import Run, resolve, share_batches
+from util.threads import choose_threads
 
 log = logging.getLogger("probe")
 
@@ -127,6 +128,7 @@ def run(options: ProbeOptions) -> None:
         options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
         model = LinearProbe(encoder.embed_dim, found.classes).to(processes.device)
         encoder.to(processes.device)
+        choose_threads(encoder, processes.device)
         run = Run(options, processes, found.train)
         features = Features(options, encoder, run, found)
         batches = training_batches(options, found.train, features, processes)

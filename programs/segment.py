@@ -44,6 +44,7 @@ from util.logging import talk
 from util.overlay import mask_sheet
 from util.run import Run, resolve, share_batches
 from util.tasks import Pictures
+from util.threads import choose_threads
 
 log = logging.getLogger("segment")
 
@@ -144,6 +145,7 @@ def judge_checkpoint(options: SegmentOptions, processes: Processes) -> None:
     model = build_model(options, len(names), processes)
     models_upernet.load_segmenter(model, weights, made_with)
     model.to(processes.device)
+    choose_threads(model, processes.device)
     autocast = precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
     batches, windows = image_batches(options, test, processes), windows_of(options, model.patch)
     figures = evaluate(model, batches, names=names, windows=windows, processes=processes, autocast=autocast)
@@ -165,6 +167,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
     options = settle(options, found, batches)
     run = Run(options, processes, found.train)
     model.to(processes.device)
+    choose_threads(model, processes.device)
     optimizer = make_optimizer(options, model, processes.device)
     total_steps = options.steps or batches.steps_per_epoch * options.epochs
     schedule = optim.warmup_poly(

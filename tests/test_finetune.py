@@ -277,7 +277,7 @@ def test_a_finished_run_tells_the_last_and_the_best(whole):
     assert found["accuracy"].keys() == {"last", "best"}
     assert found["accuracy"]["last"]["images"] == 445
     lines = [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]
-    best = max(lines, key=lambda line: line["val_acc1"])
+    best = max(lines, key=lambda line: (line["val_acc1"], line["epoch"]))
     assert found["best"] == {"name": "acc1", "value": best["val_acc1"], "epoch": best["epoch"]}
     assert checkpoint.load(whole / "checkpoints" / "best.pth")["epoch"] == best["epoch"] + 1
     train, choice, test = (

@@ -317,7 +317,7 @@ def test_a_finished_run_tells_the_last_the_best_and_every_class(whole, data):
     assert [row["pixels"] for row in last["per_class"].values()] == true_pixels(data)
     lines = [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]
     assert {"val_miou", "val_mean_acc", "val_pixel_acc", "train_segmentation"} <= set(lines[-1])
-    best = max(lines, key=lambda line: line["val_miou"])
+    best = max(lines, key=lambda line: (line["val_miou"], line["epoch"]))
     assert found["best"] == {"name": "miou", "value": best["val_miou"], "epoch": best["epoch"]}
     assert (whole / "classes.txt").read_text().split() == list(NAMES)
     assert len((whole / "images_train.txt").read_text().splitlines()) == 24
