@@ -524,7 +524,7 @@ def test_bad_input_is_told_before_any_epoch(pretrained, whole, tmp_path):
         (["--init_from", pretrained, "--num_heads", 4], "2 attention heads, the model has 4"),
         (["--eval"], "eval needs a checkpoint"),
         (["--eval", "--resume", head, "--data_path", tmp_path / "good"], "10 classes, the data have 2"),
-        (["--eval", "--resume", pretrained], "no classifier"),
+        (["--eval", "--resume", pretrained], "no classification head"),
         (["--num_classes", 9], "labels 0 to 9"),
         (["--labels_per_class", 500], "labels_per_class is 500, but class"),
         (["--labels_per_class", 5, "--label_share", 0.1], "either"),
