@@ -11,6 +11,7 @@ from options.run import (
     ProbeOptions,
     RunOptions,
     SegmentOptions,
+    TransferOptions,
     resolve_batch,
 )
 from options.schema import (
@@ -37,6 +38,7 @@ __all__ = [
     "ProbeOptions",
     "RunOptions",
     "SegmentOptions",
+    "TransferOptions",
     "differences",
     "from_dict",
     "machine",

@@ -11,30 +11,50 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from options import FinetuneOptions, PretrainOptions, ProbeOptions, RunOptions, SegmentOptions, parse
+from options import FinetuneOptions, PretrainOptions, ProbeOptions, RunOptions, SegmentOptions, from_dict, parse
+
+if TYPE_CHECKING:
+    from programs.plan import Plan
+    from util.distributed import Processes
 
 EXIT_BAD_INPUT = 2
 
 PROGRAMS: dict[str, type[RunOptions]] = {
-    "pretrain": PretrainOptions,
-    "finetune": FinetuneOptions,
-    "probe": ProbeOptions,
-    "segment": SegmentOptions,
+    schema.PROGRAM: schema for schema in (PretrainOptions, FinetuneOptions, ProbeOptions, SegmentOptions)
 }
+PLANNED = ("pretrain", "finetune", "segment")  # programs with `make_plan`
 
 
 class Program(Protocol):
-    """What every module of this package offers."""
+    """What the modules of this package offer to their commands and to tools."""
 
     def run(self, options: Any) -> None:
         """Train, or evaluate where the options ask for it."""
 
+    def make_plan(self, options: Any, processes: Processes, *, reading: Processes | None = None) -> Plan:
+        """Make the parts of a training run; not in `programs.probe`, which trains on stored features.
 
-def load(name: str) -> Any:
+        Args:
+            options: resolved, see `util.run.resolve`.
+            processes: the processes that train together.
+            reading: the processes that share the checks of the data; default: `processes`.
+        """
+
+
+def load(name: str) -> Program:
     """Import the program `name` (a key of `PROGRAMS`), and torch with it."""
-    return importlib.import_module(f"programs.{name}")
+    return cast(Program, importlib.import_module(f"programs.{name}"))
+
+
+def read_options(name: str, stored: Mapping[str, Any]) -> Any:
+    """Read the options of the program `name` that a checkpoint stores, also those of an earlier version."""
+    if name == "pretrain":
+        import methods
+
+        return methods.read_options(stored)
+    return from_dict(PROGRAMS[name], stored)
 
 
 def parse_options(name: str, argv: Sequence[str]) -> Any:

@@ -8,13 +8,13 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import methods
 import models_classifier
 from data import splits
 from data.augment import finetune_transform
@@ -24,12 +24,13 @@ from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_batches, 
 from data.splits import Splits
 from engine_finetune import Distillation, Objective, describe, evaluate, make_evaluation
 from models_classifier import Classifier
-from models_vit import digest_of, for_channels
+from models_vit import digest_of
 from options import FinetuneOptions
+from programs.plan import Plan
 from programs.training import train_epochs
-from util import checkpoint, distributed, optim, precision
+from programs.transfer import autocast, layer_groups, load_initial_weights, log_model, train_or_evaluate
+from util import checkpoint, optim
 from util.distributed import Processes
-from util.logging import talk
 from util.run import Run, resolve, share_batches
 from util.threads import choose_threads
 
@@ -108,11 +109,8 @@ def training_images(options: FinetuneOptions, source: Source) -> TrainSamples:
 
 
 def make_optimizer(options: FinetuneOptions, model: Classifier, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer, after a line in the log for each layer's learning rate."""
-    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
-    groups = optim.finetune_groups(model, options.weight_decay, options.layer_decay)
-    for scale, parts in models_classifier.layers_of(model, groups):
-        log.info("learning rate %.3e (x %.6f): %s", lr * scale, scale, ", ".join(parts))
+    """Make the optimizer, and log the learning rate of each layer."""
+    lr, groups = layer_groups(options, model)
     if options.optimizer == "sgd":
         return optim.sgd(groups, lr, device=device)
     return optim.adamw(groups, lr, betas=(0.9, 0.999), device=device)
@@ -138,20 +136,11 @@ def image_batches(options: FinetuneOptions, source: Source, processes: Processes
 
 
 def run(options: FinetuneOptions) -> None:
-    options = resolve(options)
-    if not options.eval:
-        require_pairs(options)
-    torch.manual_seed(options.seed)
-    with distributed.start(options.device) as processes:
-        talk(processes.main)
-        if options.eval:
-            judge_checkpoint(options, processes)
-        else:
-            train(options, processes)
+    train_or_evaluate(resolve(options), train, evaluate_checkpoint)
 
 
-def judge_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
-    """Say the accuracy of a checkpoint on the test images; nothing is written."""
+def evaluate_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
+    """Print the accuracy of a checkpoint on the test images; nothing is written."""
     path = checkpoint.to_judge(vars(options))
     test = splits.open_test(options, splits.read_classes(checkpoint.run_of(Path(path))))
     classes = max(len(test.classes or []), options.num_classes)
@@ -160,37 +149,49 @@ def judge_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     models_classifier.load_classifier(model, weights, made_with)
     model.to(processes.device)
     choose_threads(model, processes.device)
-    autocast = precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
     batches = image_batches(options, test, processes)
-    figures = evaluate(model, batches, classes=classes, processes=processes, autocast=autocast)
+    figures = evaluate(model, batches, classes=classes, processes=processes, autocast=autocast(options, processes))
     log.info("%s on %d test images: %s", path, figures["images"], describe(figures))
     log.info("evaluation: %s", prepared(options))
     if processes.main:
         sys.stdout.write(json.dumps({"checkpoint": path, "eval_crop": options.eval_crop, **figures}) + "\n")
 
 
-def train(options: FinetuneOptions, processes: Processes) -> None:
+def make_plan(options: FinetuneOptions, processes: Processes, *, reading: Processes | None = None) -> Plan:
+    require_pairs(options)
     found = splits.open_splits(options)
     options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
     model = build_model(options, found.classes)
-    if not options.init_from:
-        log.warning("no --init_from: the encoder starts from random weights, not from a pretrained one")
-    if options.init_from and not options.from_scratch:
-        weights, made_with = methods.load_pretrained(options.init_from)
-        report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
-        log.info("weights from %s: %s", options.init_from, report)
     options, distillation = load_teacher(options, processes.device)
-    batches = share_batches(options, training_images(options, found.train), processes)
+    batches_of = partial(share_batches, options, training_images(options, found.train))
     if options.steps:
-        options = replace(options, epochs=math.ceil(options.steps / batches.steps_per_epoch))
+        options = replace(options, epochs=math.ceil(options.steps / batches_of(processes).steps_per_epoch))
+    floats = bool(options.aa or options.color_jitter or options.reprob)
+    return Plan(
+        options,
+        processes,
+        found.train,
+        model,
+        make_batches=batches_of,
+        make_objective=lambda trained: objective_of(options, trained, found.train, distillation),
+        make_optimizer=partial(make_optimizer, options, model),
+        image_bytes=options.in_chans * math.prod(options.input_size) * (4 if floats else 1) + 8,
+        splits=found,
+    )
+
+
+def train(options: FinetuneOptions, processes: Processes) -> None:
+    plan = make_plan(options, processes)
+    options, model, batches, found = plan.options, plan.model, plan.batches, plan.splits
+    load_initial_weights(options, model, models_classifier.load_encoder)
     run = Run(options, processes, found.train)
     model.to(processes.device)
     choose_threads(model, processes.device)
-    optimizer = make_optimizer(options, model, processes.device)
+    optimizer = plan.make_optimizer(processes.device)
     ema = ModelEmaV3(model, decay=options.ema) if options.ema else None
     others = {"ema": ema.module} if ema else {}
     run.prepare(model, batches, optimizer, total_steps=options.steps, **others)
-    objective = objective_of(options, run.trained, found.train, distillation)
+    objective = plan.make_objective(run.trained)
     sources = {"choice": found.choice, "test": found.test}
     evaluated = ema.module if ema else model
     tasks = [
@@ -209,9 +210,6 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
 
 
 def announce(options: FinetuneOptions, model: Classifier, found: Splits, run: Run) -> None:
-    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    rows, columns = model.patch_embed.grid_size
-    start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
-    log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
+    log_model(options, model)
     log.info("evaluation: %s", prepared(options))
     splits.write_lists(found, run.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from data.loader import (
 )
 from models_vit import Pretrainer, load_from_run
 from options import PretrainOptions
+from programs.plan import Plan
 from programs.training import train_epochs
 from util import distributed, optim
 from util.distributed import Processes
@@ -187,22 +189,37 @@ def conclude(options: PretrainOptions, facts: Mapping[str, Any], last: Mapping[s
     log.info("next: python main_finetune.py --init_from %s --data_path LABELLED_IMAGES", weights)
 
 
+def make_plan(options: PretrainOptions, processes: Processes, *, reading: Processes | None = None) -> Plan:
+    model = build_model(options)
+    source = open_images(options, model)
+    options = settle(options, model, source)
+    pixels = sum(crop.count * math.prod(crop.size) for crop in model.views(options.min_scale, options.hflip))
+    return Plan(
+        options,
+        processes,
+        source,
+        model,
+        make_batches=partial(make_batches, options, model, source),
+        make_objective=lambda trained: trained,
+        make_optimizer=partial(make_optimizer, options, model),
+        image_bytes=options.in_chans * pixels + 4 * model.noise_rows * model.num_patches,
+    )
+
+
 def run(options: PretrainOptions) -> None:
     options = resolve(options)
     torch.manual_seed(options.seed)
-    model = build_model(options)
     with distributed.start(options.device) as processes:
         talk(processes.main)
-        source = open_images(options, model)
-        options = settle(options, model, source)
-        batches = make_batches(options, model, source, processes)
+        plan = make_plan(options, processes)
+        options, model, source, batches = plan.options, plan.model, plan.source, plan.batches
         if options.init_from:
             report = load_from_run(model, *methods.load_pretrained(options.init_from))
             log.info("weights from %s: %s", options.init_from, report)
         run = Run(options, processes, source)
         model.to(processes.device)
         choose_threads(model, processes.device)
-        run.prepare(model, batches, make_optimizer(options, model, processes.device))
+        run.prepare(model, batches, plan.make_optimizer(processes.device))
         tasks = make_tasks(options, model, source, run)
         with run:
             facts: dict[str, Any] = {}

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import methods
-import models_classifier
 import models_upernet
 from data import masks, splits
 from data.class_weights import pixel_weights
@@ -33,14 +31,14 @@ from engine_segment import (
     windows_of,
 )
 from models_upernet import Segmenter
-from models_vit import for_channels
 from options import SegmentOptions
+from programs.plan import Plan
 from programs.training import train_epochs
-from util import checkpoint, distributed, optim, precision
+from programs.transfer import autocast, layer_groups, load_initial_weights, log_model, train_or_evaluate
+from util import checkpoint, optim
 from util.confusion import METRIC, describe, table
 from util.distributed import Processes
 from util.evaluation import Evaluation
-from util.logging import talk
 from util.overlay import mask_sheet
 from util.run import Run, resolve, share_batches
 from util.tasks import Pictures
@@ -102,10 +100,8 @@ def image_batches(options: SegmentOptions, source: Source, processes: Processes)
 
 
 def make_optimizer(options: SegmentOptions, model: Segmenter, device: torch.device) -> torch.optim.Optimizer:
-    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
-    groups = optim.finetune_groups(model, options.weight_decay, options.layer_decay)
-    for scale, parts in models_classifier.layers_of(model, groups):
-        log.info("learning rate %.3e (x %.6f): %s", lr * scale, scale, ", ".join(parts))
+    """Make the optimizer, and log the learning rate of each layer."""
+    lr, groups = layer_groups(options, model)
     return optim.adamw(groups, lr, betas=(0.9, 0.999), device=device)
 
 
@@ -126,18 +122,11 @@ def settle(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentO
 
 
 def run(options: SegmentOptions) -> None:
-    options = resolve(options)
-    torch.manual_seed(options.seed)
-    with distributed.start(options.device) as processes:
-        talk(processes.main)
-        if options.eval:
-            judge_checkpoint(options, processes)
-        else:
-            train(options, processes)
+    train_or_evaluate(resolve(options), train, evaluate_checkpoint)
 
 
-def judge_checkpoint(options: SegmentOptions, processes: Processes) -> None:
-    """Say the figures of a checkpoint on the test images; nothing is written."""
+def evaluate_checkpoint(options: SegmentOptions, processes: Processes) -> None:
+    """Print the metrics of a checkpoint on the test images; nothing is written."""
     test = masks.open_test(options, processes)
     names = test.classes or []
     path = checkpoint.to_judge(vars(options))
@@ -146,29 +135,47 @@ def judge_checkpoint(options: SegmentOptions, processes: Processes) -> None:
     models_upernet.load_segmenter(model, weights, made_with)
     model.to(processes.device)
     choose_threads(model, processes.device)
-    autocast = precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
-    batches, windows = image_batches(options, test, processes), windows_of(options, model.patch)
-    figures = evaluate(model, batches, names=names, windows=windows, processes=processes, autocast=autocast)
+    figures = evaluate(
+        model,
+        image_batches(options, test, processes),
+        names=names,
+        windows=windows_of(options, model.patch),
+        processes=processes,
+        autocast=autocast(options, processes),
+    )
     log.info("%s on %d test images: %s\n%s", path, figures["images"], describe(figures), table(figures))
     if processes.main:
         sys.stdout.write(json.dumps({"checkpoint": path, **figures}) + "\n")
 
 
-def train(options: SegmentOptions, processes: Processes) -> None:
+def make_plan(options: SegmentOptions, processes: Processes, *, reading: Processes | None = None) -> Plan:
     require_several(options, processes)
-    found = masks.open_splits(options, processes)
-    names = found.train.classes or []
+    found = masks.open_splits(options, reading or processes)
     model = build_model(options, found.classes, processes)
-    if options.init_from and not options.from_scratch:
-        weights, made_with = methods.load_pretrained(options.init_from)
-        report = models_upernet.begin_with(model, for_channels(weights, options.in_chans), made_with)
-        log.info("weights from %s: %s", options.init_from, report)
-    batches = share_batches(options, training_images(options, found.train), processes)
-    options = settle(options, found, batches)
+    batches_of = partial(share_batches, options, training_images(options, found.train))
+    options = settle(options, found, batches_of(processes))
+    return Plan(
+        options,
+        processes,
+        found.train,
+        model,
+        make_batches=batches_of,
+        make_objective=lambda trained: objective_of(options, trained, found.train),
+        make_optimizer=partial(make_optimizer, options, model),
+        image_bytes=(options.in_chans + 2) * math.prod(options.input_size),  # the mask has 16 bits
+        splits=found,
+    )
+
+
+def train(options: SegmentOptions, processes: Processes) -> None:
+    plan = make_plan(options, processes)
+    options, model, batches, found = plan.options, plan.model, plan.batches, plan.splits
+    names = found.train.classes or []
+    load_initial_weights(options, model, models_upernet.begin_with)
     run = Run(options, processes, found.train)
     model.to(processes.device)
     choose_threads(model, processes.device)
-    optimizer = make_optimizer(options, model, processes.device)
+    optimizer = plan.make_optimizer(processes.device)
     total_steps = options.steps or batches.steps_per_epoch * options.epochs
     schedule = optim.warmup_poly(
         optimizer,
@@ -178,7 +185,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
         min_lr=options.min_lr,
     )
     run.prepare(model, batches, optimizer, schedule, total_steps=total_steps)
-    objective = objective_of(options, run.trained, found.train)
+    objective = plan.make_objective(run.trained)
     windows = windows_of(options, model.patch)
     sources = {"choice": found.choice, "test": found.test}
 
@@ -225,9 +232,6 @@ def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, pat
 
 
 def announce(options: SegmentOptions, model: Segmenter, found: Splits, run: Run) -> None:
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    rows, columns = model.patch_embed.grid_size
-    start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
-    log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
+    log_model(options, model)
     log.info("UPerNet on the outputs of blocks %s (from 0), %d classes", model.taps, found.classes)
     splits.write_lists(found, run.folder)

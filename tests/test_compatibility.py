@@ -8,12 +8,20 @@ import torch
 import yaml
 
 import methods
+import programs
 from tests.runs import Training, final, metrics
 from tools import encoder
+from util import checkpoint
 
 PROJECT = Path(__file__).resolve().parent.parent
 FIXTURES = PROJECT / "tests/fixtures"
 RUNS = yaml.safe_load((FIXTURES / "runs.yaml").read_text())
+PROGRAMS = {
+    "main_pretrain": "pretrain",
+    "main_finetune": "finetune",
+    "main_linprobe": "probe",
+    "main_segment": "segment",
+}
 PRETRAINED = [name for name, run in RUNS.items() if run["door"] == "main_pretrain"]
 
 
@@ -26,6 +34,7 @@ def test_a_run_of_an_earlier_version_resumes_to_the_weights_that_it_would_have_r
     training = Training(folder, *run["options"].split(), door=run["door"], tiny=False)
     assert training.wait() == 0, training.said
     assert metrics(folder)[0]["step"] == run["stop_after"] + 1
+    assert final(folder)["program"] == PROGRAMS[run["door"]]
     resumed, expected = final(folder)["model"], torch.load(FIXTURES / f"{name}_end.pth", weights_only=True)
     recorded = (expected["torch"], expected["cpu"])
     exact = recorded == (str(torch.__version__), torch.backends.cpu.get_cpu_capability())
@@ -33,6 +42,17 @@ def test_a_run_of_an_earlier_version_resumes_to_the_weights_that_it_would_have_r
     for key, value in expected["model"].items():
         tolerance = {"rtol": 0, "atol": 0} if exact else {}
         torch.testing.assert_close(resumed[key], value, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_program_of_a_checkpoint_without_a_name_is_recognised_and_its_options_read(name):
+    state = torch.load(FIXTURES / f"{name}.pth", weights_only=True)
+    program = checkpoint.program_of(state)
+    assert "program" not in state and program == PROGRAMS[RUNS[name]["door"]]
+    assert checkpoint.program_at(FIXTURES / f"{name}.pth") == program
+    assert checkpoint.program_at(FIXTURES / f"{name}_end.pth") == "", "weights alone"
+    options = programs.read_options(program, state["options"])
+    assert options.PROGRAM == program and options.total_batch_size == state["options"]["total_batch_size"]
 
 
 @pytest.mark.parametrize("name", PRETRAINED)

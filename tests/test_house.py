@@ -37,7 +37,7 @@ ROOMS = [
     (r"nor_mae(\.\w+)?", r"nor_mae(\.\w+)?"),
     (r"setup", r"nothing"),
     (r"main_\w+", r"programs|options"),
-    (r"programs", rf"programs|methods|{BELOW}"),
+    (r"programs", rf"programs\.plan|methods|{BELOW}"),
     (r"programs\.\w+", rf"programs(\.\w+)?|engine_\w+|methods|models_\w+|{BELOW}"),
     (
         r"tools\.(figures\.figure9|segmenter|export_segmenter)",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import math
 import os
 import platform
 import re
@@ -20,9 +19,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,19 +29,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import masks, splits
+import programs
 from data.decode import torchcodec_jpeg
 from data.images import BadImage, Pair
-from data.loader import Batches, Source, allowed_bad, pixel_statistics
+from data.loader import Source, allowed_bad, pixel_statistics
 from engine_pretrain import train_one_epoch
-from options import FinetuneOptions, PretrainOptions, RunOptions, SegmentOptions, resolve_batch
-from programs import finetune, parse_options, pretrain, segment
+from options import RunOptions, resolve_batch
+from programs import parse_options
+from programs.plan import Plan
 from util import optim, precision
 from util.compiler import compiles
 from util.distributed import Processes, pick_device
 from util.logging import talk
 from util.meters import Means
-from util.run import share_batches
 from util.stepper import Stepper
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -57,80 +55,31 @@ PREFETCHED = 2  # batches that each worker holds ready in shared memory
 GB = 1e9
 SHARED_MEMORY = Path("/dev/shm")
 EXIT_WRONG = 1
+COMMANDS = {"main_pretrain.py": "pretrain", "main_finetune.py": "finetune", "main_segment.py": "segment"}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run to come. `model` is saved and `trained` is called, with `optimizer`; the bytes are those of one image as a
-    worker hands it over, and of all checkpoints that lie side by side."""
-
-    options: RunOptions
-    source: Source
-    model: nn.Module
-    trained: nn.Module
-    optimizer: torch.optim.Optimizer
-    batches: Batches
-    image_bytes: int
-    checkpoint_bytes: int
-    checkpoints: int
-
-
-def pretraining(options: PretrainOptions, processes: int, device: torch.device) -> Plan:
-    model = pretrain.build_model(options)
-    source = pretrain.open_images(options, model)
-    options = pretrain.settle(options, model, source)
-    model.to(device)
-    batches = pretrain.make_batches(options, model, source, Processes(0, processes, 0, device))
-    optimizer = pretrain.make_optimizer(options, model, device)
-    pixels = sum(crop.count * math.prod(crop.size) for crop in model.views(options.min_scale, options.hflip))
-    image = options.in_chans * pixels + 4 * model.noise_rows * model.num_patches
-    file = bytes_of(model.state_dict()) + 2 * bytes_of(learned(model))
-    # The kept ones, the last two, and one being written.
-    return Plan(options, source, model, model, optimizer, batches, image, file, options.keep + 3)
-
-
-def finetuning(options: FinetuneOptions, processes: int, device: torch.device) -> Plan:
-    finetune.require_pairs(options)
-    found = splits.open_splits(options)
-    options = replace(options, num_classes=found.classes)
-    model = finetune.build_model(options, found.classes).to(device)
-    samples = finetune.training_images(options, found.train)
-    batches = share_batches(options, samples, Processes(0, processes, 0, device))
-    if options.steps:
-        options = replace(options, epochs=math.ceil(options.steps / batches.steps_per_epoch))
-    optimizer = finetune.make_optimizer(options, model, device)
-    floats = bool(options.aa or options.color_jitter or options.reprob)
-    image = options.in_chans * math.prod(options.input_size) * (4 if floats else 1) + 8
-    moments = 2 if options.optimizer == "adamw" else 1
-    file = bytes_of(model.state_dict()) * (2 if options.ema else 1) + moments * bytes_of(learned(model))
-    objective = finetune.objective_of(options, model, found.train)
-    # As for pretraining, and the best.
-    return Plan(options, found.train, model, objective, optimizer, batches, image, file, options.keep + 4)
-
-
-def segmenting(options: SegmentOptions, processes: int, device: torch.device) -> Plan:
-    several = Processes(0, processes, 0, device)
-    segment.require_several(options, several)
-    found = masks.open_splits(options, Processes(0, 1, 0, device))  # this one looks at all masks
-    model = segment.build_model(options, found.classes, several).to(device)
-    batches = share_batches(options, segment.training_images(options, found.train), several)
-    options = segment.settle(options, found, batches)
-    optimizer = segment.make_optimizer(options, model, device)
-    image = (options.in_chans + 2) * math.prod(options.input_size)  # the mask has 16 bits
-    file = bytes_of(model.state_dict()) + 2 * bytes_of(learned(model))
-    objective = segment.objective_of(options, model, found.train)
-    return Plan(options, found.train, model, objective, optimizer, batches, image, file, options.keep + 4)
-
-
-PROGRAMS: dict[str, tuple[Callable[[Sequence[str]], RunOptions], Callable[[Any, int, torch.device], Plan]]] = {
-    "main_pretrain.py": (partial(parse_options, "pretrain"), pretraining),
-    "main_finetune.py": (partial(parse_options, "finetune"), finetuning),
-    "main_segment.py": (partial(parse_options, "segment"), segmenting),
-}
+def plan_of(options: RunOptions, processes: int, device: torch.device) -> Plan:
+    """Make the plan of the first of so many processes, which checks all data itself; its model is on the device."""
+    alone, first = Processes(0, 1, 0, device), Processes(0, processes, 0, device)
+    plan = programs.load(options.PROGRAM).make_plan(options, first, reading=alone)
+    plan.model.to(device)
+    return plan
 
 
 def learned(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def checkpoint_bytes(plan: Plan, optimizer: torch.optim.Optimizer) -> int:
+    """Size of a checkpoint: the weights, their moving average if there is one, and the moments of the optimizer."""
+    averaged = bool(getattr(plan.options, "ema", 0))
+    moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+    return bytes_of(plan.model.state_dict()) * (1 + averaged) + moments * bytes_of(learned(plan.model))
+
+
+def checkpoint_files(options: RunOptions) -> int:
+    """How many checkpoints lie side by side: those kept, the last two, one being written, and the best if any is."""
+    return options.keep + (3 if options.PROGRAM == "pretrain" else 4)
 
 
 def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -255,23 +204,22 @@ class Measured:
     memory: int
 
 
-def train_a_little(plan: Plan, device: torch.device, count: int) -> Measured:
+def train_a_little(plan: Plan, optimizer: torch.optim.Optimizer, device: torch.device, count: int) -> Measured:
     """Train on `count` micro-batches after a warm-up, with an update after each."""
     options, batches = plan.options, plan.batches
     if options.compile and compiles(device):
         plan.model.compile()
     amp = precision.resolve_amp(options.amp, device)
-    schedule = optim.warmup_cosine(plan.optimizer, epochs=2, warmup_epochs=1, steps_per_epoch=count, min_lr=0)
+    objective = plan.make_objective(plan.model)
+    schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=1, steps_per_epoch=count, min_lr=0)
     hooks: Any = plan.model if hasattr(plan.model, "before_step") else None
-    stepper = Stepper(
-        plan.model, plan.optimizer, schedule, clip_grad=options.clip_grad, fp16=amp == "fp16", hooks=hooks
-    )
+    stepper = Stepper(plan.model, optimizer, schedule, clip_grad=options.clip_grad, fp16=amp == "fp16", hooks=hooks)
     stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
     def train(number: int) -> float:
         began = time.monotonic()
         train_one_epoch(
-            plan.trained,
+            objective,
             itertools.islice(stream, number),
             stepper,
             Means(Processes(0, 1, 0, device)),
@@ -319,28 +267,22 @@ def duration(hours: float) -> str:
     return f"{60 * hours:.1f} minutes" if hours < 2 else f"{hours:.1f} hours"
 
 
-def examine(
-    options: RunOptions,
-    plan_of: Callable[[Any, int, torch.device], Plan],
-    processes: int,
-    batches: int,
-    price: float | None,
-) -> Iterator[Finding | str]:
-    """Every finding as soon as it is made, then the estimate. ValueError for options that the run would refuse."""
+def examine(options: RunOptions, processes: int, batches: int, price: float | None) -> Iterator[Finding | str]:
+    """Yield every finding as it is made, then the estimate. ValueError for options that the run would refuse."""
     mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
     options = replace(resolve_batch(options, processes), mean=mean, std=std)
     device = pick_device(options.device)
     yield from packages()
     yield from devices(device, processes)
     plan = plan_of(options, processes, device)
-    options = plan.options
+    options, optimizer = plan.options, plan.make_optimizer(device)
     yield images(plan.source, options.max_bad_fraction)
     yield from (Finding(DOUBTFUL if "left out" in note else GOOD, "data", note) for note in plan.source.notes)
     yield shared_memory(options, plan.image_bytes, processes)
-    yield disk(options.output_dir, plan.checkpoint_bytes, plan.checkpoints)
+    yield disk(options.output_dir, checkpoint_bytes(plan, optimizer), checkpoint_files(options))
     log.info("training on %d batches of %d images, to measure", WARM_UP + batches, options.batch_size)
     try:
-        measured = train_a_little(plan, device, batches)
+        measured = train_a_little(plan, optimizer, device, batches)
     except torch.OutOfMemoryError:
         advice = f"--batch_size {options.batch_size // 2}" if options.batch_size > 1 else "a smaller model"
         yield Finding(WRONG, "memory", f"{options.batch_size} images at a time do not fit on {device}: try {advice}")
@@ -354,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="All other options are those of the program.",
         allow_abbrev=False,
     )
-    parser.add_argument("--program", choices=PROGRAMS, default="main_pretrain.py", help="what is to run")
+    parser.add_argument("--program", choices=COMMANDS, default="main_pretrain.py", help="what is to run")
     parser.add_argument("--price", type=float, help="of one device for an hour, in any currency")
     parser.add_argument("--processes", type=int, default=1, help="how many the run will have, one for each device")
     parser.add_argument("--batches", type=int, default=10, help="on how many to train for the estimate")
@@ -364,12 +306,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.processes < 1 or given.batches < 1:
             raise ValueError("--processes and --batches must be at least 1")
-        parse, plan_of = PROGRAMS[given.program]
         try:
-            options = parse(words)
+            options = parse_options(COMMANDS[given.program], words)
         except ValueError as error:
             raise ValueError(f"{error} (as {given.program} reads it; --program names another)") from None
-        for found in examine(options, plan_of, given.processes, given.batches, given.price):
+        for found in examine(options, given.processes, given.batches, given.price):
             wrong |= isinstance(found, Finding) and found.verdict == WRONG
             sys.stdout.write(f"{found}\n")
     except ValueError as error:

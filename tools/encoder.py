@@ -68,6 +68,8 @@ class Encoder:
     options: Mapping[str, Any]
     """The run's; empty for weights of another program."""
     updates: int | None = None
+    program: str = ""
+    """The program that trained it; empty for weights of another project."""
 
     @property
     def heads(self) -> int:
@@ -101,7 +103,8 @@ class Encoder:
     @property
     def method(self) -> str:
         """How it was trained, in a word or two."""
-        return self.options.get("method") or ("fine-tuning" if self.options else "another program's")
+        names = {"pretrain": self.options.get("method", ""), "finetune": "fine-tuning"}
+        return names.get(self.program, "another program's")
 
     @property
     def run(self) -> Path:
@@ -147,7 +150,9 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
     """
     file = given.checkpoint_of(path)
     weights, options = checkpoint.load_model(file, averaged=True)
-    if "decode.classify.weight" in weights:
+    state = checkpoint.load(file) if options else {}
+    program = checkpoint.program_of(state) if state else ""
+    if program == "segment":
         raise ValueError(
             f"{file} is a segmenter, whose encoder has no last norm; `visualize.py figure9` shows what it predicts"
         )
@@ -160,14 +165,14 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
     statistics = pixel_statistics(settled["in_chans"], mean, std)
     encoder = Encoder(model, ARCHITECTURES[size], settled, statistics, file, options)
     if options:
-        encoder = replace(encoder, updates=checkpoint.load(file).get("step"))
+        encoder = replace(encoder, updates=state.get("step"), program=program)
         compare(encoder, _as_trained(options, weights, encoder), f"the model extracted from {file}")
     return encoder if input_size in (None, encoder.image_shape[1:]) else encoder.at_size(input_size)
 
 
 def _as_trained(options: Mapping[str, Any], weights: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
     """Return the outputs of the model that the run itself built, for `encoder.probe()`."""
-    if "method" in options:
+    if encoder.program == "pretrain":
         pretrainer = methods.from_options(options)
         pretrainer.load_state_dict(weights)
         with torch.inference_mode():

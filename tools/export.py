@@ -413,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words.format in FORMATS:
             require_packages(words.format)
         file = given.checkpoint_of(words.model)
-        if segmenter.is_segmenter(checkpoint.load_weights(file)):
+        if checkpoint.program_at(file) == "segment":
             if words.input_size or words.num_heads:
                 raise ValueError("input_size and num_heads do not apply to a segmenter: its run states them")
             trained = segmenter.load(file)

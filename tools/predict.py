@@ -197,13 +197,13 @@ def predict(
     """
     file = given.checkpoint_of(model)
     weights, made_with = checkpoint.load_model(file, averaged=True)
-    is_segmenter = segmenters.is_segmenter(weights)
-    if not is_segmenter and "head.weight" not in weights:
+    program = checkpoint.program_at(file)
+    if program == "pretrain" or (not program and "head.weight" not in weights):
         raise ValueError(
             f"{file} is an encoder without a classification head: fine-tune it first (main_finetune.py, "
             "main_segment.py), or compute its features with tools.embed"
         )
-    if not is_segmenter and "patch_embed.proj.weight" not in weights:
+    if program == "probe":
         raise ValueError(
             f"{file} is a linear probe, which holds no encoder: fine-tune the encoder with main_finetune.py to predict"
         )
@@ -212,7 +212,7 @@ def predict(
     files = find_images(images, output)
     channels, value_range = made_with.get("in_chans", 3), made_with.get("value_range", ())
     source = open_images(files, channels, value_range)
-    if is_segmenter:
+    if program == "segment":
         trained = segmenters.load(file)
         trained.model.to(device)
         output.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import methods
-from data import masks, splits
-from data.loader import Batch, Batches, Source
-from options import FinetuneOptions, PretrainOptions, SegmentOptions
-from programs import finetune, pretrain, segment
+import programs
+from data.loader import Batch
 from util import checkpoint, precision
 from util.distributed import Processes, pick_device
 from util.logging import talk
-from util.run import share_batches
 from util.stepper import seed_micro_step
 
 ALL_FINITE = 1  # the exit code when the trouble does not come back
@@ -46,45 +41,25 @@ class Replay:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{dump} is no dump of a bad step: give a run's debug/bad-step-NNNNNNNN.json") from error
         state = checkpoint.load(dump.with_suffix(".pth"))
-        options = _options(state["options"], dump)
+        program = checkpoint.program_of(state)
+        if program not in programs.PLANNED:
+            raise ValueError(f"{dump} is of {program}, whose steps cannot be replayed")
+        options = programs.read_options(program, state["options"])
         self.options = replace(options, num_workers=0, data_path=data_path or options.data_path)
         self.device = pick_device(device)
         self.autocast = precision.autocast(
             precision.resolve_amp(amp or self.record.get("amp", options.amp), self.device), self.device
         )
-        self.model, self.trained, self.source, self._batches = self._parts()
+        self._plan = programs.load(program).make_plan(self.options, Processes(0, 1, 0, self.device))
+        self.model, self.source = self._plan.model, self._plan.source
+        self.trained = self._plan.make_objective(self.model)
         self.model.load_state_dict(state["model"])
         self.model.to(self.device).train()
-
-    def _parts(self) -> tuple[nn.Module, nn.Module, Source, Callable[[Processes], Batches]]:
-        """The model, what the run called with a batch (the model, or an objective around it), images, and batches."""
-        options = self.options
-        if isinstance(options, PretrainOptions):
-            pretrained = pretrain.build_model(options)
-            source = pretrain.open_images(options, pretrained)
-            pretrain.settle(options, pretrained, source)
-            return pretrained, pretrained, source, partial(pretrain.make_batches, options, pretrained, source)
-        if isinstance(options, SegmentOptions):
-            alone = Processes(0, 1, 0, self.device)
-            source = masks.open_splits(options, alone).train
-            segmenter = segment.build_model(options, options.num_classes, alone)
-            samples = segment.training_images(options, source)
-            objective = segment.objective_of(options, segmenter, source)
-            return segmenter, objective, source, partial(share_batches, options, samples)
-        source = splits.open_splits(options).train
-        classifier = finetune.build_model(options, options.num_classes)
-        samples = finetune.training_images(options, source)
-        return (
-            classifier,
-            finetune.objective_of(options, classifier, source),
-            source,
-            partial(share_batches, options, samples),
-        )
 
     def micro_batches(self) -> Iterator[tuple[str, Batch]]:
         """The last step's batches of every process, ready to be worked on. ValueError where the data has changed."""
         for rank, newest in enumerate(self.ranks):
-            batches = self._batches(Processes(rank, len(self.ranks), 0, self.device))
+            batches = self._plan.make_batches(Processes(rank, len(self.ranks), 0, self.device))
             step, accum = newest["step"], self.options.accum_iter
             epoch, done = divmod(step, batches.steps_per_epoch)
             found = list(islice(batches.epoch(epoch, done), accum))
@@ -124,15 +99,6 @@ class Replay:
             f"every output and loss is finite, {len(bad)} of {len(named)} gradients are not; going backwards the first "
             f"is that of {bad[-1]}"
         ]
-
-
-def _options(made_with: Mapping[str, Any], dump: Path) -> PretrainOptions | FinetuneOptions | SegmentOptions:
-    if "method" in made_with:
-        return methods.read_options(made_with)
-    for schema, own in ((FinetuneOptions, "mixup"), (SegmentOptions, "max_class_share")):
-        if own in made_with:
-            return schema(**made_with)
-    raise ValueError(f"{dump} is of a program whose steps are not replayed, such as a linear probe")
 
 
 class _Watch:

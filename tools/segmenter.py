@@ -5,10 +5,8 @@ N images   C channels   K classes   H W rows and columns of an image
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,11 +59,6 @@ class Trained:
         return scores.argmax(dim=1)[0].cpu()
 
 
-def is_segmenter(weights: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint's weights are those of a segmenter."""
-    return "decode.classify.weight" in weights
-
-
 def load(path: Path) -> Trained:
     """Load the segmenter of a run folder or a checkpoint, on the CPU.
 
@@ -74,7 +67,8 @@ def load(path: Path) -> Trained:
     """
     file = given.checkpoint_of(path)
     weights, made_with = checkpoint.load_model(file, averaged=True)
-    if not made_with or not is_segmenter(weights):
+    state = checkpoint.load(file) if made_with else {}
+    if not made_with or checkpoint.program_of(state) != "segment":
         raise ValueError(f"{file} is not a segmenter of main_segment.py")
     options = from_dict(SegmentOptions, made_with)
     classes = len(weights["decode.classify.weight"])
@@ -83,4 +77,4 @@ def load(path: Path) -> Trained:
     names = read_classes(checkpoint.run_of(file))
     if len(names) != classes:
         names = [str(number) for number in range(classes)]
-    return Trained(model.eval(), options, file, names, checkpoint.load(file).get("step", 0))
+    return Trained(model.eval(), options, file, names, state.get("step", 0))

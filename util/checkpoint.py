@@ -134,6 +134,22 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path} could not be read as a checkpoint ({type(error).__name__}: {error})") from error
 
 
+def program_of(state: Mapping[str, Any]) -> str:
+    """Return which program wrote a checkpoint: "pretrain", "finetune", "probe" or "segment".
+
+    Earlier versions did not store it; there the options that only one program has decide.
+    """
+    if "program" in state:
+        return state["program"]
+    own = {"method": "pretrain", "mixup": "finetune", "max_class_share": "segment"}
+    return next((program for option, program in own.items() if option in state["options"]), "probe")
+
+
+def program_at(path: str | Path) -> str:
+    """Return which program wrote a file; "" for the weights of another project."""
+    return program_of(load(path)) if load_model(path)[1] else ""
+
+
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Load the model weights of a checkpoint of this project, MAE, the released NoR-MAE or timm, or of safetensors."""
     return load_model(path)[0]

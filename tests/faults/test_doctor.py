@@ -79,7 +79,7 @@ def test_unreadable_images_are_found_and_weighed(tmp_path):
 
 def test_shared_memory_must_hold_what_workers_have_ready(options, free):
     """2 processes x 3 workers x 2 batches x 64 images of 8 x 8 bytes and 16 floats of noise, one row of it."""
-    image = doctor.pretraining(resolve(options), 2, CPU).image_bytes
+    image = doctor.plan_of(resolve(options), 2, CPU).image_bytes
     needed = 2 * 3 * 2 * 64 * (8 * 8 + 4 * 16)
     for amount, verdict in ((needed, WRONG), (needed + 1, DOUBTFUL), (2 * needed + 1, GOOD)):
         free(amount)
@@ -87,14 +87,15 @@ def test_shared_memory_must_hold_what_workers_have_ready(options, free):
 
 
 def test_the_disk_must_hold_every_checkpoint(options, free, tmp_path):
-    plan = doctor.pretraining(resolve(options), 1, CPU)
+    plan = doctor.plan_of(resolve(options), 1, CPU)
     weights = sum(value.numel() for value in plan.model.state_dict().values())
     trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
     needed = (options.keep + 3) * 4 * (weights + 2 * trained)
-    assert plan.checkpoints * plan.checkpoint_bytes == needed
+    size, files = doctor.checkpoint_bytes(plan, plan.make_optimizer(CPU)), doctor.checkpoint_files(plan.options)
+    assert files * size == needed
     for amount, verdict in ((needed, WRONG), (2 * needed + 1, GOOD)):
         free(amount)
-        assert doctor.disk(str(tmp_path / "run"), plan.checkpoint_bytes, plan.checkpoints).verdict == verdict
+        assert doctor.disk(str(tmp_path / "run"), size, files).verdict == verdict
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path):
@@ -106,11 +107,12 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
 def test_a_classifier_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
     """Erasing hands out floats, a moving average is a second set of weights, SGD has one moment, the best is kept."""
     words = [*DOORS["main_finetune"], "--batch_size", "64", "--num_workers", "1", "--ema", "0.9", "--optimizer", "sgd"]
-    plan = doctor.finetuning(resolve(main_finetune.parse_options(words)), 1, CPU)
+    plan = doctor.plan_of(resolve(main_finetune.parse_options(words)), 1, CPU)
     weights = sum(value.numel() for value in plan.model.state_dict().values())
     trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
     assert plan.image_bytes == 4 * 8 * 8 + 8
-    assert (plan.checkpoints, plan.checkpoint_bytes) == (plan.options.keep + 4, 4 * (2 * weights + trained))
+    size, files = doctor.checkpoint_bytes(plan, plan.make_optimizer(CPU)), doctor.checkpoint_files(plan.options)
+    assert (files, size) == (plan.options.keep + 4, 4 * (2 * weights + trained))
     more = ["--program", "main_finetune.py", "--batches", "1", "--output_dir", str(tmp_path / "run")]
     assert doctor.main([*words, *more, "--num_workers", "0"]) == 0
     assert "of 10 classes" in (said := capsys.readouterr().out) and "an epoch of 5 updates" in said
@@ -122,12 +124,13 @@ def test_a_classifier_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
 def test_a_segmenter_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
     """Crops of 16 x 16 in colour with masks of 16 bits; batch norm's statistics are saved, too. 36 steps: 3 epochs."""
     words = [*DOORS["main_segment"], "--data_path", "scenes", "--total_batch_size", "16", "--steps", "36"]
-    plan = doctor.segmenting(resolve(main_segment.parse_options(words)), 1, CPU)
+    plan = doctor.plan_of(resolve(main_segment.parse_options(words)), 1, CPU)
     whole = sum(value.numel() * value.element_size() for value in plan.model.state_dict().values())
     trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
     crop = next(iter(plan.batches.epoch(0)))
     assert plan.image_bytes == (crop.images[0].nbytes + crop.labels[0].nbytes) == 16 * 16 * (3 + 2)
-    assert (plan.checkpoints, plan.checkpoint_bytes) == (plan.options.keep + 4, whole + 8 * trained)
+    size, files = doctor.checkpoint_bytes(plan, plan.make_optimizer(CPU)), doctor.checkpoint_files(plan.options)
+    assert (files, size) == (plan.options.keep + 4, whole + 8 * trained)
     more = ["--program", "main_segment.py", "--batches", "1", "--output_dir", str(tmp_path / "run")]
     assert doctor.main([*words, *more]) == 0
     said = capsys.readouterr().out

@@ -38,7 +38,7 @@ def figure9(
     for path in runs:
         file = given.checkpoint_of(path)
         weights, made_with = checkpoint.load_model(file)
-        if "max_class_share" not in made_with:
+        if checkpoint.program_at(file) != "segment":
             raise ValueError(f"{file} is not a segmenter of main_segment.py")
         options = replace(from_dict(SegmentOptions, made_with), check_masks=False)
         options = replace(options, data_path=data_path or options.data_path)

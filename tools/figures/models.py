@@ -155,12 +155,13 @@ def _of_run(path: Path, device: str) -> Shown:
     """Load a pretrained autoencoder, or the encoder of a classifier."""
     file = given.checkpoint_of(path)
     try:
-        options = checkpoint.load(file)["options"]
+        state = checkpoint.load(file)
     except checkpoint.CheckpointError as error:
         advice = f"the weights of another program need the model's name beside them: mae_vit_base_patch16={path}"
         raise ValueError(f"{error}. For a picture, {advice}") from error
     model: Any
-    if "method" in options:
+    options = state["options"]
+    if checkpoint.program_of(state) == "pretrain":
         trained = given.load(path, device)
         model, about, updates = trained.model, options["method"], trained.updates
         if trained.model.encoder_prefix:  # the features are those of another encoder than the trained one

@@ -1,0 +1,69 @@
+"""What fine-tuning and segmentation share: a pretrained encoder, layer-wise learning rates, training or evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import methods
+import models_classifier
+from models_classifier import Classifier
+from models_vit import LoadReport, for_channels
+from options import TransferOptions
+from util import distributed, optim, precision
+from util.distributed import Processes
+from util.logging import talk
+
+log = logging.getLogger("transfer")
+
+Options = TypeVar("Options", bound=TransferOptions)
+Work = Callable[[Options, Processes], None]
+
+
+def train_or_evaluate(options: Options, train: Work[Options], evaluate: Work[Options]) -> None:
+    """Do what the (resolved) options ask for, together with the other processes."""
+    torch.manual_seed(options.seed)
+    with distributed.start(options.device) as processes:
+        talk(processes.main)
+        (evaluate if options.eval else train)(options, processes)
+
+
+def load_initial_weights(
+    options: TransferOptions,
+    model: Classifier,
+    load: Callable[[Any, Mapping[str, Tensor], Mapping[str, Any]], LoadReport],
+) -> None:
+    """Initialise `model` from the checkpoint in `init_from`, if there is one, with `load(model, weights, options)`."""
+    if not options.init_from:
+        log.warning("no --init_from: the encoder starts from random weights, not from a pretrained one")
+    if options.init_from and not options.from_scratch:
+        weights, made_with = methods.load_pretrained(options.init_from)
+        report = load(model, for_channels(weights, options.in_chans), made_with)
+        log.info("weights from %s: %s", options.init_from, report)
+
+
+def layer_groups(options: TransferOptions, model: Classifier) -> tuple[float, list[dict[str, Any]]]:
+    """Return the learning rate and the parameter groups, and log the rate of each layer."""
+    lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
+    groups = optim.finetune_groups(model, options.weight_decay, options.layer_decay)
+    for scale, parts in models_classifier.layers_of(model, groups):
+        log.info("learning rate %.3e (x %.6f): %s", lr * scale, scale, ", ".join(parts))
+    return lr, groups
+
+
+def autocast(options: TransferOptions, processes: Processes) -> Callable[[], AbstractContextManager]:
+    """Return the context of mixed precision for an evaluation without a run."""
+    return precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
+
+
+def log_model(options: TransferOptions, model: Classifier) -> None:
+    """Log the size of the model and where its weights come from."""
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rows, columns = model.patch_embed.grid_size
+    start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
+    log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
