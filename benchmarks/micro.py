@@ -1,11 +1,12 @@
-"""What NoR-MAE adds to a step, part by part: our forms against those of the released program, restated.
+"""Measure parts of a step: what NoR-MAE adds, our forms against those of the released program, and MaskFeat's target.
 
     python -m benchmarks.micro                                   # 64 images, ViT-Tiny/16 at 224 px, one CPU thread
     python -m benchmarks.micro --device cuda --amp bf16 --batch_size 512
 
 `relation` is the off-diagonal sum of the two predictions, forward and backward: ours without the P x P matrices, the
 restated one through an einsum. `search` finds the companions of the visible patches and hands out their tokens: ours by
-shifted products, the restated one by gathering the eight neighbours of every patch, `[N, L, 8, D]`.
+shifted products, the restated one by gathering the eight neighbours of every patch, `[N, L, 8, D]`. `hog`, where cells
+of 8 pixels fill the patches, is the histograms of oriented gradients of a batch beside a whole step of SimMIM.
 """
 
 from __future__ import annotations
@@ -20,13 +21,24 @@ from torch import Tensor
 
 from benchmarks.measure import in_turn, paired_ratios, progress, publish, quartiles, spread, table, where
 from benchmarks.restated_nor_mae import RestatedNoRMAE
-from benchmarks.step import AMP, Setting, clock_of, peak_bytes, restated, seconds_of, setting_from, setting_parser
+from benchmarks.step import (
+    AMP,
+    OurStep,
+    Setting,
+    clock_of,
+    peak_bytes,
+    restated,
+    seconds_of,
+    setting_from,
+    setting_parser,
+)
 from models_mae import take
 from models_nor_mae import closest_neighbors, neighbor_relation
+from models_targets import HOG_CELL, hog
 
 
 def works(setting: Setting) -> dict[str, dict[str, Callable[[], object]]]:
-    """Of each part, the restated form and ours."""
+    """Return the forms of each part that are compared; the first is the reference."""
     device, dtype = torch.device(setting.device), AMP[setting.amp]
     released = restated(setting, RestatedNoRMAE).model
     assert isinstance(released, RestatedNoRMAE)
@@ -55,13 +67,21 @@ def works(setting: Setting) -> dict[str, dict[str, Callable[[], object]]]:
         grid = (setting.input_size // setting.patch_size,) * 2
         return take(tokens_NLD, closest_neighbors(tokens_NLD, grid).gather(1, ids_NV))
 
-    return {
+    parts: dict[str, dict[str, Callable[[], object]]] = {
         "relation": {
             "restated": functools.partial(backward, released.relation),
             "ours": functools.partial(backward, neighbor_relation),
         },
         "search": {"restated": gathered, "ours": shifted},
     }
+    if setting.patch_size % HOG_CELL == 0:
+        images, noise_N1L = drawn(3, setting.input_size, setting.input_size).float(), drawn(1, L).float()
+        step = OurStep(setting, "simmim", compiled=False, mask_ratio=0.6)
+        parts["hog"] = {
+            "simmim step": functools.partial(step, images, noise_N1L),
+            "hog": functools.partial(hog, images, setting.patch_size),
+        }
+    return parts
 
 
 def measure(setting: Setting, say: Callable[[str], None] = progress) -> dict[str, Any]:
@@ -85,16 +105,17 @@ def markdown(result: Mapping[str, Any]) -> str:
     setting = Setting(**result["setting"])
     rows = []
     for part, found in result["parts"].items():
+        first = next(iter(found["seconds"]))
         for name, times in found["seconds"].items():
-            faster = "1" if name == "restated" else spread(found["ratios"][f"restated/{name}"], 2)
-            share = found["peak_bytes"][name] / found["peak_bytes"]["restated"]
+            faster = "1" if name == first else spread(found["ratios"][f"{first}/{name}"], 2)
+            share = found["peak_bytes"][name] / found["peak_bytes"][first]
             milliseconds = spread({key: 1000 * value for key, value in quartiles(times).items()}, 1)
             rows.append([part, name, milliseconds, faster, f"{found['peak_bytes'][name] / 1e6:.1f}", f"{share:.2f}"])
     return (
-        f"# Parts of the neighbour term: {setting.words}\n\n"
+        f"# Parts of a step: {setting.words}\n\n"
         f"{where(result['machine'])} {setting.rounds} rounds of {setting.steps} run(s), {result['clock']}; medians and "
         "quartiles, ratios within a round.\n\n"
-        + table(["part", "form", "ms", "times faster", "peak MB", "of the restated"], rows)
+        + table(["part", "form", "ms", "times faster", "peak MB", "of the first"], rows)
     )
 
 

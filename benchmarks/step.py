@@ -79,14 +79,15 @@ class Setting:
             if method == "dmae":
                 terms = {"teacher": {"checkpoint": self.write_teacher(Path(folder) / "teacher.pth")}}
             torch.manual_seed(self.seed)
+            options = {"norm_pix_loss": self.norm_pix_loss, "mask_ratio": mask_ratio}
+            if "decoder_depth" in methods.own_options(method):
+                options["decoder_depth"] = self.decoder_depth
             return methods.build(
                 method,
                 model=f"mae_vit_{self.size}_patch{self.patch_size}",
                 input_size=self.input_size,
-                decoder_depth=self.decoder_depth,
-                norm_pix_loss=self.norm_pix_loss,
-                mask_ratio=mask_ratio,
                 terms=terms,
+                **options,
             )
 
     def write_teacher(self, path: Path) -> str:

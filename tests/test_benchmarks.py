@@ -97,7 +97,9 @@ def test_parts_of_the_term_give_what_the_restated_parts_give_and_are_measured(tm
     output = tmp_path / "micro.json"
     micro.main([*SMALL, "--output", str(output)])
     parts = json.loads(output.read_text())["parts"]
-    assert list(parts) == ["relation", "search"]
+    assert list(parts) == ["relation", "search", "hog"]
+    hog = parts.pop("hog")
+    assert {name: len(times) for name, times in hog["seconds"].items()} == {"simmim step": 2, "hog": 2}
     for found in parts.values():
         assert {name: len(times) for name, times in found["seconds"].items()} == {"restated": 2, "ours": 2}
         assert "restated/ours" in found["ratios"] and found["peak_bytes"]["ours"] < found["peak_bytes"]["restated"]
