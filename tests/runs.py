@@ -13,10 +13,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+import methods
 import programs
 from util import checkpoint
 
@@ -39,6 +41,21 @@ TINY_SEGMENTER = (
     "--save_minutes 0"
 ).split()
 LIGHT = ["--aa", "", *"--hflip 0 --min_scale 0.6 --reprob 0.25 --drop_path 0.1".split()]
+
+
+def tiny_for(method: str) -> list[str]:
+    """Of `TINY` the options that the method has, with patches that HOG's cells fill where it predicts HOG."""
+    optional = {f"--{option.name}" for entry in methods.METHODS.values() for option in fields(entry.options)}
+    optional -= {f"--{name}" for name in methods.own_options(method)}
+    chosen, skipping = [], False
+    for word in TINY:
+        skipping = word in optional or (skipping and not word.startswith("--"))
+        chosen += [] if skipping else [word]
+    if method == "maskfeat":
+        chosen += "--model mae_vit_tiny_patch8 --input_size 32".split()
+    return chosen
+
+
 DOORS = {  # front door: the options that every run of it begins with
     "main_pretrain": TINY,
     "main_finetune": [*TINY_CLASSIFIER, *LIGHT],

@@ -12,22 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import methods
 from methods import METHODS
-from tests.runs import context, finish
-from tests.small import NARROW, batch, small, teacher_checkpoint
+from tests.runs import context, finish, tiny_for
+from tests.small import CODES, NARROW, batch, small, teacher_checkpoint
 from tests.test_distributed import assert_equal_to_rounding, finish_ranks
 
 SHARED = [name for name, method in METHODS.items() if "label" not in method.terms]
 RANKS, IMAGES = 2, 8
-WORDS = (
-    "--data_path digits --input_size 8 --in_chans 1 --model mae_vit_tiny_patch2 --embed_dim 24 --depth 2 --num_heads 2 "
-    "--total_batch_size 256 --epochs 1 --warmup_epochs 1 --num_workers 0 --device cpu --log_every 1 --save_minutes 0"
-).split()
-DECODER = {
-    "decoder_embed_dim": 16,
-    "decoder_depth": 1,
-    "decoder_num_heads": 2,
-    "norm_pix_loss": True,
-}
 VARIANTS = {
     "with half of the images": ("nor_mae", {"neighbor": {"fraction": 0.5}}),
     "with a class token's uniformity": ("u_mae", {"uniformity": {"pool": "class", "weight": 1.0}}),
@@ -96,12 +86,18 @@ def test_two_processes_have_the_gradients_of_one(ranks, name):
 @pytest.mark.parametrize("method", [name for name in SHARED if name not in ("mae", "nor_mae", "random_asymmetry_mae")])
 def test_a_run_on_two_processes_equals_one(tmp_path, method):
     """Through the front door, for what `test_two_processes_equal_one` does not run."""
-    own = methods.own_options(method)
-    given = {name: value for name, value in (DECODER | NARROW | {"local_size": 4}).items() if name in own}
-    words = [*WORDS, "--method", method, *(word for name, value in given.items() for word in (f"--{name}", value))]
-    if "teacher" in METHODS[method].terms:
+    own, narrow = methods.own_options(method), {**NARROW, **CODES, "local_size": 4}
+    words = [*tiny_for(method), "--method", method, "--epochs", 1]
+    words += [word for name, value in narrow.items() if name in own for word in (f"--{name}", value)]
+    if "teacher" in METHODS[method].terms or method == "vqkd_tokenizer":
         finish(tmp_path / "teacher", "--method", "mae", "--embed_dim", 32, "--depth", 4, "--epochs", 1)
-        words += ["--terms.teacher.checkpoint", tmp_path / "teacher/checkpoints/last.pth"]
+        option = "--teacher" if method == "vqkd_tokenizer" else "--terms.teacher.checkpoint"
+        words += [option, tmp_path / "teacher/checkpoints/last.pth"]
+    if "tokenizer" in own:
+        codes = [word for name, value in CODES.items() for word in (f"--{name}", value)]
+        tokenizer = [*tiny_for("vq_tokenizer"), "--method", "vq_tokenizer", *codes, "--epochs", 1]
+        finish(tmp_path / "tokenizer", *tokenizer, tiny=False)
+        words += ["--tokenizer", tmp_path / "tokenizer"]
     finish(tmp_path / "one", *words, tiny=False)
     finish_ranks(2, tmp_path / "two", *words, tiny=False)
     # MoCo-v3's batch norm removes what the last norm's bias adds to all images.

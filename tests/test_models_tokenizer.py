@@ -8,7 +8,7 @@ import methods
 from models_targets import nearest_center, patchify
 from models_tokenizer import FSQ, EMACodebook, KMeansTokenizer, encoder_from, load_tokenizer
 from models_vit import digest_of
-from tests.runs import TINY, Training, assert_same_end, finish
+from tests.runs import Training, assert_same_end, finish, tiny_for
 from tests.small import CODES, batch, options_of, small, teacher_checkpoint, tokenizer_checkpoint, write_checkpoint
 from util import checkpoint
 
@@ -329,31 +329,22 @@ def test_weights_have_one_digest_whatever_their_order():
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
-WORDS = [word for name, value in CODES.items() for word in (f"--{name}", value)] + ["--epochs", 2]
-
 
 @pytest.mark.slow
 def test_a_killed_tokenizer_resumes_bit_for_bit_and_beit_takes_its_tokens(tmp_path):
-    words = ["--method", "vq_tokenizer", *WORDS, "--picture_every", 2, "--save_steps", 2]
-    plain = [word for word in TINY if word != "--norm_pix_loss"]
-    finish(tmp_path / "one", *plain, *words, tiny=False)
-    Training(tmp_path / "killed", *plain, *words, tiny=False).kill_at(5)
-    finish(tmp_path / "killed", *plain, *words, tiny=False)
+    codes = [word for name, value in CODES.items() for word in (f"--{name}", value)]
+    words = [*tiny_for("vq_tokenizer"), "--method", "vq_tokenizer", *codes, "--epochs", 2]
+    words += ["--picture_every", 2, "--save_steps", 2]
+    finish(tmp_path / "one", *words, tiny=False)
+    Training(tmp_path / "killed", *words, tiny=False).kill_at(5)
+    finish(tmp_path / "killed", *words, tiny=False)
     assert_same_end(tmp_path / "one", tmp_path / "killed")
     state = checkpoint.load(tmp_path / "one" / "checkpoints" / "last.pth")
     assert state["model"]["quantizer.updates"] == state["step"] > 5
     assert [path.suffix for path in (tmp_path / "one" / "samples").iterdir()] == [".png"]
-    beit = ["--method", "beit", "--tokenizer", tmp_path / "one", "--epochs", 1]
-    finish(tmp_path / "beit", *without_decoder(plain), *beit, tiny=False)
+    beit = [*tiny_for("beit"), "--method", "beit", "--tokenizer", tmp_path / "one", "--epochs", 1]
+    finish(tmp_path / "beit", *beit, tiny=False)
     kept = methods.from_checkpoint(tmp_path / "beit" / "checkpoints" / "last.pth")[1]
     assert kept["tokens"] == 24 and len(kept["token_digest"]) == 64
-    training = Training(tmp_path / "other", *without_decoder(plain), *beit, "--mean", "0.3", tiny=False)
+    training = Training(tmp_path / "other", *beit, "--mean", "0.3", tiny=False)
     assert training.wait() == 2 and "another mean: give --mean 0.5" in training.said
-
-
-def without_decoder(words):
-    kept = list(words)
-    for name in ("--decoder_embed_dim", "--decoder_depth", "--decoder_num_heads"):
-        index = kept.index(name)
-        del kept[index : index + 2]
-    return kept
