@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from models_mae import DECODERS, MaskedAutoencoderViT, MaskedImageModel, Masking, Term, View, block_number
 from models_vit import (
     ENCODER_INPUT,
-    SIZES,
     Block,
     FrozenNetwork,
     Reader,
     VisionTransformer,
     at_least_float32,
+    attention_heads,
     digest_of,
     initialize,
     load_matching,
@@ -143,12 +143,7 @@ def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_wit
     path = options.checkpoint
     embed_dim = weights["cls_token"].shape[-1]
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    heads = {size.embed_dim: size.num_heads for size in SIZES.values()}.get(embed_dim, 0)
-    if "model" in trained_with:
-        named = [size.num_heads for name, size in SIZES.items() if f"_{name}_" in trained_with["model"]]
-        heads = trained_with.get("num_heads") or named[0]
-    elif options.num_heads:
-        heads = options.num_heads
+    heads = attention_heads(trained_with, embed_dim, options.num_heads)
     if not heads:
         raise ValueError(
             f"checkpoint {path} does not tell the teacher's attention heads: give --terms.teacher.num_heads"

@@ -43,6 +43,7 @@ __all__ = [
     "VisionTransformer",
     "adapt_input_conv",
     "at_least_float32",
+    "attention_heads",
     "copy_into",
     "cosine_between",
     "digest_of",
@@ -86,6 +87,23 @@ SIZES: dict[str, Size] = {
 
 ONE_WIDTH_TWO_HEADS = {192: "12 in NoR-MAE and MAE-Lite, 3 in DeiT and timm"}
 INPUT_SIZE = 224
+
+
+def attention_heads(options: Mapping[str, Any], embed_dim: int, given: int = 0) -> int:
+    """Return the attention heads of a checkpoint's encoder, which its weights do not determine.
+
+    Args:
+        options: of the run that wrote the checkpoint; {} for the weights of another project.
+        embed_dim: channels of the encoder.
+        given: what the user states, for weights of another project.
+
+    Returns:
+        The heads of the run, else those given, else those of all encoders of that width; 0 where these differ.
+    """
+    if "model" in options:
+        return options.get("num_heads") or SIZES[parse_name(options["model"])[0]].num_heads
+    usual = {size.embed_dim: size.num_heads for size in SIZES.values() if size.embed_dim not in ONE_WIDTH_TWO_HEADS}
+    return given or usual.get(embed_dim, 0)
 
 
 def parse_name(model: str) -> tuple[str, int]:
@@ -313,8 +331,8 @@ def load_from_run(model: VisionTransformer, weights: Mapping[str, Tensor], made_
                 *(model.blocks[0].attn.num_heads, model.embed_dim, ONE_WIDTH_TWO_HEADS[model.embed_dim]),  # type: ignore[union-attr]
             )
         return load_matching(model, weights)
-    size, patch_size = parse_name(made_with["model"])
-    heads, theirs = model.blocks[0].attn.num_heads, made_with["num_heads"] or SIZES[size].num_heads  # type: ignore[union-attr]
+    _, patch_size = parse_name(made_with["model"])
+    heads, theirs = model.blocks[0].attn.num_heads, attention_heads(made_with, model.embed_dim)  # type: ignore[union-attr]
     if theirs != heads:
         raise ValueError(f"these weights are of an encoder with {theirs} attention heads, the model has {heads}")
     rows, columns = made_with["input_size"]

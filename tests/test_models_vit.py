@@ -11,6 +11,7 @@ import models_vit
 from models_vit import (
     SIZES,
     VisionTransformer,
+    attention_heads,
     for_channels,
     initialize,
     load_from_run,
@@ -150,6 +151,21 @@ def test_positions_of_another_size_are_resampled_without_antialiasing():
     with pytest.raises(ValueError, match="12"):
         load_matching(square, rectangle.state_dict())
     assert load_matching(square, rectangle.state_dict(), grid=(2, 6)).resampled == ["pos_embed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "embed_dim", "given", "heads"),
+    [
+        ({"model": "mae_vit_tiny_patch16", "num_heads": 0}, 192, 0, 12),
+        ({"model": "mae_vit_tiny_patch16", "num_heads": 3}, 192, 6, 3),  # a run states its own
+        ({}, 768, 0, 12),
+        ({}, 768, 6, 6),
+        ({}, 192, 0, 0),  # 12 or 3
+        ({}, 100, 0, 0),
+    ],
+)
+def test_attention_heads_come_from_the_run_else_from_the_user_else_from_the_width(options, embed_dim, given, heads):
+    assert attention_heads(options, embed_dim, given) == heads
 
 
 def test_weights_of_a_run_come_with_its_grid_and_its_heads():

@@ -34,8 +34,8 @@ from models_vit import (
     ONE_WIDTH_TWO_HEADS,
     SIZES,
     VisionTransformer,
+    attention_heads,
     load_matching,
-    parse_name,
     patch_grid,
     require_plain_encoder,
 )
@@ -256,14 +256,10 @@ def _pool(options: Mapping[str, Any], has_head: bool, has_fc_norm: bool) -> str:
 
 
 def _heads(file: Path, width: int, options: Mapping[str, Any], num_heads: int) -> int:
-    if options:
-        trained = options["num_heads"] or SIZES[parse_name(options["model"])[0]].num_heads
-        if num_heads not in (0, trained):
-            raise ValueError(f"num_heads: {file} was trained with {trained} attention heads, not with {num_heads}")
-        return trained
-    usual = {known.embed_dim: known.num_heads for known in SIZES.values() if known.embed_dim not in ONE_WIDTH_TWO_HEADS}
-    heads = num_heads or usual.get(width)
-    if heads is None:
+    heads = attention_heads(options, width, num_heads)
+    if options and num_heads not in (0, heads):
+        raise ValueError(f"num_heads: {file} was trained with {heads} attention heads, not with {num_heads}")
+    if not heads:
         known = f": {ONE_WIDTH_TWO_HEADS[width]}" if width in ONE_WIDTH_TWO_HEADS else ""
         raise ValueError(
             f"num_heads: weights do not tell how many attention heads share their channels, and {file} says nothing "
@@ -271,7 +267,7 @@ def _heads(file: Path, width: int, options: Mapping[str, Any], num_heads: int) -
         )
     if heads < 1 or width % heads:
         raise ValueError(f"num_heads: {heads} heads cannot share {width} channels")
-    if not num_heads:
+    if not options and not num_heads:
         log.info("%s: %d attention heads, as every ViT of %d channels in the MAE family has", file, heads, width)
     return heads
 
