@@ -195,6 +195,8 @@ def open_source(
         dataset, data_path = _guess(data_path)
     if class_list and dataset not in ("folder", "pack"):
         raise ValueError(f"class_list selects class folders and does not apply to dataset {dataset!r}")
+    if label_offset is not None and not (dataset.endswith(".txt") or dataset.startswith("wds")):
+        raise ValueError(f"label_offset is for numbers in lists and label files and does not apply to {dataset!r}")
     wanted = _Wanted(dataset, data_path, split, in_chans, class_list, known, label_offset)
     try:
         source = _open(wanted)

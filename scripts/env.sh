@@ -81,6 +81,6 @@ prepare() {
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
-    prepare requirements.txt requirements/dev.txt requirements/export.txt requirements/tiff.txt
+    prepare requirements.txt requirements/dev.txt requirements/export.txt requirements/tiff.txt requirements/heif.txt
     printf '%s\n' "$PYTHON"
 fi

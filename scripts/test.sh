@@ -9,7 +9,7 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
-prepare requirements.txt requirements/dev.txt requirements/export.txt requirements/tiff.txt
+prepare requirements.txt requirements/dev.txt requirements/export.txt requirements/tiff.txt requirements/heif.txt
 
 "$PYTHON" -m ruff format --check --quiet . || complain "Not formatted: run '$PYTHON -m ruff format .'"
 "$PYTHON" -m ruff check .

@@ -11,7 +11,7 @@ from data.sources import Names, Source, open_source
 from options import FinetuneOptions, PretrainOptions, SegmentOptions, parse
 from tests import test_masks
 from tests.runs import final, finish
-from tests.test_data_table import opened, refused, several
+from tests.test_data_table import archive, opened, refused, several
 from tests.test_sources import put
 from util import checkpoint
 
@@ -201,3 +201,12 @@ def test_class_folders_without_val_are_fine_tuned(tmp_path):
         set((tmp_path / "run" / f"images_{name}.txt").read_text().splitlines()) for name in ("train", "choice", "test")
     ]
     assert [len(each) for each in listed] == [80, 20, 20] and len(set.union(*listed)) == 120
+
+
+def test_label_files_that_count_from_1_are_refused_until_the_first_class_is_named(tmp_path):
+    texts = {f"{number}.cls": str(1 + number % 3) for number in range(120)}
+    path = archive(tmp_path, *[name.replace("cls", "jpg") for name in texts], **texts)
+    refused(r"\.cls files: labels are 1 to 3 and none is 0", path)
+    found = opened(path, label_offset=1)
+    assert found.train.classes == ["1", "2", "3"] and np.bincount(found.test.labels).tolist() == [7, 7, 7]
+    refused("label_offset is for numbers in lists", put(tmp_path, "a/1.png", "b/1.png"), label_offset=1)

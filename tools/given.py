@@ -60,9 +60,9 @@ def source(trained: Trained, split: str, data_path: str = "", known: Sequence[st
     how: dict[str, Any] = {
         "in_chans": options["in_chans"],
         "value_range": options.get("value_range", ()),
-        "label_offset": options.get("label_offset"),
         "known": known,
     }
     if data_path:
         return open_source("auto", data_path, split, **how)
-    return open_source(options["dataset"], options["data_path"], split, class_list=options["class_list"], **how)
+    how |= {"class_list": options["class_list"], "label_offset": options.get("label_offset")}
+    return open_source(options["dataset"], options["data_path"], split, **how)
