@@ -314,10 +314,15 @@ def load_matching(
 
 
 def load_from_run(model: VisionTransformer, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
-    """`load_matching` for a checkpoint of which the run's options are known; `made_with` is empty where they are not.
+    """Load weights as `load_matching`, checked against the options of the run that wrote them.
 
-    ValueError, too, for an encoder with more blocks, or with another number of heads, which no weight's shape would
-    tell. Where nothing is known of the heads of weights whose width does not settle it, a warning says so.
+    Args:
+        made_with: {} for the weights of another project; then a warning is logged where their attention heads are
+            unknown.
+
+    Raises:
+        ValueError: as `load_matching`, and for an encoder with more blocks or another number of heads, which the
+            shapes of weights do not show.
     """
     blocks = {int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)}
     depth = len(model.blocks)

@@ -17,7 +17,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, overload
 
@@ -58,6 +57,7 @@ from data.images import (
 )
 from data.labels import read_labels
 from data.packs import Pack, is_pack, open_pack
+from options import nearest
 
 log = logging.getLogger(__name__)
 
@@ -251,10 +251,10 @@ def _open(wanted: _Wanted) -> Source:
             "random access), wds (tar shards, indexed at the start) or a folder"
         )
     words = ["auto", "folder", "digits", "scenes", "wds", "pack", *(f"torch/{name}" for name in TORCHVISION)]
-    close = get_close_matches(dataset, words, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = nearest(dataset, words)
     raise ValueError(
-        f"unknown dataset {dataset!r}{hint} (auto, folder, digits, scenes, LIST.txt, torch/, hfds/, wds/, pack)"
+        f"unknown dataset {dataset!r}{hint and '; '}{hint} "
+        "(auto, folder, digits, scenes, LIST.txt, torch/, hfds/, wds/, pack)"
     )
 
 
@@ -682,9 +682,9 @@ TORCHVISION: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
 
 def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> Source:
     if name not in TORCHVISION:
-        close = get_close_matches(name, TORCHVISION, n=1)
-        hint = f"; did you mean torch/{close[0]}?" if close else ""
-        raise ValueError(f"unknown torchvision data set {name!r}{hint} (known: {', '.join(TORCHVISION)})")
+        hint = nearest(f"torch/{name}", (f"torch/{known}" for known in TORCHVISION))
+        known = ", ".join(TORCHVISION)
+        raise ValueError(f"unknown torchvision data set {name!r}{hint and '; '}{hint} (known: {known})")
     class_name, splits = TORCHVISION[name]
     split = official_split(f"torch/{name}", split)
     if not data_path:

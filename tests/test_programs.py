@@ -1,4 +1,4 @@
-"""The programs' front door: options are parsed without torch."""
+"""The programs' command lines: options are parsed without torch."""
 
 import subprocess
 import sys

@@ -424,7 +424,7 @@ def test_every_torchvision_name_is_a_class_that_takes_the_options():
 def test_a_torchvision_data_set_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="torch/cifar10 cannot be opened .*To fetch it: python -c .*CIFAR10"):
         open_source("torch/cifar10", str(tmp_path))
-    with pytest.raises(ValueError, match="did you mean torch/cifar100"):
+    with pytest.raises(ValueError, match="did you mean 'torch/cifar100'"):
         open_source("torch/cifar1000", str(tmp_path))
     with pytest.raises(ValueError, match="needs --data_path"):
         open_source("torch/mnist", "")
