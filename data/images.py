@@ -227,7 +227,11 @@ def array_pixels(array: np.ndarray, in_chans: int) -> np.ndarray:
         array = array[:, :, None]
     convertible = in_chans in PICTURE_MODES and array.ndim == 3 and array.shape[-1] in (1, 3)
     if array.ndim != 3 or 0 in array.shape or (array.shape[-1] != in_chans and not convertible):
-        advice = f" (--in_chans {array.shape[-1]}?)" if array.ndim == 3 else ""
+        advice = ""
+        if array.ndim == 3 and array.shape[0] == in_chans:
+            advice = ": channels come last, np.moveaxis(array, 0, -1) puts them there"
+        elif array.ndim == 3:
+            advice = f" (--in_chans {array.shape[-1]}?)"
         raise ValueError(f"an array of shape {list(array.shape)} where [H, W, {in_chans}] is needed{advice}")
     if array.dtype.kind not in "buif":
         raise ValueError(f"an array of {array.dtype}; pixels are integers, floats or bool")

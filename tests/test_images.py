@@ -277,6 +277,7 @@ def test_a_flat_array_is_one_channel(tmp_path):
         (np.zeros((0, 4, 6), np.uint8), "shape"),
         (np.zeros((4, 4, 6), np.complex64), "complex64"),
         (np.zeros((4, 4, 6, 1), np.uint8), "shape"),
+        (np.zeros((6, 4, 5), np.uint8), r"shape \[6, 4, 5\] .* channels come last"),
         (np.full((4, 4, 6), -1, np.int64), "give --value_range"),
         (np.array([{"code": 1}]), "allow_pickle"),
     ],
