@@ -276,7 +276,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def setting_parser(description: str, variants: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """Flags for the setting, and for `variants` unless that is None."""
+    """Flags for the setting, and for `variants` if it is given."""
     default = Setting()
     numbers = {
         "patch_size": "side of a patch in pixels",

@@ -76,7 +76,7 @@ def _run(door: str, argv: list[str], said: str, environment: dict[str, str], fau
 
 
 class Training:
-    """One process that runs a front door on the digits with a tiny model, and `words` after those options.
+    """One process that runs a program on the digits with a tiny model; `words` follow those options.
 
     `tiny=False` leaves those options out. `environment` is what torchrun would have set, for one rank of several.
     """
@@ -132,7 +132,7 @@ class Training:
         return self._process.exitcode
 
     def kill_at(self, step: int) -> None:
-        """SIGKILL right after the step's line; on a busy machine a run of which that is the end may be whole before."""
+        """SIGKILL right after the step's line; on a busy machine a run may have finished before."""
         self.wait_for_step(step)
         with contextlib.suppress(ProcessLookupError):
             self.send(signal.SIGKILL)
@@ -180,7 +180,7 @@ def finish(
     tiny: bool = True,
     fault: Callable[[], None] | None = None,
 ) -> str:
-    """Run to the end, which must be a good one; answers what was said."""
+    """Run to the end, which must succeed; return the log."""
     training = Training(folder, *words, door=door, tiny=tiny, fault=fault)
     code = training.wait()
     assert code == 0, training.said
@@ -188,7 +188,7 @@ def finish(
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl so far."""
+    """The complete lines of metrics.jsonl so far."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -196,7 +196,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """The loss of each step, as the latest start of the run said it."""
+    """The loss of each step, as logged by the latest start of the run."""
     return {line["step"]: line["loss"] for line in metrics(folder)}
 
 

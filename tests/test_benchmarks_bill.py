@@ -1,4 +1,4 @@
-"""The loading, bill and roofline benchmarks compute what their tables say. No timing is judged."""
+"""The loading, bill and roofline benchmarks compute what their tables say. Timings are not tested."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, and harmless."""
+"""Checkpoints: written atomically, verified, and safe to load."""
 
 import argparse
 import os
@@ -88,7 +88,7 @@ def test_a_truncated_file_is_refused(tmp_path, length):
         checkpoint.load(path)
 
 
-def test_a_missing_foreign_or_newer_file_is_refused_with_advice(tmp_path):
+def test_a_missing_unknown_or_newer_file_is_refused_with_advice(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         checkpoint.load(tmp_path / "none.pth")
     torch.save({"model": {}}, tmp_path / "mae.pth")
@@ -97,9 +97,9 @@ def test_a_missing_foreign_or_newer_file_is_refused_with_advice(tmp_path):
     torch.save({"format": 99}, tmp_path / "future.pth")
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.load(tmp_path / "future.pth")
-    torch.save({"format": "another's"}, tmp_path / "foreign.pth")
+    torch.save({"format": "another's"}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="format another's"):
-        checkpoint.load(tmp_path / "foreign.pth")
+        checkpoint.load(tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(CheckpointError, match="text.pth"):
         checkpoint.load(tmp_path / "text.pth")

@@ -77,7 +77,7 @@ WEIGHTS = [1.0, 5.0, 0.5]
 
 
 class Fixed(nn.Module):
-    """Answers the logits that it is given."""
+    """Returns the given logits."""
 
     def forward(self, images):
         return images

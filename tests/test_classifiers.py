@@ -28,6 +28,6 @@ def test_rows_are_what_the_runs_recorded(tmp_path, capsys):
     ]
 
 
-def test_a_folder_without_a_classifier_is_told(tmp_path, capsys):
+def test_a_folder_without_a_classifier_is_reported(tmp_path, capsys):
     assert classifiers.main([str(tmp_path)]) == 2
     assert "no finished classifier" in capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_giving_up_says_so():
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_nothing_readable_reaches_the_user_as_it_was_said(num_workers):
+def test_the_error_for_no_readable_image_reaches_the_user_unchanged(num_workers):
     batches = make_batches(make_samples(images=8, bad=range(8)), num_workers=num_workers)
     with pytest.raises(NothingReadable) as error:
         next(batches.epoch(0))
@@ -433,7 +433,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
-def test_a_dead_worker_is_replaced_where_it_was(two_workers, caplog, impatient):
+def test_an_exited_worker_is_replaced_at_its_position(two_workers, caplog, impatient):
     stream = two_workers.epoch(0)
     found = [next(stream)]
     before = [process.pid for process in workers_of(two_workers)]
@@ -479,7 +479,7 @@ def stumble(image):
     raise RuntimeError("a mistake in the code")
 
 
-def test_a_mistake_in_the_code_is_not_taken_for_a_dead_worker():
+def test_a_bug_in_the_code_is_not_mistaken_for_an_exited_worker():
     with pytest.raises(RuntimeError, match="a mistake in the code"):
         next(make_batches(make_samples(transform=stumble), num_workers=1).epoch(0))
 

@@ -14,7 +14,7 @@ torchcodec = pytest.importorskip("torchcodec")
 
 
 @pytest.fixture(autouse=True)
-def decided_anew():
+def reset_decision():
     decode.torchcodec_jpeg.cache_clear()
     yield
     decode.torchcodec_jpeg.cache_clear()

@@ -191,7 +191,7 @@ def test_images_without_room_are_refused_before_they_are_read(monkeypatch):
 
 def test_memory_that_holds_copies_of_files_can_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(device_data, "MEMORY", tmp_path / "meminfo")
-    whole = device_data.free_bytes(CPU)  # nothing is told, as on a Mac
+    whole = device_data.free_bytes(CPU)  # the system reports nothing, as on a Mac
     assert whole >= 2**30
     (tmp_path / "meminfo").write_text("MemTotal:  8000000 kB\nMemFree:  1000 kB\nMemAvailable:  5000000 kB\n")
     assert device_data.free_bytes(CPU) == 5_120_000_000

@@ -66,7 +66,7 @@ def test_two_compiled_processes_have_the_losses_of_two_plain_ones(tmp_path):
     assert_equal_to_rounding(tmp_path / "plain", tmp_path / "compiled", rel=1e-4)
 
 
-def test_another_number_of_processes_goes_on_with_the_same_images(tmp_path):
+def test_another_number_of_processes_resumes_with_the_same_images(tmp_path):
     finish(tmp_path / "one")
     words = ["--save_steps", "3"]
     ranks = start_ranks(2, tmp_path / "changed", *words)

@@ -121,7 +121,7 @@ def test_a_classifier_also_tells_its_logits(photos, tmp_path):
         (["{run}", "{empty}"], "no images"),
     ],
 )
-def test_bad_input_is_refused_in_words(run, photos, tmp_path, capsys, words, message):
+def test_bad_input_is_refused_with_a_message(run, photos, tmp_path, capsys, words, message):
     (tmp_path / "empty").mkdir()
     places = {"tmp": tmp_path, "photos": photos, "run": run[0], "empty": tmp_path / "empty"}
     assert run_tool(*(word.format(**places) for word in words)) == 2

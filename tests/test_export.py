@@ -1,4 +1,4 @@
-"""What leaves the house answers as the trained model did, in every format, and a mistake in it is noticed."""
+"""Exports have the outputs of the trained model in every format, and mistakes in them are detected."""
 
 import argparse
 import functools
@@ -34,7 +34,7 @@ def installed(name, *more):
 
 FORMATS = [installed(name) for name in export.FORMATS]
 SETTLED = {"label": {"classes": 3}, "teacher": {"embed_dim": 24, "depth": 2, "num_heads": 2}}
-"""What training would have settled about terms."""
+"""Term options as training resolves them."""
 
 
 def lively(model):
@@ -138,7 +138,7 @@ def exported(source, exports):
         installed("onnx", RECTANGLES),
     ],
 )
-def test_an_encoder_answers_as_it_did(name, pretrained, exported):
+def test_an_encoder_has_the_same_outputs_after_export(name, pretrained, exported):
     model = pretrained[1]
     images = images_for((model.in_chans, *model.patch_embed.img_size))
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_at_another_size_positions_are_resampled_as_for_fine_tuning(name, pretra
     ("name", "pool"),
     [installed("timm", "avg"), installed("timm", "token"), installed("hf", "token"), installed("onnx", "avg")],
 )
-def test_a_classifier_answers_as_it_did(name, pool, tmp_path):
+def test_a_classifier_has_the_same_outputs_after_export(name, pool, tmp_path):
     folder, model = classifier(tmp_path / "run", pool)
     assert run_tool(name, folder) == 0
     images = images_for((3, 16, 16))
@@ -235,7 +235,7 @@ def test_timm_gets_the_encoder_alone(pretrained, exported):
     assert names == {name for name in model.state_dict() if not name.startswith(("decoder_", "mask_token", "terms."))}
 
 
-def test_timm_is_told_what_weights_do_not_show(pretrained, exported):
+def test_timm_gets_what_weights_do_not_show(pretrained, exported):
     model = pretrained[1]
     config = json.loads((exported("timm") / "config.json").read_text())
     channels = model.in_chans
@@ -345,7 +345,7 @@ def test_transformers_also_loads_timms_folder(tmp_path):
     assert loaded.config.id2label[4] == "elk"
 
 
-# ---- what is told with it
+# ---- the facts in it
 
 
 @ON_RECTANGLES
@@ -395,7 +395,7 @@ def test_onnx_takes_any_number_of_images_and_tells_how_long_one_takes(name, pret
 
 
 @ON_RECTANGLES
-def test_bad_input_is_refused_in_words(pretrained, tmp_path, capsys):
+def test_bad_input_is_refused_with_a_message(pretrained, tmp_path, capsys):
     folder, _ = pretrained
     text, full = tmp_path / "notes.pth", tmp_path / "full"
     text.write_text("no archive")

@@ -289,7 +289,7 @@ def test_a_finished_run_tells_the_last_and_the_best(whole):
     assert all(words in said for words in ("digits: 1352 images", "weights from", "x 0.650000): blocks.1"))
 
 
-def test_a_run_killed_anywhere_ends_where_a_whole_one_ends(whole, pretrained, tmp_path):
+def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(whole, pretrained, tmp_path):
     folder, words = tmp_path / "run", ["--init_from", pretrained, "--ema", "0.9", "--save_steps", "2"]
     for kill in (3, STEPS_PER_EPOCH + 2):
         Training(folder, *words, door=DOOR).kill_at(kill)
@@ -430,7 +430,7 @@ def test_every_metric_says_how_images_were_cropped(whole, pretrained, tmp_path):
     assert "evaluation: eval_crop mae" in said, "inherited from the run"
 
 
-def test_eval_says_the_accuracy_that_training_said(whole, tmp_path):
+def test_eval_reports_the_accuracy_of_training(whole, tmp_path):
     for name in ("last", "best"):
         path = whole / "checkpoints" / f"{name}.pth"
         said = finish(tmp_path / name, "--eval", "--resume", path, door=DOOR)
@@ -503,7 +503,7 @@ def test_an_encoder_of_coloured_images_begins_with_grey_ones(tmp_path, door, dat
     assert found["mean"] == [pytest.approx(0.5)] and found["std"] == [0.25]
 
 
-def test_bad_input_is_told_before_any_epoch(pretrained, whole, tmp_path):
+def test_bad_input_is_reported_before_any_epoch(pretrained, whole, tmp_path):
     for split in ("train", "val"):
         for name in "ab":
             paint(tmp_path / "good" / split / name)
@@ -511,9 +511,9 @@ def test_bad_input_is_told_before_any_epoch(pretrained, whole, tmp_path):
         paint(tmp_path / "no_val" / "train" / name)
         for split in ("train", "val"):
             paint(tmp_path / "empty" / split / name)
-            paint(tmp_path / "foreign" / split / name)
+            paint(tmp_path / "unknown" / split / name)
     (tmp_path / "empty" / "train" / "c").mkdir()
-    paint(tmp_path / "foreign" / "val" / "c")
+    paint(tmp_path / "unknown" / "val" / "c")
     (tmp_path / "classes.txt").write_text("a\nz\n")
     head = whole / "checkpoints" / "last.pth"
     torch.save({"model": {"head.weight": torch.zeros(10, 24)}}, tmp_path / "headless.pth")

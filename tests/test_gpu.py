@@ -38,7 +38,7 @@ def test_losses_are_the_cpus(on_cpu, tmp_path, method, words, tolerance):
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, amp):
+def test_a_killed_run_resumes_with_the_same_losses(tmp_path, amp):
     words = [*ON_GPU, "--amp", amp, "--save_steps", "1"]
     finish(tmp_path / "whole", *words)
     Training(tmp_path / "run", *words).kill_at(4)
@@ -48,7 +48,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, amp):
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-4), step
 
 
-def test_fp16_overflow_backs_off_and_training_goes_on(tmp_path):
+def test_fp16_overflow_backs_off_and_training_continues(tmp_path):
     finish(tmp_path / "run", *ON_GPU, "--amp", "fp16", "--terms.neighbor.weight", "3e4", "--max_bad_steps", "100")
     saved = final(tmp_path / "run")
     assert saved["scaler"]["scale"] < 65536

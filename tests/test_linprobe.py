@@ -84,7 +84,7 @@ def test_a_probe_learns_and_tells_neighbours_too(whole):
 
 
 @pytest.mark.parametrize("words", [[], ["--augment", "--global_pool", "token"]])
-def test_a_probe_that_is_killed_ends_where_a_whole_one_ends(pretrained, tmp_path, words):
+def test_a_killed_probe_ends_like_an_uninterrupted_one(pretrained, tmp_path, words):
     words = ["--init_from", pretrained, *words, "--save_steps", 1]
     finish(tmp_path / "whole", *words, door=DOOR)
     Training(tmp_path / "run", *words, door=DOOR).kill_at(7)

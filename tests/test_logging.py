@@ -48,7 +48,7 @@ def test_the_log_file_takes_any_name(tmp_path, monkeypatch):
     assert "Käse and \\udcff.jpg" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
-def test_the_log_file_begins_with_what_was_said_before_it(tmp_path, monkeypatch):
+def test_the_log_file_begins_with_earlier_messages(tmp_path, monkeypatch):
     """And with nothing of an attempt that was refused before it had a file."""
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])

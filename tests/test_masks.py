@@ -328,7 +328,7 @@ def test_a_mask_that_lies_as_the_pixels_are_stored_is_refused_naming_the_tag(tmp
 
 
 def test_splits_of_folders(tmp_path):
-    """val alone judges, and a seeded slice of train chooses; with test beside it, val chooses."""
+    """val is the test set and a random share of train selects; with test beside it, val selects."""
     root = paint(paint(tmp_path / "two", "train", 10), "val", 3, start=50)
     found = opened(root, holdout=0.2)
     assert [len(part) for part in (found.train, found.choice, found.test)] == [8, 2, 3]
@@ -354,7 +354,7 @@ def test_a_share_of_the_training_images_is_part_of_a_larger_one(tmp_path):
     assert [*few.choice.names] == [*whole.choice.names] and len(few.test) == 2
 
 
-def test_without_splits_a_seeded_slice_judges(tmp_path):
+def test_without_splits_a_seeded_share_is_the_test_set(tmp_path):
     root = paint(tmp_path, count=10)
     found = opened(root, test_share=0.3, holdout=0.2)
     parts = [{*part.names} for part in (found.train, found.choice, found.test)]
@@ -385,7 +385,7 @@ def test_the_fingerprint_tells_other_classes_and_images(tmp_path):
     assert opened(root).train.fingerprint != first
 
 
-def test_masks_without_images_are_told_and_left_out(tmp_path, caplog):
+def test_masks_without_images_are_reported_and_left_out(tmp_path, caplog):
     root = paint(tmp_path, count=4)
     (root / "images" / "2.jpg").unlink()
     with caplog.at_level("INFO"):
@@ -478,7 +478,7 @@ def test_unchecked_a_bad_mask_is_an_unreadable_image(tmp_path):
 
 
 def test_processes_share_the_check_and_all_hear_of_it(tmp_path):
-    """Each looks at every second mask; what one finds is told by both."""
+    """Each checks every second mask; both report what one finds."""
     looked = []
 
     class Pretend(Processes):
@@ -508,7 +508,7 @@ def test_scenes_are_the_same_on_every_machine():
     assert not np.array_equal(mask, scenes.scene("val", 5)[1])
 
 
-def test_to_say_ground_everywhere_has_the_mean_iou_that_is_told():
+def test_predicting_ground_everywhere_has_the_documented_mean_iou():
     counts = np.bincount(np.concatenate([scenes.scene("val", n)[1].ravel() for n in range(100)]), minlength=6)
     ground = counts[0] / counts.sum()
     assert (counts > 0.02 * counts.sum()).all()

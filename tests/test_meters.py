@@ -15,7 +15,7 @@ def of(**values):
     return {name: torch.tensor(value) for name, value in values.items()}
 
 
-def test_means_are_weighted_and_the_recent_ones_begin_anew():
+def test_means_are_weighted_and_the_recent_ones_restart():
     means = Means(ALONE)
     means.add(of(loss=1.0, neighbor=-3.0), weight=1)
     means.add(of(loss=4.0, neighbor=0.0), weight=3)
@@ -32,7 +32,7 @@ def test_a_value_that_is_not_finite_is_left_out_of_its_own_mean_only():
     assert means.overall() == pytest.approx({"loss": 5.0, "neighbor": 3.0})
 
 
-def test_the_epoch_goes_on_after_a_restore_and_ends_at_a_reset():
+def test_the_epoch_continues_after_a_restore_and_ends_at_a_reset():
     first, second = Means(ALONE), Means(ALONE)
     first.add(of(loss=1.0), weight=1)
     second.load_state_dict(first.state_dict())

@@ -213,7 +213,7 @@ def test_terms_go_over_the_preset_option_by_option():
 
 
 @pytest.mark.parametrize(
-    ("ask", "answer"),
+    ("ask", "message"),
     [
         (lambda: build("nor_maee"), "did you mean 'nor_mae'"),
         (lambda: preset("ibot"), "mae, nor_mae"),
@@ -229,8 +229,8 @@ def test_terms_go_over_the_preset_option_by_option():
         (lambda: build("nor_mae", "mae_vit_tiny_patch1", input_size=4, in_chans=1), "more than one value"),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_words(ask, answer):
-    with pytest.raises(ValueError, match=answer):
+def test_what_cannot_be_built_is_refused_with_a_message(ask, message):
+    with pytest.raises(ValueError, match=message):
         ask()
 
 

@@ -85,7 +85,7 @@ def test_two_processes_have_the_gradients_of_one(ranks, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in SHARED if name not in ("mae", "nor_mae", "random_asymmetry_mae")])
 def test_a_run_on_two_processes_equals_one(tmp_path, method):
-    """Through the front door, for what `test_two_processes_equal_one` does not run."""
+    """With the program, for what `test_two_processes_equal_one` does not run."""
     own, narrow = methods.own_options(method), {**NARROW, **CODES, "local_size": 4}
     words = [*tiny_for(method), "--method", method, "--epochs", 1]
     words += [word for name, value in narrow.items() if name in own for word in (f"--{name}", value)]

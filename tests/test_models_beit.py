@@ -67,7 +67,7 @@ def test_the_error_is_the_cross_entropy_with_smoothing():
 
 
 class Fixed(nn.Module):
-    """A tokenizer that gives the tokens it was told."""
+    """A tokenizer that returns given tokens."""
 
     patch_size, tokens = 4, 24
 

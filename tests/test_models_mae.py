@@ -192,7 +192,7 @@ def test_noise_may_come_with_rows_for_terms_that_are_not_there():
         model(images, noise=noise[:, 1:])
 
 
-def test_without_noise_the_mask_is_drawn_anew():
+def test_without_noise_the_mask_is_random():
     model = small()
     images, _ = batch(model)
     torch.manual_seed(0)
@@ -400,7 +400,7 @@ class Spy(Term):
 
     @dataclass(frozen=True)
     class Options:
-        """What a spy can be told."""
+        """The options of a spy."""
 
         weight: float = 0.5
 

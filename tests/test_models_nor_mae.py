@@ -392,7 +392,7 @@ def test_relations_make_no_matrix_that_they_do_not_square(relation):
         assert largest.elements <= (1600 if relation == "off_diagonal_squared" else 720)
 
 
-def test_unknown_words_are_refused():
+def test_unknown_arguments_are_refused():
     z, z_cnp = predictions()
     with pytest.raises(ValueError, match="off_diagonal_squared"):
         neighbor_relation(z, z_cnp, "offdiag")
@@ -528,7 +528,7 @@ def test_released_mode(relation, norm_pix_loss):
 @pytest.mark.parametrize(
     "changes", [{"border": "natural"}, {"similarity": "pixels"}, {"normalize": "feature"}, {"companion": "random"}]
 )
-def test_released_mode_settles_the_selection(changes):
+def test_released_mode_decides_the_selection(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         NeighborOptions(cnp="released", **changes)
     assert NeighborOptions(cnp="released").border == "wrap" and NeighborOptions().border == "natural"
@@ -714,7 +714,7 @@ def test_the_published_outputs():
 
 
 def test_the_true_neighbour_is_another_loss():
-    """The two selections are told apart by the loss: one cannot stand in for the other."""
+    """The two selections have different losses: one cannot stand in for the other."""
     closest, released = build(border="wrap", weight=1.0), build(cnp="released", weight=1.0)
     images, noise = batch(closest)
     values = [model(images, noise=noise)["neighbor"].item() for model in (closest, released)]

@@ -157,7 +157,7 @@ def test_terms_that_need_visible_patches_alone_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("changes", "answer"),
+    ("changes", "message"),
     [
         ({"mask_cell": 6}, "mask_cell is 6 pixels, which patches of 4 do not fill"),
         ({"mask_cell": -4}, "mask_cell: must be at least 0, found -4"),
@@ -167,8 +167,8 @@ def test_terms_that_need_visible_patches_alone_are_refused():
         ({"predict_ratio": 0.5}, "predict_ratio is 0.5, but"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, answer):
-    with pytest.raises(ValueError, match=answer):
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
         small("simmim", **changes)
 
 

@@ -85,7 +85,7 @@ def test_it_joins_the_neighbour_term():
 
 
 @pytest.mark.parametrize(
-    ("options", "answer"),
+    ("options", "message"),
     [
         ({"temperature": 0}, "temperature is 0; it must be more than 0"),
         ({"weight": math.nan}, "weight is nan"),
@@ -93,8 +93,8 @@ def test_it_joins_the_neighbour_term():
         ({"classes": -1}, "classes is -1"),
     ],
 )
-def test_impossible_options_are_refused(options, answer):
-    with pytest.raises(ValueError, match=answer):
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         LabelTerm(LabelOptions(**options))
 
 

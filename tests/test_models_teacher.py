@@ -1,4 +1,4 @@
-"""The teacher term against a loop, the teacher's absence from everything but the loss, and runs that go on with it."""
+"""The teacher term against a loop, the teacher's absence from everything but the loss, and runs that resume with it."""
 
 import argparse
 import copy
@@ -166,7 +166,7 @@ def test_a_teacher_of_another_grid_has_its_positions_resampled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "answer"),
+    ("options", "message"),
     [
         ({"checkpoint": ""}, "term 'teacher': no teacher is given: --terms.teacher.checkpoint FILE"),
         ({"checkpoint": "/nowhere.pth"}, "term 'teacher': no checkpoint at /nowhere.pth"),
@@ -180,8 +180,8 @@ def test_a_teacher_of_another_grid_has_its_positions_resampled(tmp_path):
         ({"weight": float("nan")}, "weight is nan"),
     ],
 )
-def test_what_cannot_teach_is_refused(options, answer):
-    with pytest.raises(ValueError, match=answer):
+def test_what_cannot_teach_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         small("dmae", terms={"teacher": options})
 
 
@@ -202,7 +202,7 @@ def test_other_files_and_encoders_are_refused(tmp_path):
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_with_its_teacher_and_with_no_other(tmp_path):
+def test_a_run_resumes_with_its_teacher_and_with_no_other(tmp_path):
     finish(tmp_path / "teacher", "--method", "mae", "--embed_dim", 32, "--depth", 4, "--epochs", 1)
     file = tmp_path / "teacher.pth"
     file.write_bytes((tmp_path / "teacher/checkpoints/last.pth").read_bytes())

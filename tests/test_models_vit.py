@@ -178,7 +178,7 @@ def test_weights_of_a_run_come_with_its_grid_and_its_heads():
         load_from_run(upright, source.state_dict(), made_with | {"num_heads": 0})  # a ViT-Tiny's own
 
 
-def test_a_grey_image_is_answered_as_the_same_in_every_channel(caplog):
+def test_a_grey_image_gives_the_output_of_three_equal_channels(caplog):
     source, grey = vit(), vit(in_chans=1)
     with caplog.at_level("INFO"):
         load_matching(grey, for_channels(source.state_dict(), 1))
@@ -220,19 +220,19 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("told", OTHERS)
-def test_an_encoder_of_another_architecture_is_refused_by_name(told):
+@pytest.mark.parametrize("logged", OTHERS)
+def test_an_encoder_of_another_architecture_is_refused_by_name(logged):
     model = vit()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    weights = vit(**OTHERS[told]).state_dict()
+    weights = vit(**OTHERS[logged]).state_dict()
     for load in (lambda: load_matching(model, weights), lambda: load_from_run(model, weights, {})):
-        with pytest.raises(ValueError, match=told.replace(".*", r"\.\*")):
+        with pytest.raises(ValueError, match=logged.replace(".*", r"\.\*")):
             load()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "logged"),
     [
         ("blocks.0.gamma_1", "layer scale"),
         ("blocks.1.ls2.gamma", r"layer scale .*: blocks\.\*\.ls2\.gamma \(1\)"),
@@ -249,8 +249,8 @@ def test_an_encoder_of_another_architecture_is_refused_by_name(told):
         ("blocks.0.adapter.weight", "other layers"),
     ],
 )
-def test_one_tensor_that_a_plain_encoder_lacks_is_enough(name, told):
-    with pytest.raises(ValueError, match=told):
+def test_one_tensor_that_a_plain_encoder_lacks_is_enough(name, logged):
+    with pytest.raises(ValueError, match=logged):
         require_plain_encoder([*vit().state_dict(), name], where="the file x.pth")
     require_plain_encoder([*vit().state_dict(), name], own=[name])
 

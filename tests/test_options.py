@@ -91,7 +91,7 @@ def refusal(*words, **keywords):
 # ---- precedence and spelling
 
 
-def test_later_words_win(recipe):
+def test_later_options_win(recipe):
     first = recipe("epochs: 1\nblr: 1.0e-3\nseed: 1\nwarmup_epochs: 0\n", "first.yaml")
     second = recipe("seed: 2\nblr: 2.0e-3\n", "second.yaml")
     for config in (["-c", first, second], ["-c", first, "-c", second], ["--config", first, "--config", second]):
@@ -359,7 +359,7 @@ def test_what_cannot_be_is_refused(words, message):
     assert message in refusal(*words.split())
 
 
-def test_a_conflict_is_told_with_the_places_it_comes_from(recipe):
+def test_a_conflict_is_reported_with_its_sources(recipe):
     one, two = recipe("total_batch_size: 100", "one.yaml"), recipe("batch_size: 8", "two.yaml")
     assert refusal("-c", one, two).startswith(f"{one}, {two}: total_batch_size: 100 ")
     assert refusal("-c", one, "--batch_size", "8").startswith(f"{one}, command line: ")

@@ -1,4 +1,4 @@
-"""Packs hold what the source holds, resume like it, go on after a stop, and refuse to be anything but what was made."""
+"""Packs contain the images of the source, can be resumed after an interruption, and refuse changed files."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def said(monkeypatch):
+def logged(monkeypatch):
     """What the tool logs."""
     lines = []
     for level in ("info", "warning", "error"):
@@ -66,7 +66,7 @@ def images(source):
     "words",
     [["--size", "0", "--quality", "0"], ["--size", "30", "--raw"], ["--size", "64", "--raw"], ["--size", "0", "--raw"]],
 )
-def test_what_need_not_shrink_comes_back_to_the_last_bit(folder, tmp_path, said, words):
+def test_what_need_not_shrink_comes_back_to_the_last_bit(folder, tmp_path, logged, words):
     of_folder, of_pack = open_source("auto", str(folder)), packed(folder, tmp_path / "pack", *words)
     assert list(of_pack.names) == list(of_folder.names)
     assert of_pack.classes == of_folder.classes == ["a", "b"]
@@ -75,7 +75,7 @@ def test_what_need_not_shrink_comes_back_to_the_last_bit(folder, tmp_path, said,
         assert np.array_equal(images(of_pack)[name], image), name
 
 
-def test_shrunken_images_are_those_of_the_recipe(folder, tmp_path, said):
+def test_shrunken_images_are_those_of_the_recipe(folder, tmp_path, logged):
     as_files = images(packed(folder, tmp_path / "files", "--size", "12", "--quality", "80"))
     as_pixels = images(packed(folder, tmp_path / "pixels", "--size", "12", "--raw"))
     for name, image in images(open_source("auto", str(folder))).items():
@@ -87,7 +87,7 @@ def test_shrunken_images_are_those_of_the_recipe(folder, tmp_path, said):
         assert np.array_equal(as_files[name], np.asarray(Image.open(file)))
 
 
-def test_an_image_that_need_not_shrink_keeps_its_own_file_if_that_is_no_larger(folder, tmp_path, said):
+def test_an_image_that_need_not_shrink_keeps_its_own_file_if_that_is_no_larger(folder, tmp_path, logged):
     source, stored = open_source("auto", str(folder)), packed(folder, tmp_path / "pack", "--size", "64")
     for number in range(len(source)):
         own = open(source.path(number), "rb").read()
@@ -102,7 +102,7 @@ def test_shrinking_keeps_the_short_side_and_the_shape():
     assert shrink(np.zeros((501, 334, 1), np.uint8), 256).shape == (384, 256, 1)
 
 
-def test_the_val_split_is_packed_with_the_same_classes(folder, tmp_path, said):
+def test_the_val_split_is_packed_with_the_same_classes(folder, tmp_path, logged):
     packed(folder, tmp_path / "pack")
     held_out = open_source("auto", str(tmp_path / "pack"), "val", class_list=["a", "b"])
     assert len(held_out) == 4
@@ -111,7 +111,7 @@ def test_the_val_split_is_packed_with_the_same_classes(folder, tmp_path, said):
         open_source("auto", str(tmp_path / "pack"), "val", class_list=["b", "a"])
 
 
-def test_sources_without_files_are_packed_without_loss(tmp_path, said):
+def test_sources_without_files_are_packed_without_loss(tmp_path, logged):
     target = tmp_path / "digits"
     assert (
         pack.main(
@@ -137,7 +137,7 @@ def test_sources_without_files_are_packed_without_loss(tmp_path, said):
         assert np.array_equal(stored.read(number), source.read(number))
 
 
-def test_batches_of_a_pack_are_those_of_the_folder_and_resume_anywhere(folder, tmp_path, said):
+def test_batches_of_a_pack_are_those_of_the_folder_and_resume_anywhere(folder, tmp_path, logged):
     """The guarantee of every source: a batch is a function of seed, epoch and position."""
 
     def batches(source, **more):
@@ -153,7 +153,7 @@ def test_batches_of_a_pack_are_those_of_the_folder_and_resume_anywhere(folder, t
             assert torch.equal(each.noise, expected.noise)
 
 
-def test_several_processes_write_the_same_pack_as_one(folder, tmp_path, said):
+def test_several_processes_write_the_same_pack_as_one(folder, tmp_path, logged):
     packed(folder, tmp_path / "one")
     before = multiprocessing.active_children()
     assert pack.main([str(folder), "--output", str(tmp_path / "two"), "--num_workers", "2"]) == 0
@@ -167,10 +167,10 @@ def killed(self, shard):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_packing_process_ends_the_packing_with_advice(folder, tmp_path, said, monkeypatch):
+def test_a_killed_packing_process_ends_the_packing_with_advice(folder, tmp_path, logged, monkeypatch):
     monkeypatch.setattr(packs.Packing, "write", killed)
     assert pack.main([str(folder), "--output", str(tmp_path / "pack"), "--num_workers", "2"]) == 1
-    assert any("process was killed" in line and "fewer than --num_workers 2" in line for line in said)
+    assert any("process was killed" in line and "fewer than --num_workers 2" in line for line in logged)
     assert not multiprocessing.active_children()
     monkeypatch.undo()
     assert pack.main([str(folder), "--output", str(tmp_path / "pack"), "--num_workers", "2"]) == 0
@@ -201,7 +201,7 @@ def until(condition):
         time.sleep(0.01)
 
 
-def test_a_packing_that_was_stopped_goes_on(folder, tmp_path, said, monkeypatch):
+def test_an_interrupted_packing_resumes(folder, tmp_path, logged, monkeypatch):
     written, write = [], packs.Packing.write
 
     def stopped_after_two(self, shard):
@@ -219,7 +219,7 @@ def test_a_packing_that_was_stopped_goes_on(folder, tmp_path, said, monkeypatch)
     monkeypatch.setattr(packs.Packing, "write", lambda self, shard: written.append(shard) or write(self, shard))
     assert pack.main(words) == 0
     assert written[:4] == [0, 1, 2, 3]
-    assert any("2 of 4 shards are complete" in line for line in said)
+    assert any("2 of 4 shards are complete" in line for line in logged)
     packed(folder, tmp_path / "whole")
     for name in ("index.npy", "names.bin", "shard-00003.bin"):
         assert (tmp_path / "pack/train" / name).read_bytes() == (tmp_path / "whole/train" / name).read_bytes()
@@ -227,26 +227,26 @@ def test_a_packing_that_was_stopped_goes_on(folder, tmp_path, said, monkeypatch)
         (tmp_path / "pack/train").glob("shard*.json")
     )
     assert pack.main(words) == 0
-    assert any("packed already" in line for line in said)
+    assert any("packed already" in line for line in logged)
 
 
-def test_going_on_with_another_recipe_or_other_images_is_refused(folder, tmp_path, said):
+def test_resuming_with_another_recipe_or_other_images_is_refused(folder, tmp_path, logged):
     packed(folder, tmp_path / "pack", "--size", "12")
     words = [str(folder), "--output", str(tmp_path / "pack"), "--num_workers", "1"]
     assert pack.main([*words, "--size", "20"]) == 2
-    assert "short_side 12 -> 20" in said[-1]
+    assert "short_side 12 -> 20" in logged[-1]
     write_image(folder / "train/a/new.png", 99)
     assert pack.main([*words, "--size", "12"]) == 2
-    assert "images 13 -> 14" in said[-1]
+    assert "images 13 -> 14" in logged[-1]
 
 
-def test_unreadable_images_are_left_out_and_named_up_to_the_limit(folder, tmp_path, said):
+def test_unreadable_images_are_left_out_and_named_up_to_the_limit(folder, tmp_path, logged):
     (folder / "train/a/00.png").write_bytes(b"no image")
     words = [str(folder), "--output", str(tmp_path / "pack"), "--num_workers", "1"]
     assert pack.main([*words, "--max_bad_fraction", "0"]) == 2
-    assert "1 of 13 images cannot be read" in said[-1] and "00.png" in said[-1]
+    assert "1 of 13 images cannot be read" in logged[-1] and "00.png" in logged[-1]
     assert pack.main([*words, "--max_bad_fraction", "0.1"]) == 0
-    assert any(line.startswith("left out: a/00.png") for line in said)
+    assert any(line.startswith("left out: a/00.png") for line in logged)
     assert len(open_source("auto", str(tmp_path / "pack"))) == 12
 
 
@@ -264,7 +264,7 @@ def test_unreadable_images_are_left_out_and_named_up_to_the_limit(folder, tmp_pa
         (lambda train: (train / "pack.json").write_text("{"), "pack.json is damaged"),
     ],
 )
-def test_a_pack_that_is_not_as_it_was_made_is_refused(folder, tmp_path, said, damage, words):
+def test_a_pack_that_is_not_as_it_was_made_is_refused(folder, tmp_path, logged, damage, words):
     packed(folder, tmp_path / "pack")
     damage(tmp_path / "pack" / "train")
     with pytest.raises(ValueError, match=words):
@@ -283,7 +283,7 @@ def edit(train, **fields):
     (train / "pack.json").write_text(json.dumps(manifest | fields))
 
 
-def test_a_changed_source_is_refused_with_what_differs_until_the_pack_is_detached(folder, tmp_path, said):
+def test_a_changed_source_is_refused_with_what_differs_until_the_pack_is_detached(folder, tmp_path, logged):
     packed(folder, tmp_path / "pack")
     write_image(folder / "train/b/new.png", 99)
     (folder / "train/a/02.jpg").unlink()
@@ -293,7 +293,7 @@ def test_a_changed_source_is_refused_with_what_differs_until_the_pack_is_detache
     assert len(open_source("auto", str(tmp_path / "pack"))) == 13
 
 
-def test_a_source_that_is_gone_or_only_touched_is_no_reason(folder, tmp_path, said):
+def test_a_source_that_is_gone_or_only_touched_is_no_reason(folder, tmp_path, logged):
     packed(folder, tmp_path / "pack")
     os.utime(folder / "train" / "a")
     assert len(open_source("auto", str(tmp_path / "pack"))) == 13
@@ -301,15 +301,15 @@ def test_a_source_that_is_gone_or_only_touched_is_no_reason(folder, tmp_path, sa
     assert len(open_source("auto", str(tmp_path / "pack"))) == 13
 
 
-def test_verify_notices_an_image_that_was_edited_in_place(folder, tmp_path, said):
+def test_verify_notices_an_image_that_was_edited_in_place(folder, tmp_path, logged):
     packed(folder, tmp_path / "pack")
     assert pack.main(["--verify", str(tmp_path / "pack")]) == 0
     write_image(folder / "train/a/02.jpg", 77)
     assert pack.main(["--verify", str(tmp_path / "pack")]) == 2
-    assert "1 images" in said[-1] and "a/02.jpg" in said[-1]
+    assert "1 images" in logged[-1] and "a/02.jpg" in logged[-1]
 
 
-def test_hashes_are_taken_once_and_again_after_any_change(folder, tmp_path, said, monkeypatch):
+def test_hashes_are_taken_once_and_again_after_any_change(folder, tmp_path, logged, monkeypatch):
     packed(folder, tmp_path / "pack")
     hashed = []
     true = packs.sha256
@@ -332,23 +332,23 @@ def test_hashes_are_taken_once_and_again_after_any_change(folder, tmp_path, said
         (["--dataset", "webdataset"], "unknown dataset"),
     ],
 )
-def test_bad_words_are_refused(folder, tmp_path, said, words, reason):
+def test_bad_arguments_are_refused(folder, tmp_path, logged, words, reason):
     assert pack.main([str(folder), "--output", str(tmp_path / "pack"), *words]) == 2
-    assert reason in said[-1]
+    assert reason in logged[-1]
 
 
-def test_places_that_are_something_else_are_refused(folder, tmp_path, said):
+def test_places_that_are_something_else_are_refused(folder, tmp_path, logged):
     assert pack.main([str(folder)]) == 2
-    assert "--output" in said[-1]
+    assert "--output" in logged[-1]
     (tmp_path / "pack" / "train").mkdir(parents=True)
     (tmp_path / "pack" / "train" / "thesis.txt").write_text("mine")
     assert pack.main([str(folder), "--output", str(tmp_path / "pack")]) == 2
-    assert "thesis.txt" in said[-1]
+    assert "thesis.txt" in logged[-1]
     assert pack.main(["--verify", str(folder)]) == 2
-    assert "is not a pack" in said[-1]
+    assert "is not a pack" in logged[-1]
 
 
-def test_raw_pixels_of_other_channels_are_refused(folder, tmp_path, said):
+def test_raw_pixels_of_other_channels_are_refused(folder, tmp_path, logged):
     packed(folder, tmp_path / "pack", "--raw")
     with pytest.raises(ValueError, match="raw images of 3 channels, not 1"):
         open_source("auto", str(tmp_path / "pack"), in_chans=1)
@@ -361,7 +361,7 @@ def test_a_recipe_stores_what_has_no_picture_mode_as_arrays():
     assert np.array_equal(np.load(io.BytesIO(stored)), array)
 
 
-def test_a_run_on_a_pack_ends_where_a_run_on_the_folder_ends(tmp_path, said):
+def test_a_run_on_a_pack_ends_where_a_run_on_the_folder_ends(tmp_path, logged):
     words = ["digits", "--output", str(tmp_path / "pack"), "--in_chans", "1", "--num_workers", "1", "--raw"]
     assert pack.main(words) == 0
     finish(tmp_path / "a", "--epochs", 1)

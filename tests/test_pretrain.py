@@ -1,4 +1,4 @@
-"""The pretraining front door: real images in folders, bad input, and what may change without changing the result."""
+"""The pretraining program: real images in folders, bad input, and what may change without changing the result."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "fragments"),
     [
         (["--epoch", "3"], ["unknown", "'epoch'", "did you mean", "epochs"]),
         (["--epochs", "three"], ["epochs", "three"]),
@@ -50,12 +50,12 @@ def photos(tmp_path_factory):
         (["--init_from", "/nowhere.pth"], ["/nowhere.pth"]),
     ],
 )
-def test_bad_input_is_told_before_anything_is_written(tmp_path, words, told):
+def test_bad_input_is_reported_before_anything_is_written(tmp_path, words, fragments):
     if words[:2] == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     training = Training(tmp_path / "run", *words)
     assert training.wait() == 2
-    for word in told:
+    for word in fragments:
         assert word in training.said
     assert "Traceback" not in training.said
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -63,10 +63,10 @@ def test_bad_input_is_told_before_anything_is_written(tmp_path, words, told):
 
 def test_an_empty_folder_and_too_few_images_are_refused(tmp_path, photos):
     (tmp_path / "empty").mkdir()
-    for folder, batch, told in ((tmp_path / "empty", 8, "no image"), (photos, 64, "20")):
+    for folder, batch, fragments in ((tmp_path / "empty", 8, "no image"), (photos, 64, "20")):
         training = Training(tmp_path / "run", *PHOTOS, "--data_path", folder, "--total_batch_size", batch)
         assert training.wait() == 2
-        assert told in training.said and str(folder) in training.said
+        assert fragments in training.said and str(folder) in training.said
 
 
 def test_a_flat_folder_of_photos_trains_with_any_number_of_workers(tmp_path, photos):
@@ -132,7 +132,7 @@ def test_weights_of_another_run_are_a_start_and_not_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["mae", "nor_mae_released", "noa_mae", "random_asymmetry_mae"])
-def test_every_method_of_the_paper_trains_from_the_front_door(tmp_path, method):
+def test_every_method_of_the_paper_trains_from_the_command_line(tmp_path, method):
     finish(tmp_path / "run", "--method", method)
     lines = metrics(tmp_path / "run")
     assert lines[-1]["reconstruction"] < lines[0]["reconstruction"]

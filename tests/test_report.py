@@ -36,7 +36,7 @@ def run(tmp_path):
 
 
 def picture(path, shade):
-    """A small PNG; answers its bytes."""
+    """Write a small PNG; return its bytes."""
     path.parent.mkdir(exist_ok=True)
     Image.new("L", (4, 4), shade).save(path)
     return path.read_bytes()
@@ -94,7 +94,7 @@ def test_curves_hold_every_value_of_every_run(run):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mae", "nor"]
 
 
-def test_runs_of_a_single_epoch_are_told_apart_without_colour(run):
+def test_runs_of_a_single_epoch_are_distinct_without_colour(run):
     figure = report.curves([records.read_run(run(name, epochs=(1.0,))) for name in ("one", "other")])
     figure.canvas.draw()
     first, second = figure.axes[0].lines
@@ -148,7 +148,7 @@ def test_the_page_needs_nothing_beside_it(run):
     assert "url(" not in text and "@import" not in text
 
 
-def test_accuracies_of_any_front_door_are_shown_last_and_best(run):
+def test_accuracies_of_every_program_are_shown_last_and_best(run):
     folder = run()
     lines = [{"epoch": epoch, "step": 10, "test_acc1": value} for epoch, value in enumerate([70.0, 90.0, 80.0])]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -188,7 +188,7 @@ def test_a_run_that_logged_nothing_yet_is_reported_without_curves(run, capsys):
     assert not (folder / "curves.png").exists()
 
 
-def test_another_folder_is_refused_in_words(tmp_path, capsys):
+def test_another_folder_is_refused_with_a_message(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err
 

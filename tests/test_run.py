@@ -59,7 +59,7 @@ def test_the_loss_of_a_step_is_the_reconstruction_plus_the_weighted_term(whole):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_killed_anywhere_ends_where_a_whole_one_ends(whole, tmp_path, workers):
+def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(whole, tmp_path, workers):
     chance = random.Random(workers)
     folder = tmp_path / "run"
     for kill in sorted(chance.sample(range(1, LAST_STEP), 3)):
@@ -82,7 +82,7 @@ def test_epoch_means_do_not_depend_on_an_interruption(whole, tmp_path):
     assert means(tmp_path / "run") == means(whole)
 
 
-def test_a_kill_inside_a_save_leaves_a_checkpoint_to_go_on_from(whole, tmp_path):
+def test_a_kill_inside_a_save_leaves_a_checkpoint_to_resume_from(whole, tmp_path):
     folder = tmp_path / "run"
     Training(folder, "--save_steps", 2).kill_at(4)
     leftover = folder / "checkpoints" / ".last.pth.tmp"
@@ -187,7 +187,7 @@ def test_other_options_are_refused_in_a_table_and_machine_options_are_not(whole,
     assert "is finished" in finish(whole, "--log_every", "7", "--num_workers", "1")
 
 
-def test_a_change_that_is_accepted_by_name_goes_on(tmp_path):
+def test_a_change_that_is_accepted_by_name_resumes(tmp_path):
     folder = tmp_path / "run"
     finish(folder, "--epochs", "1")
     training = Training(folder, "--epochs", "2")
@@ -198,7 +198,7 @@ def test_a_change_that_is_accepted_by_name_goes_on(tmp_path):
     assert yaml.safe_load((folder / "options.yaml").read_text())["epochs"] == 2
 
 
-def test_another_total_batch_size_goes_on_after_as_many_images(tmp_path):
+def test_another_total_batch_size_resumes_after_as_many_images(tmp_path):
     accepted = ["--total_batch_size", "512", "--allow_change", "total_batch_size"]
     Training(tmp_path / "run", "--save_steps", 1).kill_at(8)
     step = final(tmp_path / "run")["step"] - STEPS_PER_EPOCH  # of the second epoch
@@ -213,7 +213,7 @@ def test_another_total_batch_size_goes_on_after_as_many_images(tmp_path):
     assert max(there) == 3 * (1352 // 512)
 
 
-def test_a_term_of_another_shape_is_refused_in_words(tmp_path):
+def test_a_term_of_another_shape_is_refused_with_a_message(tmp_path):
     words = ["--method", "sup_mae", "--epochs"]
     finish(tmp_path / "run", *words, 1, "--terms.label.hidden", 16)
     accepted = ["--terms.label.hidden", 8, "--allow_change", "epochs", "terms.label.hidden"]
@@ -233,7 +233,7 @@ def test_a_run_stopped_just_before_its_result_has_the_same_result(tmp_path):
     assert after["steps"] == before["steps"]
 
 
-def test_another_precision_on_another_device_is_told(tmp_path):
+def test_another_precision_on_another_device_is_reported(tmp_path):
     finish(tmp_path / "run", "--epochs", 1)
     saved = final(tmp_path / "run")
     assert saved["amp"] == "none"
@@ -242,7 +242,7 @@ def test_another_precision_on_another_device_is_told(tmp_path):
     assert "resuming with precision full instead of bf16" in said
 
 
-def test_overwrite_starts_anew_and_leaves_other_files(whole, tmp_path):
+def test_overwrite_starts_from_scratch_and_leaves_other_files(whole, tmp_path):
     folder = tmp_path / "run"
     finish(folder, "--epochs", "1", "--seed", "7")
     (folder / "notes.md").write_text("mine")
@@ -299,7 +299,7 @@ def no_space():
     util.folder.write_text = refuse
 
 
-def test_a_disk_that_is_full_at_the_start_is_told(tmp_path):
+def test_a_disk_that_is_full_at_the_start_is_reported(tmp_path):
     training = Training(tmp_path / "run", fault=no_space)
     assert training.wait() == 2
     assert "--output_dir" in training.said and "No space left" in training.said

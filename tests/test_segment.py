@@ -44,7 +44,7 @@ NAMES = ("ground", "red", "green")
 
 
 class Painter(nn.Module):
-    """Answers fixed logits for each pixel's colour, at full size, in the place of both heads."""
+    """Returns fixed logits for each pixel's colour, at full size, in the place of both heads."""
 
     def __init__(self, classes=4):
         super().__init__()
@@ -266,7 +266,7 @@ def test_a_picture_shows_image_truth_and_prediction(tmp_path, small):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """26 images to train on and 5 to judge by, 24 x 32: a red and a green box on grey, and pixels without a class."""
+    """26 training images and 5 test images, 24 x 32: a red and a green box on grey, and pixels without a class."""
     root = tmp_path_factory.mktemp("data")
     for split, count in (("train", 26), ("val", 5)):
         for kind in ("images", "masks"):
@@ -291,7 +291,7 @@ def true_pixels(data):
 
 
 def finish_alone(folder, *words):
-    """Run to a good end without the options that every tiny run here begins with; answers what was said."""
+    """Run to the end, which must succeed, without the first options of every tiny run; return the log."""
     training = Training(folder, *words, door=DOOR, tiny=False)
     assert training.wait() == 0, training.said
     return training.said
@@ -326,7 +326,7 @@ def test_a_finished_run_tells_the_last_the_best_and_every_class(whole, data):
     assert "UPerNet on the outputs of blocks (0, 0, 0, 1)" in said and "masks: 26 grey" in said
 
 
-def test_a_run_killed_anywhere_ends_where_a_whole_one_ends(whole, data, tmp_path):
+def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(whole, data, tmp_path):
     folder, words = tmp_path / "run", ["--data_path", data, "--save_steps", "2"]
     for kill in (2, 5):
         Training(folder, *words, door=DOOR).kill_at(kill)
@@ -344,8 +344,8 @@ def test_a_signal_saves_and_exits_with_75(data, tmp_path):
     assert final(tmp_path / "run")["step"] == metrics(tmp_path / "run")[-1]["step"]
 
 
-def test_eval_says_what_training_said(whole, data, tmp_path):
-    """Of a checkpoint, by the windows it was judged by; and by others where that is asked for."""
+def test_eval_reports_the_metrics_of_training(whole, data, tmp_path):
+    """With the windows of the run, and with others if given."""
     path = whole / "checkpoints" / "last.pth"
     said = finish(tmp_path / "none", "--eval", "--resume", path, "--data_path", data, door=DOOR)
     last = result(whole)["accuracy"]["last"]
@@ -413,7 +413,7 @@ def test_a_checkpoint_begins_a_run_and_need_not_be_described(kind, whole, data, 
     assert ("resampled to this model's grid: pos_embed" in said) == (kind == "pretrained")
 
 
-def test_bad_input_is_told_before_any_epoch(whole, data, tmp_path):
+def test_bad_input_is_reported_before_any_epoch(whole, data, tmp_path):
     torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "headless.pth")
     last = whole / "checkpoints" / "last.pth"
     (tmp_path / "four.txt").write_text("a\nb\nc\nd\n")

@@ -123,7 +123,7 @@ def test_distortion_stays_within_its_bounds():
     assert distort(torch.full((5, 4, 4), 100, dtype=torch.uint8)).shape == (5, 4, 4)
 
 
-def test_an_image_is_judged_at_its_size_and_its_mask_as_it_is():
+def test_an_image_is_evaluated_at_its_size_with_its_mask_unchanged():
     image, mask = eval_transform(20)(coded())
     assert image.shape == (3, 20, 30) and mask.shape == (40, 60)
 

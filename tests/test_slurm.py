@@ -1,4 +1,4 @@
-"""The Slurm script with stand-ins for Slurm's commands: a signal makes it save, requeue, and go on without a hand."""
+"""The Slurm script with stand-ins for Slurm's commands: a signal makes it save, requeue, and resume automatically."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def submit(cluster, folder, *words):
     )
 
 
-def test_a_job_that_is_preempted_requeues_itself_and_goes_on(cluster, tmp_path):
+def test_a_job_that_is_preempted_requeues_itself_and_resumes(cluster, tmp_path):
     job = submit(cluster, tmp_path / "run", "--epochs", "16")
     deadline = time.monotonic() + 120
     while len(metrics(tmp_path / "run")) < 3:
@@ -60,7 +60,7 @@ def test_a_job_that_is_preempted_requeues_itself_and_goes_on(cluster, tmp_path):
     again = submit(cluster, tmp_path / "run", "--epochs", "16")
     out, err = again.communicate(timeout=180)
     assert again.returncode == 0, err
-    assert f"step {stopped_at}" in err, "it went on from there"
+    assert f"step {stopped_at}" in err, "it resumed from there"
     assert sorted(losses(tmp_path / "run")) == list(range(1, 81))
     assert (tmp_path / "scontrol.log").read_text().count("requeue") == 1
 

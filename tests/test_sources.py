@@ -1,4 +1,4 @@
-"""Sources: which files are found, how they are labelled, and what is said when something is wrong."""
+"""Sources: which files are found, how they are labelled, and the messages when something is wrong."""
 
 import hashlib
 import io

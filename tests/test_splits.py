@@ -46,7 +46,7 @@ def test_no_group_is_on_both_sides_of_any_random_split(tmp_path, options, caplog
     assert groups_on(everything.train) & groups_on(everything.test), "without groups films are divided"
 
 
-def test_groups_by_folder_and_what_is_said_without(tmp_path, caplog):
+def test_groups_by_folder_and_what_is_logged_without(tmp_path, caplog):
     several(tmp_path, *[f"train/{name}/film{film}" for name in "ab" for film in range(6)], count=10)
     (tmp_path / "classes.txt").write_text("a\nb\n")
     options = {"class_list": str(tmp_path / "classes.txt")}
@@ -112,7 +112,7 @@ def test_best_is_chosen_on_enough_images(images, classes, held, caplog):
     assert counts.max() - counts.min() <= 0 or held == images // 50
 
 
-def test_few_images_to_choose_best_on_are_said(tmp_path, caplog):
+def test_few_images_to_choose_best_on_are_reported(tmp_path, caplog):
     several(tmp_path, "train/a", "train/b", "test/a", "test/b", count=20)
     assert len(opened(tmp_path).choice) == 10
     assert "best is chosen on 10 held-out images only" in caplog.text

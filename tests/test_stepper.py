@@ -145,7 +145,7 @@ def test_an_update_far_beyond_the_usual_is_left_out():
     assert stepper.state_dict()["usual_norm"] == pytest.approx(usual, rel=1e-5)
 
 
-def test_a_restored_stepper_goes_on_bit_for_bit():
+def test_a_restored_stepper_resumes_bit_for_bit():
     data = batches(8)
     model, stepper = make()
     run(model, stepper, data[:5])

@@ -1,4 +1,4 @@
-"""The paper's tables: every row parses and makes its model, commands are as said, reports add up."""
+"""The paper's tables: every row parses and makes its model, commands are as documented, reports are correct."""
 
 import dataclasses
 import functools
@@ -141,7 +141,7 @@ def test_every_command_parses_and_its_model_is_made(number, kind, weights, monke
         if script == "tools.smoke_data":
             assert setting.smoke
             script, *words = words
-        assert len(option_names(words)) == len(set(option_names(words))), "nothing is said twice"
+        assert len(option_names(words)) == len(set(option_names(words))), "nothing is given twice"
         if script == "main_pretrain.py":
             options, model = builds(tuple(words))
             assert set(model.loss_terms) == set(options.terms)
@@ -209,7 +209,7 @@ VARIABLES = (
 
 
 class Pretended:
-    """Stands for a program: `answers` are the exit codes of those that are started, one after another, then 0."""
+    """Replaces a program: the exit codes of started programs, one after another, then 0."""
 
     answers: list[int] = []
     started: list[list[str]] = []
@@ -231,7 +231,7 @@ class Pretended:
 
 @pytest.fixture
 def shell(tmp_path, monkeypatch, capsys):
-    """Runs the tool with variables; answers exit code and what was said. Programs that it starts are only noted."""
+    """Run the tool with variables; return exit code and output. Programs that it starts are only recorded."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
@@ -291,7 +291,7 @@ def test_a_failure_costs_what_needs_it_and_nothing_else(shell, tmp_path):
     assert "skipped, because a job that it needs failed" in said.out and "2 of 8 jobs failed" in said.out
 
 
-def test_what_is_missing_is_said_before_any_work(shell, tmp_path):
+def test_what_is_missing_is_reported_before_any_work(shell, tmp_path):
     code, said, started = shell("9")
     assert (code, started) == (2, []) and "DATA must be the folder" in said.err
     code, said, started = shell("2", DATA=tmp_path, ROWS="vit-tiny-dmae-200")
@@ -411,12 +411,12 @@ def test_a_stop_is_passed_on_once(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [table_jobs.Process, table_jobs.Fork])
-def test_a_program_is_a_process_that_can_be_told_to_end_and_says_what_it_has_to_say(tmp_path, kind):
+def test_a_program_is_a_process_that_can_be_stopped_and_whose_output_is_kept(tmp_path, kind):
     (tmp_path / "good.py").write_text("import sys; sys.stderr.write(' '.join(sys.argv[1:])); sys.exit(3)")
     (tmp_path / "long.py").write_text("import time; time.sleep(100)")
 
     def end(name, *words, number=0):
-        program = kind(["python", str(tmp_path / name), *words], tmp_path / "logs" / "said.txt")
+        program = kind(["python", str(tmp_path / name), *words], tmp_path / "logs" / "output.txt")
         if number:
             program.send(number)
         deadline = time.monotonic() + 60
@@ -425,11 +425,11 @@ def test_a_program_is_a_process_that_can_be_told_to_end_and_says_what_it_has_to_
         program.send(signal.SIGTERM)  # which is no error where nothing is left to hear it
         return code
 
-    assert end("good.py", "one", "two") == 3 and (tmp_path / "logs" / "said.txt").read_text() == "one two"
+    assert end("good.py", "one", "two") == 3 and (tmp_path / "logs" / "output.txt").read_text() == "one two"
     assert end("long.py", number=signal.SIGTERM) == -signal.SIGTERM
 
 
-def test_the_end_of_what_a_failed_job_said_is_shown(tmp_path, capsys):
+def test_the_end_of_the_output_of_a_failed_job_is_shown(tmp_path, capsys):
     (tmp_path / "bad.py").write_text("raise ValueError('no such thing')")
     jobs = [Job((str(tmp_path / "bad.py"),), tmp_path / "runs" / "seed0" / "result.json")]
     assert table_jobs.run(jobs, tmp_path, at_once=2) == 1
@@ -638,7 +638,7 @@ CIFAR = ["train_list", "test_list", "meta"]
 
 
 def smoke(table, out, *codes, **variables):
-    """Run a table's script in smoke form, as a user would; answers what it said. `codes` are good exit codes, or 0."""
+    """Run a table's script in smoke form, as a user would; return its output. `codes` are accepted exit codes, or 0."""
     script, extra = f"table{table}", {}
     if not table.isdecimal():
         script = "small_data" if table.startswith("small_data") else "table_nor_explained"

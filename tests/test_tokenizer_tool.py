@@ -1,4 +1,4 @@
-"""The k-means tool against scikit-learn on the same batches, and what becomes of a fit that is stopped."""
+"""The k-means tool against scikit-learn on the same batches, and interrupted fits."""
 
 import math
 

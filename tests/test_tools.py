@@ -71,7 +71,7 @@ def test_knn_sets_training_images_aside_where_there_are_no_validation_images(run
     assert not set(bank.names) & set(queries.names)
 
 
-def test_knn_refuses_data_without_labels_in_words(run, tmp_path, capsys):
+def test_knn_refuses_data_without_labels(run, tmp_path, capsys):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
     assert knn.main([str(run), "--data_path", str(tmp_path), "--device", "cpu"]) == 2
     assert "need labels" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def aircraft(root):
     [("flowers102", flowers), ("oxford_iiit_pet", pets), ("dtd", dtd), ("food101", food), ("fgvc_aircraft", aircraft)],
 )
 def test_sets_have_the_splits_of_the_literature(tmp_path, caplog, monkeypatch, name, write):
-    """Training and validation images merged where the literature merges them, the test images to judge by."""
+    """Training and validation images merged where the literature merges them, the test images for testing."""
     monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: True)  # it knows the true files by their hash
     train_shades, train_labels, test_shades, test_labels = write(tmp_path)
     caplog.set_level("INFO")
@@ -112,7 +112,7 @@ def caltech(root, counts):
     return root
 
 
-def test_caltech_trains_on_thirty_of_each_class_and_judges_by_at_most_fifty_others(tmp_path):
+def test_caltech_trains_on_thirty_of_each_class_and_tests_on_at_most_fifty_others(tmp_path):
     root = caltech(tmp_path / "all", {"BACKGROUND_Google": 3, "ant": 31, "bass": 90})
     train, test = (open_source("torch/caltech101", str(root), split) for split in ("train", "val"))
     assert train.classes == ["ant", "bass"] and np.bincount(train.labels).tolist() == [30, 30]
@@ -128,7 +128,7 @@ def test_caltech_trains_on_thirty_of_each_class_and_judges_by_at_most_fifty_othe
         open_source("torch/caltech101", str(caltech(tmp_path / "few", {"BACKGROUND_Google": 1, "ant": 30})))
 
 
-def test_a_set_that_is_not_there_is_told_with_how_to_fetch_it(tmp_path):
+def test_a_missing_data_set_is_reported_with_how_to_download_it(tmp_path):
     with pytest.raises(ValueError, match=r"torch/dtd cannot be opened .* download=True"):
         splits.open_splits(FinetuneOptions(dataset="torch/dtd", data_path=str(tmp_path)))
 
@@ -184,7 +184,7 @@ def test_a_slice_is_held_out_where_there_is_only_one_other_split(tmp_path):
     assert splits.open_splits(FinetuneOptions(data_path=str(tmp_path), holdout=0.0)).chosen_on == splits.TEST
 
 
-def test_a_class_that_is_missing_among_the_images_that_judge_shifts_no_number(tmp_path):
+def test_a_class_that_is_missing_from_the_test_images_shifts_no_index(tmp_path):
     folder(tmp_path, "val", "bc")
     options = FinetuneOptions(data_path=str(tmp_path))
     test = splits.open_test(options, ["a", "b", "c"])

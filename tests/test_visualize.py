@@ -266,7 +266,7 @@ def test_listed_files_are_all_shown_in_order_and_a_folders_are_drawn_by_the_seed
     [
         (["neighbors", "{tmp}/nothing"], "does not exist"),
         (["neighbors", "{tmp}"], "contains no checkpoint"),
-        (["neighbors", "{tmp}/foreign.pth"], "mae_vit_base_patch16={tmp}/foreign.pth"),
+        (["neighbors", "{tmp}/other.pth"], "mae_vit_base_patch16={tmp}/other.pth"),
         (["neighbors", "vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'?"),
         (["neighbors", "mae_vit_mini_patch16"], "unknown model"),
         (["neighbors", "vit_tiny_patch16_224", "--input_size", "100"], "do not fill images of 100 x 100"),
@@ -276,21 +276,21 @@ def test_listed_files_are_all_shown_in_order_and_a_folders_are_drawn_by_the_seed
         (["separation", "{run}", SMALL], "digits 1 x 8 x 8, mae_vit_tiny_patch16 3 x 224 x 224"),
         (["separation", *["{run}"] * 5], "5 models do not fit side by side; at most 4"),
         (["neighbors", "{run}", "--images", "{tmp}/none"], "does not exist"),
-        (["neighbors", "{run}", "--images", "{tmp}/foreign.pth", "{tmp}"], "takes image files, or one folder"),
+        (["neighbors", "{run}", "--images", "{tmp}/other.pth", "{tmp}"], "takes image files, or one folder"),
         (["neighbors", "{run}", "--mask_ratio", "1.5"], "leaves"),
         (["neighbors", "{run}", "--output", "{tmp}/x.bmp"], "a figure is written as .png, .svg, .pdf"),
         (["relations", "{tmp}"], "not a run folder"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_words(run, tmp_path, capsys, words, message):
-    torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "foreign.pth")
+def test_what_cannot_be_drawn_is_refused_with_a_message(run, tmp_path, capsys, words, message):
+    torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "other.pth")
     words = [word.format(tmp=tmp_path, run=run) for word in words]
     assert visualize.main(words) == 2
     assert message.format(tmp=tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--count", "0"], ["--input_size", "8xx"], ["--similarity", "colour"]])
-def test_wrong_words_are_refused_before_anything_is_read(words, capsys):
+def test_wrong_arguments_are_refused_before_anything_is_read(words, capsys):
     with pytest.raises(SystemExit):
         visualize.main(["neighbors", *words])
     assert words[0] in capsys.readouterr().err

@@ -43,14 +43,14 @@ ALLOWED: dict[str, int] = {}
 
 
 def prose_of_python(text, names):
-    """Yield (line, text) of comments and string literals and, with `names`, of the names of functions."""
+    """Yield (line, text) of comments and string literals and, with `names`, of the names of tests."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
-        elif names and isinstance(node, ast.FunctionDef):
+        elif names and isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             yield node.lineno, node.name.replace("_", " ")
 
 

@@ -4,7 +4,7 @@
 
 Pretraining, fine-tuning and linear probes of a small model on few images are killed (SIGKILL) a few times each, at
 places and moments drawn from the seed, with and without loading workers and with several intervals of saving, and
-started again with the same words. A kill is survived when the run it struck ends with the weights, the optimizer's
+started again with the same command. A kill is survived when the run it struck ends with the weights, the optimizer's
 state, every step's loss and every accuracy of the undisturbed run, bit for bit; when the newest checkpoint loaded after
 the kill; when no more steps were done again than lie between two saves; and when no line of the records was lost.
 """
@@ -41,7 +41,7 @@ LAUNCHER_SECONDS = 10.0  # after which a launcher ends those that wait for a dea
 
 @dataclass(frozen=True)
 class Subject:
-    """What is killed: a front door, its words, how many processes it has, and how its undisturbed run ended."""
+    """What is killed: a program, its arguments, its number of processes, and the end of its undisturbed run."""
 
     door: str
     words: Sequence[object]
@@ -61,7 +61,7 @@ class Subject:
 
 @dataclass
 class Kill:
-    """One fault that struck, and what it cost. `survived` is settled when the run it struck has ended."""
+    """One injected fault and its cost. `survived` is known when the run has ended."""
 
     subject: str
     where: str
@@ -140,7 +140,7 @@ def epochs(folder: Path) -> dict[int, dict[str, Any]]:
     return {line["epoch"]: {name: value for name, value in line.items() if name != "run_id"} for line in lines}
 
 
-def whole_lines(folder: Path) -> str:
+def complete_lines(folder: Path) -> str:
     path = folder / "metrics.jsonl"
     return path.read_text().rpartition("\n")[0] if path.exists() else ""
 
@@ -174,7 +174,7 @@ class Campaign:
             self.say(f"undisturbed: {found[-1].name}, {found[-1].seconds:.1f} s")
         return found
 
-    def go_on(self, kills: int) -> None:
+    def resume(self, kills: int) -> None:
         """Until that many have struck: mostly pretraining and fine-tuning, a linear probe or two processes at times."""
         pretrain, finetune, probe, two = self.subjects
         while len(self.kills) < kills:
@@ -207,7 +207,7 @@ class Campaign:
         """One life of a process and its end; None when it reached the end of the run."""
         workers = self.chance.choice([0, 0, 2]) if subject.processes == 1 else 0
         save_steps = self.chance.choice(SAVE_STEPS)
-        kept, before = kept_step(folder), whole_lines(folder)
+        kept, before = kept_step(folder), complete_lines(folder)
         blow = draw(self.chance, subject, max([kept, *losses(folder)]))
         began = time.time()
         lives = subject.start(folder, "--num_workers", workers, "--save_steps", save_steps, fault=blow.fault)
@@ -220,7 +220,7 @@ class Campaign:
         said = "\n".join(life.said for life in lives)
         assert -signal.SIGKILL in codes, f"ended with {codes}: {said}"
         ended = time.time()
-        assert whole_lines(folder).startswith(before), "a line of the records was lost"
+        assert complete_lines(folder).startswith(before), "a line of the records was lost"
         again = kept_step(folder)  # loads, or says why not
         assert again >= kept, f"a checkpoint of step {kept} was there, now {again}"
         mine = [line["step"] for line in metrics(folder)[before.count("\n") + bool(before) :]]
@@ -292,7 +292,7 @@ def campaign(kills: int, seed: int) -> dict[str, Any]:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         done = Campaign(Path(folder), seed, progress)
-        done.go_on(kills)
+        done.resume(kills)
     return {
         "took_seconds": time.monotonic() - began,
         "runs": done.runs,

@@ -14,7 +14,7 @@ CLASSIFIER = ["--holdout", 0.2]  # four of each class, which leaves 48 to train 
 
 
 def few(*more):
-    """The words of a run on 60 images of three classes, with 12 to judge by, and `more` words."""
+    """Arguments of a run on 60 images of three classes, with 12 test images, and `more` arguments."""
     words = f"--dataset folder --total_batch_size 8 --epochs {EPOCHS} --data_path".split()
     return [*words, Path(_images().name), *more]
 

@@ -1,4 +1,4 @@
-"""A folder with every kind of odd and broken image in it, trained on through the front door."""
+"""A folder with every kind of odd and broken image in it, trained on by the program."""
 
 import io
 import struct

@@ -56,7 +56,7 @@ def assert_equals_an_undisturbed_run(folder, words, tmp_path):
 
 
 def test_a_node_that_is_lost_and_comes_back_ends_in_the_same_curve(tmp_path):
-    """The second node is killed whole: its agent and its worker. The first one's agent waits for it, and both go on."""
+    """The agent and the worker of the second node are killed. The agent of the first waits for it, and both resume."""
     folder, words = tmp_path / "run", few()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,7 +79,7 @@ def test_a_node_that_is_lost_and_comes_back_ends_in_the_same_curve(tmp_path):
     assert_equals_an_undisturbed_run(folder, words, tmp_path)
 
 
-def test_torchrun_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path):
+def test_torchrun_that_is_asked_to_stop_saves_and_resumes_later(tmp_path):
     folder, words = tmp_path / "run", few()
     place = ["--standalone", "--nproc_per_node=2"]
     launcher = torchrun(folder, words, *place)

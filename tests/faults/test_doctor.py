@@ -140,7 +140,7 @@ def test_a_segmenter_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_masks_are_found_that_are_damaged_missing_or_foreign(tmp_path, capsys):
+def test_masks_are_found_that_are_damaged_missing_or_invalid(tmp_path, capsys):
     data = paint(tmp_path / "data", count=10, size=(20, 20))
     words = [*DOORS["main_segment"], "--data_path", str(data), "--program", "main_segment.py", "--batches", "1"]
     assert doctor.main(words) == 0
@@ -160,7 +160,7 @@ def test_masks_are_found_that_are_damaged_missing_or_foreign(tmp_path, capsys):
     assert "there is no masks/4.png" in capsys.readouterr().err
 
 
-def test_bad_input_is_told_as_the_run_tells_it(capsys):
+def test_bad_input_is_reported_as_by_the_run(capsys):
     for words, told in (
         ([*TINY, "--epoch", "3"], "did you mean"),
         ([*TINY, "--layer_decay", "0.65"], "as main_pretrain.py reads it; --program names another"),

@@ -84,7 +84,7 @@ def test_a_killed_holder_does_not_block_while_it_is_a_zombie_and_its_child_lives
         "",
     ],
 )
-def test_a_lock_file_that_a_dead_process_left_does_not_block(tmp_path, left):
+def test_a_lock_file_of_an_exited_process_does_not_block(tmp_path, left):
     (tmp_path / lock.NAME).write_text(left)
     held = RunLock(tmp_path)
     held.acquire()
@@ -144,7 +144,7 @@ def test_a_file_system_without_locks_is_reported_and_the_run_starts(tmp_path, mo
     held.release()
 
 
-def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path):
+def test_a_second_start_is_refused_and_the_first_continues(tmp_path):
     folder = tmp_path / "run"
     first = Training(folder, *few("--epochs", 400))
     first.wait_for_step(2)
@@ -158,7 +158,7 @@ def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path):
 
 
 def test_a_run_whose_folder_was_taken_over_stops_without_saving(tmp_path):
-    """It slept so long that another machine went on in its place."""
+    """It was suspended so long that another machine resumed the run."""
     folder = tmp_path / "run"
     training = Training(folder, *few("--epochs", 400, "--save_steps", 5))
     training.wait_for_step(2)

@@ -40,7 +40,7 @@ def test_fewer_bad_steps_in_a_row_than_allowed_do_not_stop(tmp_path):
     assert bad_steps(folder) == [0, 1, 2, 2, 2, 2, 2]
 
 
-def test_a_loss_that_jumps_is_told_and_trained_on(tmp_path):
+def test_a_loss_that_jumps_is_reported_and_trained_on(tmp_path):
     """Twenty times the loss in the second of two micro-batches of step 9: 10.5 times, says the step's line."""
     words = few("--batch_size", 4)
     said = finish(tmp_path / "run", *words, fault=partial(inject.loss_spike, 18, 20))
@@ -88,7 +88,7 @@ def test_images_of_one_colour_in_batches_of_one_train(tmp_path, shade):
     assert bad_steps(tmp_path / "one") == [0, 0, 0]
 
 
-def test_a_device_without_memory_is_advice_and_half_the_batch_goes_on(tmp_path):
+def test_out_of_memory_gives_advice_and_half_the_batch_resumes(tmp_path):
     words = [*ONE, "--save_steps", 1]
     training = Training(tmp_path / "run", *words, fault=partial(inject.out_of_memory, 3))
     assert training.wait() == 2

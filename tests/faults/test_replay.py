@@ -55,7 +55,7 @@ def test_the_batch_is_the_runs_to_the_last_mask(dump):
         assert runs["losses"]["loss"] == "nan"
 
 
-def test_what_is_finite_here_is_said_to_be(dump, capsys):
+def test_what_is_finite_here_is_reported(dump, capsys):
     code, said = run(capsys, dump, "--device", "cpu")
     assert code == replay.ALL_FINITE
     assert "Everything is finite on cpu" in said and "--amp" in said

@@ -58,7 +58,7 @@ def test_a_full_disk_for_a_while_costs_a_save_and_no_step(whole, tmp_path):
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_4_and_a_whole_checkpoint(whole, tmp_path):
+def test_a_disk_that_stays_full_ends_the_run_with_4_and_a_valid_checkpoint(whole, tmp_path):
     training = Training(tmp_path / "run", *ONE, "--max_save_failures", 1, fault=partial(inject.full_disk, 3, 1000))
     assert training.wait() == 4, training.said
     assert "2 saves in a row" in training.said and "Traceback" not in training.said
@@ -67,7 +67,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_4_and_a_whole_checkpoint(whole
     assert_same_end(whole, tmp_path / "run")
 
 
-def test_a_folder_that_vanishes_ends_the_run_with_4_and_words(tmp_path):
+def test_a_folder_that_vanishes_ends_the_run_with_4_and_a_message(tmp_path):
     training = Training(tmp_path / "run", *few("--epochs", 400, "--save_steps", 1), "--max_save_failures", 1)
     training.wait_for_step(2)
     (tmp_path / "run").rename(tmp_path / "gone")
@@ -119,7 +119,7 @@ def test_a_kill_between_an_update_and_its_line_leaves_no_gap(whole, tmp_path):
     assert losses(folder) == losses(whole)
 
 
-def test_a_kill_inside_a_line_leaves_whole_lines_only(whole, tmp_path):
+def test_a_kill_inside_a_line_leaves_complete_lines_only(whole, tmp_path):
     folder = tmp_path / "run"
     assert Training(folder, *ONE, fault=partial(inject.killed_inside_line, 3)).wait() == -signal.SIGKILL
     assert not (folder / "metrics.jsonl").read_text().endswith("\n")

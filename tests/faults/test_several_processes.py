@@ -22,7 +22,7 @@ def test_a_bad_loss_of_one_process_leaves_the_update_out_in_all(tmp_path):
     assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {6}
 
 
-def test_the_others_of_a_lost_process_end_and_leave_a_whole_checkpoint(tmp_path):
+def test_the_others_of_a_lost_process_end_and_leave_a_valid_checkpoint(tmp_path):
     ranks = start_ranks(2, tmp_path / "run", *few(), "--epochs", 400, "--save_steps", 1)
     ranks[0].wait_for_step(3)
     ranks[1].send(signal.SIGKILL)
@@ -42,7 +42,7 @@ def test_a_signal_inside_the_evaluation_of_one_process_abandons_that_of_all(tmp_
     assert not (tmp_path / "run" / "log.txt").exists(), "figures of some images only are nobody's"
 
 
-def test_more_processes_with_fewer_images_each_go_on_with_the_same_losses(tmp_path):
+def test_more_processes_with_fewer_images_each_resume_with_the_same_losses(tmp_path):
     finish(tmp_path / "whole", *few())
     Training(tmp_path / "run", *few(), "--batch_size", 2, "--save_steps", 1).kill_at(9)
     ranks = start_ranks(2, tmp_path / "run", *few(), "--batch_size", 4)

@@ -16,7 +16,7 @@ STEPS = STEPS_PER_EPOCH[FINETUNE]
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """By front door."""
+    """By program."""
     trained = ["--init_from", tmp_path_factory.mktemp("whole") / PRETRAIN / "checkpoints" / "last.pth"]
     return {
         PRETRAIN: few("--knn_every", 1),
@@ -27,7 +27,7 @@ def words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(words):
-    """The folder of undisturbed runs by front door."""
+    """The folder of undisturbed runs by program."""
     folder = words[PROBE][-1].parent.parent.parent
     for door in (PRETRAIN, FINETUNE, PROBE):
         finish(folder / door, *words[door], door=door)
@@ -104,7 +104,7 @@ def test_a_second_interrupt_inside_a_step_leaves_at_once(whole, words, tmp_path,
     fault = partial(inject.signals_inside_step, 6, signal.SIGINT, signal.SIGINT)
     training = Training(folder, *words[PRETRAIN], *more, fault=fault)
     assert training.wait() == 130, training.said
-    assert final(folder)["step"] == 4, "the newest checkpoint is whole"
+    assert final(folder)["step"] == 4, "the latest checkpoint is valid"
     finish(folder, *words[PRETRAIN], *more)
     assert_same_run(whole / PRETRAIN, folder)
 

@@ -86,7 +86,7 @@ def test_without_a_limit_a_slow_worker_is_waited_for(caplog):
     batches.close()
 
 
-def test_a_run_whose_worker_hangs_or_is_killed_ends_where_a_whole_one_ends(tmp_path):
+def test_a_run_whose_worker_hangs_or_is_killed_ends_like_an_uninterrupted_one(tmp_path):
     words = few("--epochs", 4)
     finish(tmp_path / "whole", *words)
     training = Training(
