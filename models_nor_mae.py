@@ -131,11 +131,14 @@ def closest_neighbors(tokens: Tensor, grid: tuple[int, int], border: str = "natu
 
 @torch.no_grad()
 def released_neighbors(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The companion that the released code takes for each patch, `[N, L]`; ValueError for less than 3 x 3 patches.
+    """Return the companion that the released code selects for each patch, `[N, L]`.
 
-    It finds the best of the eight neighbours on a torus, in ascending order, and then gathers along the patches where
-    it should have gathered along the neighbours: the answer "slot s" selects the first neighbour of patch s. So on a
-    14 x 14 grid every companion is one of the patches 0 to 6.
+    It determines the most similar of the eight neighbours on a torus, in ascending order, and then gathers along the
+    patches instead of the neighbours: the result "slot s" selects the first neighbour of patch s. On a 14 x 14 grid
+    every companion is therefore one of the patches 0 to 6.
+
+    Raises:
+        ValueError: there are fewer than 3 x 3 patches.
     """
     if min(grid) < 3:
         raise ValueError(f"the released selection needs 3 x 3 patches or more, not {grid[0]} x {grid[1]}")

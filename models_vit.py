@@ -1,4 +1,4 @@
-"""The encoder's parts: sizes, patch grids, fixed positions, MAE's initial weights, weights from other models.
+"""The encoder: sizes, patch grids, fixed positions, MAE's initial weights, weights of other models.
 
 Everything the models take from timm (pinned: 1.0.31) is named here: `VisionTransformer`, its `Block` and `Mlp`,
 `build_sincos2d_pos_embed` for the position tables, `resample_abs_pos_embed` for other image sizes, `adapt_input_conv`
@@ -177,22 +177,22 @@ def initialize(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_matching` did, by parameter name."""
+    """Report of `load_matching`, by parameter name."""
 
     loaded: list[str]
     resampled: list[str]
-    """Of the loaded, position tables of another grid."""
+    """Loaded position tables of another grid."""
     missing: list[str]
-    """The model's that the weights lack: left as they were."""
+    """Parameters of the model that are not in the weights."""
     unused: list[str]
-    """The weights' that the model lacks."""
+    """Weights that are not in the model."""
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
         if self.resampled:
             parts.append(f"resampled to this model's grid: {', '.join(self.resampled)}")
         if self.missing:
-            parts.append(f"not among the weights, left as they were: {_grouped(self.missing)}")
+            parts.append(f"not in the weights, unchanged: {_grouped(self.missing)}")
         if self.unused:
             parts.append(f"not in the model, ignored: {_grouped(self.unused)}")
         return "; ".join(parts)
@@ -345,10 +345,10 @@ def load_from_run(model: VisionTransformer, weights: Mapping[str, Tensor], made_
 
 
 def for_channels(weights: Mapping[str, Tensor], in_chans: int) -> Mapping[str, Tensor]:
-    """The weights for images of so many channels, with a line in the log where they were for another number of them.
+    """Convert weights to another number of input channels, and log it.
 
-    As timm does it: for one channel the first layer's are summed, so that it answers a grey image as it did the same
-    image in every channel; for other numbers they are taken in turn, and scaled to answers of the same size.
+    As in timm: for one channel the weights of the first layer are summed, so that its output for a grey image is that
+    for three equal channels; for other numbers they are repeated in turn, and scaled to outputs of the same size.
     """
     name = "patch_embed.proj.weight"
     if name not in weights or weights[name].ndim != 4 or (theirs := weights[name].shape[1]) == in_chans:

@@ -104,6 +104,6 @@ def test_pretraining_takes_the_classes_of_its_images():
 
     options = parse_options("--method sup_mae --input_size 16 --model mae_vit_tiny_patch8 --depth 1".split())
     model = build_model(options)
-    settled = settle(options, model, types.SimpleNamespace(classes=["cat", "dog", "eel"]))
+    settled = settle(options, model, types.SimpleNamespace(classes=["cat", "dog", "eel"], value_range=()))
     assert options.terms["label"]["classes"] == 0 and settled.terms["label"]["classes"] == 3
     assert model.terms["label"].head[-1].out_features == 3
