@@ -141,6 +141,8 @@ def test_every_command_is_accepted_by_its_program(variables, words, monkeypatch)
     elif words[0] == "torchrun":
         script = next(word for word in words if word in PROGRAMS)
         assert parse_program(script, words[words.index(script) + 1 :])
+    elif words[0] == "nor-mae":
+        assert words[1] == "pretrain" and parse_program("main_pretrain.py", words[2:])
     elif words[0] == "python" and words[1] in PROGRAMS:
         assert parse_program(words[1], words[2:])
     elif words[:2] == ["python", "-m"]:
@@ -267,8 +269,9 @@ def test_the_python_examples_run(page, workspace, monkeypatch):
     """Blocks of one page run in order and share their variables."""
     monkeypatch.chdir(workspace)
     monkeypatch.syspath_prepend(str(PROJECT))
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
     torch.manual_seed(0)
-    namespace: dict = {}
+    namespace: dict = {"__name__": "example"}
     for block in PYTHON[page]:
         if not block.marker.startswith("skip"):
             code = compile("\n" * block.line + block.text, str(page), "exec")
