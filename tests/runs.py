@@ -56,7 +56,7 @@ def tiny_for(method: str) -> list[str]:
     return chosen
 
 
-DOORS = {  # front door: the options that every run of it begins with
+DOORS = {  # by program: the first options of every run
     "main_pretrain": TINY,
     "main_finetune": [*TINY_CLASSIFIER, *LIGHT],
     "main_linprobe": TINY_CLASSIFIER,
