@@ -91,7 +91,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = setting_parser(__doc__)
+    parser = setting_parser(__doc__, ROWS)
     parser.add_argument("--price", type=float, required=True, help="of one device for an hour, in any currency")
     parser.add_argument("--devices", type=int, default=1, help="how many work together")
     parser.add_argument("--images", type=int, default=IMAGENET, help="images of an epoch")
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     setting = setting_from(given)
     asked = {name: getattr(given, name) for name in ("price", "devices", "images")}
-    found = measure(setting, [f"{name}+compile" if given.compile else name for name in ROWS], say=progress)
+    found = measure(setting, [f"{name}+compile" if given.compile else name for name in given.variants], say=progress)
     found |= {"asked": asked, "bill": bill(setting, asked, found)}
     publish(f"bill_{setting.file}", found, markdown, setting=asdict(setting), output=given.output)
 

@@ -73,11 +73,14 @@ class Setting:
         """The part of a result's file name that tells settings apart."""
         return f"{self.device.split(':')[0]}_{self.size}{self.patch_size}_b{self.batch_size}_{self.amp}"
 
-    def build(self, method: str, terms: dict[str, Any] | None = None, mask_ratio: float = 0.75) -> torch.nn.Module:
-        """Our model of that method; the same weights for the same seed."""
+    def build(
+        self, method: str, terms: dict[str, Any] | None = None, mask_ratio: float | None = None
+    ) -> torch.nn.Module:
+        """Our model of that method; the same weights for the same seed. `mask_ratio` None: the method's own."""
         with tempfile.TemporaryDirectory() as folder:
-            if method == "dmae":
-                terms = {"teacher": {"checkpoint": self.write_teacher(Path(folder) / "teacher.pth")}}
+            if "teacher" in methods.METHODS[method].terms:
+                teacher = self.write_teacher(Path(folder) / "teacher.pth", full_decoder=method == "g2sd")
+                terms = {"teacher": {"checkpoint": teacher}}
             torch.manual_seed(self.seed)
             options = {"norm_pix_loss": self.norm_pix_loss, "mask_ratio": mask_ratio}
             if "decoder_depth" in methods.own_options(method):
@@ -90,10 +93,13 @@ class Setting:
                 **options,
             )
 
-    def write_teacher(self, path: Path) -> str:
-        """A ViT-Base of fresh weights, which takes as long as a trained one."""
-        model, small = f"mae_vit_base_patch{self.patch_size}", {"decoder_embed_dim": 16, "decoder_num_heads": 1}
-        teacher = methods.build("mae", model, input_size=self.input_size, decoder_depth=1, **small)
+    def write_teacher(self, path: Path, full_decoder: bool) -> str:
+        """Write a ViT-Base of fresh weights, which takes as long as a trained one; its decoder is small or MAE's."""
+        model = f"mae_vit_base_patch{self.patch_size}"
+        decoder: dict[str, Any] = (
+            {} if full_decoder else {"decoder_depth": 1, "decoder_embed_dim": 16, "decoder_num_heads": 1}
+        )
+        teacher: Any = methods.build("mae", model, input_size=self.input_size, **decoder)
         torch.save({"model": teacher.state_dict()}, path)
         return str(path)
 
@@ -147,7 +153,9 @@ OURS: dict[str, dict[str, Any]] = {
     "nor": {"method": "nor_mae"},
     "nor_r25": {"method": "nor_mae", "terms": {"neighbor": {"fraction": 0.25}}},
     "nor_r20": {"method": "nor_mae", "terms": {"neighbor": {"fraction": 0.2}}},
-    "dmae": {"method": "dmae"},  # a ViT-Base teaches
+    **{  # a ViT-Base teaches
+        name: {"method": name} for name in ("dmae", "mae_lite_distill", "d2_mae", "tiny_mim", "g2sd", "amd", "proteus")
+    },
 }
 
 

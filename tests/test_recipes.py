@@ -67,6 +67,12 @@ RELEASES = {
     },
     "u_mae": {"norm_pix_loss": True, "decoder_depth": 0, "warmup_epochs": 40, "total_batch_size": 1024, "epochs": 200},
     "dmae": DMAE,
+    "mae_lite_distill": {"norm_pix_loss": True, "decoder_depth": 1, "epochs": 400, "total_batch_size": 4096},
+    "d2_mae": {"norm_pix_loss": True, "decoder_depth": 1, "epochs": 400, "reconstruct_block": 0.67},
+    "tiny_mim": {"mask_ratio": 0, "reconstruction_weight": 0, "epochs": 300, "total_batch_size": 2048, "blr": 1.5e-4},
+    "g2sd": {"reconstruction_weight": 0, "decoder_depth": 4, "epochs": 300, "min_lr": 2.5e-6, "blr": 1.5e-4},
+    "amd": {"mask_ratio": 0.9, "norm_pix_loss": True},
+    "proteus": {"mask_ratio": 0, "epochs": 300, "total_batch_size": 512, "blr": 2.5e-4, "warmup_epochs": 5},
     "nor_dmae": DMAE,
     "cross_mae": {"norm_pix_loss": True, "decoder_depth": 12, "blr": 5e-5},  # 1.5e-4 x 0.25 / 0.75
     "simmim": {"norm_pix_loss": False, "mask_ratio": 0.6, "blr": 5e-5, "clip_grad": 5, "min_scale": 0.67},
@@ -157,7 +163,12 @@ def model_of(name):
             return methods.from_options(to_dict(options))
         if "teacher" not in options.terms:
             return build_model(options)
-        size = {"embed_dim": 1024, "depth": 24, "num_heads": 16}  # of a teacher that is not here
+        size = {
+            "embed_dim": 1024,
+            "depth": 24,
+            "num_heads": 16,
+            "decoder_embed_dim": 512,
+        }  # of a teacher that is not here
         return methods.from_options(to_dict(replace(options, terms={"teacher": size, "neighbor": None})))
 
 
