@@ -18,14 +18,13 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from models_mae import MaskedImageModel, View, take
 from models_simmim import BlockMaskedViT
 from models_targets import Target, Tokens
 from models_tokenizer import load_tokenizer, require_digest
-from models_vit import Reader, at_least_float32, without_autocast
+from models_vit import Reader, at_least_float32, set_drop_path, without_autocast
 from options.beit import BEiTOptions, TokenOptions
 
 
@@ -98,15 +97,12 @@ class BEiT(TokenPrediction, BlockMaskedViT):
 
     Options: ClassVar[type] = BEiTOptions
     options: BEiTOptions
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     smallest_share: ClassVar[float] = 16 / 75
 
     def __init__(self, *sizes: Any, **more: Any) -> None:
         super().__init__(*sizes, **more)
-        depth = len(self.blocks)
-        for number, block in enumerate(self.blocks):
-            rate = self.options.drop_path * number / max(1, depth - 1)
-            if rate:
-                block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        set_drop_path(self.blocks, self.options.drop_path)
 
     @property
     def num_predicted(self) -> int:

@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from models_mae import mean_over_ranks
@@ -35,6 +34,7 @@ from models_vit import (
     move_average,
     patch_grid,
     plain_encoder,
+    set_drop_path,
     without_autocast,
 )
 from options.dino import DINOOptions
@@ -217,10 +217,7 @@ class DINO(Pretrainer):
         self.teacher.head = self._make_head()  # type: ignore[assignment]
         self.teacher.requires_grad_(False)
         copy_into(self.teacher, self)
-        if options.drop_path:
-            for number, block in enumerate(self.blocks):
-                rate = options.drop_path * number / max(1, len(self.blocks) - 1)
-                block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        set_drop_path(self.blocks, options.drop_path)
         self.register_buffer("center", torch.zeros(1, options.out_dim))
         # Not part of the state: functions of the step, and what has been collected since the last update.
         self.register_buffer("teacher_temp", torch.tensor(options.teacher_temp), persistent=False)

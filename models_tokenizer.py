@@ -380,6 +380,7 @@ class Tokenizer(Pretrainer):
 
     Options: ClassVar[type] = TokenizerOptions
     options: TokenizerOptions
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.99)  # BEiT v2's
     decoder_pos_embed: nn.Parameter
     decoder_pred: nn.Module
 
@@ -398,7 +399,7 @@ class Tokenizer(Pretrainer):
         norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
         self.to_code = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, self.quantizer.width))
         self.decoder_embed = nn.Linear(self.quantizer.width, E)
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, E), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, E), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(E, heads, self.mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
         )
@@ -420,7 +421,7 @@ class Tokenizer(Pretrainer):
 
     def _set_positions(self) -> None:
         self.pos_embed.data = position_table(self.grid, self.embed_dim).to(self.pos_embed)
-        table = position_table(self.grid, self.decoder_pos_embed.shape[-1])[:, 1:]
+        table = position_table(self.grid, self.decoder_pos_embed.shape[-1])
         self.decoder_pos_embed.data = table.to(self.decoder_pos_embed)
 
     def set_input_size(
@@ -451,7 +452,7 @@ class Tokenizer(Pretrainer):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes `[N, L, Z]` to what is predicted of every patch, float32 at least."""
-        x = self.decoder_embed(codes) + self.decoder_pos_embed
+        x = self.decoder_embed(codes) + self.decoder_pos_embed[:, 1:]  # there is no class token
         x, _ = self.run_blocks(self.decoder_blocks, x)
         return at_least_float32(self.decoder_pred(self.decoder_norm(x)))
 

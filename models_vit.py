@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
+from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
@@ -60,6 +61,7 @@ __all__ = [
     "renormalization",
     "require_plain_encoder",
     "resample_abs_pos_embed",
+    "set_drop_path",
     "take",
     "without_autocast",
 ]
@@ -160,6 +162,13 @@ def position_table(grid: tuple[int, int], dim: int) -> Tensor:
         raise ValueError(f"sine-cosine positions need channels that 4 divides, not {dim}")
     of_row, of_column = build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=True).chunk(2, dim=1)
     return torch.cat([torch.zeros(1, dim), torch.cat([of_column, of_row], dim=1)])[None]
+
+
+def set_drop_path(blocks: nn.Sequential, rate: float) -> None:
+    """Set stochastic depth that rises linearly from 0 in the first block to `rate` in the last."""
+    for number, block in enumerate(blocks):
+        own = rate * number / max(1, len(blocks) - 1)
+        block.drop_path1, block.drop_path2 = (DropPath(own) if own else nn.Identity() for _ in range(2))
 
 
 def initialize(module: nn.Module) -> None:

@@ -301,6 +301,16 @@ def test_a_tokenizer_comes_back_from_its_file_with_the_digest_of_what_decides_it
     assert digest("c.pth") != first
 
 
+def test_a_tokenizer_starts_from_anothers_weights_at_another_size():
+    from models_vit import load_from_run
+
+    weights, made_with = checkpoint.load_model(tokenizer_checkpoint())
+    model = small("vq_tokenizer", input_size=(16, 16))
+    report = load_from_run(model, weights, made_with)
+    assert not report.missing and report.resampled == ["decoder_pos_embed", "pos_embed"]
+    assert torch.equal(model.quantizer.vectors, weights["quantizer.vectors"])
+
+
 def test_a_run_folder_is_a_tokenizer(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "last.pth").write_bytes(open(tokenizer_checkpoint(), "rb").read())
