@@ -154,7 +154,7 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path):
 
 
 def test_a_run_folder_stands_for_its_latest_checkpoint(tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match="is a folder without a checkpoint"):
+    with pytest.raises(checkpoint.CheckpointError, match="contains no checkpoint"):
         checkpoint.file_of(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     last = tmp_path / "checkpoints" / "last.pth"

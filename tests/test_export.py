@@ -308,7 +308,7 @@ def test_options_with_another_head_count_than_the_run_built_are_noticed(pretrain
 def test_nan_is_no_agreement(pretrained):
     encoder = encoders.load(pretrained[0])
     tokens = encoder.answers(encoder.probe())["tokens"]
-    with pytest.raises(encoders.Mismatch, match="off by nan"):
+    with pytest.raises(encoders.Mismatch, match="the difference is nan"):
         encoders.compare(encoder, {"tokens": torch.full_like(tokens, float("nan"))}, "it")
 
 

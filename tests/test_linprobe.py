@@ -106,4 +106,4 @@ def test_two_ranks_have_the_features_and_neighbours_of_one(whole, pretrained, tm
 def test_a_probe_without_an_encoder_is_refused(tmp_path):
     training = Training(tmp_path / "run", door=DOOR)
     assert training.wait() == 2
-    assert "init_from must be given" in training.said
+    assert "init_from: must be given" in training.said

@@ -165,7 +165,7 @@ def test_what_cannot_be_predicted_is_refused(tmp_path, classifier, segmenter, ph
         ([segmenter[0], tmp_path / "text"], "not one of 1 images can be read"),
         ([classifier[0], tmp_path / "text"], "not one of 1 images can be read"),
         ([classifier[0], photos, "--batch_size", "0"], "batch_size: must be at least 1"),
-        ([tmp_path / "nowhere", photos], "nowhere does not exist"),
+        ([tmp_path / "nowhere", photos], "nowhere: it does not exist"),
     ]
     for number, (words, told) in enumerate(cases):
         assert run_tool(*words, "--output", tmp_path / f"out{number}") == 2, words

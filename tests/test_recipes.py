@@ -95,7 +95,12 @@ RELEASED = (
     "perceptual_tokenizer_vit",
     *(f"{method}_vit" for method in RELEASES if method != "sup_mae"),
 )
-OWN = ("quickstart", "my_images", *(name for name in NAMES if name.endswith("_vit_cpu_cifar10")))  # our settings
+OWN = (
+    "quickstart",
+    "my_images",
+    "few_images",
+    *(name for name in NAMES if name.endswith("_vit_cpu_cifar10")),
+)  # our settings
 OTHERS = [name for name in NAMES if name.startswith(RELEASED) and name not in OWN]
 
 # Fine-tuning accuracy after 200 epochs of pretraining, as the paper prints it.
@@ -185,7 +190,7 @@ def test_there_is_a_recipe_for_every_row():
     expected |= {"mae_lite_vit_tiny_in1k", "mae_lite_vit_small_in1k"}
     small, sets = ("tiny", "tiny8"), ("cifar10", "cifar100")
     expected |= {f"{method}_vit_{size}_{data}" for method in ("mae", "nor_mae") for size in small for data in sets}
-    expected |= {"mae_vit_cpu_cifar10", "my_images", "quickstart"}
+    expected |= {"mae_vit_cpu_cifar10", "my_images", "few_images", "quickstart"}
     assert expected <= set(NAMES)
 
 

@@ -127,7 +127,7 @@ def test_without_the_package_whole_files_are_decoded_and_the_log_says_so(monkeyp
     data = jpeg(picture(40, 60))
     part = slice(3, 23), slice(5, 35)
     assert np.array_equal(read_later(data)[part], by_pillow(data)[part])
-    assert "decoded whole" in caplog.text
+    assert "decoded completely" in caplog.text
     decode.part_decoder.cache_clear()
 
 

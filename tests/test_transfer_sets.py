@@ -178,7 +178,7 @@ def test_a_slice_is_held_out_where_there_is_only_one_other_split(tmp_path):
         folder(tmp_path, split, "abc")
     found = splits.open_splits(FinetuneOptions(data_path=str(tmp_path)))
     assert (found.chosen_on, len(found.train), len(found.choice), len(found.test)) == (splits.HELD_OUT, 9, 3, 12)
-    splits.write_lists(found, tmp_path, Path.write_text)
+    splits.write_lists(found, tmp_path)
     listed = (tmp_path / "images_choice.txt").read_text().splitlines()
     assert listed == [f"{name}\t{label}" for name, label in zip(found.choice.names, found.choice.labels, strict=True)]
     assert splits.open_splits(FinetuneOptions(data_path=str(tmp_path), holdout=0.0)).chosen_on == splits.TEST

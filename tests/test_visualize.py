@@ -81,9 +81,10 @@ def images_in_tensorboard(folder):
 @pytest.mark.parametrize("name", visualize.PICTURES)
 def test_every_picture_is_drawn_without_a_run_images_or_a_network(name, here, offline):
     assert visualize.main([name, SMALL, "--input_size", "64", "--device", "cpu"]) == 0
-    assert_opens(here / "figures" / f"{name}.png")
-    assert_opens(here / "figures" / f"{name}.svg")
-    assert images_in_tensorboard(here / "figures") == [f"figures/{name}"]
+    folder = here / "output" / "figures"
+    assert_opens(folder / f"{name}.png")
+    assert_opens(folder / f"{name}.svg")
+    assert images_in_tensorboard(folder) == [f"figures/{name}"]
 
 
 def test_the_histogram_is_drawn_and_its_figures_are_printed(here, offline, capsys):

@@ -94,10 +94,10 @@ def file_of(path: str | Path) -> Path:
     if path.is_dir():
         inside = path / "checkpoints" / LAST
         if not inside.is_file():
-            raise CheckpointError(f"{path} is a folder without a checkpoint: there is no {inside}")
+            raise CheckpointError(f"{path} contains no checkpoint: {inside} does not exist")
         return inside
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+        raise CheckpointError(f"no checkpoint at {path}: it does not exist")
     return path
 
 
