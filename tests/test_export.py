@@ -33,7 +33,10 @@ def installed(name, *more):
 
 
 FORMATS = [installed(name) for name in export.FORMATS]
-SETTLED = {"label": {"classes": 3}, "teacher": {"embed_dim": 24, "depth": 2, "num_heads": 2}}
+SETTLED = {
+    "label": {"classes": 3},
+    "teacher": {"embed_dim": 24, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2},
+}
 """Term options as training resolves them."""
 
 

@@ -508,7 +508,6 @@ def test_bad_input_is_reported_before_any_epoch(pretrained, whole, tmp_path):
         for name in "ab":
             paint(tmp_path / "good" / split / name)
     for name in "ab":
-        paint(tmp_path / "no_val" / "train" / name)
         for split in ("train", "val"):
             paint(tmp_path / "empty" / split / name)
             paint(tmp_path / "unknown" / split / name)
@@ -528,7 +527,6 @@ def test_bad_input_is_reported_before_any_epoch(pretrained, whole, tmp_path):
         (["--num_classes", 9], "labels 0 to 9"),
         (["--labels_per_class", 500], "labels_per_class is 500, but class"),
         (["--labels_per_class", 5, "--label_share", 0.1], "either"),
-        (["--data_path", tmp_path / "no_val", *small], "test_share: no class has a second image"),
         (["--data_path", tmp_path / "empty", *small], "class folders without images: c"),
         (["--data_path", tmp_path / "good", "--class_list", tmp_path / "classes.txt", *small], "no folder"),
         (["--batch_size", 1, "--total_batch_size", 4], "batch_size must be even"),

@@ -198,7 +198,7 @@ def predict(
     file = given.checkpoint_of(model)
     weights, made_with = checkpoint.load_model(file, averaged=True)
     program = checkpoint.program_at(file)
-    if program == "pretrain" or (not program and "head.weight" not in weights):
+    if program == "pretrain" or (program in ("", "finetune") and "head.weight" not in weights):
         raise ValueError(
             f"{file} is an encoder without a classification head: fine-tune it first (main_finetune.py, "
             "main_segment.py), or compute its features with tools.embed"
