@@ -1,7 +1,6 @@
 """Data sets by name, on tiny files in each set's true layout, through torchvision's own classes; splits and subsets."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
