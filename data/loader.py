@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.decode import torchcodec_jpeg
 from data.images import BadImage, Pair, PairTransform, Transform, eval_transform, pretrain_transform
 from data.shelf import Allocate, Parcel, Shelf, empty
 from data.sources import Source, open_source
@@ -346,6 +347,13 @@ class EvalSamples(Dataset):
         return replace(collate(samples, self.mean, self.std, allocate), problems=problems)
 
 
+def _has_jpeg_files(samples: Samples) -> bool:
+    """Return whether some of the first images are JPEG files."""
+    source = getattr(samples, "source", None)
+    names = [] if source is None else source.names[:100]
+    return any(str(name).lower().endswith((".jpg", ".jpeg")) for name in names)
+
+
 class Loader:
     """Batches by their keys, from worker processes or (num_workers 0) in this one, in the order of the keys.
 
@@ -361,6 +369,8 @@ class Loader:
         self._processes: list[Any] = []
         self._loader: DataLoader | None = None
         self._feed = _Feed()
+        if num_workers and _has_jpeg_files(samples):
+            torchcodec_jpeg()  # here, so that the workers inherit the choice and do not each log it
         # At exit multiprocessing ends forgotten children by a signal that these ignore, and then waits for them. This
         # comes before that, or when the loader is no longer used.
         Finalize(self, _kill, args=[self._processes], exitpriority=1)

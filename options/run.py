@@ -185,7 +185,9 @@ class RunOptions(Options):
         require(
             self.total_batch_size % math.prod(getattr(self, name) for name in parts) == 0,
             f"{self.total_batch_size} is not a multiple of "
-            + " x ".join(f"{name} {getattr(self, name)}" for name in parts),
+            + " x ".join(f"{name} {getattr(self, name)}" for name in parts)
+            + ": batch_size counts the images of one pass on one device, total_batch_size those of an optimizer step; "
+            "give both, or total_batch_size alone",
             "total_batch_size",
             *parts,
         )

@@ -28,7 +28,14 @@ from models_vit import digest_of
 from options import FinetuneOptions
 from programs.plan import Plan
 from programs.training import train_epochs
-from programs.transfer import autocast, layer_groups, load_initial_weights, log_model, train_or_evaluate
+from programs.transfer import (
+    autocast,
+    layer_groups,
+    load_initial_weights,
+    log_model,
+    name_next_steps,
+    train_or_evaluate,
+)
 from util import checkpoint, optim
 from util.distributed import Processes
 from util.run import Run, resolve, share_batches
@@ -207,6 +214,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
             announce(options, model, found, run)
         result = train_epochs(run, objective, batches, tasks, after_update=update_ema)
         run.finish(**result, eval_crop=options.eval_crop)
+        name_next_steps(run.folder)
 
 
 def announce(options: FinetuneOptions, model: Classifier, found: Splits, run: Run) -> None:

@@ -34,7 +34,14 @@ from models_upernet import Segmenter
 from options import SegmentOptions
 from programs.plan import Plan
 from programs.training import train_epochs
-from programs.transfer import autocast, layer_groups, load_initial_weights, log_model, train_or_evaluate
+from programs.transfer import (
+    autocast,
+    layer_groups,
+    load_initial_weights,
+    log_model,
+    name_next_steps,
+    train_or_evaluate,
+)
 from util import checkpoint, optim
 from util.confusion import METRIC, describe, table
 from util.distributed import Processes
@@ -214,6 +221,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
         result = train_epochs(run, objective, batches, tasks)
         log.info("classes, last epoch:\n%s", table(result["accuracy"]["last"]))
         run.finish(**result)
+        name_next_steps(run.folder)
 
 
 def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, path: Path) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,12 @@ log = logging.getLogger("transfer")
 
 Options = TypeVar("Options", bound=TransferOptions)
 Work = Callable[[Options, Processes], None]
+
+
+def name_next_steps(folder: Path) -> None:
+    """Log the commands that usually follow a finished run."""
+    log.info("next: python -m tools.predict %s IMAGES", folder)
+    log.info("next: python -m tools.report %s", folder)
 
 
 def train_or_evaluate(options: Options, train: Work[Options], evaluate: Work[Options]) -> None:

@@ -587,3 +587,16 @@ def test_too_few_images_for_a_step_name_a_batch_that_fits():
         Batches(make_samples(images=64), batch_size=256)
     assert [data.suggested_batch(images, 1) for images in (1, 7, 8, 100, 1000)] == [1, 1, 2, 16, 128]
     assert data.suggested_batch(100, 3) == 24
+
+
+def test_the_main_process_chooses_the_decoder_for_its_workers(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(data, "torchcodec_jpeg", lambda: chosen.append(1))
+    samples = make_samples(images=16)
+    samples.source = replace(samples.source, names=["a.png"] * 16)
+    data.Loader(samples, 2, False)
+    assert not chosen, "there are no JPEG files"
+    samples.source = replace(samples.source, names=["a.JPG"] * 16)
+    data.Loader(samples, 0, False)
+    data.Loader(samples, 2, False)
+    assert len(chosen) == 1
