@@ -67,7 +67,7 @@ class TeacherOptions:
     """Blocks of the teacher."""
     num_heads: int = 0
     """Attention heads of the teacher. Only checkpoints of this project and timm's names tell; for others 0 means the
-    heads of `model`'s size with those channels, so 12 for 192 channels."""
+    usual number for those channels; 192 channels have 12 heads in this family and 3 in DeiT, so it must be given."""
     decoder_embed_dim: int = 0
     """Channels of the teacher's decoder, where it is compared; 0: from its checkpoint."""
     decoder_num_heads: int = 0

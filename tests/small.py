@@ -74,8 +74,9 @@ def small(method, **changes):
             heads = 4 if method == "tiny_mim" else 3  # whose heads are the student's additional block's too
             own = {"checkpoint": teacher_checkpoint(heads)} if name == "teacher" else {"hidden": 64}
             terms[name] = own | terms.get(name, {})
+    options = sizes(method) | changes  # may make a checkpoint, with a seed of its own
     torch.manual_seed(0)
-    return build(method, **(sizes(method) | changes), terms=terms)
+    return build(method, **options, terms=terms)
 
 
 def options_of(method, model):

@@ -145,7 +145,8 @@ def test_a_released_checkpoint_teaches(tmp_path):
 def test_the_sizes_that_only_a_name_tells():
     weights = encoder_weights(dict(its_model().state_dict()), "")
     wide = weights | {"cls_token": torch.zeros(1, 1, 192)}
-    assert resolved(TeacherOptions(), wide, {}).num_heads == 12, "of the size with those channels"
+    with pytest.raises(ValueError, match="does not tell the teacher's attention heads: give --terms.teacher.num_heads"):
+        resolved(TeacherOptions(), wide, {})  # 12 in this family, 3 in DeiT
     assert resolved(TeacherOptions(num_heads=3), wide, {}).num_heads == 3
     assert resolved(TeacherOptions(), wide, {"model": "mae_vit_small_patch16", "num_heads": 0}).num_heads == 6
     assert resolved(TeacherOptions(), wide, {"model": "mae_vit_tiny_patch16", "num_heads": 4}).num_heads == 4

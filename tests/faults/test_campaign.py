@@ -12,7 +12,7 @@ from tests.faults.campaign import Campaign, Kill
 def run(folder, kills, seed):
     said = []
     found = Campaign(folder, seed, said.append)
-    found.go_on(kills)
+    found.resume(kills)
     troubles = [kill for kill in found.kills if not kill.survived]
     assert not troubles, troubles[0].trouble
     return found
