@@ -370,6 +370,8 @@ def test_two_ranks_are_one_process_without_mixup(tmp_path):
 
 def test_steps_end_a_run_within_an_epoch(tmp_path):
     said = finish(tmp_path / "run", "--steps", "7", "--warmup_epochs", 0, "--min_lr", 0, door=DOOR)
+    assert "no --init_from: the encoder starts from random weights" in said
+    assert f"next: python -m tools.predict {tmp_path / 'run'} IMAGES" in said
     assert "2 epochs x 5 steps, the last epoch cut short, = 7 updates" in said
     assert result(tmp_path / "run")["steps"] == 7 and len(metrics(tmp_path / "run")) == 7
     rates = [line["lr"] for line in metrics(tmp_path / "run")]

@@ -126,6 +126,9 @@ def test_weights_of_another_run_are_a_start_and_not_a_resume(tmp_path):
     finish(tmp_path / "first", "--epochs", "1")
     last = tmp_path / "first" / "checkpoints" / "last.pth"
     said = finish(tmp_path / "second", "--epochs", "1", "--init_from", last)
+    assert "72 images, others in each epoch, are left out because they do not fill a step" in said
+    assert f"next: python -m tools.report {tmp_path / 'second'}" in said
+    assert "nothing was learned" in said, "five updates from random data do not beat the mean"
     assert "tensors loaded" in said
     assert metrics(tmp_path / "second")[0]["step"] == 1
     assert losses(tmp_path / "second")[1] < losses(tmp_path / "first")[1]
