@@ -252,6 +252,7 @@ class NeighborTerm(Term):
     def __init__(self, options: NeighborOptions) -> None:
         super().__init__(options)
         self.noise_rows = (options.companion == "random") + (options.fraction < 1)  # the fraction's row is the last
+        self.drawn = options.drawn  # worked out once: torch.compile does not trace fractions.Fraction
         if options.together:
             self.images_together = "ranks"
 
@@ -330,7 +331,7 @@ class NeighborTerm(Term):
 
     def combines(self, batch_size: int) -> Literal["", "device", "ranks"]:
         """Return "device" also where a batch is not made of whole groups of which `fraction` draws some images."""
-        return "device" if batch_size % self.options.drawn[1] else super().combines(batch_size)
+        return "device" if batch_size % self.drawn[1] else super().combines(batch_size)
 
     def some_images(self, view: View) -> View:
         """Draw the images that take the second pass: of every g consecutive ones the k of the smallest noise.
@@ -342,7 +343,7 @@ class NeighborTerm(Term):
         """
         if self.options.fraction == 1:
             return view
-        N, (k, group) = view.tokens.shape[0], self.options.drawn
+        N, (k, group) = view.tokens.shape[0], self.drawn
         if N % group:
             k, group = max(1, round(self.options.fraction * N)), N
         number_N = view.noise[:, self.noise_row + self.noise_rows - 1, 0]
