@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -12,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import models_classifier
@@ -24,7 +24,7 @@ from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_batches, 
 from data.splits import Splits
 from engine_finetune import Distillation, Objective, describe, evaluate, make_evaluation
 from models_classifier import Classifier
-from models_vit import digest_of
+from models_vit import digest_of, move_average
 from options import FinetuneOptions
 from programs.plan import Plan
 from programs.training import train_epochs
@@ -195,24 +195,23 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     model.to(processes.device)
     choose_threads(model, processes.device)
     optimizer = plan.make_optimizer(processes.device)
-    ema = ModelEmaV3(model, decay=options.ema) if options.ema else None
-    others = {"ema": ema.module} if ema else {}
-    run.prepare(model, batches, optimizer, total_steps=options.steps, **others)
+    average = copy.deepcopy(model).requires_grad_(False).eval() if options.ema else None
+    run.prepare(model, batches, optimizer, total_steps=options.steps, **({"ema": average} if average else {}))
     objective = plan.make_objective(run.trained)
     sources = {"choice": found.choice, "test": found.test}
-    evaluated = ema.module if ema else model
+    evaluated = average or model
     tasks = [
         make_evaluation(options, run, evaluated, found, lambda name: image_batches(options, sources[name], processes))
     ]
 
-    def update_ema() -> None:
-        if ema:
-            ema.update(model)
+    def update_average() -> None:
+        if average:
+            move_average(average, model, options.ema or 0.0, run.stepper.taken)
 
     with run:
         if processes.main:
             announce(options, model, found, run)
-        result = train_epochs(run, objective, batches, tasks, after_update=update_ema)
+        result = train_epochs(run, objective, batches, tasks, after_update=update_average)
         run.finish(**result, eval_crop=options.eval_crop)
         name_next_steps(run.folder)
 

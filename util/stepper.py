@@ -104,6 +104,7 @@ class Stepper:
         self._scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self._decides_on_device = bool(optimizer.defaults.get("fused"))
         self.grad_norm = torch.zeros((), device=device)
+        self.taken = torch.ones((), dtype=torch.bool, device=device)  # whether the last update was not refused
         self._usual_norm = torch.zeros((), device=device)
         self._highest = torch.full((), -torch.inf, device=device)
         self._bad = torch.zeros(2, dtype=torch.int64, device=device)  # total, consecutive
@@ -175,8 +176,9 @@ class Stepper:
             for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
                 buffer.copy_(torch.where(bad, before, buffer))
         self._statistics_before = []
+        self.taken = ~bad
         if self._hooks is not None:
-            self._hooks.after_update(~bad)
+            self._hooks.after_update(self.taken)
 
     def progress(self) -> Progress:
         return Progress(self.step, self._total_steps, self._steps_per_epoch, self.optimizer.param_groups)
