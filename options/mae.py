@@ -31,7 +31,7 @@ class MaskOptions(Options):
 class DecoderOptions(Options):
     """Options of every method with a decoder of transformer blocks."""
 
-    decoder_embed_dim: int = shape(0)
+    decoder_embed_dim: int = shape(0, section="Decoder")
     """Channels of the decoder; 0: the default of the model's size, as for the next two options."""
     decoder_depth: int = shape(0)
     """Blocks of the decoder: 8 in MAE, 12 in the NoR-MAE paper's script."""

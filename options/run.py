@@ -67,6 +67,20 @@ class RunOptions(Options):
     INHERITS: ClassVar[tuple[str, ...]] = ()  # options that the checkpoint in `init_from` decides unless they are given
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = ()  # the same for the checkpoint that `eval` evaluates
 
+    COMMON: ClassVar[dict[str, tuple[str, ...]]] = {
+        "Data": ("data_path", "dataset", "input_size", "in_chans", "num_classes", "label_share", "labels_per_class"),
+        "Model": (
+            *("method", "model", "mask_ratio", "norm_pix_loss", "terms", "terms.neighbor.weight"),
+            *("init_from", "from_scratch", "global_pool"),
+        ),
+        "Training": (
+            *("epochs", "warmup_epochs", "total_batch_size", "batch_size", "blr", "lr", "layer_decay", "weight_decay"),
+            *("augment", "aa", "mixup", "cutmix", "seed"),
+        ),
+        "Run": ("output_dir", "resume", "overwrite", "eval", "eval_every", "knn_every", "picture_every"),
+        "Machine": ("device", "amp", "compile", "num_workers"),
+    }  # the groups of `--help`; a program shows those that it has
+
     # `~` is expanded in these options.
     PATHS: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "init_from", "data_path", "dataset", "class_list")
 

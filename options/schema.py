@@ -20,6 +20,7 @@ import inspect
 import math
 import os
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -31,6 +32,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 COMMAND_LINE = "command line"
+HELP_ALL = "--help-all"
 _NOTHING = object()
 
 Schema = TypeVar("Schema")
@@ -306,8 +308,14 @@ def parse(
 
     Raises:
         OptionError: names the option, the value found, what is allowed, and the file or "command line" it comes from.
+        SystemExit: after `--help`, which prints the common options, or `--help-all`, which prints all.
     """
     term_options = (term_options or {}) if "terms" in field_types(schema) else {}
+    if wanted := {word.replace("_", "-") for word in argv} & {"-h", "--help", HELP_ALL}:
+        sys.stdout.write(
+            _make_parser(schema, term_options, shown="all" if HELP_ALL in wanted else "common").format_help()
+        )
+        raise SystemExit(0)
     files, flags = _read_flags(schema, argv, term_options)
     layers = [*((file, _read_recipe(file)) for file in files), (COMMAND_LINE, flags)]
     layers = [(source, _canonical(schema, given, source)) for source, given in layers]
@@ -513,7 +521,7 @@ _GUARD = "\0"  # before a negative number, which argparse would read as a flag (
 
 
 def _read_flags(schema: Any, argv: Sequence[str], term_options: Mapping[str, type]) -> tuple[list[str], Given]:
-    """Return the paths of the recipes and the flags, in the order given; `--help` exits the program."""
+    """Return the paths of the recipes and the flags, in the order given."""
     parser = _make_parser(schema, term_options)
     words = []
     for word in argv:
@@ -544,15 +552,27 @@ class _Parser(argparse.ArgumentParser):
         return [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
 
-def _make_parser(schema: Any, term_options: Mapping[str, type]) -> _Parser:
+def _make_parser(schema: Any, term_options: Mapping[str, type], shown: Literal["common", "all"] = "all") -> _Parser:
+    """Return a parser of all flags, or, to print the common ones, of these only."""
+    groups = _help_groups(schema, term_options)
+    same, _ = _repeated(term_options)
+    hidden = 0
+    if shown == "common":
+        expert = [title for title in groups if title.startswith(_EXPERT)]
+        hidden = sum(len(groups.pop(title)) for title in expert if title.removeprefix(_TERM) not in same)
+    more = f"{HELP_ALL} also lists the {hidden} expert options. " if hidden else ""
+    kinds = "A run can be resumed with other options of kind machine, not of kinds result and shape."
     parser = _Parser(
         usage="%(prog)s [-c RECIPE.yaml ...] [--option value ...]",
         description=inspect.getdoc(schema),
-        epilog="Later values override earlier ones: defaults, method, recipes from left to right, flags. In names, - "
-        "and _ are equivalent. A run can be resumed with other options of kind machine, not of kinds result and shape.",
+        epilog=f"{more}Later values override earlier ones: defaults, method, recipes from left to right, flags. In "
+        f"names, - and _ are equivalent. {'' if hidden else kinds}",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=110),
         allow_abbrev=False,
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action="store_true", help="print the common options and exit")
+    parser.add_argument(HELP_ALL, action="store_true", help="print all options and exit")
     parser.add_argument(
         "-c",
         "--config",
@@ -561,17 +581,33 @@ def _make_parser(schema: Any, term_options: Mapping[str, type]) -> _Parser:
         metavar="RECIPE.yaml",
         help="files of options; later ones override earlier ones",
     )
-    for title, fields in _sections(schema).items():
-        group = parser.add_argument_group(title)
-        for field in fields:
-            _add_flag(group, schema, field, field.name, _aliases(schema))
-    same, _ = _repeated(term_options)
-    for term, options in term_options.items():
-        title = f"Term {term} (if the method or a recipe uses it)"
+    for title, flags in groups.items():
+        term = title.removeprefix(_TERM)
         group = parser.add_argument_group(title, f"The options of term {same[term]}." if term in same else None)
-        for field in dataclasses.fields(options):
-            _add_flag(group, options, field, f"terms.{term}.{field.name}", _aliases(schema), hidden=term in same)
+        for name, owner, field in flags:
+            _add_flag(group, owner, field, name, _aliases(schema), with_kind=not hidden, hidden=term in same)
     return parser
+
+
+_EXPERT = "Expert: "  # starts the titles of the groups that only `--help-all` prints
+_TERM = f"{_EXPERT}term "
+
+
+def _help_groups(schema: Any, term_options: Mapping[str, type]) -> dict[str, list[tuple[str, Any, Any]]]:
+    """Return the flags in the groups of `--help-all`, each as name, owner and field; the common ones come first."""
+    flags = {field.name: (field.name, schema, field) for field in dataclasses.fields(schema)}
+    sections = {title: [field.name for field in listed] for title, listed in _sections(schema).items()}
+    groups = {_EXPERT + title: names for title, names in sections.items()}
+    for term, options in term_options.items():
+        own = {f"terms.{term}.{field.name}": field for field in dataclasses.fields(options)}
+        flags.update({name: (name, options, field) for name, field in own.items()})
+        groups[_TERM + term] = list(own)
+    common: Mapping[str, tuple[str, ...]] = getattr(schema, "COMMON", {})
+    taken = {name for names in common.values() for name in names}
+    rest = {title: [name for name in names if name not in taken] for title, names in groups.items()}
+    listed = {**common, **rest}
+    found = {title: [flags[name] for name in names if name in flags] for title, names in listed.items()}
+    return {title: flags for title, flags in found.items() if flags}
 
 
 def _repeated(term_options: Mapping[str, type]) -> tuple[dict[str, str], dict[str, type]]:
@@ -593,13 +629,16 @@ def _add_flag(
     field: dataclasses.Field[Any],
     name: str,
     aliases: Mapping[str, str],
-    hidden: bool = False,
+    *,
+    with_kind: bool,
+    hidden: bool,
 ) -> None:
     expected = field_types(schema)[field.name]
     others = [alias for alias, meant in aliases.items() if meant == name]
     flags = [f"-{alias}" for alias in others if len(alias) == 1]
     flags += [f"--{name}", *(f"--{alias}" for alias in others if len(alias) > 1)]
-    text = f"{documentation(schema)[field.name]} (default: {_default_text(field)}; {_kind(field)})"
+    kind = f"; {_kind(field)}" if with_kind else ""
+    text = f"{documentation(schema)[field.name]} (default: {_default_text(field)}{kind})"
     base, inside = typing.get_origin(expected) or expected, typing.get_args(expected)
     words = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
     metavar = "|".join(map(str, inside)) if base is Literal else words.get(inside[0] if base is tuple else base, "YAML")

@@ -33,6 +33,18 @@ def test_a_command_runs_its_program_from_any_directory_without_importing_torch_f
     assert done.returncode == 2 and "did you mean 'epochs'" in done.stderr and done.stdout.strip() == "False"
 
 
+@pytest.mark.parametrize(("word", "shown"), [("--help", False), ("--help-all", True)])
+def test_the_command_shows_the_help_of_its_program_without_importing_torch(tmp_path, word, shown):
+    code = "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); "
+    code += f"sys.argv[1:] = ['pretrain', '{word}']"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; from nor_mae.cli import main; sys.exit(main())"],
+        cwd=tmp_path, env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.endswith("False\n"), done.stderr
+    assert "--data_path" in done.stdout and ("--worker_timeout" in done.stdout) == shown
+
+
 def test_only_the_command_is_installed():
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["setuptools"]["packages"] == ["nor_mae"]

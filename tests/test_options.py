@@ -19,6 +19,7 @@ from options import (
     FinetuneOptions,
     OptionError,
     RunOptions,
+    SegmentOptions,
     differences,
     from_dict,
     machine,
@@ -29,7 +30,7 @@ from options import (
     result,
     to_dict,
 )
-from options.schema import documentation
+from options.schema import _sections, documentation, field_types
 
 PROJECT = Path(__file__).resolve().parent.parent
 Pretrain = methods.schema("nor_mae")
@@ -401,15 +402,56 @@ def test_other_commands_share_the_options_and_have_their_own_defaults():
 # ---- help and documentation
 
 
-def test_help_shows_every_option_with_its_documentation(capsys):
+def shown_help(capsys, parse_words, *words):
     with pytest.raises(SystemExit) as end:
-        pretrain("--help")
-    text = " ".join(capsys.readouterr().out.split())
+        parse_words(*words)
     assert end.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("word", ["--help-all", "--help_all"])
+def test_help_all_shows_every_option_with_its_documentation(capsys, word):
+    text = shown_help(capsys, pretrain, "--epochs", "3", word)
     for schema, prefix in ((Pretrain, ""), (Neighbor, "terms.neighbor."), (Label, "terms.label.")):
         for name, meaning in documentation(schema).items():
             assert f"--{prefix}{name}" in text and meaning.replace("`", "'") in text
-    assert text.index("Objective:") < text.index("Run folder:") < text.index("Batch and optimizer:")
+    groups = ("Data:", "Model:", "Training:", "Run:", "Machine:", "Expert: Decoder:", "Expert: Run folder:")
+    places = [text.index(f" {title} --") for title in groups]
+    assert places == sorted(places)
+    for name in documentation(Pretrain):
+        assert text.count(f" --{name} ") + text.count(f" --{name}, ") == 1, name
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_shows_the_common_options_and_counts_the_others(capsys, word):
+    text = shown_help(capsys, pretrain, word)
+    common = [name for names in RunOptions.COMMON.values() for name in names]
+    names = [*documentation(Pretrain), *(f"terms.neighbor.{name}" for name in documentation(Neighbor))]
+    names += [f"terms.label.{name}" for name in documentation(Label)]
+    for name in names:
+        assert (f" --{name} " in text or f" --{name}, " in text) == (name in common), name
+    hidden = sum(name not in common for name in names)
+    assert f"--help-all also lists the {hidden} expert options" in text and "Expert" not in text
+
+
+def test_help_of_every_program_names_only_options_that_exist(capsys):
+    found = set()
+    for schema in [*map(methods.schema, ("mae", "dino")), FinetuneOptions, options_module.ProbeOptions, SegmentOptions]:
+        text = shown_help(capsys, lambda *words, schema=schema: parse(schema, words), "--help")
+        found |= {name for name in field_types(schema) if f"--{name} " in text or f"--{name}, " in text}
+        assert {"data_path", "model", "epochs", "blr", "output_dir", "device"} <= found
+    everywhere = {name for names in RunOptions.COMMON.values() for name in names if "." not in name}
+    assert everywhere - {"terms"} <= found, "a common option that no program has"
+
+
+def test_every_option_of_a_method_is_in_a_group_of_its_own():
+    """The first own option opens a group; without one it would continue the last group of the program's options."""
+    for name in methods.METHODS:
+        groups = _sections(methods.schema(name))
+        own, program = set(methods.own_options(name)), {field.name for field in fields(methods.PretrainOptions)}
+        for title, listed in groups.items():
+            kinds = {field.name in own - program for field in listed}
+            assert len(kinds) == 1, f"{name}: group {title} mixes options of the method and of the program"
 
 
 @pytest.mark.parametrize("schema", [*SCHEMAS, *map(methods.schema, methods.METHODS)])

@@ -24,6 +24,8 @@ HEAD = """# Options
 Values are merged in this order, later ones override earlier ones: defaults, the method's own defaults, recipes (`-c`,
 several allowed, from left to right), flags. `-` and `_` in names are equivalent. Names that users of MAE and timm know
 are accepted too ([flags](flags.md)). An unknown name is refused, and the message names the nearest existing option.
+`--help` of a program prints the common options, `--help-all` all of them (`--method NAME --help-all`: also those of
+that method).
 
 Kinds: a *result* option decides what is computed; a *shape* option also decides which parameters the model has; a
 *machine* option only says where and how the same is computed, and may change when a run is resumed
