@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from util import optim
-from util.stepper import USUAL_STEPS, Progress, Stepper, names_of_bad_losses, seed_micro_step
+from util.stepper import RECENT_STEPS, USUAL_STEPS, Progress, Stepper, names_of_bad_losses, seed_micro_step
 
 INDEX = torch.arange(4)
 
@@ -377,3 +377,60 @@ def test_a_parameter_without_a_gradient_is_not_decayed():
     before = model[0].weight.clone()
     stepper({"loss": model[2](torch.ones(1, 4)).square().mean()}, INDEX)
     assert torch.equal(model[0].weight, before)
+
+
+def test_a_new_stepper_belongs_to_the_only_process_and_limits_nothing():
+    _, stepper = make()
+    assert stepper.progress() == Progress(0, 1, 1, stepper.optimizer.param_groups)
+    assert (stepper.accum, stepper.clip_grad, stepper.skip_spikes, stepper.bad_steps()) == (1, 0.0, 0.0, (0, 0))
+    stepper.step = 3
+    with stepper.micro_step():
+        assert torch.initial_seed() == 3 * 65_537, "seed 0, rank 0"
+
+
+def test_the_whole_training_is_done_after_its_only_step():
+    assert Progress(1, 1, 1, []).fraction == Progress(1, 1, 1, []).epoch == 1.0
+
+
+def test_micro_batches_have_numbers_of_their_own_and_the_last_ends_the_step():
+    model, stepper = make(accum=3, seed=2, rank=1)
+    seeds, ended = [], []
+    for images in batches(6):
+        with stepper.micro_step():
+            seeds.append(torch.initial_seed())
+            ended.append(stepper({"loss": model(images).square().mean()}, INDEX))
+    assert seeds == [(2 * 1_000_003 + number) * 65_537 + 1 for number in range(6)]
+    assert ended == [False, False, True] * 2
+
+
+def test_the_latest_32_micro_batches_are_kept():
+    model, stepper = make()
+    loss = model(batches(1)[0]).square().mean()
+    for number in range(40):
+        stepper({"loss": loss.detach().requires_grad_() * 1.0}, torch.tensor([number]))
+    assert RECENT_STEPS == 32
+    assert [entry["index"] for entry in stepper.recent()] == [[number] for number in range(8, 40)]
+
+
+def test_a_norm_at_the_limit_is_not_a_spike():
+    model, _ = make()
+    optimizer = optim.sgd(optim.pretrain_groups(model, 0.0), 1e-3)
+    schedule = optim.warmup_cosine(optimizer, epochs=9, warmup_epochs=0, steps_per_epoch=9, min_lr=1e-3)
+    stepper = Stepper(model, optimizer, schedule, skip_spikes=1.0)
+    for _ in range(USUAL_STEPS + 2):
+        stepper({"loss": sum(p.sum() for p in model.parameters())}, INDEX)  # a gradient of ones at every step
+    assert stepper.bad_steps() == (0, 0)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_the_counts_and_the_loss_scale_are_restored(fp16):
+    model, stepper = make(fp16=fp16)
+    bad = torch.full((4, 3), math.nan)
+    run(model, stepper, [bad, *batches(1), bad, bad])
+    saved = copy.deepcopy(stepper.state_dict())
+    for other_fp16 in (fp16, not fp16):  # another precision starts with a scale of its own
+        _, other = make(fp16=other_fp16)
+        initial = other.state_dict()["scaler"]
+        other.load_state_dict(saved)
+        assert other.bad_steps() == (3, 2) and other.step == 4
+        assert other.state_dict()["scaler"] == (saved["scaler"] if other_fp16 == fp16 else initial)

@@ -100,7 +100,7 @@ class Stepper:
         self._micro = 0
         self._seed, self._rank = seed, rank
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        device = self._parameters[0].device
+        device = next(model.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self._decides_on_device = bool(optimizer.defaults.get("fused"))
         self.grad_norm = torch.zeros((), device=device)
@@ -175,7 +175,6 @@ class Stepper:
         with torch.no_grad():
             for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
                 buffer.copy_(torch.where(bad, before, buffer))
-        self._statistics_before = []
         self.taken = ~bad
         if self._hooks is not None:
             self._hooks.after_update(self.taken)
@@ -235,7 +234,7 @@ class Stepper:
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """Return the buffers that batch norms update in a forward pass."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 def seed_micro_step(seed: int, micro_number: int, rank: int) -> None:
