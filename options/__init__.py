@@ -17,6 +17,7 @@ from options.run import (
 from options.schema import (
     Difference,
     OptionError,
+    changed,
     differences,
     from_dict,
     machine,
@@ -25,6 +26,7 @@ from options.schema import (
     parse,
     result,
     shape,
+    show,
     to_dict,
 )
 
@@ -39,6 +41,7 @@ __all__ = [
     "RunOptions",
     "SegmentOptions",
     "TransferOptions",
+    "changed",
     "differences",
     "from_dict",
     "machine",
@@ -48,5 +51,6 @@ __all__ = [
     "resolve_batch",
     "result",
     "shape",
+    "show",
     "to_dict",
 ]

@@ -700,6 +700,16 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def changed(declared: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that differ from the defaults of the dataclass `declared`.
+
+    Options that the class completes itself, such as an `auto`, are compared with what it makes of the default.
+    """
+    required = [field.name for field in dataclasses.fields(declared) if default_of(field) is dataclasses.MISSING]
+    usual = to_dict(declared(**{name: values[name] for name in required}))
+    return {name: value for name, value in values.items() if name in required or value != usual.get(name)}
+
+
 def from_dict(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
     """Invert `to_dict`. Unknown names are refused; missing ones have their default."""
     known, values = field_types(schema), current_names(schema, values)

@@ -29,7 +29,7 @@ from data.loader import (
     pretrain_transform,
 )
 from models_vit import Pretrainer, load_from_run
-from options import PretrainOptions
+from options import PretrainOptions, changed, show
 from programs.plan import Plan
 from programs.training import train_epochs
 from util import distributed, optim
@@ -134,18 +134,23 @@ def announce(
 ) -> dict[str, Any]:
     """Log what will be trained and the loss of a constant prediction; return both for result.json."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    changed = [
+    sizes = [
         f"{name} {getattr(options, name)}" for name in ("embed_dim", "depth", "num_heads") if getattr(options, name)
     ]
-    model_name = options.model + (f" with {', '.join(changed)}" if changed else "")
+    model_name = options.model + (f" with {', '.join(sizes)}" if sizes else "")
     log.info(
         "%s, %s: %.2f M trainable parameters, %d x %d patches", options.method, model_name, weights / 1e6, *model.grid
     )
     facts: dict[str, Any] = {"images": len(source), "parameters": weights}
     for name, term in model.loss_terms.items():
         records.scalars(f"strength_{name}", term.scale(model), step)
-        scale = ", ".join(f"{what} = {value:.4g}" for what, value in term.scale(model).items())
-        log.info("term %s: %s%s", name, options.terms[name], f"; {scale}" if scale else "")
+        settings = changed(methods.TERMS[name].Options, options.terms[name] or {})
+        log.info(
+            "term %s: %s%s",
+            name,
+            ", ".join(f"{option} {show(value)}" for option, value in settings.items()) or "default options",
+            "".join(f"; {what} = {value:.4g}" for what, value in term.scale(model).items()),
+        )
         combined = term.combines(options.batch_size)
         ranks = distributed.world_size() if combined == "ranks" else 1
         if combined and (together := options.batch_size * ranks) < options.total_batch_size:

@@ -20,6 +20,7 @@ from options import (
     OptionError,
     RunOptions,
     SegmentOptions,
+    changed,
     differences,
     from_dict,
     machine,
@@ -497,6 +498,21 @@ def test_options_made_in_python_are_checked_too():
         Pretrain(amp="int8")
     with pytest.raises(OptionError, match="mask_ratio"):
         replace(Pretrain(), mask_ratio=1.0)
+
+
+@pytest.mark.parametrize(
+    ("term", "given", "kept"),
+    [
+        ("neighbor", {}, {}),
+        ("neighbor", {"border": "natural"}, {}),  # what `auto` means
+        ("neighbor", {"weight": 1e-3, "fraction": 1.0}, {"weight": 1e-3}),
+        ("neighbor", {"cnp": "released"}, {"cnp": "released", "border": "wrap"}),
+        ("teacher", {"checkpoint": "dmae.pth"}, {"checkpoint": "dmae.pth"}),
+    ],
+)
+def test_changed_returns_the_options_that_differ_from_the_defaults(term, given, kept):
+    declared = methods.TERMS[term].Options
+    assert changed(declared, to_dict(declared(**given))) == kept
 
 
 def test_differences_are_of_results_only():

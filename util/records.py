@@ -67,9 +67,11 @@ class Records:
             total_steps,
         )
         if left_out := len(self.source) - steps * options.total_batch_size:
-            log.info("%d images, others in each epoch, are left out because they do not fill a step", left_out)
+            log.info(
+                "%d images, chosen at random in each epoch, are not used because they do not fill a step", left_out
+            )
         log.info(
-            "%d images a step: %d at a time x %d accumulated x %d processes; learning rate %.3e, precision %s",
+            "%d images per step: batch_size %d x accum_iter %d x %d processes; peak learning rate %.3e, precision %s",
             options.total_batch_size,
             options.batch_size,
             options.accum_iter,
