@@ -76,10 +76,11 @@ def open_splits(options: ClassifierOptions) -> Splits:
     if options.dataset.endswith(".txt") or options.data_path.endswith(".txt"):
         _warn_of_overlap(train, judging)
     counts = np.bincount(_labels(train), minlength=len(classes))
+    each = " to ".join(str(count) for count in dict.fromkeys((counts.min(), counts.max())))
     log.info(
-        "%d of %d labelled training images, %d to %d of each of %d classes; best is chosen by %s on %d images (%s); "
+        "%d of %d labelled training images, %s of each of %d classes; best is chosen by %s on %d images (%s); "
         "%d test images",
-        *(len(train), len(whole), counts.min(), counts.max(), len(classes)),
+        *(len(train), len(whole), each, len(classes)),
         *(metric(options), len(choice), chosen_on, len(judging)),
     )
     return Splits(replace(train, classes=_enough(classes, options.num_classes)), choice, chosen_on, judging)

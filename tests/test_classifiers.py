@@ -2,30 +2,75 @@
 
 import json
 
-from tools import classifiers
+import pytest
+
+from tools import classifiers, report
+from tools.records import read_run
+
+KNN = {"raw pixels": 98.2, "untrained encoder": 54.0, "pretrained encoder": 87.2}
 
 
-def record(folder, labels, metric="acc1", **more):
+def record(folder, labels, metric="acc1", last=70.0, options=None, **more):
     folder.mkdir(parents=True)
-    accuracy = {name: {"acc1": value, "mean_class_acc": value - 1} for name, value in (("last", 70.0), ("best", 71.5))}
+    accuracy = {name: {"acc1": value, "mean_class_acc": value - 1} for name, value in (("last", last), ("best", 71.5))}
     result = {"accuracy": accuracy, "metric": metric, "best_chosen_on": "held-out training images"}
     (folder / "result.json").write_text(json.dumps(result | {"steps": 1200, "images_seen": 76800} | more))
     (folder / "images_train.txt").write_text("a\t0\n" * labels)
+    if options is not None:
+        (folder / "options.yaml").write_text(json.dumps(options))
 
 
-def test_rows_are_what_the_runs_recorded(tmp_path, capsys):
+@pytest.fixture
+def quickstart(tmp_path):
+    """Write the results of a pretrained encoder and its classifiers."""
     (tmp_path / "result.json").write_text(json.dumps({"steps": 9}))  # of pretraining: no classifier
-    (tmp_path / "knn.json").write_text(json.dumps({"accuracy": {"raw pixels": 98.2}}))
-    record(tmp_path / "finetuned", 1000)
-    record(tmp_path / "linprobe", 100, metric="mean_class_acc", knn_acc1=64.4)
-    assert classifiers.main([str(tmp_path)]) == 0
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert rows[2:] == [
-        ["nearest neighbours, raw pixels", "98.20", "", "", "all", "", ""],
-        ["finetuned", "70.00", "71.50", "held-out training images", "1,000", "1,200", "76,800"],
-        ["linprobe: nearest neighbours", "64.40", "", "", "100", "", ""],
-        ["linprobe (mean per class)", "69.00", "70.50", "held-out training images", "100", "1,200", "76,800"],
+    (tmp_path / "knn.json").write_text(json.dumps({"accuracy": KNN, "protocol": "k = 20"}))
+    record(tmp_path / "finetuned", 100, options={"init_from": "last.pth", "from_scratch": False}, last=88.76)
+    record(tmp_path / "linprobe", 100, options={"init_from": "last.pth"}, metric="mean_class_acc", knn_acc1=64.4)
+    record(tmp_path / "scratch", 100, options={"init_from": "last.pth", "from_scratch": True}, last=64.5)
+    return tmp_path
+
+
+def test_rows_are_what_the_runs_recorded(quickstart, capsys):
+    assert classifiers.main([str(quickstart)]) == 0
+    text = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    common = ["71.50", "held-out training images", "100", "1,200", "76,800"]
+    assert rows[2:6] == [
+        ["fine-tuned", "finetuned", "88.76", *common],
+        ["linear layer on the frozen encoder (mean per class)", "linprobe", "69.00", "70.50", *common[1:]],
+        ["nearest neighbours of the frozen encoder", "linprobe", "64.40", "", "", "100", "", ""],
+        ["from scratch", "scratch", "64.50", *common],
     ]
+    assert rows[8:] == [[name, f"{value:.2f}"] for name, value in KNN.items()], "nearest neighbours come last"
+    assert (
+        "Trained with 100 labels: 88.76% fine-tuned from this encoder, 64.50% from scratch, a difference of +24.26"
+        in text
+    )
+    assert classifiers.PIXELS_NOTE in text and "k = 20" in text
+
+
+def test_runs_with_other_updates_labels_or_metrics_are_not_compared(tmp_path):
+    for number, more in enumerate(({}, {"steps": 600}, {"labels": 50}, {"metric": "mean_class_acc"})):
+        folder = tmp_path / str(number)
+        record(folder / "a", 100, options={"init_from": "last.pth", "from_scratch": False})
+        record(folder / "b", **{"labels": 100} | more, options={"init_from": "", "from_scratch": False}, last=60.0)
+        gain = classifiers.gain_of_pretraining(classifiers.rows_below([folder]))
+        assert (gain is None) == bool(more)
+    assert classifiers.gain_of_pretraining(classifiers.rows_below([tmp_path / "0", tmp_path / "1"])) is None
+
+
+def test_the_report_leads_with_the_classifiers_then_nearest_neighbours(quickstart):
+    (quickstart / "options.yaml").write_text(json.dumps({"method": "nor_mae", "model": "mae_vit_tiny_patch16"}))
+    page = report.page([read_run(quickstart)])
+    parts = ("a difference of +24.26", "from scratch</h2>", "k nearest neighbours</h2>", classifiers.PIXELS_NOTE[:30])
+    places = [page.index(part) for part in (*parts, "Numbers</h2>", "Options</h2>")]
+    assert places == sorted(places)
+
+
+def test_the_note_about_raw_pixels_is_given_where_they_are_better():
+    assert classifiers.pixels_note(KNN) == classifiers.PIXELS_NOTE
+    assert classifiers.pixels_note({"raw pixels": 37.6, "pretrained encoder": 40.6}) == ""
 
 
 def test_a_folder_without_a_classifier_is_reported(tmp_path, capsys):

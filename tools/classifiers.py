@@ -4,7 +4,7 @@
     python -m tools.classifiers output/finetune output/scratch
 
 Labels, updates and images seen are listed beside every accuracy, because accuracies of runs that differ in these cannot
-be compared directly. If a folder contains results of tools.knn, they come first.
+be compared directly. If a folder contains results of tools.knn, they follow.
 """
 
 from __future__ import annotations
@@ -12,37 +12,106 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-HEADER = ("what", "last epoch %", "best epoch %", "best chosen on", "labels", "updates", "images seen")
+import yaml
+
+HEADER = ("classifier", "run", "last epoch %", "best epoch %", "best chosen on", "labels", "updates", "images seen")
+FINE_TUNED, LINEAR, NEIGHBORS, SCRATCH = KINDS = (
+    "fine-tuned",
+    "linear layer on the frozen encoder",
+    "nearest neighbours of the frozen encoder",
+    "from scratch",
+)
+PIXELS_NOTE = (
+    "Raw pixels do well on small centred images such as digits, where strokes of a class fall on the same pixels; on "
+    "photographs they usually do worse than a trained encoder."
+)
 
 
-def neighbours(folder: Path) -> Iterator[tuple[str, ...]]:
-    """Return the rows of tools.knn, whose bank is the complete training set."""
-    path = folder / "knn.json"
-    if path.exists():
-        for name, accuracy in json.loads(path.read_text())["accuracy"].items():
-            yield f"nearest neighbours, {name}", f"{accuracy:.2f}", "", "", "all", "", ""
+def kind_of(folder: Path) -> str:
+    """Return which of `KINDS` the run in `folder` is, or "" if its options are not stored."""
+    path = folder / "options.yaml"
+    options = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "from_scratch" not in options:  # only main_linprobe.py has no such option
+        return LINEAR if options.get("init_from") else ""
+    return FINE_TUNED if options["init_from"] and not options["from_scratch"] else SCRATCH
 
 
-def classifier(folder: Path) -> Iterator[tuple[str, ...]]:
-    """Return the row of a finished run of main_finetune.py or main_linprobe.py; for a probe also that of kNN."""
+@dataclass(frozen=True)
+class Row:
+    """The result of a classifier. Accuracies are in %, and `None` where there is none."""
+
+    kind: str
+    run: str
+    metric: str
+    last: float
+    best: float | None
+    chosen_on: str
+    labels: int
+    updates: int | None
+    images_seen: int | None
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells under `HEADER`."""
+        kind = self.kind + (" (mean per class)" if self.metric == "mean_class_acc" else "")
+        best = "" if self.best is None else f"{self.best:.2f}"
+        counts = ("" if count is None else f"{count:,}" for count in (self.labels, self.updates, self.images_seen))
+        return kind, self.run, f"{self.last:.2f}", best, self.chosen_on, *counts
+
+
+def read_classifier(folder: Path) -> Iterator[Row]:
+    """Read the result of a run of main_finetune.py or main_linprobe.py; a probe also has one of nearest neighbours."""
     result = json.loads((folder / "result.json").read_text())
     metric, accuracy = result["metric"], result["accuracy"]
-    labels = f"{len((folder / 'images_train.txt').read_text().splitlines()):,}"
+    labels = len((folder / "images_train.txt").read_text().splitlines())
+    best = accuracy["best"][metric] if "best" in accuracy else None
+    trained = (result["best_chosen_on"], labels, result["steps"], result["images_seen"])
+    yield Row(kind_of(folder), folder.name, metric, accuracy["last"][metric], best, *trained)
     if "knn_acc1" in result:
-        yield f"{folder.name}: nearest neighbours", f"{result['knn_acc1']:.2f}", "", "", labels, "", ""
-    best = f"{accuracy['best'][metric]:.2f}" if "best" in accuracy else ""
-    yield (
-        folder.name if metric == "acc1" else f"{folder.name} (mean per class)",
-        f"{accuracy['last'][metric]:.2f}",
-        best,
-        result["best_chosen_on"],
-        labels,
-        f"{result['steps']:,}",
-        f"{result['images_seen']:,}",
+        yield Row(NEIGHBORS, folder.name, "acc1", result["knn_acc1"], None, "", labels, None, None)
+
+
+def rows_below(folders: Iterable[Path]) -> list[Row]:
+    """Return the rows of all classifiers below `folders`, in the order of `KINDS`."""
+    rows = [row for folder in folders for path in classifiers_below(folder) for row in read_classifier(path)]
+    return sorted(rows, key=lambda row: [*KINDS, ""].index(row.kind))
+
+
+def gain_of_pretraining(rows: Iterable[Row]) -> tuple[float, str] | None:
+    """Compare fine-tuning with training from scratch.
+
+    Returns:
+        The difference in points and a sentence; None unless there is one run of each, with the same metric and the
+        same numbers of labels, updates and images seen.
+    """
+    compared = [row for row in rows if row.kind in (FINE_TUNED, SCRATCH)]
+    if [row.kind for row in compared] != [FINE_TUNED, SCRATCH]:
+        return None
+    tuned, scratch = compared
+    if replace(tuned, kind="", run="", last=0, best=0) != replace(scratch, kind="", run="", last=0, best=0):
+        return None
+    points = tuned.last - scratch.last
+    return points, (
+        f"Trained with {tuned.labels:,} labels: {tuned.last:.2f}% fine-tuned from this encoder, {scratch.last:.2f}% "
+        f"from scratch, a difference of {points:+.2f} points."
     )
+
+
+def pixels_note(accuracy: Mapping[str, float]) -> str:
+    """Return why raw pixels can be better than an encoder, if they are, or ""."""
+    raw, encoder = accuracy.get("raw pixels"), accuracy.get("pretrained encoder")
+    return PIXELS_NOTE if raw is not None and encoder is not None and raw > encoder else ""
+
+
+def neighbors_table(knn: Mapping[str, Any]) -> str:
+    """Return the results of tools.knn as Markdown."""
+    rows = [("features", "accuracy %"), *((name, f"{value:.2f}") for name, value in knn["accuracy"].items())]
+    notes = [note for note in (knn.get("protocol", ""), pixels_note(knn["accuracy"])) if note]
+    return markdown_table(rows) + "".join(f"\n{note}\n" for note in notes)
 
 
 def classifiers_below(folder: Path) -> list[Path]:
@@ -52,15 +121,26 @@ def classifiers_below(folder: Path) -> list[Path]:
     return [path for path in results if "accuracy" in json.loads((path / "result.json").read_text())]
 
 
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns; the first row is its header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "-|-".join("-" * width for width in widths))
+    return "".join(f"| {line} |\n" if number != 1 else f"|-{line}-|\n" for number, line in enumerate(lines))
+
+
 def table(folders: Sequence[Path]) -> str:
-    """Return a Markdown table; raise ValueError if there are no rows."""
-    rows = [row for folder in folders for row in neighbours(folder)]
-    found = [path for folder in folders for path in classifiers_below(folder)]
-    if not found:
+    """Return Markdown: the classifiers, then nearest neighbours; raise ValueError if there is no classifier."""
+    rows = rows_below(folders)
+    if not rows:
         raise ValueError(f"no finished classifier in {', '.join(map(str, folders))}: a run of main_finetune.py has one")
-    rows += [row for path in found for row in classifier(path)]
-    lines = [HEADER, tuple("---" for _ in HEADER), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = markdown_table([HEADER, *(row.cells() for row in rows)])
+    if gain := gain_of_pretraining(rows):
+        text += f"\n{gain[1]}\n"
+    for path in (folder / "knn.json" for folder in folders):
+        if path.exists():
+            text += f"\nNearest neighbours, {path.parent.name}:\n\n{neighbors_table(json.loads(path.read_text()))}"
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

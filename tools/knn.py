@@ -26,7 +26,7 @@ from data.folders import NoSplit
 from data.images import CROP_SHARE, EVAL_CROPS, describe_eval_crop
 from data.sources import Source
 from data.splits import divide, like
-from tools import given, report
+from tools import classifiers, given
 from tools.given import Trained
 from util.features import encode_source, pixels_of_source
 from util.knn import knn_accuracy
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{report.knn_table(found)}\n")
+    sys.stdout.write(f"{classifiers.neighbors_table(found)}\n")
     return 0
 
 

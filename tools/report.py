@@ -122,13 +122,6 @@ def table(runs: Sequence[RunRecords]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def knn_table(knn: Mapping[str, Any]) -> str:
-    """Return the results of tools.knn as Markdown."""
-    lines = ["| features | accuracy % |", "|---|---|"]
-    lines += [f"| {name} | {value:.2f} |" for name, value in knn["accuracy"].items()]
-    return "\n".join(lines) + f"\n\n{knn['protocol']}\n"
-
-
 # ---- curves ---------------------------------------------------------------------------------------------------------
 
 

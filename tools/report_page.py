@@ -307,6 +307,8 @@ def verdict(run: RunRecords) -> list[tuple[str, str]]:
             said.append(("good", f"The loss is {share}: the model uses what it sees."))
         else:
             said.append(("bad", f"The loss is {share}: nothing was learned. Train longer or raise --blr."))
+    if gain := classifiers.gain_of_pretraining(classifiers.rows_below([run.folder])):
+        said.append(("good" if gain[0] > 0 else "bad", gain[1]))
     accuracy = (run.knn or {}).get("accuracy", {})
     if {"untrained encoder", "pretrained encoder"} <= accuracy.keys():
         gain = accuracy["pretrained encoder"] - accuracy["untrained encoder"]
@@ -353,16 +355,16 @@ def duration(seconds: float) -> str:
 def results_section(runs: Sequence[RunRecords]) -> str:
     """Classifiers and nearest neighbours, before everything else."""
     parts = []
-    folders = [path for run in runs for path in classifiers.classifiers_below(run.folder)]
-    if folders:
-        rows = ((found, False) for folder in folders for found in classifiers.classifier(folder))
-        parts.append(f"<h2>Classifiers on the encoder</h2>\n{html_table(classifiers.HEADER, rows)}")
+    if rows := classifiers.rows_below(run.folder for run in runs):
+        shown = html_table(classifiers.HEADER, ((row.cells(), False) for row in rows))
+        parts.append(f"<h2>Classifiers with the encoder and from scratch</h2>\n{shown}")
     for run in runs:
         if run.knn:
             whose = "" if len(runs) == 1 else f": {html.escape(run.name)}"
             found = (([name, f"{value:.2f}"], False) for name, value in run.knn["accuracy"].items())
             parts.append(f"<h2>k nearest neighbours{whose}</h2>\n{html_table(['features', 'accuracy %'], found)}")
-            parts.append(f"<p class='note'>{html.escape(run.knn['protocol'])}</p>\n")
+            notes = (run.knn["protocol"], classifiers.pixels_note(run.knn["accuracy"]))
+            parts += [f"<p class='note'>{html.escape(note)}</p>\n" for note in notes if note]
     return "".join(parts)
 
 
