@@ -12,6 +12,7 @@ from options.run import (
     RunOptions,
     SegmentOptions,
     TransferOptions,
+    default_folder,
     resolve_batch,
 )
 from options.schema import (
@@ -42,6 +43,7 @@ __all__ = [
     "SegmentOptions",
     "TransferOptions",
     "changed",
+    "default_folder",
     "differences",
     "from_dict",
     "machine",

@@ -7,6 +7,7 @@ under a field is its documentation and its `--help`. `options/schema.py` parses 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from options.schema import (
 Run = TypeVar("Run", bound="RunOptions")
 
 TORCHRUN = "use torchrun, which starts the processes and sets the rank of each"
+EncoderFormat = Literal["timm", "hf", "onnx"]
 ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans", "value_range", "mean", "std")
 
 
@@ -105,6 +107,9 @@ class RunOptions(Options):
     """Number of the latest `epoch-NNNN.pth` files to keep."""
     log_every: int = machine(20)
     """Optimizer steps between log lines. The device is synchronised only then."""
+    wandb: str = machine("")
+    """Project of Weights & Biases, `PROJECT` or `ENTITY/PROJECT`, that gets the same curves and pictures as TensorBoard
+    (requirements/wandb.txt). Empty: none. WANDB_MODE=offline logs to the run folder."""
 
     data_path: str = machine("", section="Data")
     """Folder of images (`train/CLASS/*`, `CLASS/*`, or flat or nested without labels), or `digits`."""
@@ -184,6 +189,8 @@ class RunOptions(Options):
         self._at_least(0, "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad", "skip_spikes")
         self._at_least(0, "worker_timeout")
         self._between(0, 1, "max_bad_fraction")
+        named = re.fullmatch(r"|([^/\\#?%:\s]+/)?[^/\\#?%:]+", self.wandb)
+        require(named is not None, f"expected PROJECT or ENTITY/PROJECT, found {self.wandb!r}", "wandb")
         self._between(0, 2**32 - 1, "seed")  # what NumPy takes
         require(min(self.input_size) > 0, f"must be at least 1 pixel, found {show(self.input_size)}", "input_size")
         limits = self.value_range
@@ -297,6 +304,9 @@ class PretrainOptions(WholeImageOptions):
 
     data_on_device: bool = result(False, section="Small data")
     """Keep all images decoded in device memory and crop there (small sets). Crops and masks are drawn differently."""
+
+    export: tuple[EncoderFormat, ...] = machine((), section="Export")
+    """Formats of tools.export in which the encoder is written to `export/` when the run is finished."""
 
     knn_every: int = machine(0, section="Monitoring")
     """Epochs between kNN evaluations of the encoder, for data with labels; 0: never."""
@@ -440,6 +450,10 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
     distill_digest: str = result("")
     """SHA-256 of its weights, recorded by a run so that it is not resumed with another one."""
 
+    export: tuple[EncoderFormat, ...] = machine((), section="Export")
+    """Formats of tools.export in which the classifier of the last epoch is written to `export/` when the run is
+    finished."""
+
     aa: str = result("rand-m9-mstd0.5-inc1", section="Augmentation")
     """Automatic augmentation, in timm's notation; empty: none."""
     color_jitter: float = result(0.0)
@@ -467,9 +481,15 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
             "color_jitter",
             "aa",
         )
+        require(
+            "hf" not in self.export or self.global_pool == "token",
+            "hf has no classifier with average pooling: use timm, which transformers loads too, or global_pool token",
+            "export",
+            "global_pool",
+        )
         coloured = bool(self.aa or self.color_jitter)
         require(
-            not coloured or self.in_chans == 3,
+            not coloured or self.in_chans == 3 or self.eval,
             f"is for 3 channels, in_chans is {self.in_chans}: leave it empty",
             "aa",
             "in_chans",
@@ -569,6 +589,10 @@ class SegmentOptions(TransferOptions):
     picture_every: int = machine(10)
     """Epochs between pictures of predicted masks, in `samples/` and TensorBoard; 0: never."""
 
+    export: tuple[Literal["onnx", "torch"], ...] = machine((), section="Export")
+    """Formats of tools.export in which the segmenter of the last epoch is written to `export/` when the run is
+    finished."""
+
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "auxiliary", "warmup_steps", "power")
@@ -595,6 +619,11 @@ def _check_class_weights(words: tuple[str, ...]) -> None:
         weights = [-1.0]
     fine = all(0 <= weight < math.inf for weight in weights) and any(weights)
     require(fine, f"must be one number for each class, or `balanced`, found {' '.join(words)}", "class_weights")
+
+
+def default_folder(options: RunOptions) -> str:
+    """Return the run folder for an empty output_dir: `output/NAME-DATE` with the method's or the program's name."""
+    return f"output/{getattr(options, 'method', '') or options.PROGRAM}-{datetime.date.today().isoformat()}"
 
 
 def resolve_batch(options: Run, processes: int) -> Run:

@@ -10,10 +10,22 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from options import FinetuneOptions, PretrainOptions, ProbeOptions, RunOptions, SegmentOptions, from_dict, parse
+from options import (
+    FinetuneOptions,
+    PretrainOptions,
+    ProbeOptions,
+    RunOptions,
+    SegmentOptions,
+    default_folder,
+    from_dict,
+    parse,
+)
+from util.extras import require_extras
 
 if TYPE_CHECKING:
     from programs.plan import Plan
@@ -84,15 +96,23 @@ def front_door(parse_options: Callable[[Sequence[str]], Any], name: str, argv: S
     """Parse the options, then import and run the program `name`; returns the exit code.
 
     Exit codes: 0 done or nothing left to do, 2 wrong input, 3 too many updates that are not finite, 4 checkpoints
-    cannot be written, 75 stopped by a signal and to be started again.
+    cannot be written, 5 done but an export failed, 75 stopped by a signal and to be started again.
     """
+    main = os.environ.get("RANK", "0") == "0"
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv)
+        options = replace(options, output_dir=options.output_dir or default_folder(options))
+        require_extras(options, main)
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
             sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
     program = load(name)
-    from util.exits import run_program
+    from util.exits import EXIT_DONE, run_program
 
-    return run_program(program.run, options)
+    code = run_program(program.run, options)
+    if code == EXIT_DONE and main and getattr(options, "export", ()) and not getattr(options, "eval", False):
+        from util.exporting import export_run
+
+        return export_run(Path(options.output_dir), options.export)
+    return code

@@ -150,12 +150,13 @@ def start_ranks(
     door: str = "main_pretrain",
     tiny: bool = True,
     faults: dict[int, Callable[[], None]] | None = None,
+    more: dict[str, str] | None = None,
 ) -> list[Training]:
-    """`count` processes that train together as under torchrun; `faults` by rank."""
+    """`count` processes that train together as under torchrun; `faults` by rank, `more` environment for all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), **(more or {})}
     ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [
         Training(folder, *words, door=door, tiny=tiny, environment=environment, fault=(faults or {}).get(rank))

@@ -21,14 +21,14 @@ from options import FinetuneOptions, to_dict
 from tests.small import NARROW
 from tools import encoder as encoders
 from tools import export
-from util import checkpoint
+from util import checkpoint, extras
 
 SIZES = dict(model="mae_vit_tiny_patch4", embed_dim=24, depth=2, num_heads=6)
 
 
 def installed(name, *more):
     """A format (and more values of a case), skipped where its libraries are not installed."""
-    missing = export.missing_packages(name)
+    missing = extras.missing_packages(*extras.EXPORT_PACKAGES[name])
     return pytest.param(name, *more, marks=pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"))
 
 
@@ -441,7 +441,7 @@ def test_bad_input_is_refused_with_a_message(pretrained, tmp_path, capsys):
 
 @ON_RECTANGLES
 def test_missing_packages_are_named_with_the_command_that_installs_them(pretrained, monkeypatch, capsys):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else object())
     assert run_tool("onnx", pretrained[0]) == 2
     said = capsys.readouterr().err
     assert "onnx needs onnxscript" in said and "-m pip install -r " in said and "requirements/export.txt" in said

@@ -142,7 +142,10 @@ def test_everything_imported_is_in_the_requirements():
     names = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML", "nvidia": "nvidia-nvimgcodec-cu13"}
     lists = [
         PROJECT / name
-        for name in ("requirements.txt", "requirements/export.txt", "requirements/region.txt", "requirements/tiff.txt")
+        for name in (
+            "requirements.txt",
+            *(f"requirements/{extra}.txt" for extra in ("export", "region", "tiff", "wandb")),
+        )
     ]
     pinned = [name for file in lists for name in re.findall(r"^([\w-]+)==\S+$", file.read_text(), re.MULTILINE)]
     used = {name.split(".")[0] for tree in trees().values() for name in imported(tree)}

@@ -15,7 +15,6 @@ N images   L patches   D channels
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import statistics
@@ -38,6 +37,7 @@ from tools import card, export_segmenter, given, segmenter
 from tools import encoder as encoders
 from tools.encoder import Encoder
 from util import checkpoint
+from util.extras import EXPORT_PACKAGES, require_packages
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -53,8 +53,6 @@ class Format:
 
     library: str
     """The library that loads it."""
-    packages: tuple[str, ...]
-    """Packages needed in addition to requirements.txt."""
     write: Callable[[Encoder, Path], None]
     read: Callable[[Path], Answers]
     usage: Callable[[Encoder], str]
@@ -303,9 +301,9 @@ session = onnxruntime.InferenceSession("FOLDER/model.onnx", providers=["CPUExecu
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 FORMATS: dict[str, Format] = {
-    "timm": Format("timm", (), write_timm, read_timm, use_timm),
-    "hf": Format("transformers", ("transformers",), write_hf, read_hf, use_hf),
-    "onnx": Format("onnx", ("onnx", "onnxscript", "onnxruntime"), write_onnx, read_onnx, use_onnx),
+    "timm": Format("timm", write_timm, read_timm, use_timm),
+    "hf": Format("transformers", write_hf, read_hf, use_hf),
+    "onnx": Format("onnx", write_onnx, read_onnx, use_onnx),
 }
 
 
@@ -338,18 +336,6 @@ def milliseconds(rivals: Mapping[str, Answers], image: Tensor) -> dict[str, floa
         if time.perf_counter() - began > TIMED_SECONDS:
             break
     return {name: statistics.median(each) for name, each in times.items()}
-
-
-def missing_packages(name: str) -> list[str]:
-    """Return the packages of a format that are not installed."""
-    return [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
-
-
-def require_packages(name: str) -> None:
-    """Raise ValueError unless the packages of a format are installed."""
-    if missing := missing_packages(name):
-        extras = PROJECT / "requirements" / "export.txt"
-        raise ValueError(f"{name} needs {', '.join(missing)}: run {sys.executable} -m pip install -r {extras}")
 
 
 def export(name: str, encoder: Encoder, output: Path) -> str:
@@ -411,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = parser.parse_args(argv)
     try:
         if words.format in FORMATS:
-            require_packages(words.format)
+            require_packages(words.format, EXPORT_PACKAGES[words.format], "export.txt")
         file = given.checkpoint_of(words.model)
         if checkpoint.program_at(file) == "segment":
             if words.input_size or words.num_heads:

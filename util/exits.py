@@ -20,7 +20,7 @@ from util.stepper import Unstable
 
 log = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_BAD_INPUT, EXIT_UNSTABLE, EXIT_CANNOT_SAVE, EXIT_INTERRUPTED = 0, 2, 3, 4, 75
+EXIT_DONE, EXIT_BAD_INPUT, EXIT_UNSTABLE, EXIT_CANNOT_SAVE, EXIT_NOT_EXPORTED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 75
 
 Options = TypeVar("Options")
 

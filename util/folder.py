@@ -20,6 +20,7 @@ import yaml
 from data.files import temporary_of, write_json, write_text
 from options import RunOptions, differences, to_dict
 from util import checkpoint, distributed
+from util.boards import WANDB_FILE
 from util.checkpoint import CheckpointError
 from util.lock import NAME as LOCK
 from util.lock import RunLock
@@ -30,9 +31,9 @@ log = logging.getLogger(__name__)
 STARTS = "environment.json"
 FILES = (
     *("options.yaml", STARTS, "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json"),
-    *("classes.txt", "images_*.txt", "events.out.tfevents.*", "knn.json", "report.html", "curves.png"),
+    *("classes.txt", "images_*.txt", "events.out.tfevents.*", WANDB_FILE, "knn.json", "report.html", "curves.png"),
 )
-FOLDERS = ("checkpoints", "samples", "debug", "figures")
+FOLDERS = ("checkpoints", "samples", "debug", "figures", "wandb")
 
 
 class AlreadyFinished(Exception):

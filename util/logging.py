@@ -1,4 +1,4 @@
-"""Logging of a run: text, JSON lines and TensorBoard. Failing to log never stops a run."""
+"""Logging of a run: text, JSON lines and curves. Failing to log never stops a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from util.boards import Board, open_boards
 
 log = logging.getLogger(__name__)
 
@@ -146,11 +148,22 @@ class RunLog:
     run of many short epochs does not fill the screen.
     """
 
-    def __init__(self, folder: Path, run_id: str, *, step: int, total_steps: int, epochs: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        run_id: str,
+        *,
+        step: int,
+        total_steps: int,
+        epochs: int = 0,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
         self.run_id, self.total_steps, self.epochs = run_id, total_steps, epochs
+        self.failed = False
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._epochs = JsonLines(folder / "log.txt")
-        self._board = _board(folder, step)
+        self._boards = open_boards(folder, step, wandb_project, config or {})
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -206,47 +219,33 @@ class RunLog:
             log.info("epoch %s: %s", self._number(values["epoch"]), shown)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Add curves `group/name` to TensorBoard, whose names may not contain spaces and signs."""
-        for name, value in values.items():
-            name = re.sub(r"[^\w.-]+", "_", name).strip("_")
-            self._quietly(lambda name=name, value=value: self._board.add_scalar(f"{group}/{name}", value, step))
+        """Add points to the curves `group/name`; names may not contain spaces and signs."""
+        plain = {re.sub(r"[^\w.-]+", "_", name).strip("_"): value for name, value in values.items()}
+        points = {f"{group}/{name}": value for name, value in plain.items()}
+        self._show(lambda board: board.scalars(points, step))
 
     def picture(self, name: str, image_HWC: Tensor, step: int) -> None:
-        """Add a uint8 picture `[H, W, 3]` to TensorBoard."""
-        self._quietly(lambda: self._board.add_image(name, image_HWC, step, dataformats="HWC"))
+        """Add a uint8 picture `[H, W, 3]`."""
+        self._show(lambda board: board.picture(name, image_HWC, step))
 
-    def text(self, name: str, text: str) -> None:
-        self._quietly(lambda: self._board.add_text(name, text))
-
-    def _quietly(self, write: Any) -> None:
-        if self._board is None:
-            return
-        try:
-            write()
-        except Exception as error:  # a full disk or a failed writer thread must not stop a run
-            log.warning("cannot write to TensorBoard (%s): no further curves, metrics.jsonl is complete", error)
-            self._board = None
+    def _show(self, write: Callable[[Board], None]) -> None:
+        for name, board in list(self._boards.items()):
+            try:
+                write(board)
+            except Exception as error:  # a full disk or a failed writer thread must not stop a run
+                log.warning("cannot write to %s (%s): no further curves, metrics.jsonl is complete", name, error)
+                del self._boards[name]
 
     def close(self) -> None:
+        """Close the progress bar and the curves; `failed` is the state of the run that is shown with them."""
         self._bar.close()
-        self._quietly(lambda: self._board.close())
+        self._show(lambda board: board.close(self.failed))
 
 
 def _short(name: str, value: float) -> str:
     if "lr" in name.split("_"):
         return f"{value:.3e}"
     return f"{value:.4g}"
-
-
-def _board(folder: Path, step: int) -> Any:
-    """Return a TensorBoard writer that hides what an earlier start wrote after `step`, or None without TensorBoard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # optional
-
-        return SummaryWriter(str(folder), purge_step=step or None)
-    except Exception as error:
-        log.warning("no TensorBoard curves (%s); metrics.jsonl has the same values", error)
-        return None
 
 
 def environment() -> dict[str, Any]:

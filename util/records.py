@@ -16,6 +16,7 @@ import torch
 
 from data.files import write_json, write_text
 from data.loader import Batches, Source, allowed_bad
+from options import to_dict
 from util import checkpoint
 from util.exits import TooManyBadImages, log_record
 from util.logging import RunLog, log_file
@@ -51,7 +52,13 @@ class Records:
             self._file = stack.enter_context(log_file(self.folder / "train.log"))
             self._log_plan(total_steps)
             self.log = RunLog(
-                self.folder, self.run_id, step=self._step, total_steps=total_steps, epochs=self.options.epochs
+                self.folder,
+                self.run_id,
+                step=self._step,
+                total_steps=total_steps,
+                epochs=self.options.epochs,
+                wandb_project=self.options.wandb,
+                config=to_dict(self.options),
             )
             stack.callback(self.log.close)
 
@@ -84,6 +91,8 @@ class Records:
 
     def write_error(self, error: BaseException) -> None:
         """Write how the run ended to train.log; the program writes it to the terminal."""
+        if self.log is not None:
+            self.log.failed = True
         if self._file is not None:
             self._file.handle(log_record(error))
 

@@ -6,7 +6,6 @@ uninterrupted run ends. Another configuration is refused, with a table of the di
 
 from __future__ import annotations
 
-import datetime
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch, Batches, Samples, Source, pixel_statistics
-from options import RunOptions, resolve_batch
+from options import RunOptions, default_folder, resolve_batch
 from util import checkpoint, distributed, optim, precision
 from util.compiler import compiles
 from util.decisions import Decisions
@@ -282,8 +281,7 @@ class Run:
 
 def resolve(options: Options) -> Options:
     """Return the options with the batch sizes, the mean and deviation of the pixels and the run folder worked out."""
-    name = getattr(options, "method", "") or options.PROGRAM
-    folder = options.output_dir or f"output/{name}-{datetime.date.today().isoformat()}"
+    folder = options.output_dir or default_folder(options)
     mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
     return replace(resolve_batch(options, distributed.world_size()), mean=mean, std=std, output_dir=folder)
 

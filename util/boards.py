@@ -1,0 +1,136 @@
+"""Where a run's curves and pictures are shown: TensorBoard and Weights & Biases, under the same names and steps.
+
+Both packages are imported only where they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from data.files import write_json
+
+log = logging.getLogger(__name__)
+
+WANDB_FILE = "wandb.json"
+
+
+class Board(Protocol):
+    """Shows curves and pictures. Every method may fail, see `util.logging.RunLog`."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add a point to each of the curves `GROUP/NAME`, all of one group."""
+
+    def picture(self, name: str, image_HWC: Tensor, step: int) -> None:
+        """Add a uint8 picture `[H, W, 3]`."""
+
+    def close(self, failed: bool) -> None:
+        """Write what is left."""
+
+
+class TensorBoard:
+    """Event files in the run folder. What an earlier start wrote after `step` is hidden."""
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step or None)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, image_HWC: Tensor, step: int) -> None:
+        self._writer.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, which is resumed where the run folder names one.
+
+    Each group of curves has an axis of its own, `GROUP/step`, because groups count differently (updates, epochs) and
+    wandb's own step may never decrease, which it does when a run resumes from its last save.
+
+    Args:
+        folder: The run folder. The run's id is kept there in wandb.json, and wandb's files in `wandb/`.
+        project: `PROJECT` or `ENTITY/PROJECT`.
+        config: Options of the run.
+    """
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]):
+        import wandb
+
+        self._wandb: Any = wandb
+        entity, _, name = project.rpartition("/")
+        run_id = _stored_id(folder, project) or secrets.token_hex(8)
+        self._run: Any = wandb.init(
+            project=name,
+            entity=entity or None,
+            id=run_id,
+            resume="allow",
+            name=folder.resolve().name,
+            dir=str(folder),
+            config=dict(config),
+            settings=wandb.Settings(console="off", finish_timeout=60),
+        )
+        write_json(folder / WANDB_FILE, {"project": project, "id": run_id})
+        self._groups: set[str] = set()
+
+    def _axis(self, name: str) -> str:
+        """Return the name of the axis of a curve or picture; declare it at first use."""
+        group, _, curve = name.partition("/")
+        axis = f"{group}/step"
+        if group not in self._groups:
+            self._groups.add(group)
+            self._run.define_metric(axis)
+            self._run.define_metric(f"{group}/*" if curve else group, step_metric=axis)
+        return axis
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if values:
+            self._run.log({**values, self._axis(next(iter(values))): step})
+
+    def picture(self, name: str, image_HWC: Tensor, step: int) -> None:
+        self._run.log({name: self._wandb.Image(image_HWC.numpy()), self._axis(name): step})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _stored_id(folder: Path, project: str) -> str:
+    """Return the id of the run of this folder in a project; "" if there is none."""
+    try:
+        stored = json.loads((folder / WANDB_FILE).read_text(encoding="utf-8"))
+        return stored["id"] if stored["project"] == project else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def open_boards(folder: Path, step: int, wandb_project: str, config: Mapping[str, Any]) -> dict[str, Board]:
+    """Open TensorBoard, and Weights & Biases for a project, by name. One that cannot be opened is left out and logged.
+
+    Args:
+        folder: The run folder.
+        step: Optimizer steps already done.
+        wandb_project: Empty: without Weights & Biases.
+        config: Options of the run.
+    """
+    boards: dict[str, Board] = {}
+    try:
+        boards["TensorBoard"] = TensorBoard(folder, step)
+    except Exception as error:  # not installed, or the folder is full
+        log.warning("no TensorBoard curves (%s); metrics.jsonl has the same values", error)
+    if wandb_project:
+        try:
+            boards["Weights & Biases"] = WeightsAndBiases(folder, wandb_project, config)
+        except Exception as error:  # the server cannot be reached
+            log.warning("no Weights & Biases curves (%s); metrics.jsonl has the same values", error)
+    return boards
