@@ -111,8 +111,9 @@ def front_door(parse_options: Callable[[Sequence[str]], Any], name: str, argv: S
     from util.exits import EXIT_DONE, run_program
 
     code = run_program(program.run, options)
-    if code == EXIT_DONE and main and getattr(options, "export", ()) and not getattr(options, "eval", False):
+    formats: tuple[str, ...] = getattr(options, "export", ())
+    if formats and main and code == EXIT_DONE and not getattr(options, "eval", False):
         from util.exporting import export_run
 
-        return export_run(Path(options.output_dir), options.export)
+        return export_run(Path(options.output_dir), formats)
     return code
