@@ -37,7 +37,7 @@ class Distillation:
     labels: Literal["soft", "hard"] = "soft"
 
     def loss(self, logits_NC: Tensor, images: Tensor) -> Tensor:
-        """Compute the loss of the student's logits in float32."""
+        """Compute the loss of the student's logits, those of its distillation token if it has one, in float32."""
         teacher_NC = self.teacher(images).float()
         if self.labels == "hard":
             return F.cross_entropy(logits_NC.float(), teacher_NC.argmax(dim=1))
@@ -51,8 +51,9 @@ class Objective(nn.Module):
 
     With `class_weights` w the loss is sum(w_k p_k (-log q_k)) / sum(w_k p_k) over images and classes, for targets p and
     predictions q; smoothing as in `torch.nn.CrossEntropyLoss`.
-    `prepare` comes before the model, for features of a frozen encoder. Mixing draws from NumPy's global generator,
-    which the stepper seeds at every step; it needs batches of an even number of images.
+    A model that returns two sets of logits has a distillation token: the labels are for the first, the distillation for
+    the second. `prepare` comes before the model, for features of a frozen encoder. Mixing draws from NumPy's global
+    generator, which the stepper seeds at every step; it needs batches of an even number of images.
     """
 
     def __init__(
@@ -80,15 +81,15 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         if self.mix is not None:
             images, targets = self.mix(images, labels)
-            logits = self._logits(images)
+            logits, distilled = self._logits(images)
             loss = self._mixed_loss(logits, targets)
         else:
-            logits = self._logits(images)
+            logits, distilled = self._logits(images)
             weight = self._weights_on(logits.device)
             loss = F.cross_entropy(logits, labels, weight=weight, label_smoothing=self.smoothing)
         if self.distillation is None:
             return {"loss": loss}
-        part, share = self.distillation.loss(logits, images), self.distillation.weight
+        part, share = self.distillation.loss(distilled, images), self.distillation.weight
         return {"loss": (1 - share) * loss + share * part, "label": loss, "distillation": part}
 
     def _mixed_loss(self, logits_NC: Tensor, targets_NC: Tensor) -> Tensor:
@@ -102,8 +103,10 @@ class Objective(nn.Module):
             self.class_weights = self.class_weights.to(device)
         return self.class_weights
 
-    def _logits(self, images: Tensor) -> Tensor:
-        return self.model(images if self.prepare is None else self.prepare(images))
+    def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits that learn from labels and those that learn from the teacher, which may be the same."""
+        logits = self.model(images if self.prepare is None else self.prepare(images))
+        return logits if isinstance(logits, tuple) else (logits, logits)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from models_vit import (
@@ -59,6 +60,34 @@ class Classifier(VisionTransformer):
         return {"stem": matcher["stem"], "blocks": [(r"^blocks\.(\d+)", None)]}
 
 
+class DistilledClassifier(Classifier, VisionTransformerDistilled):
+    """A classifier with DeiT's distillation token: a second class token, with a head of its own.
+
+    In training it returns two sets of logits `[N, C]`, of the class token and of the distillation token, otherwise
+    their mean. State names are those of timm's VisionTransformerDistilled: dist_token, head_dist, and a pos_embed with
+    two places before the patches.
+
+    Source: Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_distilled_training(True)
+
+
+def add_distillation_token(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a plain encoder with a distillation token: a copy of the class token and its position."""
+    tokens = {name: weights[name] for name in ("cls_token", "pos_embed") if name in weights}
+    if len(tokens) < 2:
+        return dict(weights)  # refused when they are loaded
+    table = tokens["pos_embed"]
+    return {
+        **weights,
+        "dist_token": tokens["cls_token"],
+        "pos_embed": torch.cat([table[:, :1], table[:, :1], table[:, 1:]], dim=1),
+    }
+
+
 def build(
     model: str,
     *,
@@ -71,13 +100,21 @@ def build(
     global_pool: Literal["avg", "token"] = "avg",
     drop_path: float = 0.0,
     grad_checkpointing: bool = False,
+    distill_token: bool = False,
 ) -> Classifier:
-    """A classifier from scratch, with timm's initial weights; sizes of 0 are the model's own. `num_classes` 0: no head.
+    """Build a classifier with timm's initial weights.
 
-    `model` is a name as for pretraining, `mae_vit_tiny_patch16`. ValueError for an unknown or impossible one.
+    Args:
+        model: A name as for pretraining, `mae_vit_tiny_patch16`.
+        num_classes: 0: no head.
+        embed_dim, depth, num_heads: 0: the model's own.
+        distill_token: Whether it is a `DistilledClassifier`, which needs `global_pool` "token".
+
+    Raises:
+        ValueError: If the name is unknown, or the sizes do not fit together.
     """
     sizes = encoder_sizes(model, input_size=input_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-    built = Classifier(
+    built = (DistilledClassifier if distill_token else Classifier)(
         **sizes, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_path_rate=drop_path
     )
     built.set_grad_checkpointing(grad_checkpointing)
@@ -104,24 +141,40 @@ def encoder_sizes(
 
 
 def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
-    """Initialise from the weights of a checkpoint; re-initialise a missing or mismatched head near zero.
+    """Initialise from the weights of a checkpoint; re-initialise missing or mismatched heads near zero.
 
-    `made_with` are the options of the run that wrote it, or empty where they are not known. ValueError where it holds
-    no encoder of this model, or one with another number of heads, which no weight's shape would tell.
+    The distillation token of a `DistilledClassifier` starts as a copy of the class token where the weights have none.
+
+    Args:
+        model: The classifier.
+        weights: The weights by name.
+        made_with: The options of the run that wrote them; empty where they are not known.
+
+    Raises:
+        ValueError: If they hold no encoder of this model, or one with another number of attention heads, which the
+            shapes of weights do not show.
     """
     other_head = "head.weight" in weights and weights["head.weight"].shape[0] != model.num_classes
-    fitting = {
-        name: value for name, value in weights.items() if not (other_head and name in ("head.weight", "head.bias"))
-    }
+    heads = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+    fitting = {name: value for name, value in weights.items() if not (other_head and name in heads)}
+    if isinstance(model, DistilledClassifier) and "dist_token" not in weights:
+        fitting = add_distillation_token(fitting)
+    elif "dist_token" in weights and not isinstance(model, DistilledClassifier):
+        raise ValueError(
+            "these weights have a distillation token, without which the encoder computes something else: fine-tune "
+            "with --distill_token, or use the pretrained encoder"
+        )
     report = load_from_run(model, fitting, made_with)
     if not model.num_classes and "norm.weight" in report.missing and "fc_norm.weight" in weights:
         raise ValueError(
             "these weights are of a classifier that averages the patch tokens: its last norm, fc_norm, comes after "
             "the average, and frozen tokens need one before. Use the pretrained encoder, or features of tools.embed"
         )
-    if model.num_classes and "head.weight" in report.missing:
-        trunc_normal_(model.head.weight, std=HEAD_STD)
-        nn.init.zeros_(model.head.bias)  # type: ignore[arg-type]
+    for name in ("head", "head_dist"):
+        if model.num_classes and f"{name}.weight" in report.missing:
+            head = model.get_submodule(name)
+            trunc_normal_(head.weight, std=HEAD_STD)  # type: ignore[arg-type]
+            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
     return report
 
 
@@ -131,6 +184,8 @@ def load_classifier(model: Classifier, weights: Mapping[str, Tensor], made_with:
         raise ValueError("these weights have no classification head")
     if (theirs := len(weights["head.weight"])) != model.num_classes:
         raise ValueError(f"these weights are of a head for {theirs} classes, the data have {model.num_classes}")
+    if isinstance(model, DistilledClassifier) and "dist_token" not in weights:
+        raise ValueError("these weights are of a classifier without a distillation token")
     report = load_encoder(model, weights, made_with)
     if report.missing:
         pool = " (another global_pool?)" if any("norm" in name for name in report.missing) else ""
@@ -193,7 +248,8 @@ def load_teacher(
     sizes = {size.embed_dim: name for name, size in SIZES.items()}
     if not made_with and channels not in sizes:
         raise ValueError(f"the encoder has {channels} channels, and its attention heads are not known")
-    side = patch_size * math.isqrt(weights["pos_embed"].shape[1] - 1)
+    distill_token = "dist_token" in weights
+    side = patch_size * math.isqrt(weights["pos_embed"].shape[1] - 1 - distill_token)
     model = made_with.get("model") or f"mae_vit_{sizes[channels]}_patch{patch_size}"
     input_size = tuple(made_with.get("input_size") or (side, side))
     classifier = build(
@@ -205,6 +261,7 @@ def load_teacher(
         depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
         num_heads=made_with.get("num_heads") or 0,
         global_pool="avg" if "fc_norm.weight" in weights else "token",
+        distill_token=distill_token,
     )
     load_classifier(classifier, weights, made_with)
     own = (tuple(made_with.get("mean") or ()), tuple(made_with.get("std") or ()))

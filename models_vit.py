@@ -308,7 +308,8 @@ def load_matching(
     for name in own.keys() - missing:
         tensor = weights[name]
         if name.endswith("pos_embed") and tensor.shape[::2] == own[name].shape[::2]:
-            tensor = _resampled(name, tensor, grid, model.patch_embed.grid_size)
+            prefix = model.num_prefix_tokens if name == "pos_embed" else 1
+            tensor = _resampled(name, tensor, grid, model.patch_embed.grid_size, prefix)
             if tensor is not weights[name]:
                 resampled.append(name)
         if tensor.shape != own[name].shape:
@@ -367,9 +368,11 @@ def for_channels(weights: Mapping[str, Tensor], in_chans: int) -> Mapping[str, T
     return {**weights, name: adapt_input_conv(in_chans, weights[name], base_chans=theirs)}
 
 
-def _resampled(name: str, table: Tensor, old_grid: tuple[int, int] | None, new_grid: tuple[int, int]) -> Tensor:
-    """The position table `[1, 1 + patches, dim]` at the new grid; the table itself where nothing changes."""
-    patches = table.shape[1] - 1
+def _resampled(
+    name: str, table: Tensor, old_grid: tuple[int, int] | None, new_grid: tuple[int, int], prefix: int
+) -> Tensor:
+    """The position table `[1, prefix + patches, dim]` at the new grid; the table itself where nothing changes."""
+    patches = table.shape[1] - prefix
     if old_grid is None:
         side = math.isqrt(patches)
         old_grid = new_grid if patches == math.prod(new_grid) else (side, side)
@@ -377,7 +380,9 @@ def _resampled(name: str, table: Tensor, old_grid: tuple[int, int] | None, new_g
         raise ValueError(f"{name} has {patches} positions, which are no grid of {old_grid[0]} x {old_grid[1]} patches")
     if old_grid == new_grid:
         return table
-    return resample_abs_pos_embed(table.float(), list(new_grid), list(old_grid), antialias=False)
+    return resample_abs_pos_embed(
+        table.float(), list(new_grid), list(old_grid), num_prefix_tokens=prefix, antialias=False
+    )
 
 
 # ---- helpers of every method ----------------------------------------------------------------------------------------

@@ -429,6 +429,8 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
         name: advice for name, advice in ClassifierOptions.FOREIGN.items() if name != "opt"
     }
 
+    INHERITS_EVAL: ClassVar[tuple[str, ...]] = (*ClassifierOptions.INHERITS_EVAL, "distill_token")
+
     blr: float = result(5e-4)
     min_lr: float = result(1e-6)
     min_scale: float = result(0.08)
@@ -444,7 +446,10 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
     distill_weight: float = result(0.5)
     """Weight of its predictions in the loss; the labels have 1 minus that."""
     distill_labels: Literal["soft", "hard"] = result("soft")
-    """`soft`: its probabilities; `hard`: the class that it predicts, as in DeiT, but without a distillation token."""
+    """`soft`: its probabilities; `hard`: the class that it predicts, as in DeiT."""
+    distill_token: bool = shape(False)
+    """Learn its predictions with a token and a head of their own, as in DeiT; evaluation uses the mean of both heads.
+    Needs global_pool token."""
     distill_temperature: float = result(1.0)
     """Temperature of both softmaxes, with soft labels."""
     distill_digest: str = result("")
@@ -481,6 +486,12 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
             "color_jitter",
             "aa",
         )
+        if self.distill_token:
+            alone = self.distill_from or self.eval
+            require(bool(alone), "learns from a teacher: give distill_from", "distill_token", "distill_from")
+            classed = self.global_pool == "token"
+            require(classed, "is a second class token: use global_pool token", "distill_token", "global_pool")
+            require("hf" not in self.export, "hf has no distillation token: use timm", "export", "distill_token")
         require(
             "hf" not in self.export or self.global_pool == "token",
             "hf has no classifier with average pooling: use timm, which transformers loads too, or global_pool token",

@@ -98,6 +98,7 @@ def build_model(options: FinetuneOptions, classes: int) -> Classifier:
         global_pool=options.global_pool,
         drop_path=options.drop_path,
         grad_checkpointing=options.grad_checkpointing,
+        distill_token=options.distill_token,
     )
 
 

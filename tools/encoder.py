@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of the largest value, where that exceeds 1
 ARCHITECTURES = {size: f"vit_{size}_patch16_224" for size in SIZES} | {"huge": "vit_huge_patch14_224"}
+DISTILLED = "deit_base_distilled_patch16_224"
+DISTILLATION = ("dist_token", "head_dist.weight", "head_dist.bias")  # what it has beyond a plain encoder
 DECODER = ("decoder_", "mask_token")  # how the names of MAE's decoder begin
 
 
@@ -94,6 +96,8 @@ class Encoder:
     @property
     def pooling(self) -> str:
         """Description of `features`."""
+        if self.model.num_prefix_tokens == 2:
+            return "the mean of the class token and the distillation token after the last norm"
         if self.arguments["global_pool"] == "token":
             return "the class token after the last norm"
         if self.arguments["fc_norm"]:
@@ -128,7 +132,7 @@ class Encoder:
         tokens = self.model.forward_features(images)
         features = self.model.forward_head(tokens, pre_logits=True)
         answers = {"tokens": tokens, "features": features}
-        return answers | {"logits": self.model.head(features)} if self.classes else answers
+        return answers | {"logits": self.model.forward_head(tokens)} if self.classes else answers
 
     def probe(self, count: int = 2) -> Tensor:
         """Return fixed images of noise, to compare outputs on."""
@@ -159,11 +163,12 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
     encoders = methods.encoder_weights(weights, options)
     settled = _arguments(file, encoders, options, num_heads)
     size = next((size for size, known in SIZES.items() if known.embed_dim == settled["embed_dim"]), "tiny")
-    model = _create(ARCHITECTURES[size], settled)
+    architecture = DISTILLED if "dist_token" in encoders else ARCHITECTURES[size]
+    model = _create(architecture, settled)
     _fill(model, encoders, file, ours=bool(options))
     mean, std = options.get("mean", ()), options.get("std", ())
     statistics = pixel_statistics(settled["in_chans"], mean, std)
-    encoder = Encoder(model, ARCHITECTURES[size], settled, statistics, file, options)
+    encoder = Encoder(model, architecture, settled, statistics, file, options)
     if options:
         encoder = replace(encoder, updates=state.get("step"), program=program)
         compare(encoder, _as_trained(options, weights, encoder), f"the model extracted from {file}")
@@ -178,7 +183,9 @@ def _as_trained(options: Mapping[str, Any], weights: Mapping[str, Tensor], encod
         with torch.inference_mode():
             return {"tokens": pretrainer.eval().encode(encoder.probe())}
     names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "global_pool")
-    model = models_classifier.build(num_classes=encoder.classes, **{name: options[name] for name in names})
+    sizes = {name: options[name] for name in names}
+    distill_token = options.get("distill_token", False)
+    model = models_classifier.build(num_classes=encoder.classes, distill_token=distill_token, **sizes)
     model.load_state_dict(weights)
     model.eval()
     with torch.inference_mode():
@@ -214,7 +221,7 @@ def _create(architecture: str, arguments: Mapping[str, Any], *, pretrained: bool
 
 def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
     """Return the arguments of timm.create_model for these weights."""
-    require_plain_encoder(weights, where=f"the weights in {file}")
+    require_plain_encoder(weights, own=DISTILLATION, where=f"the weights in {file}")
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if missing := [name for name in needed if name not in weights]:
         there = ", ".join(sorted({name.split(".")[0] for name in weights})[:8])
@@ -223,7 +230,7 @@ def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, 
     if len(patch) != 2 or patch[0] != patch[1]:
         raise ValueError(f"{file} embeds patches of {patch or 'unknown'} pixels; here they are squares")
     patch_size = patch[0]
-    positions = weights["pos_embed"].shape[1] - 1
+    positions = weights["pos_embed"].shape[1] - (2 if "dist_token" in weights else 1)
     side = math.isqrt(positions)
     size = options.get("input_size") or (side * patch_size, side * patch_size)
     rows, columns = patch_grid(tuple(size), patch_size)
@@ -362,7 +369,7 @@ def load_encoder(
     if (path / "export.json").is_file():
         return _load_export(path, size)
     found = load(path, input_size=size, num_heads=num_heads)
-    found.model.head = torch.nn.Identity()
+    found.model.reset_classifier(0)
     mean, std = found.statistics
     return found.model, Preprocess(found.image_shape, found.crop_share, mean, std, found.eval_crop)
 
@@ -378,7 +385,7 @@ def _load_export(folder: Path, size: tuple[int, int] | None) -> tuple[VisionTran
         other = _create(f"local-dir:{folder}", {"img_size": size})
         load_matching(other, model.state_dict(), grid=model.patch_embed.grid_size)
         model = other
-    model.head = torch.nn.Identity()
+    model.reset_classifier(0)
     shape = (expected["channels"], *(size or own))
     eval_crop = expected.get("eval_crop", "keep_size")
     return model, Preprocess(shape, expected["crop"], expected["mean"], expected["std"], eval_crop)

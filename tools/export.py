@@ -138,6 +138,10 @@ def write_hf(encoder: Encoder, folder: Path) -> None:
     """Write a ViTModel or a ViTForImageClassification, and its image processor."""
     from transformers import CLIPImageProcessor, ViTConfig, ViTForImageClassification, ViTModel
 
+    if encoder.model.num_prefix_tokens == 2:
+        raise ValueError(
+            "transformers' ViT has no distillation token: export it for timm, which transformers loads too"
+        )
     if encoder.classes and encoder.arguments["global_pool"] != "token":
         raise ValueError(
             "transformers' ViT classifies the class token, and this classifier was fine-tuned with average pooling. "
@@ -253,7 +257,7 @@ class Graph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         tokens = self.model.forward_features(images)
         features = self.model.forward_head(tokens, pre_logits=True)
-        return (tokens, features, self.model.head(features))[: len(self.names)]
+        return (tokens, features, self.model.forward_head(tokens))[: len(self.names)]
 
 
 def write_onnx(encoder: Encoder, folder: Path) -> None:
