@@ -173,7 +173,7 @@ def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Ma
     for name in ("head", "head_dist"):
         if model.num_classes and f"{name}.weight" in report.missing:
             head = model.get_submodule(name)
-            trunc_normal_(head.weight, std=HEAD_STD)  # type: ignore[arg-type]
+            trunc_normal_(head.weight, std=HEAD_STD)
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
     return report
 
