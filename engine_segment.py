@@ -33,7 +33,6 @@ class Objective(nn.Module):
 
     With `class_weights` each pixel counts with the weight of its class.
     loss = segmentation + weight x auxiliary. Masks are `[N, H, W]`, of the images' size; pixels of IGNORE count as 0.
-    Where the loss is not finite, batch norm's running statistics stay as they were, as the weights will.
     """
 
     def __init__(self, model: nn.Module, *, auxiliary: float, class_weights: Sequence[float] | None = None):
@@ -48,13 +47,8 @@ class Objective(nn.Module):
         if self.class_weights is not None and self.class_weights.device != masks.device:
             self.class_weights = self.class_weights.to(masks.device)
         weights = self.class_weights
-        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        before = [buffer.clone() for buffer in statistics]
         segmentation, auxiliary = (cross_entropy(logits, masks, weights) for logits in self.model(images))
         loss = segmentation + self.auxiliary * auxiliary
-        for buffer, value in zip(statistics, before, strict=True):
-            # By way of `data`, since autograd guards them although the backward pass reads the batch's own statistics.
-            buffer.data.copy_(torch.where(torch.isfinite(loss.detach()), buffer, value))
         return {"loss": loss, "segmentation": segmentation, "auxiliary": auxiliary}
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 from data import scenes
 from data.depth import with_range
-from data.folders import contents_of, images_below, split_named, visible_folders
+from data.folders import contents_of, images_below, some, split_named, visible_folders
 from data.images import BadImage, Pair, blamed_on, orientation_of, read_stored
 from data.mask_files import IGNORE, MOST_LISTED, Coding, ignored_value, read_mask
 from data.sources import Names, Source, read_class_list
@@ -146,13 +146,11 @@ class _Folder:
         if alone:
             stem = os.path.splitext(alone[0])[0]
             raise ValueError(
-                f"{len(alone)} of {len(images)} images in {self.root} have no mask: {_some(alone)} "
+                f"{len(alone)} of {len(images)} images in {self.root} have no mask: {some(alone)} "
                 f"(there is no {place}/{stem}.png)"
             )
         if left := [name for stem, name in masks.items() if stem not in images]:
-            log.warning(
-                "%d masks in %s/%s have no image and are left out: %s", len(left), self.root, place, _some(left)
-            )
+            log.warning("%d masks in %s/%s have no image and are left out: %s", len(left), self.root, place, some(left))
         order = sorted(images)
         image_names = Names(os.path.join("images", inside, images[stem]) for stem in order)
         mask_names = Names(os.path.join(self.masks, inside, masks[stem]) for stem in order)
@@ -186,10 +184,6 @@ def _by_stem(folder: str, what: str, suffixes: tuple[str, ...] = ()) -> dict[str
     return found
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _open_folder(options: SegmentOptions) -> _Folder:
     root, ade = options.data_path, options.dataset == "ade20k"
     if not os.path.isdir(root):
@@ -199,7 +193,7 @@ def _open_folder(options: SegmentOptions) -> _Folder:
         root = inside
     there = [name for name in MASK_FOLDERS if os.path.isdir(os.path.join(root, name))]
     if len(there) != 1 or not os.path.isdir(os.path.join(root, "images")):
-        raise ValueError(f"{root} must hold {WANTED}; it holds {contents_of(root)} ({_some(sorted(os.listdir(root)))})")
+        raise ValueError(f"{root} must hold {WANTED}; it holds {contents_of(root)} ({some(sorted(os.listdir(root)))})")
     listed = options.class_list or (str(ADE20K) if ade else os.path.join(root, CLASSES))
     if not os.path.isfile(listed):
         raise ValueError(
@@ -345,7 +339,7 @@ def _require_classes(folder: _Folder, masks: int, pixels_K: np.ndarray, total: C
         )
     if train and ignored >= REAL_AREA and not folder.confirmed:
         raise ValueError(advice)
-    named = _some([names[number] for number in never])
+    named = some([names[number] for number in never])
     log.warning("%d of %d classes are in none of these %d masks: %s", len(never), len(names), masks, named)
 
 

@@ -57,7 +57,7 @@ from data.images import (
 )
 from data.labels import read_labels
 from data.packs import Pack, is_pack, open_pack
-from options import nearest
+from options import RunOptions, nearest
 
 log = logging.getLogger(__name__)
 
@@ -220,6 +220,13 @@ def open_source(
     return with_range(
         source, in_chans, value_range, report=split == "train", files=bool(source.read_lazily or source.path)
     )
+
+
+def open_split(options: RunOptions, split: str, *, known: Sequence[str] | None = None, exact: bool = False) -> Source:
+    """Open a split of the images that the options of a run name; see `open_source`."""
+    names = ("in_chans", "class_list", "value_range", "label_offset")
+    how: dict[str, Any] = {name: getattr(options, name) for name in names}
+    return open_source(options.dataset, options.data_path, split, known=known, exact=exact, **how)
 
 
 def _open(wanted: _Wanted) -> Source:

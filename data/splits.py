@@ -22,7 +22,7 @@ import numpy as np
 
 from data.files import write_text
 from data.folders import NoSplit, match_classes, some
-from data.sources import Names, Source, class_folders_without_images, open_source
+from data.sources import Names, Source, class_folders_without_images, open_split
 from options import ClassifierOptions
 
 log = logging.getLogger(__name__)
@@ -153,11 +153,11 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
     train = Source([], _nothing, np.empty(0, np.int64), trained or None)
     for split in ("test", "val"):
         try:
-            test = _open(options, split, trained or None, exact=True)
+            test = open_split(options, split, known=trained or None, exact=True)
         except NoSplit:
             continue
         if test.labels is None:  # its folders may have names of their own
-            test = _open(options, split, exact=True)
+            test = open_split(options, split, exact=True)
         if test.labels is None:
             log.warning("the %s images have no labels (%s) and are not evaluated", split, test.problem)
             continue
@@ -389,23 +389,9 @@ def _is_folder(options: ClassifierOptions) -> bool:
     return options.dataset == "folder" or (options.dataset == "auto" and os.path.isdir(options.data_path))
 
 
-def _open(options: ClassifierOptions, split: str, known: Sequence[str] | None = None, exact: bool = False) -> Source:
-    return open_source(
-        options.dataset,
-        options.data_path,
-        split,
-        in_chans=options.in_chans,
-        class_list=options.class_list,
-        value_range=options.value_range,
-        known=known,
-        label_offset=options.label_offset,
-        exact=exact,
-    )
-
-
 def _training_images(options: ClassifierOptions) -> Source:
     """Open the training images. ValueError where their labels cannot be learned from."""
-    source = _open(options, "train")
+    source = open_split(options, "train")
     if source.problem or source.labels is None:
         reason = source.problem or "the data set has none"
         raise ValueError(f"a classifier needs labels, and the training images have none that it can learn: {reason}")
@@ -419,7 +405,7 @@ def _training_images(options: ClassifierOptions) -> Source:
 def _evaluation_images(options: ClassifierOptions, split: str, train: Source) -> Source | None:
     """Open the split with the class numbers of `train`; None where there is none, or it has no labels."""
     try:
-        source = _open(options, split, train.classes, exact=True)
+        source = open_split(options, split, known=train.classes, exact=True)
     except NoSplit:
         return None
     if source.labels is None:

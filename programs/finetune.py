@@ -20,7 +20,7 @@ from data import splits
 from data.augment import finetune_transform
 from data.class_weights import image_weights
 from data.images import classifier_crop_share, describe_eval_crop
-from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_batches, eval_transform
+from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_transform
 from data.splits import Splits
 from engine_finetune import Distillation, Objective, describe, evaluate, make_evaluation
 from models_classifier import Classifier
@@ -30,6 +30,7 @@ from programs.plan import Plan
 from programs.training import train_epochs
 from programs.transfer import (
     autocast,
+    encoder_arguments,
     layer_groups,
     load_initial_weights,
     log_model,
@@ -38,7 +39,7 @@ from programs.transfer import (
 )
 from util import checkpoint, optim
 from util.distributed import Processes
-from util.run import Run, resolve, share_batches
+from util.run import Run, eval_share, resolve, share_batches
 from util.threads import choose_threads
 
 log = logging.getLogger("finetune")
@@ -88,17 +89,11 @@ def objective_of(
 
 def build_model(options: FinetuneOptions, classes: int) -> Classifier:
     return models_classifier.build(
-        options.model,
         num_classes=classes,
-        input_size=options.input_size,
-        in_chans=options.in_chans,
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.num_heads,
         global_pool=options.global_pool,
         drop_path=options.drop_path,
-        grad_checkpointing=options.grad_checkpointing,
         distill_token=options.distill_token,
+        **encoder_arguments(options),
     )
 
 
@@ -133,14 +128,7 @@ def image_batches(options: FinetuneOptions, source: Source, processes: Processes
     """This process's share of a whole source, each image cut in the middle and shown once."""
     transform = eval_transform(options.input_size, classifier_crop_share(options.input_size), options.eval_crop)
     samples = EvalSamples(source, transform, mean=options.mean, std=options.std)
-    return eval_batches(
-        samples,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        pin_memory=options.pin_mem and processes.device.type == "cuda",
-        worker_timeout=options.worker_timeout,
-        indices=range(processes.rank, len(source), processes.world_size),
-    )
+    return eval_share(options, samples, processes, options.batch_size)
 
 
 def run(options: FinetuneOptions) -> None:

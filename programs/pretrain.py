@@ -24,10 +24,10 @@ from data.loader import (
     TrainSamples,
     eval_batches,
     eval_transform,
-    open_source,
     pixel_statistics,
     pretrain_transform,
 )
+from data.sources import open_split
 from models_vit import Pretrainer, load_from_run
 from options import PretrainOptions, changed, show
 from programs.plan import Plan
@@ -51,15 +51,7 @@ def build_model(options: PretrainOptions) -> Pretrainer:
 
 
 def open_images(options: PretrainOptions, model: Pretrainer, split: str = "train") -> Source:
-    source = open_source(
-        options.dataset,
-        options.data_path,
-        split,
-        in_chans=options.in_chans,
-        class_list=options.class_list,
-        value_range=options.value_range,
-        label_offset=options.label_offset,
-    )
+    source = open_split(options, split)
     needy = [name for name, term in model.loss_terms.items() if term.needs_labels]
     if needy and source.labels is None:
         what, why = options.data_path or options.dataset, source.problem or "the data set has none"

@@ -25,9 +25,10 @@ from models_classifier import Classifier, LinearProbe
 from models_vit import for_channels
 from options import ProbeOptions
 from programs.training import train_epochs
+from programs.transfer import encoder_arguments
 from util import distributed, optim
 from util.distributed import Processes
-from util.features import FeatureSamples, encode_source, interleaved, pooled
+from util.features import FeatureSamples, encode_source, interleaved, pooled, reading_of
 from util.knn import knn_accuracy
 from util.logging import talk
 from util.run import Run, resolve, share_batches
@@ -40,17 +41,7 @@ FEW_IMAGES, MAE_BLR = 100_000, 0.1
 
 def load_encoder(options: ProbeOptions) -> Classifier:
     """The encoder, frozen, with its last norm and without a head."""
-    model = models_classifier.build(
-        options.model,
-        num_classes=0,
-        input_size=options.input_size,
-        in_chans=options.in_chans,
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.num_heads,
-        global_pool="token",
-        grad_checkpointing=options.grad_checkpointing,
-    )
+    model = models_classifier.build(num_classes=0, global_pool="token", **encoder_arguments(options))
     weights, made_with = methods.load_pretrained(options.init_from)
     report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
     log.info("weights from %s: %s", options.init_from, report)
@@ -77,17 +68,11 @@ class Features:
         share = encode_source(
             self.encoder,
             source,
-            input_size=options.input_size,
-            mean=options.mean,
-            std=options.std,
             device=processes.device,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            worker_timeout=options.worker_timeout,
             autocast=self.run.autocast,
             indices=range(processes.rank, len(source), processes.world_size),
             pool=self.pool,
-            eval_crop=options.eval_crop,
+            **reading_of(options),
         )
         return interleaved(processes.gather(share))
 

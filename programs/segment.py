@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import models_upernet
 from data import masks, splits
 from data.class_weights import pixel_weights
-from data.loader import Batch, Batches, Source, TrainSamples, eval_batches
+from data.loader import Batch, Batches, Source, TrainSamples
 from data.segment_augment import train_transform
 from data.splits import Splits
 from engine_segment import (
@@ -36,6 +36,7 @@ from programs.plan import Plan
 from programs.training import train_epochs
 from programs.transfer import (
     autocast,
+    encoder_arguments,
     layer_groups,
     load_initial_weights,
     log_model,
@@ -47,7 +48,7 @@ from util.confusion import METRIC, describe, table
 from util.distributed import Processes
 from util.evaluation import Evaluation
 from util.overlay import mask_sheet
-from util.run import Run, resolve, share_batches
+from util.run import Run, eval_share, resolve, share_batches
 from util.tasks import Pictures
 from util.threads import choose_threads
 
@@ -56,17 +57,8 @@ log = logging.getLogger("segment")
 
 def build_model(options: SegmentOptions, classes: int, processes: Processes) -> Segmenter:
     """On CUDA and with several processes, batch norm takes the images of all of them together."""
-    model = models_upernet.build(
-        options.model,
-        num_classes=classes,
-        input_size=options.input_size,
-        in_chans=options.in_chans,
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.num_heads,
-        drop_path=options.drop_path,
-        grad_checkpointing=options.grad_checkpointing,
-    )
+    sizes = encoder_arguments(options)
+    model = models_upernet.build(num_classes=classes, drop_path=options.drop_path, **sizes)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if norms_together(processes) else model
 
 
@@ -96,14 +88,7 @@ def training_images(options: SegmentOptions, source: Source) -> TrainSamples:
 
 def image_batches(options: SegmentOptions, source: Source, processes: Processes) -> Iterator[Batch]:
     """This process's share of a whole source, image by image, since each has a size of its own."""
-    return eval_batches(
-        judged_images(options, source),
-        batch_size=1,
-        num_workers=options.num_workers,
-        pin_memory=options.pin_mem and processes.device.type == "cuda",
-        worker_timeout=options.worker_timeout,
-        indices=range(processes.rank, len(source), processes.world_size),
-    )
+    return eval_share(options, judged_images(options, source), processes, batch_size=1)
 
 
 def make_optimizer(options: SegmentOptions, model: Segmenter, device: torch.device) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ import methods
 import models_classifier
 from models_classifier import Classifier
 from models_vit import LoadReport, for_channels
-from options import TransferOptions
+from options import EncoderOptions, TransferOptions
 from util import distributed, optim, precision
 from util.distributed import Processes
 from util.logging import talk
@@ -38,6 +38,12 @@ def train_or_evaluate(options: Options, train: Work[Options], evaluate: Work[Opt
     with distributed.start(options.device) as processes:
         talk(processes.main)
         (evaluate if options.eval else train)(options, processes)
+
+
+def encoder_arguments(options: EncoderOptions) -> dict[str, Any]:
+    """Return the options that decide the encoder, as arguments of `build` of a classifier or a segmenter."""
+    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "grad_checkpointing")
+    return {name: getattr(options, name) for name in names}
 
 
 def load_initial_weights(

@@ -34,6 +34,7 @@ from util import checkpoint, optim
 from util.confusion import confusion, figures_of, table
 from util.distributed import Processes
 from util.overlay import TILE, colours, mask_sheet, overlay
+from util.stepper import Stepper
 from util.windows import Windows, predict, starts
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -92,9 +93,18 @@ def test_a_loss_that_is_not_finite_leaves_no_trace_in_the_running_statistics(sma
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
     images, masks = torch.randn(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int16)
     objective = Objective(model, auxiliary=0.4)
-    assert objective(images * torch.inf, masks)["loss"].isnan()
+    optimizer = optim.adamw(optim.pretrain_groups(model, 0.0), 1e-3)
+    schedule = optim.warmup_poly(optimizer, steps=9, warmup_steps=0, power=1.0, min_lr=0.0)
+    stepper = Stepper(model, optimizer, schedule)
+
+    def step(images):
+        with stepper.micro_step():
+            stepper(objective(images, masks), torch.arange(2))
+
+    step(images * torch.inf)
+    assert stepper.bad_steps() == (1, 1)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers() if name in before)
-    objective(images, masks)["loss"].backward()
+    step(images)
     assert not any(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers() if name in before)
 
 

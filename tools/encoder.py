@@ -27,6 +27,7 @@ from torch import Tensor
 
 import methods
 import models_classifier
+from data.folders import some
 from data.images import CROP_SHARE, array_pixels, classifier_crop_share, eval_transform, picture_pixels, read_image
 from data.loader import pixel_statistics
 from data.splits import read_classes
@@ -39,7 +40,6 @@ from models_vit import (
     patch_grid,
     require_plain_encoder,
 )
-from tools import given
 from util import checkpoint
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
 
     `num_heads` is for weights of other programs, which do not tell. ValueError where there is no plain encoder.
     """
-    file = given.checkpoint_of(path)
+    file = checkpoint.file_of(path)
     weights, options = checkpoint.load_model(file, averaged=True)
     state = checkpoint.load(file) if options else {}
     program = checkpoint.program_of(state) if state else ""
@@ -294,17 +294,13 @@ def _fill(model: VisionTransformer, weights: Mapping[str, Tensor], file: Path, o
     missing = [name for name in own if name not in weights]
     shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     problems = {"it has also": foreign, "it lacks": missing, "of another shape is": shapes}
-    words = [f"{what} {_some(names)}" for what, names in problems.items() if names]
+    words = [f"{what} {some(names, 3)}" for what, names in problems.items() if names]
     if words:
         raise ValueError(
             f"{file} is not a plain vision transformer with absolute positions, which is what timm, Hugging Face and "
             f"this tool can hold: {'; '.join(words)}"
         )
     model.load_state_dict({name: weights[name].float() for name in own})
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Preprocess:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from data.files import new_folder
 from options.schema import read
-from tools import card, export_segmenter, given, segmenter
+from tools import card, export_segmenter, segmenter
 from tools import encoder as encoders
 from tools.encoder import Encoder
 from util import checkpoint
@@ -402,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words.format in FORMATS:
             require_packages(words.format, EXPORT_PACKAGES[words.format], "export.txt")
-        file = given.checkpoint_of(words.model)
+        file = checkpoint.file_of(words.model)
         if checkpoint.program_at(file) == "segment":
             if words.input_size or words.num_heads:
                 raise ValueError("input_size and num_heads do not apply to a segmenter: its run states them")

@@ -37,15 +37,10 @@ class Trained:
         return checkpoint.run_of(self.checkpoint)
 
 
-def checkpoint_of(given: Path) -> Path:
-    """Return the checkpoint for a path: the file itself, or the latest one of a run folder."""
-    return checkpoint.file_of(given)
-
-
 def load(given: Path, device: str) -> Trained:
     """Load the trained model of a run folder or a checkpoint."""
     where = pick_device(device)
-    path = checkpoint_of(given)
+    path = checkpoint.file_of(given)
     model, options = methods.from_checkpoint(path)
     return Trained(model.to(where).eval(), options, checkpoint.load(path)["step"], path, where)
 

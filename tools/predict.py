@@ -36,7 +36,6 @@ from data.images import BadImage, is_image_name, read_stored
 from data.loader import EvalSamples, NothingReadable, eval_batches, eval_transform
 from data.sources import Names, Source
 from tools import encoder as encoders
-from tools import given
 from tools import segmenter as segmenters
 from tools.encoder import Encoder
 from util import checkpoint
@@ -195,7 +194,7 @@ def predict(
     Raises:
         ValueError: If the model predicts no classes, or the images or the output folder cannot be used.
     """
-    file = given.checkpoint_of(model)
+    file = checkpoint.file_of(model)
     weights, made_with = checkpoint.load_model(file, averaged=True)
     program = checkpoint.program_at(file)
     if program == "pretrain" or (program in ("", "finetune") and "head.weight" not in weights):

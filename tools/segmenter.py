@@ -18,7 +18,6 @@ from data.segment_augment import fitted, resize_image
 from data.splits import read_classes
 from engine_segment import short_side, windows_of
 from options import SegmentOptions, from_dict
-from tools import given
 from util import checkpoint
 from util.windows import predict
 
@@ -65,7 +64,7 @@ def load(path: Path) -> Trained:
     Raises:
         ValueError: If it is not a segmenter of this project.
     """
-    file = given.checkpoint_of(path)
+    file = checkpoint.file_of(path)
     weights, made_with = checkpoint.load_model(file, averaged=True)
     state = checkpoint.load(file) if made_with else {}
     if not made_with or checkpoint.program_of(state) != "segment":

@@ -14,39 +14,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.loader import (
-    WORKER_TIMEOUT,
-    Allocate,
-    Batch,
-    EvalSamples,
-    Source,
-    empty,
-    eval_batches,
-    eval_transform,
-)
+from data.loader import Allocate, Batch, EvalSamples, Source, empty, eval_batches, eval_transform
+from options import ClassifierOptions, PretrainOptions
 
 
 def encode_source(
     model: nn.Module,
     source: Source,
     *,
-    input_size: int | tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
     device: torch.device | str,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    worker_timeout: float = WORKER_TIMEOUT,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    indices: Sequence[int] | None = None,
     pool: str = "avg",
-    eval_crop: str = "keep_size",
+    **reading: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """(features float32 `[n, D]`, labels int64 `[n]` or None) on the CPU, of all images or those of `indices`.
+    """Encode images without masking. Unreadable ones are left out, with a warning in the log.
 
-    `model.encode(images)` gives `[N, 1+L, D]`; `pool` as in `pooled`, `eval_crop` as in `eval_transform`. The
-    model is put into eval mode and back.
-    Unreadable images are left out, with a warning in the log.
+    Args:
+        model: Its `encode(images)` returns `[N, 1+L, D]`. It is put into eval mode and back.
+        source: The images.
+        device: Where the model is.
+        autocast: Context of the forward pass.
+        pool: As for `pooled`.
+        reading: How images are prepared and loaded, see `pixels_of_source`.
+
+    Returns:
+        Features float32 `[n, D]`, and labels int64 `[n]` or None, on the CPU.
     """
 
     def features(images: Tensor) -> Tensor:
@@ -57,11 +49,15 @@ def encode_source(
     was_training = model.training
     model.eval()
     try:
-        return _vectors(
-            features, source, input_size, mean, std, device, batch_size, num_workers, worker_timeout, indices, eval_crop
-        )
+        return _vectors(features, source, device, **reading)
     finally:
         model.train(was_training)
+
+
+def reading_of(options: PretrainOptions | ClassifierOptions) -> dict[str, Any]:
+    """Return how the images of a run are prepared and loaded, for `encode_source`."""
+    names = ("input_size", "eval_crop", "mean", "std", "batch_size", "num_workers", "worker_timeout")
+    return {name: getattr(options, name) for name in names}
 
 
 def pooled(tokens: Tensor, pool: str) -> Tensor:
@@ -102,51 +98,34 @@ class FeatureSamples(Dataset):
         return Batch(self.features[index], self.labels[index], None, index)
 
 
-def pixels_of_source(
-    source: Source,
-    *,
-    input_size: int | tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    batch_size: int = 64,
-    num_workers: int = 0,
-    indices: Sequence[int] | None = None,
-    eval_crop: str = "keep_size",
-) -> tuple[Tensor, Tensor | None]:
-    """As `encode_source`, with the normalised pixels themselves for features: what an encoder has to beat."""
+def pixels_of_source(source: Source, **reading: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the normalised pixels and the labels, as `encode_source` returns features.
 
-    def flat(images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-    return _vectors(
-        flat, source, input_size, mean, std, "cpu", batch_size, num_workers, WORKER_TIMEOUT, indices, eval_crop
-    )
+    Args:
+        source: The images.
+        reading: `input_size`, `eval_crop`, `mean` and `std`; `batch_size`, `num_workers`, `worker_timeout`; `indices`
+            of the images, by default all.
+    """
+    return _vectors(lambda images: images.flatten(1), source, "cpu", **reading)
 
 
 @torch.no_grad()
 def _vectors(
     embed: Callable[[Tensor], Tensor],
     source: Source,
+    device: torch.device | str,
+    *,
     input_size: int | tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
-    device: torch.device | str,
-    batch_size: int,
-    num_workers: int,
-    worker_timeout: float,
-    indices: Sequence[int] | None,
-    eval_crop: str,
+    batch_size: int = 64,
+    eval_crop: str = "keep_size",
+    **loading: Any,
 ) -> tuple[Tensor, Tensor | None]:
     samples = EvalSamples(source, eval_transform(input_size, eval_crop=eval_crop), mean=mean, std=std)
     vectors, labels = [], []
-    for batch in eval_batches(
-        samples,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=torch.device(device).type == "cuda",
-        worker_timeout=worker_timeout,
-        indices=indices,
-    ):
+    on_gpu = torch.device(device).type == "cuda"
+    for batch in eval_batches(samples, batch_size=batch_size, pin_memory=on_gpu, **loading):
         vectors.append(embed(batch.to(device).images).cpu())
         if batch.labels is not None:
             labels.append(batch.labels)

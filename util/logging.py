@@ -134,13 +134,6 @@ def _drop_partial_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file; [] if it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-
-
 class RunLog:
     """Log files of a run folder; for the main process only.
 

@@ -19,7 +19,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.loader import Batch, Batches, Samples, Source, pixel_statistics
+from data.loader import Batch, Batches, EvalSamples, Samples, Source, eval_batches, pixel_statistics
 from options import RunOptions, default_folder, resolve_batch
 from util import checkpoint, distributed, optim, precision
 from util.compiler import compiles
@@ -295,7 +295,21 @@ def share_batches(options: RunOptions, samples: Samples, processes: Processes) -
         rank=processes.rank,
         world_size=processes.world_size,
         seed=options.seed,
-        num_workers=options.num_workers,
-        pin_memory=options.pin_mem and processes.device.type == "cuda",
-        worker_timeout=options.worker_timeout,
+        **_loading(options, processes),
     )
+
+
+def eval_share(options: RunOptions, samples: EvalSamples, processes: Processes, batch_size: int) -> Iterator[Batch]:
+    """Return this process's share of all samples, each once, in batches of `batch_size`."""
+    indices = range(processes.rank, len(samples), processes.world_size)
+    return eval_batches(samples, batch_size=batch_size, indices=indices, **_loading(options, processes))
+
+
+def _loading(options: RunOptions, processes: Processes) -> dict[str, Any]:
+    """Return how batches are loaded."""
+    pin_memory = options.pin_mem and processes.device.type == "cuda"
+    return {
+        "num_workers": options.num_workers,
+        "pin_memory": pin_memory,
+        "worker_timeout": options.worker_timeout,
+    }

@@ -14,10 +14,11 @@ from torchvision.utils import make_grid
 
 from data.folders import NoSplit
 from data.images import CROP_SHARE, describe_eval_crop
-from data.loader import EvalSamples, Source, eval_batches, eval_transform, open_source
+from data.loader import EvalSamples, Source, eval_batches, eval_transform
+from data.sources import open_split
 from data.splits import like
 from options import PretrainOptions
-from util.features import encode_source
+from util.features import encode_source, reading_of
 from util.knn import knn_accuracy
 from util.run import Run
 from util.tasks import EpochTask
@@ -32,16 +33,7 @@ ROWS = {"pasted": "hidden patches pasted into the original"}  # captions of pict
 def open_validation(options: PretrainOptions, train: Source) -> Source | None:
     """Open the val split beside the training images; None where there is no such split."""
     try:
-        return open_source(
-            options.dataset,
-            options.data_path,
-            "val",
-            in_chans=options.in_chans,
-            class_list=options.class_list,
-            known=train.classes,
-            label_offset=options.label_offset,
-            value_range=options.value_range,
-        )
+        return open_split(options, "val", known=train.classes)
     except NoSplit:
         return None
     except ValueError as error:
@@ -96,21 +88,14 @@ class OnlineKNN(EpochTask):
         return torch.cat([features for features, _ in shares]), torch.cat([labels for _, labels in shares])
 
     def _encode_share(self, source: Source, share: Sequence[int]) -> tuple[Tensor, Tensor]:
-        options = self.options
         features, labels = encode_source(
             self.model,
             source,
-            input_size=options.input_size,
-            eval_crop=options.eval_crop,
-            mean=options.mean,
-            std=options.std,
             device=self.run.processes.device,
-            batch_size=max(1, options.batch_size),
-            num_workers=options.num_workers,
-            worker_timeout=options.worker_timeout,
             autocast=self.run.autocast,
             indices=share,
             pool=getattr(self.model, "feature_pool", "avg"),
+            **reading_of(self.options),
         )
         assert labels is not None
         return features, labels

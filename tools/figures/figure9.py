@@ -12,15 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-import models_upernet
 from data import masks
 from data.sources import Source
 from engine_segment import judged_images, predicted_masks, windows_of
-from options import SegmentOptions, from_dict
-from tools import given
+from tools import segmenter
 from tools.figures.style import note, picture, short_name
 from tools.figures.subject import chosen
-from util import checkpoint
 from util.distributed import Processes, pick_device
 from util.overlay import colours, overlay
 
@@ -36,22 +33,15 @@ def figure9(
     said, labels = [], []
     source: Source | None = None
     for path in runs:
-        file = given.checkpoint_of(path)
-        weights, made_with = checkpoint.load_model(file)
-        if checkpoint.program_at(file) != "segment":
-            raise ValueError(f"{file} is not a segmenter of main_segment.py")
-        options = replace(from_dict(SegmentOptions, made_with), check_masks=False)
-        options = replace(options, data_path=data_path or options.data_path)
+        trained = segmenter.load(path)
+        options = replace(trained.options, check_masks=False, data_path=data_path or trained.options.data_path)
         if source is None:
             source = masks.open_test(options, processes)
             numbers = chosen(source, count, seed)
         elif options.num_classes != len(source.classes or []):
-            raise ValueError(
-                f"{file} tells {options.num_classes} classes apart, the first run {len(source.classes or [])}"
-            )
-        model = models_upernet.from_options(made_with, options.num_classes)
-        models_upernet.load_segmenter(model, weights, made_with)
-        model.to(processes.device)
+            there = len(source.classes or [])
+            raise ValueError(f"{trained.checkpoint} tells {options.num_classes} classes apart, the first run {there}")
+        model = trained.model.to(processes.device)
         windows = windows_of(options, model.patch)
         shown.append(
             predicted_masks(
@@ -63,8 +53,8 @@ def figure9(
                 autocast=contextlib.nullcontext,
             )
         )
-        labels.append(checkpoint.run_of(file).resolve().name)
-        said.append(f"{labels[-1]}: {options.model}, {checkpoint.load(file)['step']:,} updates.")
+        labels.append(trained.run.resolve().name)
+        said.append(f"{labels[-1]}: {options.model}, {trained.updates:,} updates.")
     assert source is not None, "give at least one run"
     return _drawn(shown, labels, [source.names[number] for number in numbers], source.classes or [], said)
 

@@ -153,7 +153,7 @@ def load(
 
 def _of_run(path: Path, device: str) -> Shown:
     """Load a pretrained autoencoder, or the encoder of a classifier."""
-    file = given.checkpoint_of(path)
+    file = checkpoint.file_of(path)
     try:
         state = checkpoint.load(file)
     except checkpoint.CheckpointError as error:
