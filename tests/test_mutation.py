@@ -82,3 +82,10 @@ def test_every_module_names_tests_that_exist(mutation):
     for name, tests in mutation.TESTS.items():
         if (PROJECT / f"{name}.py").is_file():
             assert any((PROJECT / "tests" / f"{test}.py").is_file() for test in tests.split()), name
+
+
+def test_the_interval_of_a_sample_is_wilsons(mutation):
+    """Against statsmodels: proportion_confint(38, 40, method="wilson") is 0.8350 to 0.9862."""
+    assert mutation.interval(38, 40, 300) == "95.0% [83, 99]"
+    assert mutation.interval(40, 40, 40) == "100.0%"
+    assert mutation.interval(0, 0, 300) == "0.0%"
