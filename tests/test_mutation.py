@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from scipy.stats import binomtest
 
 from tests.test_house import PROJECT
 
@@ -85,7 +86,8 @@ def test_every_module_names_tests_that_exist(mutation):
 
 
 def test_the_interval_of_a_sample_is_wilsons(mutation):
-    """Against statsmodels: proportion_confint(38, 40, method="wilson") is 0.8350 to 0.9862."""
-    assert mutation.interval(38, 40, 300) == "95.0% [83, 99]"
+    for caught in (20, 38, 40):
+        low, high = (100 * limit for limit in binomtest(caught, 40).proportion_ci(method="wilson"))
+        assert mutation.interval(caught, 40, 300) == f"{100 * caught / 40:.1f}% [{low:.0f}, {high:.0f}]"
     assert mutation.interval(40, 40, 40) == "100.0%"
     assert mutation.interval(0, 0, 300) == "0.0%"
