@@ -1,8 +1,8 @@
-"""CrossMAE: each hidden patch is decoded by itself, from the visible ones alone, and only some of them are.
+"""CrossMAE: decode a part of the hidden patches, each independently, by cross-attention to the visible patches.
 
-Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", 2024. A query is the mask token with a hidden patch's
-position. In each decoder block it attends to the visible patches, never to other queries. Each block sees its own
-learned mixture of what the encoder made of them: its input and the output of every block.
+Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", 2024. A query is the mask token with the position of a
+hidden patch. In each decoder block it attends to the visible patches, not to other queries. Each decoder block has its
+own learned weighted sum of the encoder's feature maps: its input and the output of every encoder block.
 
 N images   V visible patches   Q queries   D encoder channels   E decoder channels   B decoder blocks   M feature maps
 """
@@ -30,7 +30,7 @@ PREDICT_RATIO = 0.25
 
 
 class CrossAttention(nn.Module):
-    """Queries `[N, Q, E]` attend to a memory `[N, 1 + V, D]`, whose keys and values come from one linear layer."""
+    """Cross-attention from queries `[N, Q, E]` to a memory `[N, 1 + V, D]`."""
 
     def __init__(self, dim: int, memory_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention, then an MLP, each on normed input and added to it."""
+    """Cross-attention and MLP, each with pre-norm and a residual connection."""
 
     def __init__(self, dim: int, memory_dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -63,11 +63,10 @@ class CrossBlock(nn.Module):
 
 
 class CrossMAE(MaskedAutoencoderViT):
-    """MAE with that decoder. `predict_ratio` is the share of all patches that training predicts; 0: 0.25.
+    """MAE with a cross-attention decoder. `predict_ratio` is the share of all patches that training predicts.
 
-    The encoder's last norm has no weights: the decoder looks at what lies before it, and weights that only the features
-    of a finished model pass through would never learn. `predict` and `reconstruct` decode every patch, since what one
-    query gets does not depend on the others.
+    The encoder's last norm has no weights, because the decoder does not use its output, so they would not be trained.
+    `predict` decodes every patch, which is possible because the result of a query does not depend on other queries.
     """
 
     Options: ClassVar[type] = CrossMAEOptions
@@ -80,7 +79,7 @@ class CrossMAE(MaskedAutoencoderViT):
 
     @property
     def num_predicted(self) -> int:
-        """Q in training, rounded as in the release: of 196 patches 49 at 0.25, and 147, all hidden ones, at 0.75."""
+        """Q in training, rounded as in the release: of 196 patches, 49 at 0.25 and all 147 hidden ones at 0.75."""
         L = self.num_patches
         return L - self.num_visible - int(L * (self.mask_ratio - self.predict_ratio))
 
@@ -95,7 +94,7 @@ class CrossMAE(MaskedAutoencoderViT):
             )
 
     def build_decoder(self) -> None:
-        """Create the decoder: mixtures of the encoder's features, and blocks of cross-attention to them."""
+        """Create the decoder: weighted sums of the encoder's feature maps, and blocks of cross-attention to them."""
         decoder_embed_dim, decoder_depth, decoder_num_heads = self.decoder_sizes()
         D, norm_layer = self.embed_dim, partial(nn.LayerNorm, eps=1e-6)
         self.norm = norm_layer(D, elementwise_affine=False)
@@ -111,7 +110,7 @@ class CrossMAE(MaskedAutoencoderViT):
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.target.width)
 
     def decode_at(self, ids: Tensor, taps: dict[int, Tensor]) -> Tensor:
-        """The patches `ids` `[N, Q]`, wherever they lie: `[N, Q, E]` after the decoder's norm."""
+        """Decode the patches `ids` `[N, Q]`; return `[N, Q, E]` after the decoder's norm."""
         maps_MNVD = torch.stack([taps[tap] for tap in self.decoder_taps])
         memories = torch.einsum("bm,mnvd->bnvd", self.feature_mix.weight, maps_MNVD)
         x = take((self.mask_token + self.decoder_pos_embed[:, 1:]).expand(len(ids), -1, -1), ids)
@@ -120,21 +119,21 @@ class CrossMAE(MaskedAutoencoderViT):
         return self.decoder_norm(x)
 
     def predicted(self, ids_restore: Tensor) -> Tensor:
-        """The hidden patches `[N, Q]` that training predicts: those next in the noise after the visible ones."""
+        """Return the hidden patches `[N, Q]` that training predicts: those with the least noise after the visible."""
         return ids_restore.argsort(dim=1)[:, self.num_visible :][:, : self.num_predicted]
 
     def decode(self, latent: Tensor, masking: Masking, taps: dict[int, Tensor]) -> Tensor:
-        """From the encoder's features to the predicted patches: `[N, Q, E]`, after the decoder's norm."""
+        """Decode the patches that training predicts; return `[N, Q, E]` after the decoder's norm."""
         return self.decode_at(self.predicted(masking.ids_restore), taps)
 
     def target_loss(self, view: View) -> Tensor:
-        """The mean error over the predicted patches of all images."""
+        """Return the mean error over the predicted patches of all images."""
         with without_autocast(view.pred):
             target = take(self.target(view.images), self.predicted(view.ids_restore))
             return self.target.error(view.pred, target).mean()
 
     def predict(self, images: Tensor, *, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The prediction `[N, L, P]` of every patch in the target's space and the mask `[N, L]`, 1 = removed."""
+        """Return the prediction `[N, L, P]` of every patch and the mask `[N, L]`; see `MaskedImageModel.predict`."""
         view = self.observe(images, noise=noise)
         everywhere = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
         return at_least_float32(self.decoder_pred(self.decode_at(everywhere, view.taps))), view.mask

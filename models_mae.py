@@ -1,8 +1,8 @@
-"""The masked autoencoder: encode the few visible patches, decode all, compare the hidden ones with the image.
+"""The masked autoencoder: encode the visible patches, decode all patches, compare the hidden ones with the image.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. The model is timm's VisionTransformer with a
-decoder attached, so its state has MAE's names. A method is this model plus named, weighted `Term`s; each is shown one
-`View` of the forward pass and returns one scalar.
+decoder, so the names in its state_dict are MAE's. A method is this model plus named, weighted `Term`s; each gets the
+`View` of a forward pass and returns a scalar.
 
 N images   L patches, row by row   V visible patches   D encoder channels   E decoder channels
 P pixel values of a patch   R rows of noise   C H W image
@@ -43,27 +43,27 @@ DECODERS: dict[str, tuple[int, int, int]] = {  # by size: channels, blocks, head
 
 
 class Masking(NamedTuple):
-    """Which patches the encoder may see."""
+    """Which patches are visible to the encoder."""
 
     ids_keep: Tensor
-    """`[N, V]` the visible patches, in the order in which the encoder gets them."""
+    """`[N, V]` indices of the visible patches, in the order in which the encoder gets them."""
     ids_restore: Tensor
     """`[N, L]` each patch's rank in the noise; ranks below V are visible."""
     mask: Tensor
-    """`[N, L]` 1 where the encoder may not look, else 0."""
+    """`[N, L]` 1 for hidden patches, 0 for visible ones."""
 
 
 @dataclass
 class View:
-    """One forward pass, as the terms see it."""
+    """The tensors of one forward pass, for the terms."""
 
     images: Tensor
     """`[N, C, H, W]` normalised."""
     labels: Tensor | None
     noise: Tensor
-    """`[N, L]` of the mask or, where terms have rows of their own, `[N, R, L]` with the mask's first."""
+    """`[N, L]` for the mask or, if terms use noise too, `[N, R, L]` with the mask's row first."""
     tokens: Tensor
-    """`[N, L, D]` all patches embedded, with their positions."""
+    """`[N, L, D]` embeddings of all patches, with positions."""
     ids_keep: Tensor
     ids_restore: Tensor
     mask: Tensor
@@ -72,21 +72,21 @@ class View:
     taps: dict[int, Tensor]
     """`[N, 1 + V, D]` the outputs, before the norm, of the encoder blocks that were asked for."""
     decoded: Tensor
-    """`[N, L, E]` the decoder's output after its norm; of the predicted patches, where not all are; empty where nothing
-    is predicted."""
+    """`[N, L, E]` the decoder's output after its norm, for the predicted patches only if these are not all; empty if
+    nothing is predicted."""
     pred: Tensor
-    """`[N, L, P]` the prediction in the target's space, float32 at least; likewise."""
+    """`[N, L, P]` the prediction in the target's space, in float32 or a wider type; otherwise as `decoded`."""
     decoder_hidden: dict[int, Tensor] = field(default_factory=dict)
     """`[N, 1 + L, E]` the outputs, before the norm, of the decoder blocks that were asked for."""
     shared: dict[str, Any] = field(default_factory=dict)
-    """What one term has computed and others use too, such as a teacher's features."""
+    """Results that several terms use, such as a teacher's features."""
 
 
 class Term(nn.Module):
-    """A named, weighted addition to the loss: one paper, one subclass.
+    """Base of the loss terms: named, weighted additions to the loss. Each paper has its own subclass.
 
     `taps`, `needs_labels` and `noise_rows` are set on the class or in `__init__`; the model reads them when the term is
-    added to it.
+    added.
     """
 
     name: ClassVar[str]
@@ -95,17 +95,18 @@ class Term(nn.Module):
 
     needs_labels: bool = False
     reads_features: bool = True
-    """Whether it uses the encoder's output after its norm, `view.latent`."""
+    """Whether the term uses `view.latent`, the encoder's output after its norm."""
     reads_decoder: bool = False
-    """Whether it uses the decoder."""
+    """Whether the term uses the decoder."""
     reads_prediction: bool = False
-    """Whether it uses `view.decoded` or `view.pred`."""
+    """Whether the term uses `view.decoded` or `view.pred`."""
     taps: tuple[int, ...] = ()
     """Encoder blocks, counted from 0, whose outputs the view must hold; ENCODER_INPUT for the first block's input."""
     decoder_hidden: tuple[int, ...] = ()
     """Decoder blocks, counted from 0, whose outputs the view must hold."""
     noise_rows: int = 0
-    """Rows of noise beside the mask's own. The model sets `noise_row`: the first is `view.noise[:, noise_row]`."""
+    """Number of rows of noise that the term needs. The first of them is `view.noise[:, noise_row]`; the model sets
+    `noise_row`."""
     noise_row: int = 1
     images_together: Literal["", "device", "ranks"] = ""
     """Which images the term compares with each other: none, those of a forward pass on one device, or on all."""
@@ -115,41 +116,42 @@ class Term(nn.Module):
         self.options = options
 
     def combines(self, batch_size: int) -> Literal["", "device", "ranks"]:
-        """Return `images_together` for batches of `batch_size` images on each device; a run warns if it is not ""."""
+        """Return `images_together` for batches of `batch_size` images per device; a run warns if it is not empty."""
         return self.images_together
 
     def settle(self, read: Reader) -> None:
-        """Read the checkpoints that training needs and store in the options what they decide. Called before `attach`.
+        """Read the checkpoints that training needs, and store in the options what depends on them.
 
-        Not called for a trained model that is loaded for inspection: its options hold all that its shapes depend on.
+        Called before `attach`; not called when a trained model is loaded for inference, whose stored options determine
+        all shapes.
         """
 
     def learn_classes(self, classes: int) -> None:
-        """Adapt to the number of classes of the training images. Raises ValueError where the options contradict it."""
+        """Adapt to the number of classes of the training images; raise ValueError if the options contradict it."""
 
     def learn_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Learn mean and standard deviation of each channel with which the images are normalised."""
+        """Store the mean and standard deviation per channel with which the images are normalised."""
 
     def attach(self, model: "MaskedImageModel") -> None:
-        """Create layers of the model's sizes. Called once, by the initialised model that the term is added to."""
+        """Create the term's layers, in the sizes of the model. Called once, after the model is initialised."""
 
     def check(self, model: "MaskedImageModel") -> None:
-        """Raise ValueError where options and sizes do not fit.
+        """Raise ValueError if the options are invalid for the model's sizes.
 
         Called when all terms are attached, and for each new image size.
         """
 
     def scale(self, model: "MaskedImageModel") -> dict[str, float]:
-        """Return numbers that show the effective strength of the weight in this model, for the log."""
+        """Return the effective strength of the term in this model, by description, for the log."""
         return {}
 
     def forward(self, model: "MaskedImageModel", view: View) -> Tensor:
-        """Return the unweighted scalar."""
+        """Return the unweighted value of the term, a scalar."""
         raise NotImplementedError
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all processes; as every process's loss depends on it, so do gradients add up."""
+    """Sum a tensor over all processes; the gradient is summed over them too, because each process's loss uses it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -165,17 +167,22 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of `x` over all processes, `x` itself where there is one."""
+    """Return the mean of `x` over all processes, or `x` itself if there is only one."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
     return SumOverRanks.apply(x) / dist.get_world_size()
 
 
 def block_number(name: str, block: float, depth: int) -> int:
-    """Return the block, counted from 1, that an option means: its number, -1 for the last, or a share of the depth.
+    """Return the number of a block, counted from 1.
+
+    Args:
+        name: Name of the option, for the error message.
+        block: A number from 1; -1 for the last block; or, between 0 and 1, a share of the depth, rounded down.
+        depth: Number of blocks.
 
     Raises:
-        ValueError: If there are not so many blocks.
+        ValueError: There are fewer blocks.
     """
     number = depth if block == -1 else max(1, int(depth * block)) if block < 1 else int(block)
     if number > depth:
@@ -184,16 +191,16 @@ def block_number(name: str, block: float, depth: int) -> int:
 
 
 def random_masking(noise: Tensor, visible: int) -> Masking:
-    """Keep the `visible` patches of the smallest `noise` `[N, L]`."""
-    ids_shuffle = noise.argsort(dim=1, stable=True)  # thousands of float32 values do hold ties
+    """Keep the `visible` patches with the smallest `noise` `[N, L]` of each image."""
+    ids_shuffle = noise.argsort(dim=1, stable=True)  # among thousands of float32 values there are ties
     ids_restore = ids_shuffle.argsort(dim=1)
     return Masking(ids_shuffle[:, :visible], ids_restore, (ids_restore >= visible).float())
 
 
 class MaskedImageModel(Pretrainer):
-    """Base of the methods that hide patches and predict a target for them, plus weighted terms.
+    """Base of the methods that hide patches and predict a target for them, with optional loss terms.
 
-    A subclass says what happens to hidden patches (`observe`), what is predicted (`make_target`) and which layers
+    A subclass defines how hidden patches are treated (`observe`), what is predicted (`make_target`) and which layers
     predict it (`build_decoder`).
 
     Args:
@@ -204,7 +211,7 @@ class MaskedImageModel(Pretrainer):
     Options: ClassVar[type] = MaskOptions
     takes_terms: ClassVar[bool] = True
     drops_hidden: ClassVar[bool] = True
-    """Whether the encoder gets the visible patches only; otherwise it gets every place, hidden ones replaced."""
+    """Whether the encoder gets the visible patches only; otherwise hidden patches are replaced by a token."""
 
     decoder_pred: nn.Linear
     mask_token: nn.Parameter
@@ -241,13 +248,13 @@ class MaskedImageModel(Pretrainer):
             term.check(self)
         depth = len(self.blocks)
         if taps and not ENCODER_INPUT <= min(taps) <= max(taps) < depth:
-            raise ValueError(f"outputs of blocks {sorted(taps)} are wanted; the encoder has blocks 0 to {depth - 1}")
+            raise ValueError(f"outputs of blocks {sorted(taps)} are required; the encoder has blocks 0 to {depth - 1}")
         self.taps = tuple(sorted(taps))
         self.decoder_hidden = tuple(sorted({block for term in self.terms.values() for block in term.decoder_hidden}))
         self._check_everything_is_trained()
 
     def _check_everything_is_trained(self) -> None:
-        """Raise ValueError where no loss reaches the top of the encoder."""
+        """Raise ValueError if no part of the loss uses the last layer of the encoder."""
         reached = self.decodes and not self.reconstruct_block
         if not reached and not any(term.reads_features for term in self.terms.values()):
             raise ValueError(
@@ -256,10 +263,10 @@ class MaskedImageModel(Pretrainer):
                 "reconstruction_weight above 0 and reconstruct_block 0"
             )
 
-    # ---- what a subclass decides
+    # ---- overridden by subclasses
 
     def make_target(self) -> Target:
-        """Create what is predicted."""
+        """Create the target of the prediction."""
         return Pixels(self.patch_size, self.in_chans, self.options.norm_pix_loss)
 
     def build_decoder(self) -> None:
@@ -271,7 +278,7 @@ class MaskedImageModel(Pretrainer):
         raise NotImplementedError
 
     def _check_mask(self, grid: tuple[int, int]) -> None:
-        """Raise ValueError where `mask_ratio` hides nothing or everything of a grid."""
+        """Raise ValueError if `mask_ratio` hides none or all of the patches of a grid."""
         raise NotImplementedError
 
     @property
@@ -286,7 +293,7 @@ class MaskedImageModel(Pretrainer):
 
     @property
     def num_visible(self) -> int:
-        """V, rounded in floating point as MAE does: 9 of 100 patches at 0.9."""
+        """V. It is rounded down in floating point, as in MAE: 9 of 100 patches at a mask ratio of 0.9."""
         return int(self.num_patches * (1 - self.mask_ratio))
 
     @property
@@ -296,13 +303,13 @@ class MaskedImageModel(Pretrainer):
 
     @property
     def patch_pixels(self) -> int:
-        """P."""
+        """P, the number of pixel values of a patch."""
         return self.patch_size * self.patch_size * self.in_chans
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Change the image size; position tables are resampled as timm resamples the encoder's."""
+        """Change the image size; position tables are resampled as in timm."""
         if patch_size not in (None, self.patch_size, (self.patch_size, self.patch_size)):
             raise ValueError(
                 f"this decoder predicts patches of {self.patch_size} pixels: build a model for patches of {patch_size}"
@@ -330,13 +337,13 @@ class MaskedImageModel(Pretrainer):
             term.learn_normalization(mean, std)
 
     def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Encode tokens `[N, V, D]` with positions: `[N, 1 + V, D]` after the norm, and the taps."""
+        """Encode tokens `[N, V, D]` that have positions; return `[N, 1 + V, D]` after the norm, and the taps."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         x, taps = self.run_blocks(self.blocks, torch.cat([cls_token, tokens], dim=1), self.taps)
         return self.norm(x), taps
 
     def _complete(self, noise: Tensor | None, images: Tensor) -> Tensor:
-        """Return the noise as `[N, R, L]`; rows that were not given are drawn here."""
+        """Return the noise as `[N, R, L]`; missing rows are drawn."""
         N, R, L = images.shape[0], self.noise_rows, self.num_patches
         if noise is None:
             return torch.rand(N, R, L, device=images.device)
@@ -351,7 +358,7 @@ class MaskedImageModel(Pretrainer):
     # ---- the objective
 
     def target_loss(self, view: View) -> Tensor:
-        """Return the mean error over the hidden patches of all images."""
+        """Return the mean error over all hidden patches."""
         with without_autocast(view.pred):
             error_NL = self.target.error(view.pred, self.target(view.images))
             return (error_NL * view.mask).sum() / view.mask.sum()
@@ -364,14 +371,15 @@ class MaskedImageModel(Pretrainer):
         Args:
             images: `[N, C, H, W]`, normalised.
             labels: Class numbers `[N]`, for terms that need them.
-            noise: Uniform numbers `[N, L]` for the mask alone or `[N, R, L]`; None draws them here.
+            noise: Uniform random numbers, `[N, L]` for the mask only or `[N, R, L]`; None: they are drawn.
 
         Returns:
-            Scalars: `loss`, the target's part (`reconstruction`) and each term by name;
-            loss = reconstruction_weight x target's part + sum of weight x term. A weight of 0 leaves the part out.
+            Scalars by name: `loss`, the error of the prediction (`reconstruction`) and each term, with
+            loss = reconstruction_weight x reconstruction + sum of weight x term. With reconstruction_weight 0,
+            `reconstruction` is not computed.
 
         Raises:
-            ValueError: If a term needs labels and there are none.
+            ValueError: A term needs labels and there are none.
         """
         view = self.observe(images, labels, noise=noise)
         terms = {}
@@ -382,14 +390,25 @@ class MaskedImageModel(Pretrainer):
         weighted = [term.options.weight * terms[name] for name, term in self.terms.items()]
         if self.reconstruction_weight == 0:
             return {"loss": sum(weighted[1:], weighted[0]), **terms}
-        part = self.target_loss(view)  # last: its target need not be in memory while the terms work
+        part = self.target_loss(view)  # last, so that the target is not in memory while the terms are computed
         loss = part if self.reconstruction_weight == 1 else self.reconstruction_weight * part
         return {"loss": sum(weighted, loss), self.target.name: part, **terms}
 
-    # ---- looking at the model
+    # ---- inspection
 
     def predict(self, images: Tensor, *, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the prediction `[N, L, P]` in the target's space and the mask `[N, L]`, 1 = removed."""
+        """Return the prediction for a mask.
+
+        Args:
+            images: `[N, C, H, W]`, normalised.
+            noise: As for `forward`.
+
+        Returns:
+            The prediction `[N, L, P]` in the target's space, and the mask `[N, L]`, 1 for hidden patches.
+
+        Raises:
+            ValueError: The model predicts no patches (reconstruction_weight 0).
+        """
         if not self.predicts:
             raise ValueError("this model does not predict patches: its reconstruction_weight is 0")
         view = self.observe(images, noise=noise)
@@ -397,10 +416,12 @@ class MaskedImageModel(Pretrainer):
 
     @torch.no_grad()
     def pictures(self, images: Tensor, *, noise: Tensor | None = None) -> dict[str, Tensor] | None:
-        """Return pictures `[N, C, H, W]`, float32, in the space of the normalised images.
+        """Return pictures of a reconstruction, in the space of the normalised images.
 
-        `original`; `masked`, hidden patches at 0, the mean colour; `reconstruction`, every patch as predicted;
-        `pasted`, hidden patches as predicted among the original's visible ones. None where the target is no picture.
+        Returns:
+            `[N, C, H, W]` float32 by name: `original`; `masked`, with hidden patches in the mean colour;
+            `reconstruction`, all patches as predicted; `pasted`, the original with hidden patches as predicted.
+            None if the target is not an image.
         """
         if not self.predicts:
             return None
@@ -423,10 +444,10 @@ class MaskedImageModel(Pretrainer):
 
 
 class MaskedAutoencoderViT(MaskedImageModel):
-    """MAE: encode the visible patches, decode all of them.
+    """MAE: encode the visible patches, decode all patches.
 
-    Of L patches, int(L * (1 - mask_ratio)) stay visible. Another decoder is a subclass that overrides `build_decoder`,
-    `decode` and, if it reads features of the encoder, `decoder_taps`.
+    Of L patches, int(L * (1 - mask_ratio)) stay visible. For another decoder, override `build_decoder`, `decode` and,
+    if it uses the outputs of encoder blocks, `decoder_taps`.
     """
 
     Options: ClassVar[type] = MAEOptions
@@ -441,14 +462,14 @@ class MaskedAutoencoderViT(MaskedImageModel):
             )
 
     def decoder_sizes(self) -> tuple[int, int, int]:
-        """Return channels, blocks and heads of the decoder. Raises ValueError where they do not fit together."""
+        """Return channels, blocks and heads of the decoder; raise ValueError if they do not fit together."""
         asked = (self.options.decoder_embed_dim, self.options.decoder_depth, self.options.decoder_num_heads)
         channels, blocks, heads = (own or usual for own, usual in zip(asked, DECODERS[self.size], strict=True))
         require_sizes("decoder", channels, blocks, heads)
         return channels, blocks, heads
 
     def build_decoder(self) -> None:
-        """Create the decoder: self-attention among visible and mask tokens. Leave out what nothing would train."""
+        """Create the decoder with self-attention, without layers that no part of the loss would train."""
         if not self.decodes:
             return
         channels, blocks, heads = self.decoder_sizes()
@@ -471,18 +492,18 @@ class MaskedAutoencoderViT(MaskedImageModel):
     def decode_blocks(
         self, latent: Tensor, masking: Masking, taps: dict[int, Tensor]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Decode `[N, 1 + V, D]` to every place: `[N, 1 + L, E]` before the decoder's norm, and `decoder_hidden`."""
+        """Decode `[N, 1 + V, D]`; return `[N, 1 + L, E]` before the decoder's norm, and outputs of `decoder_hidden`."""
         if self.reconstruct_block:
             latent = self.decoder_input_norm(taps[self.reconstruct_block - 1])
         visible = self.decoder_embed(latent)
         N, _, E = visible.shape
-        places = F.pad(masking.ids_keep + 1, (1, 0))[:, :, None].expand(-1, -1, E)  # 0 is the class token's
+        places = F.pad(masking.ids_keep + 1, (1, 0))[:, :, None].expand(-1, -1, E)  # 0 is the class token
         blank = self.mask_token.expand(N, 1 + self.num_patches, E)
         x = blank.scatter(1, places, visible.to(blank.dtype)) + self.decoder_pos_embed
         return self.run_blocks(self.decoder_blocks, x, self.decoder_hidden)
 
     def decode(self, latent: Tensor, masking: Masking, taps: dict[int, Tensor]) -> Tensor:
-        """Decode `[N, 1 + V, D]` to every patch: `[N, L, E]`, after the decoder's norm, without the class token."""
+        """Decode `[N, 1 + V, D]`; return `[N, L, E]` after the decoder's norm, without the class token."""
         return self.decoder_norm(self.decode_blocks(latent, masking, taps)[0])[:, 1:]
 
     def observe(self, images: Tensor, labels: Tensor | None = None, *, noise: Tensor | None = None) -> View:

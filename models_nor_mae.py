@@ -1,11 +1,11 @@
 """NoR-MAE: relate the prediction from the visible patches to the prediction from their closest neighbours.
 
 Meng et al., "Closest Neighbors are Harmful for Lightweight Masked Auto-encoders", CVPR 2025. The closest neighbour of
-each visible patch goes through the same encoder and decoder in that patch's place, without gradient. The term is a sum
-over C = the mean over images and tokens of Z^T Z', a P x P matrix of the two predictions, which need not be formed.
+each visible patch is passed through the same encoder and decoder in that patch's place, without gradient. The term is
+a sum over C, the mean over images and tokens of Z^T Z', a P x P matrix of the two predictions, which is not formed.
 
-With the paper's standardised tokens every row of Z sums to zero, so C does too, and its off-diagonal sum is minus its
-trace: -(P - 1) times the mean correlation of the two predictions. To minimise it is to make them alike.
+With the paper's standardised tokens every row of Z sums to zero, and therefore C too. Its off-diagonal sum is minus its
+trace: -(P - 1) times the mean correlation of the two predictions. Minimising it makes the predictions similar.
 
 N images   L patches, row by row   V visible patches   D encoder channels   E decoder channels
 P pixel values of a patch   K neighbour slots
@@ -45,7 +45,7 @@ EPS = 1e-6
 
 
 def spans(length: int, step: int, border: str) -> list[tuple[slice, slice]]:
-    """Along one side of the grid, pairs of equal slices (here, there) with there = here + step."""
+    """Return pairs of slices (here, there) of equal length along one side of the grid, with there = here + step."""
     first, last = slice(0, 1), slice(length - 1, length)
     if step == 0:
         return [(slice(0, length), slice(0, length))]
@@ -56,9 +56,10 @@ def spans(length: int, step: int, border: str) -> list[tuple[slice, slice]]:
 
 
 def neighbor_blocks(grid: tuple[int, int], border: str) -> Iterator[tuple[int, tuple, tuple]]:
-    """All neighbouring pairs as (slot, here, there), rectangles of the grid `[N, rows, columns, ...]` of equal size.
+    """Yield all pairs of neighbours as (slot, here, there): indices of two blocks of a grid `[N, rows, columns, ...]`.
 
-    What lies there fills the slot of what lies here, and the other way round the slot K - 1 - slot.
+    A patch of the block `there` is neighbour number `slot` of the patch at the same place in the block `here`, which is
+    in turn its neighbour number K - 1 - slot.
     """
     for index, (down, right) in enumerate(AHEAD):
         for row, other_row in spans(grid[0], down, border):
@@ -68,9 +69,17 @@ def neighbor_blocks(grid: tuple[int, int], border: str) -> Iterator[tuple[int, t
 
 
 def neighbor_table(grid: tuple[int, int], border: str = "natural", device: torch.device | None = None) -> Tensor:
-    """The neighbours of each patch, `[L, K]`, by slot; L where there is none.
+    """Return the indices of the neighbours of each patch.
 
-    Natural borders leave 3, 5 or 8 neighbours; `wrap` makes the grid a torus. ValueError for a grid of one patch.
+    Args:
+        grid: Rows and columns of patches.
+        border: `natural`: 3 neighbours in a corner, 5 at an edge, 8 elsewhere; `wrap`: 8 everywhere, as on a torus.
+
+    Returns:
+        `[L, K]` int64 in a fixed order of directions; L where there is no neighbour.
+
+    Raises:
+        ValueError: The grid has a single patch.
     """
     require_choice("border", border, Border)
     rows, columns = grid
@@ -100,7 +109,7 @@ def neighbor_similarities(tokens: Tensor, grid: tuple[int, int], border: str) ->
     """
     N, L, _ = tokens.shape
     if L != grid[0] * grid[1]:
-        raise ValueError(f"{L} patches are no grid of {grid[0]} x {grid[1]}")
+        raise ValueError(f"{L} patches do not form a grid of {grid[0]} x {grid[1]}")
     table_LK, order_LK = neighbor_table(grid, border, tokens.device).sort(dim=-1)
     with without_autocast(tokens):
         unit = F.normalize(at_least_float32(tokens), dim=-1).unflatten(1, grid)
@@ -116,16 +125,25 @@ def neighbor_similarities(tokens: Tensor, grid: tuple[int, int], border: str) ->
 
 @torch.no_grad()
 def closest_neighbors(tokens: Tensor, grid: tuple[int, int], border: str = "natural") -> Tensor:
-    """For each patch, the index `[N, L]` of the neighbour with the highest cosine similarity.
+    """Return the index of the neighbour with the highest cosine similarity, for each patch.
 
-    `tokens` `[N, L, D]` on a grid of (rows, columns) are compared in float32 at least. Of equals the lowest index is
-    taken; cosines that only rounding tells apart are equal, so that the choice among alike patches is the same on
-    every device.
+    Similarities that differ by rounding errors only are ties, so that the result is the same on every device.
+
+    Args:
+        tokens: `[N, L, D]`, compared in float32 or a wider type.
+        grid: Rows and columns of patches; their product is L.
+        border: `natural` or `wrap`, see `neighbor_table`.
+
+    Returns:
+        `[N, L]` int64; the lowest index in a tie.
+
+    Raises:
+        ValueError: L is not the number of patches of the grid, or the grid has a single patch.
     """
     similarity_NLK, table_LK = neighbor_similarities(tokens, grid, border)
     tolerance = 4 * torch.finfo(similarity_NLK.dtype).eps
     equal_NLK = similarity_NLK >= similarity_NLK.amax(dim=-1, keepdim=True) - tolerance
-    slot_NL = equal_NLK.to(torch.uint8).argmax(dim=-1)  # the first of equals
+    slot_NL = equal_NLK.to(torch.uint8).argmax(dim=-1)  # the first of a tie
     return table_LK.expand(len(tokens), -1, -1).gather(2, slot_NL[:, :, None])[:, :, 0]
 
 
@@ -150,28 +168,41 @@ def released_neighbors(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def standardize_features(z: Tensor) -> Tensor:
-    """Each of the P dimensions of `z` `[N, L, P]` standardised over all patches of all images of all ranks."""
+    """Standardise each of the P features of `z` `[N, L, P]` over all patches of all images of all ranks."""
     centred = z - mean_over_ranks(z.mean(dim=(0, 1)))
     return centred / (mean_over_ranks(centred.square().mean(dim=(0, 1))) + EPS).sqrt()
 
 
 def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", normalize: str = "token") -> Tensor:
-    """One scalar for two predictions `[N, L, P]`, of which the second gets no gradient; float32 at least.
+    """Compute the relation of two predictions that the neighbour term minimises.
 
-    Both are first standardised: by `token`, each row; by `feature`, each of the P dimensions over images and patches;
-    or not at all (`none`). With a and b the results, and C = a^T b / (N L):
+    With a and b the normalised predictions and C = a^T b / (N L), a P x P matrix:
 
-    `off_diagonal`: the sum of C without its diagonal; `diagonal`: the sum of its diagonal;
-    `off_diagonal_squared`: the sum of the squares of C without its diagonal;
-    `token_off_diagonal`: the sum of a b^T / P without its diagonal, as the mean over images;
-    `alignment`: the mean squared difference (the supplement's NoA).
+    - `off_diagonal`: sum of C without its diagonal (the paper)
+    - `diagonal`: sum of the diagonal of C
+    - `off_diagonal_squared`: sum of the squares of C without its diagonal
+    - `token_off_diagonal`: sum of a b^T / P without its diagonal, averaged over images
+    - `alignment`: mean squared difference of a and b (NoA in the paper's supplement)
+
+    Args:
+        z: `[N, L, P]`, the prediction from the visible patches.
+        z_cnp: `[N, L, P]`, the prediction from their companions; it gets no gradient.
+        relation: One of the above.
+        normalize: `token` standardises each row; `feature` each of the P features over all images and patches of all
+            ranks; `none` neither.
+
+    Returns:
+        A scalar, in float32 or a wider type.
+
+    Raises:
+        ValueError: Unknown relation or normalisation.
     """
     require_choice("relation", relation, Relation)
     require_choice("normalize", normalize, Normalize)
     with without_autocast(z):
         predicted, predicted_in = z, z_cnp.dtype
         z, z_cnp = at_least_float32(z), at_least_float32(z_cnp.detach())
-        # A compiler knows itself what the backward pass is to keep, and has its limits with a function of one's own.
+        # torch.compile decides itself what to save for the backward pass, and does not trace custom functions well.
         by_hand = relation in LINEAR and not torch.compiler.is_compiling()
         if normalize == "feature":
             z, z_cnp = standardize_features(z), standardize_features(z_cnp)
@@ -180,26 +211,28 @@ def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", 
         N, L, P = z.shape
         if relation == "alignment":
             return F.mse_loss(z, z_cnp)
-        if relation == "off_diagonal_squared":  # the one that needs the matrix
+        if relation == "off_diagonal_squared":  # the only one that needs the matrix
             C_PP = mean_over_ranks(z.reshape(N * L, P).T @ z_cnp.reshape(N * L, P) / (N * L))
             return C_PP.square().sum() - C_PP.diagonal().square().sum()
-        # The others are linear in a: its product with b, or with the sum of b of which b itself is taken out.
+        # The others are linear in a: its product with b, or with the sum of b minus b itself.
         if relation == "off_diagonal":
             z_cnp = z_cnp.sum(dim=2, keepdim=True) - z_cnp
         elif relation == "token_off_diagonal":
             z_cnp = (z_cnp.sum(dim=1, keepdim=True) - z_cnp) * (L / P)
         if by_hand:
-            a = predicted if normalize == "token" else z  # as the model holds it, so that saving it takes no memory
+            a = (
+                predicted if normalize == "token" else z
+            )  # the same tensor as in the model, so saving it needs no memory
             return MeanProduct.apply(a, z_cnp, normalize == "token", predicted_in)
         return (z * z_cnp).sum(dim=2).mean()
 
 
 class MeanProduct(torch.autograd.Function):
-    """Mean over all tokens of a . c, with a = `z` `[N, L, P]`, optionally standardised, and `c` a constant.
+    """Compute the mean over all tokens of a . c, where a is `z` `[N, L, P]`, optionally standardised, and c a constant.
 
     The gradient with respect to `z` is known in the forward pass, so it is computed there, in the memory of `c` (which
     is overwritten), and saved in the type `kept`. Autograd would instead save a, c and intermediate results of their
-    size. `z` is saved too, which costs nothing where the model keeps it anyway.
+    size. `z` is saved too, which needs no memory if the model keeps it anyway.
 
     With row deviation s, q = a . c and c' = c - mean(c), the gradient of q with respect to a row of z is
 
@@ -216,7 +249,7 @@ class MeanProduct(torch.autograd.Function):
         if standardized and ctx.needs_input_grad[0]:
             s = (x.var(dim=2, keepdim=True) + EPS).sqrt()
             c.sub_(c.mean(dim=2, keepdim=True)).addcmul_(a, product_NL1, value=-1 / (x.shape[2] - 1)).div_(s)
-        del a  # before another of its size is made
+        del a  # frees memory before another tensor of its size is allocated
         ctx.standardized = standardized
         ctx.save_for_backward(c.to(kept), *((z, product_NL1) if standardized else ()))
         return product_NL1.mean()
@@ -241,7 +274,7 @@ class MeanProduct(torch.autograd.Function):
 
 
 class NeighborTerm(Term):
-    """Companions, their second pass, and the relation of the two predictions."""
+    """NoR-MAE's term: select companions of the visible patches, pass them through the model, relate the predictions."""
 
     name: ClassVar[str] = "neighbor"
     Options: ClassVar[type] = NeighborOptions
@@ -251,14 +284,16 @@ class NeighborTerm(Term):
 
     def __init__(self, options: NeighborOptions) -> None:
         super().__init__(options)
-        self.noise_rows = (options.companion == "random") + (options.fraction < 1)  # the fraction's row is the last
-        self.drawn = options.drawn  # worked out once: torch.compile does not trace fractions.Fraction
+        self.noise_rows = (options.companion == "random") + (options.fraction < 1)  # the last row is for `fraction`
+        self.drawn = options.drawn  # computed once: torch.compile does not trace fractions.Fraction
         if options.together:
             self.images_together = "ranks"
 
     def check(self, model: MaskedImageModel) -> None:
         if not model.drops_hidden:
-            raise ValueError("an encoder that sees every place, hidden ones blanked, leaves none for the neighbours")
+            raise ValueError(
+                "the term neighbor needs an encoder that gets visible patches only; this method replaces hidden patches"
+            )
         if model.num_predicted < model.num_patches and self.options.tokens != "all":
             raise ValueError(
                 f"tokens is {self.options.tokens!r}; this decoder predicts hidden patches only, some or all: use 'all'"
@@ -272,16 +307,19 @@ class NeighborTerm(Term):
             raise ValueError("normalize 'token' needs patches of more than one value")
 
     def width(self, model: MaskedImageModel) -> int:
-        """P, or E where embeddings are related."""
+        """Return the width of what is related: P for predicted pixels, E for decoder embeddings."""
         return model.target.width if self.options.space == "pixels" else model.decoder_pred.in_features
 
     def normalization(self, model: MaskedImageModel) -> str:
-        """The option, but for the released selection what the released code does."""
+        """Return the normalisation: the option, or, with `cnp: released`, that of the released code."""
         standardized = getattr(model.target, "normalize", False)
         return "none" if self.options.cnp == "released" and not standardized else self.options.normalize
 
     def scale(self, model: MaskedImageModel) -> dict[str, float]:
-        """With standardised tokens, the weight times what the relation reaches between equal predictions, at most."""
+        """Return the weight times the largest magnitude of the relation, which equal predictions reach.
+
+        Empty unless tokens are standardised.
+        """
         P, L, V = self.width(model), model.num_patches, model.num_visible
         L = {"all": model.num_predicted, "visible": V, "masked": L - V}[self.options.tokens]
         letter = "P" if self.options.space == "pixels" else "E"
@@ -297,7 +335,7 @@ class NeighborTerm(Term):
         return {f"weight x {factor}": self.options.weight * value}
 
     def companions(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
-        """The patch that stands in for each visible one: `[N, V]`."""
+        """Return the index of the companion of each visible patch: `[N, V]`."""
         if self.options.similarity == "embed_pos":
             compared = view.tokens
         elif self.options.similarity == "embed":
@@ -312,10 +350,10 @@ class NeighborTerm(Term):
 
     @torch.no_grad()
     def second_decoded(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
-        """The companions through encoder and decoder: `[N, L, E]` after the decoder's norm.
+        """Pass the companions through encoder and decoder; return `[N, L, E]` after the decoder's norm.
 
-        A neighbour keeps its own position in the encoder and takes the visible patch's place in the decoder, as in the
-        released code. A random mask has its own places.
+        A companion keeps its own position in the encoder and has the position of the visible patch in the decoder, as
+        in the released code. The patches of a random mask keep their own positions in both.
         """
         if self.options.companion == "random":
             ids = places = random_masking(view.noise[:, self.noise_row], model.num_visible).ids_keep
@@ -326,20 +364,20 @@ class NeighborTerm(Term):
 
     @torch.no_grad()
     def second_pass(self, model: MaskedAutoencoderViT, view: View) -> Tensor:
-        """The companions' prediction: `[N, L, P]`, without gradient, as precise as the last layer gives it."""
+        """Return the prediction from the companions: `[N, L, P]`, without gradient, in the type of the last layer."""
         return model.decoder_pred(self.second_decoded(model, view))
 
     def combines(self, batch_size: int) -> Literal["", "device", "ranks"]:
-        """Return "device" also where a batch is not made of whole groups of which `fraction` draws some images."""
+        """Return "device" also if the batch size is not a multiple of g, see `NeighborOptions.fraction`."""
         return "device" if batch_size % self.drawn[1] else super().combines(batch_size)
 
     def some_images(self, view: View) -> View:
-        """Draw the images that take the second pass: of every g consecutive ones the k of the smallest noise.
+        """Draw the images that take the second pass: the k of every g consecutive images that have the least noise.
 
-        Micro-batches and processes get consecutive parts of an update's images, so the same images are drawn for any
-        number of them whose batches consist of whole groups. Other batches are one group, with
+        Micro-batches and processes get consecutive parts of the images of an update. Therefore the same images are
+        drawn for any number of them, if g divides the batch size. Otherwise the batch is a single group with
         k = max(1, round(fraction x N)). Each image is drawn with equal probability, and each group counts equally, so
-        that the expectation of the mean over the drawn images is the mean over all.
+        the expectation of the mean over the drawn images is the mean over all images.
         """
         if self.options.fraction == 1:
             return view
@@ -354,7 +392,7 @@ class NeighborTerm(Term):
         return replace(view, **parts, taps=taps)
 
     def related(self, view: View, z: Tensor) -> Tensor:
-        """The tokens of a prediction `[N, L, P]` that are related."""
+        """Select the tokens of a prediction `[N, L, P]` that the option `tokens` names."""
         if self.options.tokens == "all":
             return z
         V = view.ids_keep.shape[1]
@@ -362,7 +400,7 @@ class NeighborTerm(Term):
         return take(z, ids)
 
     def forward(self, model: MaskedImageModel, view: View) -> Tensor:
-        assert isinstance(model, MaskedAutoencoderViT)  # `check` has refused any other
+        assert isinstance(model, MaskedAutoencoderViT)  # `check` refuses any other
         view = self.some_images(view)
         pixels = self.options.space == "pixels"
         return neighbor_relation(

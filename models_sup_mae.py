@@ -1,7 +1,7 @@
-"""SupMAE: the visible patches must also tell the image's class.
+"""SupMAE: also classify the image from its visible patches.
 
-Liang et al., "SupMAE: Supervised Masked Autoencoders Are Efficient Vision Learners", 2022. A small head reads the class
-off the mean of the encoded visible patches; its cross-entropy, at a high temperature, is added to the reconstruction.
+Liang et al., "SupMAE: Supervised Masked Autoencoders Are Efficient Vision Learners", 2022. A small head predicts the
+class from the mean of the encoded visible patches; its cross-entropy, at a high temperature, is added to the loss.
 
 N images   D encoder channels
 """
@@ -22,8 +22,8 @@ IMAGENET_CLASSES = 1000
 class LabelTerm(Term):
     """Cross-entropy of a head on the mean visible patch: linear, batch norm, ReLU, linear.
 
-    The batch norm has the statistics of the images that one device gets at once, as in the release. It keeps no running
-    ones: the head serves this loss alone, and they would be the one part of a run's state that a refused update moves.
+    The batch norm uses the statistics of the images of one forward pass on one device, as in the release. It has no
+    running statistics: the head is used for this loss only, and a refused update would change them.
     """
 
     name: ClassVar[str] = "label"
@@ -33,7 +33,7 @@ class LabelTerm(Term):
     images_together = "device"
 
     def attach(self, model: MaskedImageModel) -> None:
-        """The head; for ImageNet's number of classes until the data's is known."""
+        """Create the head, with ImageNet's number of classes until that of the data is known."""
         hidden = self.options.hidden
         self.head = nn.Sequential(
             nn.Linear(model.embed_dim, hidden),
@@ -51,13 +51,13 @@ class LabelTerm(Term):
         elif self.options.classes != classes:
             raise ValueError(
                 f"the term 'label' is for {self.options.classes} classes and the training images have {classes}: "
-                f"--terms.label.classes {classes}, or 0 for whatever they have"
+                f"--terms.label.classes {classes}, or 0 for the number in the data"
             )
 
     def logits(self, view: View) -> Tensor:
-        """`[N, classes]` from the mean of the encoded patches, without the class token."""
+        """Return the logits `[N, classes]` for the mean of the encoded patches, without the class token."""
         return self.head(view.latent[:, 1:].mean(dim=1))
 
     def forward(self, model: MaskedImageModel, view: View) -> Tensor:
-        assert view.labels is not None  # the model has seen to it
+        assert view.labels is not None  # checked by the model
         return F.cross_entropy(at_least_float32(self.logits(view)) / self.options.temperature, view.labels)

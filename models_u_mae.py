@@ -1,8 +1,8 @@
-"""U-MAE: keep the images' features from collapsing onto each other.
+"""U-MAE: a uniformity term that prevents the collapse of the images' features.
 
 Zhang et al., "How Mask Matters: Towards Theoretical Understandings of Masked Autoencoders", NeurIPS 2022. The term is
-the mean squared cosine of the features of any two images of a step, on all ranks, each with itself included: between
-1 / M for M orthogonal features and 1 for equal ones.
+the mean squared cosine similarity over all pairs of images of a step, on all ranks, pairs of an image with itself
+included: 1 / M for M orthogonal features, 1 for equal ones.
 
 N images of this rank   M images of all ranks   D encoder channels
 """
@@ -24,10 +24,16 @@ from options.u_mae import UniformityOptions
 
 
 def uniformity(features: Tensor) -> Tensor:
-    """The mean of cos(f_i, f_j)^2 over all pairs i, j of the features `[N, D]` of all ranks; float32 at least.
+    """Return the mean of cos(f_i, f_j)^2 over all pairs i, j of the features of all ranks.
 
-    With F the unit features as rows, the squares of F F^T, M x M, have the sum of those of F^T F, D x D. The latter is
-    a sum over images, so ranks need only add theirs up; gradients reach the features of all of them.
+    With F the normalised features as rows, F F^T (M x M) and F^T F (D x D) have the same sum of squares. The latter is
+    a sum over images, which the ranks add up; gradients reach the features of all ranks.
+
+    Args:
+        features: `[N, D]`, those of this rank.
+
+    Returns:
+        A scalar, in float32 or a wider type.
     """
     with without_autocast(features):
         unit_ND = F.normalize(at_least_float32(features), dim=-1)
@@ -36,7 +42,7 @@ def uniformity(features: Tensor) -> Tensor:
 
 
 class UniformityTerm(Term):
-    """The mean squared cosine between the features of the step's images."""
+    """Mean squared cosine similarity between the features of the images of a step."""
 
     name: ClassVar[str] = "uniformity"
     Options: ClassVar[type] = UniformityOptions

@@ -1,6 +1,6 @@
 """The encoder: sizes, patch grids, fixed positions, MAE's initial weights, weights of other models.
 
-Everything the models take from timm (pinned: 1.0.31) is named here: `VisionTransformer`, its `Block` and `Mlp`,
+All imports from timm (pinned: 1.0.31) are in this file: `VisionTransformer`, its `Block` and `Mlp`,
 `build_sincos2d_pos_embed` for the position tables, `resample_abs_pos_embed` for other image sizes, `adapt_input_conv`
 for other channels. An encoder is timm's own class, so its state has timm's names, which are MAE's.
 """
@@ -100,7 +100,7 @@ def attention_heads(options: Mapping[str, Any], embed_dim: int, given: int = 0) 
         given: what the user states, for weights of another project.
 
     Returns:
-        The heads of the run, else those given, else those of all encoders of that width; 0 where these differ.
+        The heads of the run; else `given`; else those of all known encoders of that width, or 0 if these differ.
     """
     if "model" in options:
         return options.get("num_heads") or SIZES[parse_name(options["model"])[0]].num_heads
@@ -109,7 +109,7 @@ def attention_heads(options: Mapping[str, Any], embed_dim: int, given: int = 0) 
 
 
 def parse_name(model: str) -> tuple[str, int]:
-    """The size and the patch's side in pixels of `mae_vit_<size>_patch<pixels>`; ValueError for any other name."""
+    """Return the size and the patch size in pixels of `mae_vit_<size>_patch<pixels>`; raise ValueError otherwise."""
     match = re.fullmatch(r"mae_vit_([a-z]+)_patch([1-9][0-9]*)", model)
     if match is None or match[1] not in SIZES:
         raise ValueError(f"unknown model {model!r}: a model is mae_vit_<{'|'.join(SIZES)}>_patch<pixels>")
@@ -117,7 +117,7 @@ def parse_name(model: str) -> tuple[str, int]:
 
 
 def encoder_sizes(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `Pretrainer` for a model's name, with the sizes in `overrides` where they are not 0."""
+    """Return the arguments of `Pretrainer` for a model's name; sizes in `overrides` that are not 0 replace its own."""
     size, patch_size = parse_name(model)
     encoder = SIZES[size]
     return {
@@ -140,9 +140,14 @@ def _height_and_width(input_size: int | Iterable[int]) -> tuple[int, int]:
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches in images of `img_size` pixels, one side or (height, width).
+    """Return the rows and columns of patches of an image.
 
-    ValueError where the patches do not fill the image.
+    Args:
+        img_size: Pixels of one side, or (height, width).
+        patch_size: Side of a square patch in pixels.
+
+    Raises:
+        ValueError: The image size is not a multiple of the patch size.
     """
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if min(height, width, patch_size) < 1:
@@ -153,13 +158,19 @@ def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, i
 
 
 def position_table(grid: tuple[int, int], dim: int) -> Tensor:
-    """MAE's fixed positions `[1, 1 + patches, dim]`: zeros for the class token, then each patch, row by row.
+    """Return MAE's fixed sine-cosine position embeddings.
 
     A patch has sin and cos of its column, then sin and cos of its row, at frequencies 10000^(-i / (dim / 4)). timm
-    stacks the row first, hence the exchange of halves. ValueError unless 4 divides `dim`.
+    has the row first, so the halves are exchanged.
+
+    Returns:
+        `[1, 1 + L, dim]`: zeros for the class token, then the patches row by row.
+
+    Raises:
+        ValueError: `dim` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"sine-cosine positions need channels that 4 divides, not {dim}")
+        raise ValueError(f"sine-cosine positions need a multiple of 4 channels, not {dim}")
     of_row, of_column = build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=True).chunk(2, dim=1)
     return torch.cat([torch.zeros(1, dim), torch.cat([of_column, of_row], dim=1)])[None]
 
@@ -172,7 +183,7 @@ def set_drop_path(blocks: nn.Sequential, rate: float) -> None:
 
 
 def initialize(module: nn.Module) -> None:
-    """MAE's initial weights for one module: the patch convolution counts as the linear layer that it is."""
+    """Set MAE's initial weights of one module; the patch convolution is initialised as a linear layer."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -208,7 +219,7 @@ class LoadReport:
 
 
 def _grouped(names: list[str]) -> str:
-    """`decoder_blocks.* (96), mask_token` instead of ninety-seven names."""
+    """Abbreviate parameter names: `decoder_blocks.* (96), mask_token`."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.split(".")[0], []).append(name)
@@ -239,18 +250,18 @@ OTHER_ARCHITECTURES = {
 
 
 def require_plain_encoder(weights: Iterable[str], own: Container[str] = (), where: str = "these weights") -> None:
-    """Refuse the weights of an encoder with parts that a plain vision transformer lacks.
+    """Raise ValueError if weights are those of an encoder with parts that a plain vision transformer lacks.
 
-    Loading the rest would give a network that computes something else, without a word. Every program and tool that
-    reads an encoder calls this function.
+    Loading only the known tensors would silently give a network that computes something else. Every program and tool
+    that reads an encoder calls this function.
 
     Args:
         weights: Names of the tensors.
-        own: Names that the model has and that are therefore no problem.
-        where: How the error message names the weights, for example by their file.
+        own: Names that the model has, which are accepted.
+        where: Description of the weights in the error message, for example their file.
 
     Raises:
-        ValueError: Naming the tensors and the architecture that they look like.
+        ValueError: names the tensors and the architecture that probably has them.
     """
     found: dict[str, list[str]] = {}
     for name in weights:
@@ -263,13 +274,13 @@ def require_plain_encoder(weights: Iterable[str], own: Container[str] = (), wher
         parts = [f"{what}: {_across_blocks(names)}" for what, names in found.items()]
         raise ValueError(
             f"{where} are not those of a plain vision transformer with absolute positions, the only encoder that this "
-            f"project trains and reads. They also hold {'; '.join(parts)}. Without these tensors the encoder would "
+            f"project trains and reads. They also contain {'; '.join(parts)}. Without these tensors the encoder would "
             "compute something else: use a checkpoint without them"
         )
 
 
 def _other_names(weights: Iterable[str]) -> str:
-    """Return what to do with weights whose names are another program's; "" where that is not the problem."""
+    """Return advice for weights with the names of another program, or "" if the names are not the problem."""
     for name in weights:
         if name.endswith("embeddings.patch_embeddings.projection.weight"):
             return ". These are names of Hugging Face transformers: convert the weights to timm's names first"
@@ -280,7 +291,7 @@ def _other_names(weights: Iterable[str]) -> str:
 
 
 def _across_blocks(names: list[str]) -> str:
-    """Return `blocks.*.ls1.gamma (12), reg_token` for the names of a few or many tensors."""
+    """Abbreviate the names of tensors of all blocks: `blocks.*.ls1.gamma (12), reg_token`."""
     counts = Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)
     listed = [f"{name} ({count})" if name.startswith("blocks.*") else name for name, count in counts.items()]
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
@@ -289,11 +300,21 @@ def _across_blocks(names: list[str]) -> str:
 def load_matching(
     model: VisionTransformer, weights: Mapping[str, Tensor], *, grid: tuple[int, int] | None = None
 ) -> LoadReport:
-    """Copy into `model` the weights of the names it has: a whole MAE, an encoder, or a classifier of timm's.
+    """Copy into `model` the weights whose names it has: those of an MAE, of an encoder, or of a timm classifier.
 
-    Position tables of another image size are resampled as MAE does. `grid` is the rows and columns of patches that the
-    weights were trained with; by default the model's where the number of patches is the same, else a square. ValueError
-    where a tensor has another shape or a part of the encoder is missing.
+    Position tables of another image size are resampled as in MAE.
+
+    Args:
+        model: The model, which is changed.
+        weights: Tensors by name.
+        grid: Rows and columns of patches that the weights were trained with. None: the model's grid if the number of
+            patches is the same, otherwise a square.
+
+    Returns:
+        What was loaded, resampled, missing and ignored.
+
+    Raises:
+        ValueError: A tensor has another shape, or a part of the encoder is missing.
     """
     own = model.state_dict()
     require_plain_encoder(weights, own)
@@ -301,7 +322,7 @@ def load_matching(
     gaps = [name for name in missing if name.startswith(("patch_embed.", "blocks.", "cls_token", "pos_embed"))]
     if gaps:
         raise ValueError(
-            f"these weights hold no encoder of this model: without {_across_blocks(gaps)}; "
+            f"these weights contain no encoder for this model: {_across_blocks(gaps)} missing; "
             f"found {_grouped(list(weights))}{_other_names(weights)}"
         )
     fitting, resampled, wrong = {}, [], []
@@ -313,26 +334,28 @@ def load_matching(
             if tensor is not weights[name]:
                 resampled.append(name)
         if tensor.shape != own[name].shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)} among the weights and {tuple(own[name].shape)} in the model")
+            wrong.append(f"{name} is {tuple(tensor.shape)} in the weights and {tuple(own[name].shape)} in the model")
         fitting[name] = tensor
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ValueError(f"these weights are of other sizes: {'; '.join(sorted(wrong)[:3])}{more}")
+        raise ValueError(f"these weights have other sizes: {'; '.join(sorted(wrong)[:3])}{more}")
     model.load_state_dict(fitting, strict=False)
     unused = [name for name in weights if name not in own]
     return LoadReport([name for name in own if name in fitting], sorted(resampled), missing, unused)
 
 
 def load_from_run(model: VisionTransformer, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
-    """Load weights as `load_matching`, checked against the options of the run that wrote them.
+    """Load weights with `load_matching`, after checking them against the options of the run that wrote them.
 
     Args:
-        made_with: {} for the weights of another project; then a warning is logged where their attention heads are
-            unknown.
+        model: The model, which is changed.
+        weights: Tensors by name.
+        made_with: Options of that run; {} for the weights of another project, for which a warning is logged if the
+            number of attention heads is unknown.
 
     Raises:
-        ValueError: as `load_matching`, and for an encoder with more blocks or another number of heads, which the
-            shapes of weights do not show.
+        ValueError: as `load_matching`, and if the encoder of the weights has more blocks or another number of heads,
+            which the shapes of the weights do not show.
     """
     blocks = {int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)}
     depth = len(model.blocks)
@@ -363,7 +386,7 @@ def for_channels(weights: Mapping[str, Tensor], in_chans: int) -> Mapping[str, T
     name = "patch_embed.proj.weight"
     if name not in weights or weights[name].ndim != 4 or (theirs := weights[name].shape[1]) == in_chans:
         return weights
-    how = "summed over them" if in_chans == 1 else f"taken in turn, times {theirs}/{in_chans}"
+    how = "summed over them" if in_chans == 1 else f"repeated in turn and multiplied by {theirs}/{in_chans}"
     log.info("in_chans %d: the first layer's weights are for %d channels and are %s", in_chans, theirs, how)
     return {**weights, name: adapt_input_conv(in_chans, weights[name], base_chans=theirs)}
 
@@ -371,13 +394,15 @@ def for_channels(weights: Mapping[str, Tensor], in_chans: int) -> Mapping[str, T
 def _resampled(
     name: str, table: Tensor, old_grid: tuple[int, int] | None, new_grid: tuple[int, int], prefix: int
 ) -> Tensor:
-    """The position table `[1, prefix + patches, dim]` at the new grid; the table itself where nothing changes."""
+    """Resample a position table `[1, prefix + patches, dim]` to a new grid; return it unchanged for the same grid."""
     patches = table.shape[1] - prefix
     if old_grid is None:
         side = math.isqrt(patches)
         old_grid = new_grid if patches == math.prod(new_grid) else (side, side)
     if math.prod(old_grid) != patches:
-        raise ValueError(f"{name} has {patches} positions, which are no grid of {old_grid[0]} x {old_grid[1]} patches")
+        raise ValueError(
+            f"{name} has {patches} positions, which do not form a grid of {old_grid[0]} x {old_grid[1]} patches"
+        )
     if old_grid == new_grid:
         return table
     return resample_abs_pos_embed(
@@ -387,25 +412,26 @@ def _resampled(
 
 # ---- helpers of every method ----------------------------------------------------------------------------------------
 
-ENCODER_INPUT = -1  # the tap of what enters the first block
+ENCODER_INPUT = -1  # in `taps`: the input of the first block
 
 Reader = Callable[[str], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
-"""From a checkpoint's path to its weights by name and, if it is one of ours, its run's options (else empty)."""
+"""Function from the path of a checkpoint to its weights by name and the options of its run (empty for checkpoints of
+other projects)."""
 
 
 def take(x: Tensor, ids: Tensor) -> Tensor:
-    """Gather from `x` `[N, L, D]` the rows `ids` `[N, V]`: `[N, V, D]`."""
+    """Gather the rows `ids` `[N, V]` of `x` `[N, L, D]`; return `[N, V, D]`."""
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 def renormalization(
     own: tuple[Sequence[float], Sequence[float]], other: tuple[Sequence[float], Sequence[float]]
 ) -> tuple[Tensor, Tensor]:
-    """Return `scale` and `shift`, `[channels, 1, 1]`, from images that are normalised for one network to another's.
+    """Return `scale` and `shift`, `[channels, 1, 1]`, that change the normalisation of images: x * scale + shift.
 
     Args:
-        own: Mean and standard deviation with which the images are normalised.
-        other: Those that the other network expects. One of the two may have one channel for all.
+        own: Mean and standard deviation per channel with which the images are normalised.
+        other: Mean and standard deviation to change to. Either may have a single value for all channels.
     """
     (mean, std), (other_mean, other_std) = (
         [torch.tensor(values, dtype=torch.float64)[:, None, None] for values in pair] for pair in (own, other)
@@ -468,9 +494,10 @@ def move_average(average: nn.Module, model: nn.Module, keep: float, taken: Tenso
     """Update an exponential moving average of parameters: average = keep x average + (1 - keep) x model.
 
     Args:
-        average: Its parameters have the names of those of `model`; buffers are left alone.
-        keep: Share of its value that the average keeps.
-        taken: 0-d bool on the device; where it is False, the average stays as it is.
+        average: Its parameters have the names of those of `model`; its buffers are not changed.
+        model: The current model.
+        keep: Decay, between 0 and 1.
+        taken: 0-d bool on the device; if it is False, the average is not changed.
     """
     own = dict(model.named_parameters())
     averages, current = zip(*((p.data, own[name].data) for name, p in average.named_parameters()), strict=True)
@@ -480,10 +507,11 @@ def move_average(average: nn.Module, model: nn.Module, keep: float, taken: Tenso
 
 
 class FrozenNetwork(nn.Module):
-    """Hold a network that training uses and does not train: a teacher, a tokenizer.
+    """Container of a network that is used in training but not trained, such as a teacher or a tokenizer.
 
-    It follows `.to()`, is in evaluation mode, has no gradients and is not part of the state_dict, so checkpoints do not
-    contain it. Store `digest_of` its weights in the options, so that a run does not resume with another network.
+    The network moves with `.to()`, is in evaluation mode, has no gradients and is not part of the state_dict, so
+    checkpoints do not contain it. Store the `digest_of` its weights in the options, so that a run is not resumed with
+    another network.
     """
 
     def __init__(self, network: nn.Module | None = None) -> None:
@@ -540,7 +568,7 @@ class Crop:
 
 
 class Progress(Protocol):
-    """What `before_step` and `adjust_gradients` receive."""
+    """Progress of the training, the argument of `before_step` and `adjust_gradients`."""
 
     @property
     def step(self) -> int:
@@ -590,15 +618,15 @@ class Pretrainer(VisionTransformer):
     """Frozen dataclass of the method's options, declared in options/."""
 
     helpers: Mapping[str, Mapping[str, Any]] = {}
-    """Frozen networks that were read from runs, as path and run options. The program refuses one that was trained with
-    images normalised in another way."""
+    """Frozen networks that were read from runs: options of the run by path. A network that was trained with another
+    normalisation of the images is refused."""
 
     takes_terms: ClassVar[bool] = False
     """Whether loss terms can be added."""
     feature_pool: ClassVar[Literal["avg", "token"]] = "avg"
-    """What an image's features are: the average of the patch tokens after the last norm, or the class token."""
+    """Features of an image: `avg`, the average of the patch tokens after the last norm; `token`, the class token."""
     encoder_prefix: ClassVar[str] = ""
-    """Prefix, in the state_dict, of the encoder whose features count: `teacher.` where that is a moving average."""
+    """Prefix in the state_dict of the encoder that is evaluated and exported: `teacher.` if it is a moving average."""
     images_together: ClassVar[Literal["", "ranks"]] = ""
     """Which images the loss compares with each other: none, or those of a forward pass on all processes."""
     decays_vectors: ClassVar[bool] = False
@@ -669,14 +697,14 @@ class Pretrainer(VisionTransformer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Raise: a pretraining model has no classifier."""
         raise ValueError(
-            "a pretraining model returns losses and has no classifier: build a timm VisionTransformer of the same "
-            "sizes with num_classes, and load into it the part of this model's state that is the encoder's"
+            "a pretraining model returns losses and has no classifier: create a timm VisionTransformer of the same "
+            "sizes with num_classes, and load the encoder's part of this model's state_dict into it"
         )
 
     # ---- hooks
 
     def views(self, min_scale: float, hflip: float) -> tuple[Crop, ...]:
-        """Describe the crops that one sample consists of; `min_scale` and `hflip` are the run's options."""
+        """Return the crops that a sample consists of; `min_scale` and `hflip` are options of the run."""
         return (Crop(self.input_size, (min_scale, 1.0), hflip=hflip),)
 
     @property
@@ -685,26 +713,27 @@ class Pretrainer(VisionTransformer):
         return None
 
     def prepare(self, read: Reader, classes: int | None) -> None:
-        """Read the checkpoints that training needs, and learn the number of classes, where it is known.
+        """Read the checkpoints that training needs, and adapt to the number of classes.
 
-        Called by `methods.build`, and again when the data set is open; the second call must not read again. May replace
-        `self.options` by a completed copy, which the run then stores.
+        Called by `methods.build` with `classes` None, and again when the data set is known; the second call must not
+        read again. It may replace `self.options` by a completed copy, which the run then stores.
         """
 
     def learn_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Learn mean and standard deviation of each channel with which the images are normalised."""
+        """Store the mean and standard deviation per channel with which the images are normalised."""
 
     def before_step(self, progress: Progress) -> None:
-        """Set what follows a schedule of the method: momentum, temperature, weight decay."""
+        """Set values that follow a schedule of the method: momentum, temperature, weight decay."""
 
     def adjust_gradients(self, progress: Progress) -> None:
         """Change gradients after the backward pass and before their norm is taken."""
 
     def after_update(self, taken: Tensor) -> None:
-        """Update what moves with the weights, such as an EMA teacher, unless the update was refused.
+        """Update state that follows the weights, such as an EMA teacher, unless the update was refused.
 
         Args:
-            taken: 0-d bool on the model's device. Use `torch.where`: reading it would synchronise the device.
+            taken: 0-d bool on the model's device, False if the update was refused. Use `torch.where`: reading the
+                value would synchronise the device.
         """
 
     @property
@@ -718,20 +747,20 @@ class Pretrainer(VisionTransformer):
         return {}
 
     def pictures(self, images: Tensor, *, noise: Tensor | None = None) -> dict[str, Tensor] | None:
-        """Return pictures `[N, C, H, W]` of what the model does, by name; None where there is nothing to show."""
+        """Return pictures `[N, C, H, W]` for `samples/`, by name, or None if the method has none."""
         return None
 
     def constant_loss(self, images: Tensor) -> float | None:
-        """Return the loss of the best prediction that does not depend on the image; None where there is none."""
+        """Return the loss of the best prediction that does not depend on the image, or None if it is not defined."""
         return None
 
     # ---- the encoder
 
     @torch.no_grad()
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Set MAE's initial weights and fixed positions. Call it when all layers exist.
+        """Set MAE's initial weights and fixed positions. Call it after all layers are created.
 
-        The arguments are timm's and unused.
+        The arguments are those of timm and are not used.
         """
         for name in ("pos_embed", "decoder_pos_embed"):
             if hasattr(self, name):
@@ -768,7 +797,7 @@ class Pretrainer(VisionTransformer):
     def run_blocks(
         self, blocks: Iterable[nn.Module], x: Tensor, taps: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Pass `x` through the blocks; also return the outputs of those in `taps`."""
+        """Apply the blocks to `x`; return the result and the outputs of the blocks in `taps`."""
         seen = {ENCODER_INPUT: x} if ENCODER_INPUT in taps else {}
         for index, block in enumerate(blocks):
             x = self.run_block(block, x)
@@ -777,16 +806,16 @@ class Pretrainer(VisionTransformer):
         return x, seen
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Run one block; under gradient checkpointing it is computed again for its gradient."""
+        """Apply one block, with gradient checkpointing if it is enabled."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
 
 def require_sizes(part: str, channels: int, blocks: int, heads: int) -> None:
-    """Raise ValueError where a transformer cannot have these sizes."""
+    """Raise ValueError if a transformer cannot have these sizes."""
     if min(channels, blocks, heads) < 1 or channels % heads or channels % 4:
         raise ValueError(
             f"{part}: {blocks} blocks of {channels} channels in {heads} heads: "
-            "each must be positive, and the heads and 4 must divide the channels"
+            "each must be positive, and the channels a multiple of the heads and of 4"
         )

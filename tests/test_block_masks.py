@@ -123,7 +123,7 @@ def test_the_loss_is_the_mean_over_all_hidden_patches_together(method):
         ({"mask_ratio": 0.01}, "hides 0 of 20"),
         ({"mask_ratio": 0.999}, "hides 20 of 20"),
         ({"min_block": 9}, "min_block is 9 patches, and 8 of 20"),
-        ({"terms": {"neighbor": {}}}, "leaves none for the neighbours"),
+        ({"terms": {"neighbor": {}}}, "needs an encoder that gets visible patches only"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):

@@ -149,7 +149,7 @@ def test_its_share_of_hidden_patches_is_the_papers():
 
 
 def test_terms_that_need_visible_patches_alone_are_refused():
-    with pytest.raises(ValueError, match="leaves none for the neighbours"):
+    with pytest.raises(ValueError, match="needs an encoder that gets visible patches only"):
         small("simmim", terms={"neighbor": {}})
     model = small("simmim", terms={"uniformity": {}, "label": {"classes": 3}})
     images, labels, noise = batch(model)
