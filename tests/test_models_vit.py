@@ -213,9 +213,9 @@ OTHERS = {
     "normalised queries and keys": {"qk_norm": True},
     "register tokens": {"reg_tokens": 4},
     "a norm|further norms": {"pre_norm": True},
-    "without blocks.*.attn.qkv.bias \\(2\\)": {"qkv_bias": False},
-    "without cls_token": {"class_token": False, "global_pool": "avg"},
-    "without pos_embed": {"pos_embed": "none"},
+    "model: blocks.*.attn.qkv.bias \\(2\\) missing": {"qkv_bias": False},
+    "cls_token missing": {"class_token": False, "global_pool": "avg"},
+    "pos_embed missing": {"pos_embed": "none"},
     "gated MLP|other sizes": {"mlp_layer": SwiGLUPacked},
 }
 
