@@ -421,7 +421,10 @@ def test_bad_input_is_refused_with_a_message(pretrained, tmp_path, capsys):
         ([no_encoder], "holds no vision transformer"),
         ([narrow], "3 in DeiT and timm"),
         ([narrow, "--num_heads", "5"], "5 heads cannot share 192 channels"),
-        ([odd, "--num_heads", "12"], "They also contain relative positions (BEiT, data2vec, SimMIM): rel_pos_bias.table"),
+        (
+            [odd, "--num_heads", "12"],
+            "They also contain relative positions (BEiT, data2vec, SimMIM): rel_pos_bias.table",
+        ),
         ([long, "--num_heads", "12"], "positions for 6 patches of 16 pixels, which do not make a square"),
         ([flat, "--num_heads", "12"], "here they are squares"),
         ([folder, "--num_heads", "3"], "was trained with 6 attention heads, not with 3"),
