@@ -558,8 +558,8 @@ def test_grids_that_are_too_small_are_refused():
     assert build(grid=(3, 3), mask_ratio=0.5, cnp="released")
 
 
-def test_an_encoder_that_sees_every_place_is_refused():
-    with pytest.raises(ValueError, match="sees every place"):
+def test_an_encoder_that_gets_hidden_patches_is_refused():
+    with pytest.raises(ValueError, match="visible patches only"):
         methods.build("simmim", "mae_vit_tiny_patch4", input_size=16, terms={"neighbor": {}})
 
 
