@@ -51,7 +51,7 @@ class Classifier(VisionTransformer):
         trunc_normal_(self.cls_token, std=TOKEN_STD)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens `[N, 1 + L, D]` after the last block, and after the encoder's norm where it has one ("token")."""
+        """Return the tokens `[N, 1 + L, D]` after the last block; with "token", after the encoder's norm."""
         return self.forward_features(images)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -105,13 +105,13 @@ def build(
     """Build a classifier with timm's initial weights.
 
     Args:
-        model: A name as for pretraining, `mae_vit_tiny_patch16`.
-        num_classes: 0: no head.
-        embed_dim, depth, num_heads: 0: the model's own.
-        distill_token: Whether it is a `DistilledClassifier`, which needs `global_pool` "token".
+        model: Name as for pretraining, such as `mae_vit_tiny_patch16`.
+        num_classes: 0 for no head.
+        embed_dim, depth, num_heads: 0 for the sizes of the model.
+        distill_token: Build a `DistilledClassifier`, which needs `global_pool` "token".
 
     Raises:
-        ValueError: If the name is unknown, or the sizes do not fit together.
+        ValueError: The name is unknown, or the sizes do not fit together.
     """
     sizes = encoder_sizes(model, input_size=input_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
     built = (DistilledClassifier if distill_token else Classifier)(
@@ -211,12 +211,12 @@ class TeacherClassifier(nn.Module):
         self.register_buffer("shift", shift)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
+        """Keep the model in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits `[N, C]`."""
+        """Return the logits `[N, C]`."""
         if images.shape[1] == 1 and self.classifier.in_chans != 1:
             images = images.expand(-1, self.classifier.in_chans, -1, -1)
         if self.scale is not None and self.shift is not None:
@@ -298,6 +298,6 @@ def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[tup
 
 
 def _part(name: str) -> str:
-    """`blocks.3` of `blocks.3.attn.qkv.weight`, `head` of `head.weight`."""
+    """Return the part of the model that a parameter belongs to: `blocks.3` for `blocks.3.attn.qkv.weight`."""
     words: Iterable[str] = name.split(".")[: 2 if name.startswith("blocks.") else 1]
     return ".".join(words)

@@ -125,7 +125,7 @@ class SimMIM(ReplacedViT):
             )
 
     def draw_mask(self, noise: Tensor) -> Tensor:
-        """Rank cells by the noise of their first patch and hide those of the largest."""
+        """Hide the cells whose first patches have the largest noise."""
         cells, hidden = self._cells(self.grid)
         rows, columns = self.grid
         noise_of_cells = noise.unflatten(1, self.grid)[:, :: self.cell, :: self.cell]

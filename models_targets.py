@@ -259,7 +259,7 @@ def hog(images: Tensor, patch_size: int) -> Tensor:
 
 
 def _gradients(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Sobel's gradients gx and gy, left minus right and upper minus lower: each `[N, C, H, W]`."""
+    """Return Sobel's gradients gx and gy, left minus right and upper minus lower, each `[N, C, H, W]`."""
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     down = padded[..., :-2, :] + padded[..., 2:, :] + 2 * padded[..., 1:-1, :]
     across = padded[..., :-2] + padded[..., 2:] + 2 * padded[..., 1:-1]

@@ -251,7 +251,7 @@ def world_size() -> int:
 
 
 def total_over_ranks(x: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, without gradient."""
+    """Return the sum of a tensor over all processes, without gradient."""
     if world_size() == 1:
         return x
     total = x.clone()
@@ -260,7 +260,7 @@ def total_over_ranks(x: Tensor) -> Tensor:
 
 
 def all_ranks(x: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks, without gradient."""
+    """Return the rows of all processes in the order of their ranks, without gradient."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -576,7 +576,7 @@ class VQTokenizer(Tokenizer):
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """The mean over vectors of their squared distance."""
+    """Return the mean squared distance of vectors."""
     return (a - b).square().sum(dim=-1).mean()
 
 
@@ -699,7 +699,7 @@ KMEANS = "kmeans"  # in the place of a method's name
 
 
 def checkpoint_of(path: str) -> str:
-    """The checkpoint meant by a path: a run folder's newest one, or the file itself."""
+    """Return the path of a checkpoint: the latest one of a run folder, or the given file."""
     inside = Path(path) / "checkpoints" / "last.pth"
     return str(inside) if inside.is_file() else path
 

@@ -51,9 +51,9 @@ class Segmenter(Classifier):
         return self.neck([of_block[block] for block in self.taps])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Logits `[N, K, H, W]` at a quarter of a patch, and the auxiliary head's at a patch.
+        """Return the logits `[N, K, H, W]` at a quarter of a patch, and those of the auxiliary head at a patch.
 
-        Images may have any size that patches fill: positions are resampled.
+        Images may have any size that is a multiple of the patch size: positions are resampled.
         """
         maps = self.maps(images)
         return self.decode(maps), self.auxiliary(maps[AUXILIARY_LEVEL])
@@ -189,7 +189,7 @@ class FCNHead(nn.Module):
 
 
 def conv(channels: int, wanted: int, side: int) -> nn.Sequential:
-    """Convolution, batch norm, ReLU."""
+    """Create a convolution with batch norm and ReLU."""
     layer = nn.Conv2d(channels, wanted, side, padding=side // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(layer, nn.BatchNorm2d(wanted), nn.ReLU(inplace=True))

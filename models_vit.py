@@ -445,12 +445,12 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Context in which nothing on the device of `x` is rounded to half precision."""
+    """Return a context without automatic mixed precision on the device of `x`."""
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and float32 values."""
+    """Return the SHA-256 of names, shapes and float32 values."""
     found = hashlib.sha256()
     for name in sorted(weights):
         values = weights[name].detach().to("cpu", torch.float32).contiguous()

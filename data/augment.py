@@ -49,10 +49,13 @@ def finetune_transform(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Transform:
-    """Random crop of `min_scale` to all of the area, mirrored with probability `hflip`, then what is asked for.
+    """Create the augmentation of fine-tuning: random crop, flip, automatic augmentation or colour jitter, erasing.
 
-    `aa` is one of timm's names, such as `rand-m9-mstd0.5-inc1`; it and `color_jitter` are for 3 channels. uint8
-    `[H, W, C]` in; out `[C, rows, columns]`, uint8, or normalised floats. ValueError for a name unknown to timm.
+    The result maps uint8 `[H, W, C]` to `[C, rows, columns]`, uint8 or normalised floats. `aa` is a policy in timm's
+    notation, such as `rand-m9-mstd0.5-inc1`; it and `color_jitter` need 3 channels.
+
+    Raises:
+        ValueError: timm does not know the policy.
     """
     if not (aa or color_jitter):
         crop = pretrain_transform(input_size, min_scale, hflip)

@@ -67,7 +67,7 @@ def torchcodec_jpeg() -> Decode | None:
 
 
 def _agree(decode: Decode, subsampling: str) -> bool:
-    """Whether `decode` reads a picture as Pillow does."""
+    """Return whether `decode` gives the same pixels as Pillow for a sample picture."""
     data, expected = _trial(subsampling)
     header = read_header(data)
     found = _pixels(data, decode, header) if header else None
@@ -214,8 +214,11 @@ class Header:
 
 
 def read_header(data: bytes) -> Header | None:
-    """None for what is no JPEG file, for other colours than grey, RGB and YCbCr, for a size that Pillow would warn
-    about, and for a file that ends within its header."""
+    """Read the header of a JPEG file.
+
+    Returns None if it is not a JPEG file, its colours are not grey, RGB or YCbCr, Pillow would warn about its size, or
+    the header is incomplete.
+    """
     if not data.startswith(START):
         return None
     try:

@@ -135,7 +135,7 @@ def _range_of(kind: str, group: Sequence[Values]) -> Range:
 
 
 def _within(some: np.ndarray, low: float, high: float, black: float, white: float) -> bool:
-    """Whether values lie between `black` and `white`, but for overshoot or a few."""
+    """Return whether values lie between `black` and `white`, except for overshoot or a few outliers."""
     margin = (OVERSHOOT - 1) * (white - black)
     if not (black - 9 * white <= low and high <= 10 * white):
         return False
@@ -144,7 +144,7 @@ def _within(some: np.ndarray, low: float, high: float, black: float, white: floa
 
 
 def _require_one_white(group: Sequence[Values]) -> None:
-    """ValueError where some files hold floats up to 1 and others floats up to 255 or more."""
+    """Raise ValueError if some files have floats up to 1 and others floats up to 255 or more."""
     small = [values for values in group if 0 < values.high <= OVERSHOOT and values.low >= 0]
     large = [values for values in group if values.high > 10]
     if small and large and min(len(small), len(large)) >= MIXED * len(group):

@@ -100,7 +100,7 @@ class DeviceSamples:
         )
 
     def boxes(self, epochs: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """((top, left, rows, columns) `[N, 4]` of each random crop, whether it is mirrored `[N]`)."""
+        """Return the random crops (top, left, rows, columns) `[N, 4]` and whether each is flipped, `[N]`."""
         states = states_of(self.seed, epochs, index, AUGMENTATION)
         drawn = uniforms(torch.from_numpy(states.view(np.int64)), 2 * ATTEMPTS + 3, torch.float64).numpy()
         return random_boxes(self.sizes[index], self.min_scale, drawn[:, :-1]), drawn[:, -1] < self.hflip
@@ -130,9 +130,9 @@ def _scrambled(state: np.ndarray) -> np.ndarray:
 
 
 def uniforms(states: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`[N, count]` uniform numbers in [0, 1) with 24 random bits: SplitMix64 from each of the int64 `states` `[N]`.
+    """Return uniform numbers in [0, 1) with 24 random bits, `[N, count]`: SplitMix64 from the int64 `states` `[N]`.
 
-    Computed with integers, so every device gives the same numbers.
+    They are computed with integers, so that every device gives the same numbers.
     """
     step = torch.arange(1, count + 1, device=states.device) * -7046029254386353131  # 0x9E3779B97F4A7C15, signed
     state = states[:, None] + step
@@ -151,10 +151,15 @@ def _shifted(state: Tensor, bits: int) -> Tensor:
 
 
 def random_boxes(sizes: np.ndarray, min_scale: float, drawn: np.ndarray) -> np.ndarray:
-    """(top, left, rows, columns) `[N, 4]` for images of `sizes` `[N, 2]`, from uniform numbers `[N, 2 ATTEMPTS + 2]`.
+    """Return random crops (top, left, rows, columns), `[N, 4]`.
 
-    torchvision's law: an area of `min_scale` to 1 of the image's and a log-uniform aspect ratio, drawn until the box
-    fits, then anywhere in the image. After `ATTEMPTS` the largest central box within the ratios.
+    The distribution is torchvision's: a share of the area between `min_scale` and 1 and a log-uniform aspect ratio,
+    drawn again until the crop fits, then a uniform position. After `ATTEMPTS` it is the largest central crop whose
+    aspect ratio is allowed.
+
+    Args:
+        sizes: Rows and columns of the images, `[N, 2]`.
+        uniform: Uniform numbers, `[N, 2 ATTEMPTS + 2]`.
     """
     height, width = sizes[:, 0], sizes[:, 1]
     area = (height * width)[:, None] * (min_scale + (1 - min_scale) * drawn[:, :ATTEMPTS])
@@ -178,10 +183,13 @@ def random_boxes(sizes: np.ndarray, min_scale: float, drawn: np.ndarray) -> np.n
 def resized_crops(
     images: Tensor, index: Tensor, boxes: np.ndarray, mirrored: np.ndarray, size: tuple[int, int]
 ) -> Tensor:
-    """uint8 `[N, C, *size]`: from `images` `[n, C, H, W]` those of `index`, cropped, resized, some mirrored.
+    """Crop, resize and flip images on the device; return uint8 `[N, C, *size]`.
 
-    Pillow's antialiased bicubic: along the rows, rounded to 0..255, then along the columns. Each pass is one product
-    with a matrix of weights for each image.
+    The interpolation is Pillow's antialiased bicubic: along rows, rounded to 0..255, then along columns. Each pass is a
+    product with a matrix of weights per image.
+
+    Args:
+        images: uint8 `[n, C, H, W]`, of which `index` selects N.
     """
     top, left, rows, columns = _moved(boxes.T.copy(), images.device)
     across = weights(left, columns, images.shape[3], size[1])
@@ -219,8 +227,11 @@ def weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
 def _load(
     source: Source, device: torch.device, num_workers: int
 ) -> tuple[Tensor, np.ndarray, np.ndarray, list[tuple[str, str]]]:
-    """(images uint8 `[n, C, H, W]` on the device, their sizes `[n, 2]`, the number of the image that each place shows,
-    the unreadable ones)."""
+    """Load all images to the device.
+
+    Returns the images uint8 `[n, C, H, W]`, their sizes `[n, 2]`, the index of the image at each position, and the
+    unreadable images.
+    """
     n = len(source)
     with ThreadPoolExecutor(max(1, num_workers)) as threads:
         few = list(threads.map(_reader(source), range(0, n, -(-n // LOOKED_AT))))

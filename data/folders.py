@@ -57,7 +57,7 @@ class Found:
     masks: list[str] = field(default_factory=list)
 
     def add(self, below: Found, prefix: str) -> None:
-        """Include what lies below a folder, whose name with a / is `prefix`."""
+        """Add the contents of a folder, whose name with a / is `prefix`."""
         self.names += [prefix + name for name in below.names]
         self.other += below.other
         self.runs += [prefix + name for name in below.runs]

@@ -67,7 +67,7 @@ class BadImage(Exception):  # noqa: N818 - it says what the file is
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image (contents are only looked at when it is read)."""
+    """Return whether a file is taken for an image because of its name; contents are checked when it is read."""
     dot = name.rfind(".")
     return dot > 0 and not name.startswith(".") and name[dot:].lower() in SUFFIXES
 
@@ -176,7 +176,7 @@ class Undecoded:
         self.data, self.name, self.shape, self.nbytes = data, name, (rows, columns, 3), len(data)
 
     def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
-        """Pixels from row and column to row and column; raises `BadImage`."""
+        """Decode a part of the image; raise `BadImage` if it is damaged."""
         down, right = part
         found = jpeg_part(self.data, down.start, right.start, down.stop - down.start, right.stop - right.start)
         return decode(self.data, 3, self.name)[part] if found is None else found
@@ -274,8 +274,15 @@ def to_uint8(values: np.ndarray, in_chans: int, value_range: Sequence[float] = (
 
 
 def pretrain_transform(input_size: int | tuple[int, int], min_scale: float = 0.2, hflip: float = 0.5) -> Transform:
-    """MAE's augmentation: a random crop of `min_scale` to all of the image's area, resized to `input_size` (rows,
-    columns), and mirrored with probability `hflip`. uint8 `[H, W, C]` in, uint8 `[C, rows, columns]` out."""
+    """Create MAE's augmentation: a random resized crop and a horizontal flip.
+
+    The result maps uint8 `[H, W, C]` to uint8 `[C, rows, columns]`.
+
+    Args:
+        input_size: Rows and columns of the result.
+        min_scale: Minimum share of the image's area.
+        hflip: Probability of a flip.
+    """
     return functools.partial(_random_crop, size=_rows_columns(input_size), min_scale=min_scale, hflip=hflip)
 
 
@@ -297,7 +304,7 @@ def eval_transform(
 
 
 def describe_eval_crop(input_size: tuple[int, int], crop_share: float, eval_crop: str) -> str:
-    """Say in one line how images are prepared for evaluation, to be printed beside a metric."""
+    """Describe in one line how images are prepared for evaluation, for the log and results."""
     rows, columns = (int(side / crop_share) for side in input_size)
     how = f"eval_crop {eval_crop}: resized to cover {rows} x {columns}, centre crop {input_size[0]} x {input_size[1]}"
     return how if eval_crop == "mae" else f"{how}; images of the input size are not resized or cropped"
@@ -331,7 +338,7 @@ def random_resized_crop(
 
 
 def random_box(height: int, width: int, min_scale: float, max_scale: float = 1.0) -> tuple[int, int, int, int]:
-    """(top, left, rows, columns) of a random crop: torchvision's, number by number, in a fifth of its time."""
+    """Draw a random crop (top, left, rows, columns) with torchvision's random numbers, five times as fast."""
     for _ in range(ATTEMPTS):
         area = height * width * torch.empty(()).uniform_(min_scale, max_scale).item()
         ratio = torch.empty(()).uniform_(*LOG_RATIOS).exp_().item()
@@ -362,7 +369,7 @@ def _centre_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], crop
 
 
 def _array(image: np.ndarray | Image.Image) -> np.ndarray:
-    """`[H, W, C]`, of a Pillow image too (1 or 4 channels where it has them, else 3)."""
+    """Convert an image to an array `[H, W, C]`; a Pillow image keeps 1 or 4 channels and otherwise has 3."""
     if isinstance(image, np.ndarray | Undecoded):
         return image  # crops are cut from both alike
     channels = {"L": 1, "RGBA": 4}.get(image.mode, 3)
@@ -370,13 +377,15 @@ def _array(image: np.ndarray | Image.Image) -> np.ndarray:
 
 
 def _tensor(array_HWC: np.ndarray) -> Tensor:
-    """`[C, H, W]`, channels last in memory without gaps; copied where it must be, since torch shares no read-only
-    memory (and numpy copies a crop faster than torch)."""
+    """Convert an array to a tensor `[C, H, W]`, contiguous with channels last in memory.
+
+    It is copied if necessary: torch does not share read-only memory, and numpy copies a crop faster than torch.
+    """
     return torch.from_numpy(np.require(array_HWC, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 def shrink(array_HWC: np.ndarray, short_side: int) -> np.ndarray:
-    """The image resized so that its shorter side has so many pixels."""
+    """Resize an image so that its shorter side has the given number of pixels."""
     size = [round(side * short_side / min(array_HWC.shape[:2])) for side in array_HWC.shape[:2]]
     return np.ascontiguousarray(_resize(_tensor(array_HWC), (size[0], size[1])).permute(1, 2, 0).numpy())
 

@@ -34,7 +34,7 @@ class Labels:
 
 
 def several(label: str) -> str:
-    """Say that an image has several labels."""
+    """Describe that an image has several labels."""
     return f"several labels of one image ({label}): classifiers here are trained on one class for each image"
 
 

@@ -64,7 +64,7 @@ class NothingReadable(ValueError):  # noqa: N818 - it says what happened
 
 
 def mix(*words: int) -> int:
-    """A well-spread 63-bit number from whole numbers, cheap enough for every sample (SplitMix64, one round a word)."""
+    """Hash integers to a 63-bit integer (SplitMix64, one round for each), fast enough for every sample."""
     mask, state = 0xFFFFFFFFFFFFFFFF, 0
     for word in words:
         state = ((state ^ (word & mask)) + 0x9E3779B97F4A7C15) & mask
@@ -89,14 +89,17 @@ def uniform_noise(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def pixel_statistics(in_chans: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> tuple[Floats, Floats]:
-    """(mean, std) per channel, of pixels in 0..1: as given, or ImageNet's for 3 channels and 0.5 for other numbers."""
+    """Return mean and standard deviation per channel, on a scale of 0 to 1.
+
+    These are the given ones; if empty, ImageNet's for 3 channels and 0.5 for other numbers.
+    """
     usual = IMAGENET if in_chans == 3 else ((0.5,) * in_chans, (0.5,) * in_chans)
     return tuple(mean) or usual[0], tuple(std) or usual[1]
 
 
 @functools.lru_cache(maxsize=32)
 def _per_channel(values: Floats, device: torch.device) -> Tensor:
-    """`[C, 1, 1]` on the device, made once: making it for every batch would wait for the device each time."""
+    """Return the values as `[C, 1, 1]` on the device; cached, because a copy for every batch would synchronise."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
@@ -136,7 +139,7 @@ class Batch:
         return len(self.index)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on the device, its images normalised there: bytes travel, a quarter of the floats."""
+        """Move the batch to the device and normalise its images there, so that bytes are copied instead of floats."""
         device = torch.device(device)
         without_waiting = device.type == "cuda"  # Metal would read the memory when it may hold something else
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=without_waiting))
@@ -155,14 +158,14 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def posted(self, shelf: Shelf, number: int) -> Batch:
-        """Batch `number` for another process: its tensors lie on the shelf, the images first."""
+        """Write batch `number` for another process; its tensors are in shared memory, the images first."""
         tensors: list[Tensor] = []
         self._each(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
         parcels: Iterator[Any] = iter(shelf.put(number, tensors))
         return self._each(lambda _: next(parcels))
 
     def opened(self) -> Batch:
-        """What arrived, with tensors of this process."""
+        """Read a batch that another process has written, with tensors of this process."""
         return self._each(lambda tensor: tensor.open() if isinstance(tensor, Parcel) else tensor)
 
     def _each(self, change: Callable[[Any], Tensor]) -> Batch:
@@ -211,7 +214,7 @@ def _stack_images(images_CHW: Sequence[Tensor], allocate: Allocate) -> Tensor:
 
 
 def _together(labels: list[Any]) -> Tensor | None:
-    """Numbers or masks of a batch as one tensor."""
+    """Stack numbers or masks of a batch into one tensor."""
     if not labels:
         return None
     return torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
@@ -265,8 +268,11 @@ class TrainSamples(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of (epoch, index). An unreadable image is replaced by the source's next readable one, label and
-        all, and reported; the randomness stays that of the key."""
+        """Return the sample of (epoch, index).
+
+        An unreadable image is replaced, with its label, by the next readable one of the source and reported; the random
+        numbers stay those of the key.
+        """
         return _last(self._steps(key))
 
     def __getitems__(self, keys: Sequence[tuple[int, int]], allocate: Allocate = empty) -> Batch | NothingReadable:
@@ -290,7 +296,7 @@ class TrainSamples(Dataset):
         return collate(samples, self.mean, self.std, allocate)
 
     def _steps(self, key: tuple[int, int]) -> Iterator[Any]:
-        """The image that was read (and another, should that one show its damage late), then the sample."""
+        """Yield the image that was read (and a replacement if it turns out to be damaged), then the sample."""
         epoch, index = key
         seed = mix(self.seed, epoch, index, AUGMENTATION)
         problems: list[tuple[str, str]] = []
@@ -316,7 +322,7 @@ def _last(steps: Iterator[Any]) -> Any:
 
 
 def _bytes(image: Any) -> int:
-    """What an image that waits, alone or with its mask, takes of the memory."""
+    """Return the memory in bytes of an image, alone or with its mask."""
     return sum(part.nbytes for part in image) if isinstance(image, Pair) else getattr(image, "nbytes", 0)
 
 
@@ -376,7 +382,7 @@ class Loader:
         Finalize(self, _kill, args=[self._processes], exitpriority=1)
 
     def batches(self, count: int, keys: Callable[[int], list]) -> Iterator[Batch]:
-        """Batches 0 to `count`; `keys(n)` are the samples of batch n."""
+        """Yield batches 0 to `count`; `keys(n)` returns the samples of batch n."""
         if self.num_workers == 0:
             for n in range(count):
                 with _own_randomness():
@@ -459,8 +465,10 @@ class Loader:
 
 
 def _watch(loader: Callable[[], Loader | None], torchs: Callable[[], DataLoader | None]) -> None:
-    """Kill workers that are waited for too long. Whatever the main process waits in (a worker that stops while it hands
-    over a batch stops it for good), their death ends it."""
+    """Kill workers that do not deliver a batch in time.
+
+    The main process may be blocked in reading from such a worker; killing it ends the wait.
+    """
     while (watched := loader()) is not None and watched._loader is torchs() is not None:
         if 0 < watched._waits_since < time.monotonic() - watched.timeout:
             watched._hung = True
@@ -538,7 +546,7 @@ def _safe_to_start_workers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Samples are seeded one by one; loaded in the main process, they must not disturb its random numbers."""
+    """Return a context that keeps the random state of the main process: samples have their own seeds."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -591,7 +599,10 @@ class Batches:
         self._loader = Loader(samples, num_workers, pin_memory, worker_timeout)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The epoch's micro-batches from optimizer step `start_step` on, `accum` a step; skipped ones are not read."""
+        """Yield the micro-batches of an epoch, `accum` per optimizer step.
+
+        Those before `start_step` are not read.
+        """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"step {start_step} of an epoch of {self.steps_per_epoch} steps")
         rows = self._rows(epoch)[start_step * self.accum :]
@@ -608,11 +619,11 @@ class Batches:
         self.wait_seconds = 0.0
 
     def close(self) -> None:
-        """End the workers; they start again when an epoch is asked for."""
+        """Stop the workers; they are started again for the next epoch."""
         self._loader.stop()
 
     def _rows(self, epoch: int) -> Tensor:
-        """`[micro steps, batch_size]`: the images of each of this rank's micro-batches."""
+        """Return the indices of the images of each of this rank's micro-batches, `[micro steps, batch_size]`."""
         order = torch.randperm(self.images, generator=_generator(self.seed, epoch, ORDER))
         used = order[: self.steps_per_epoch * self.total]
         return used.view(-1, self.world_size, self.batch_size)[:, self.rank]
@@ -627,8 +638,10 @@ def eval_batches(
     worker_timeout: float = WORKER_TIMEOUT,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """All samples once, or those of `indices` (a rank's share, say), in order. Unreadable images are left out, with a
-    line in the log; a batch with no other image is not given."""
+    """Yield all samples once, or those of `indices` (for example the share of a rank), in order.
+
+    Unreadable images are left out and logged; a batch without any readable image is not yielded.
+    """
     chosen = np.arange(len(samples)) if indices is None else np.asarray(indices)
     loader = Loader(samples, num_workers, pin_memory, worker_timeout)
     problems: list[tuple[str, str]] = []
@@ -652,5 +665,5 @@ def _first(problems: Sequence[tuple[str, str]]) -> str:
 
 
 def allowed_bad(max_bad_fraction: float, n: int) -> int:
-    """How many of n images may be unreadable: the fraction of them, rounded up."""
+    """Return how many of n images may be unreadable: the fraction of n, rounded up."""
     return math.ceil(max_bad_fraction * n - 1e-9)  # 0.07 x 100 is 7.000000000000001

@@ -211,6 +211,6 @@ def _whole_numbers(values: np.ndarray) -> np.ndarray:
 
 
 def _bits_of_grey_png(data: bytes) -> int:
-    """Bits of a pixel that a grey PNG's header tells; 8 for any other file."""
+    """Return the bits per pixel of a grey PNG file from its header; 8 for any other file."""
     start, colour_type = GREY_PNG
     return data[24] if data.startswith(start) and data[25] == colour_type else 8

@@ -138,7 +138,7 @@ class _Folder:
         return ""
 
     def open(self, inside: str) -> tuple[Source, Names]:
-        """The pairs in `images/inside`, and the names of their masks."""
+        """Open the pairs in `images/inside`; return them and the names of their masks."""
         images = _by_stem(os.path.join(self.root, "images", inside), "images")
         masks = _by_stem(os.path.join(self.root, self.masks, inside), "masks", MASK_SUFFIXES)
         alone = [name for stem, name in images.items() if stem not in masks]
@@ -169,7 +169,7 @@ def _path(root: str, names: Sequence[str], index: int) -> str:
 
 
 def _by_stem(folder: str, what: str, suffixes: tuple[str, ...] = ()) -> dict[str, str]:
-    """Files below a folder by their name without suffix. ValueError for two of a name, and where there is none."""
+    """Return the files below a folder by name without suffix; raise ValueError for duplicates, or if there are none."""
     found: dict[str, str] = {}
     for name in sorted(images_below(folder)):
         stem, suffix = os.path.splitext(name)
@@ -313,7 +313,7 @@ def _report(folder: _Folder, looks: Sequence[_Look], total: Counter[int]) -> Non
 
 
 def _require_classes(folder: _Folder, masks: int, pixels_K: np.ndarray, total: Counter[int], train: bool) -> None:
-    """ValueError where the values of training masks cannot be what the class list says."""
+    """Raise ValueError if the values of training masks contradict the class list."""
     coding, names = folder.coding, folder.names
     if not pixels_K.any():
         raise ValueError(f"not one pixel of the {masks} masks in {folder.root} has a class")
@@ -450,7 +450,7 @@ def _whole(folder: _Folder, options: SegmentOptions, processes: Processes) -> So
 
 
 def _open_pairs(options: SegmentOptions, processes: Processes) -> tuple[Source, Source, Source, bool]:
-    """(train, choice, test, whether choice is a split of its own) of a folder."""
+    """Return training, selection and test pairs of a folder, and whether the selection pairs are their own split."""
     folder = _open_folder(options)
     val, test = folder.split("val"), folder.split("test")
     if (val or test) and not folder.split("train"):

@@ -77,9 +77,9 @@ class Recipe:
             raise ValueError(f"JPEG has 1 or 3 channels, not {self.channels}: pack them raw, or with size 0, quality 0")
 
     def store(self, array_HWC: np.ndarray, file: bytes | None) -> tuple[bytes, int, int]:
-        """(what to store, rows, columns) of an image and its own file, if any; the sizes are 0 for a file.
+        """Return what to store of an image, and its rows and columns (0 for an unchanged file).
 
-        A file of its own that is no larger than the JPEG file would be, and as many pixels, is kept.
+        The original file is stored if it is not larger than the JPEG file would be and has the same number of pixels.
         """
         if 0 < self.short_side < min(array_HWC.shape[:2]):
             array_HWC, file = shrink(array_HWC, self.short_side), None
@@ -132,7 +132,7 @@ class Pack:
         return functools.partial(_read, self.folder, self.index, channels)
 
     def touched(self) -> bool:
-        """Whether any folder of its source is another than when it was packed; one that is gone cannot tell."""
+        """Return whether a folder of the source has changed since packing; a missing folder counts as unchanged."""
         return any(os.path.isdir(path) and os.stat(path).st_mtime_ns != then for path, then in self._folders())
 
     def _folders(self) -> Iterable[tuple[str, int]]:
@@ -161,7 +161,7 @@ def shard_name(number: int) -> str:
 
 
 def is_pack(folder: str | Path) -> bool:
-    """Whether a split's pack, finished or not, lies right in `folder`."""
+    """Return whether `folder` contains a pack of a split, finished or not."""
     return os.path.isfile(os.path.join(folder, MANIFEST)) or os.path.isfile(os.path.join(folder, PLAN))
 
 
@@ -323,7 +323,7 @@ class Packing:
         return [problem for note in self._notes() for problem in note["left_out"]]
 
     def finish(self, source: dict[str, Any], classes: list[str] | None) -> None:
-        """Join the notes of all shards into index and manifest. `classes`: what the labels are called, if any."""
+        """Merge the notes of all shards into index and manifest. `classes`: names of the labels, or None."""
         notes = self._notes()
         rows = [row for note in notes for row in note["rows"]]
         np.save(self.folder / INDEX, np.array([tuple(row[1:]) for row in rows], ROW))

@@ -25,7 +25,7 @@ _KEYS = {"train": 0, "val": 1}
 
 @functools.lru_cache(maxsize=sum(SIZES.values()))  # 24 kB each, and as slow to draw as a photograph to decode
 def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """The image, uint8 `[64, 96, 3]`, and the number of each pixel's class, uint8 `[64, 96]`; both read-only."""
+    """Return the image, uint8 `[64, 96, 3]`, and the class of each pixel, uint8 `[64, 96]`; both read-only."""
     drawn = np.random.RandomState([_KEYS[split], index])  # a legacy generator, whose stream never changes
     image, mask = _ground(drawn), np.zeros((ROWS, COLUMNS), np.uint8)
     for _ in range(drawn.randint(2, 6)):
@@ -45,13 +45,13 @@ def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def image(split: str, channels: int, index: int) -> np.ndarray:
-    """A scene's image alone, uint8 `[64, 96, channels]`."""
+    """Return the image of a scene, uint8 `[64, 96, channels]`."""
     pixels = scene(split, index)[0]
     return pixels if channels == 3 else picture_pixels(Image.fromarray(pixels), channels)
 
 
 def _form(name: str, across: np.ndarray, down: np.ndarray, cells: float) -> tuple[np.ndarray, np.ndarray]:
-    """(inside, the brighter half of its texture) of a shape with about unit radius."""
+    """Return the inside of a shape with about unit radius, and the brighter half of its texture."""
     far = np.hypot(across, down)
     if name == "disc":
         return far < 1, np.sin(np.pi * cells * across) > 0  # stripes
@@ -68,7 +68,7 @@ def _form(name: str, across: np.ndarray, down: np.ndarray, cells: float) -> tupl
 
 
 def _shape_colours(drawn: np.random.RandomState, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """A darker and a brighter shade of a hue near the class's own; the five of them lie evenly on the circle."""
+    """Draw a darker and a brighter shade of a hue near the class's; the five hues are evenly spaced."""
     hue = (number / 5 + drawn.uniform(-HUES, HUES)) % 1
     saturation, value = drawn.uniform(0.55, 1), drawn.uniform(0.7, 1)
     bright = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
@@ -76,20 +76,20 @@ def _shape_colours(drawn: np.random.RandomState, number: int) -> tuple[np.ndarra
 
 
 def _colours(drawn: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """Any two colours, the second one brighter."""
+    """Draw two colours, the second one brighter."""
     dark = drawn.uniform(0, 140, 3)
     return dark, np.clip(dark + drawn.uniform(50, 110, 3), 0, 255)
 
 
 def _ground(drawn: np.random.RandomState) -> np.ndarray:
-    """Smooth noise of two scales between two colours."""
+    """Draw smooth noise of two scales between two colours."""
     dark, bright = _colours(drawn)
     height = sum(share * _smooth(drawn.uniform(0, 1, (cells, cells))) for cells, share in ((4, 0.7), (16, 0.3)))
     return dark + (bright - dark) * np.asarray(height)[:, :, None]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A square grid of values, linearly between them, at the size of a scene."""
+    """Interpolate a square grid of values linearly to the size of a scene."""
     rows, columns = (np.linspace(0, len(values) - 1.001, length) for length in (ROWS, COLUMNS))
     top, left = rows.astype(int), columns.astype(int)
     down, across = (rows - top)[:, None], (columns - left)[None]

@@ -26,7 +26,10 @@ BRIGHTNESS, CONTRAST, HUE = 32.0, (0.5, 1.5), 0.1  # grey levels, factors (of th
 
 
 def fitted(size: Sequence[int], short_side: float) -> tuple[int, int]:
-    """Rows and columns so that the short side is `short_side`, or less where the long one would exceed four of them."""
+    """Return rows and columns of an image resized to `short_side`.
+
+    The short side is less if the long side would exceed four times `short_side`.
+    """
     factor = min(short_side / min(size), LONG * short_side / max(size))
     rows, columns = (max(1, int(side * factor + 0.5)) for side in size)
     return rows, columns
@@ -43,7 +46,10 @@ def train_transform(
     photometric: bool,
     mean: Sequence[float],
 ) -> PairTransform:
-    """Pairs to uint8 `[C, rows, columns]` and int16 masks `[rows, columns]`; padding is the mean colour and IGNORE."""
+    """Create the augmentation of pairs of an image and its mask.
+
+    It returns uint8 `[C, rows, columns]` and an int16 mask `[rows, columns]`; padding is the mean colour and IGNORE.
+    """
     return functools.partial(
         _train,
         size=input_size,
@@ -57,7 +63,7 @@ def train_transform(
 
 
 def eval_transform(short_side: int) -> PairTransform:
-    """Pairs to the image resized, uint8 `[C, rows, columns]`, and its mask as it is."""
+    """Create the transform from a pair to the resized image, uint8 `[C, rows, columns]`, and its unchanged mask."""
     return functools.partial(_eval, short_side=short_side)
 
 

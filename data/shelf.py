@@ -48,7 +48,7 @@ class Parcel:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def open(self) -> Tensor:
-        """A copy."""
+        """Return a copy."""
         return _shelves[self.shelf].look(self).clone()
 
     def pin_memory(self) -> Tensor:
@@ -94,7 +94,7 @@ class Shelf:
         return parcels
 
     def parcels(self, number: int, tensors: Sequence[Tensor]) -> list[Parcel]:
-        """Reserve positions for tensors of these shapes in the place of batch `number`."""
+        """Reserve memory for tensors of these shapes for batch `number`."""
         place, parcels, end = number % len(self.files), [], 0
         for tensor in tensors:
             dense = torch.empty_like(tensor, device="meta")

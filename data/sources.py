@@ -66,11 +66,11 @@ CALTECH_TRAIN, CALTECH_TEST = 30, 50  # images of each class, as the literature 
 
 
 class Names(Sequence[str]):
-    """Many strings in one block of bytes.
+    """A sequence of strings in one block of bytes.
 
-    Loader workers are forked and share the main process's memory until somebody writes to it. Reading a `str` writes
-    its reference count, so workers that walk through a list of a million paths copy all of it, each for itself. Two
-    large objects without pointers inside stay shared, and are small.
+    Loader workers are forked and share the main process's memory until it is written to. Reading a `str` changes its
+    reference count, so each worker that walks through a list of a million paths copies all of it. Two large buffers
+    without pointers stay shared, and are smaller.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -127,7 +127,7 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of names, labels and class list: the same wherever the folder lies, another if an image is added."""
+        """sha256 of names, labels and class list. It does not depend on the location of the folder."""
         digest = hashlib.sha256(self.selection.encode())
         for name in self.names:
             digest.update(os.fsencode(name) + b"\0")
@@ -138,7 +138,7 @@ class Source:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a source is opened by: the arguments of `open_source`."""
+    """The arguments of `open_source`."""
 
     dataset: str
     data_path: str
@@ -266,10 +266,10 @@ def _open(wanted: _Wanted) -> Source:
 
 
 def official_split(dataset: str, split: str) -> str:
-    """Return `train` or `val` for a public data set whose one other split is its test split.
+    """Return `train` or `val` for a public data set that has a training and a test split only.
 
     Raises:
-        NoSplit: For validation images, which such a data set has none of.
+        NoSplit: validation images are requested, which such a data set does not have.
     """
     if split == "train":
         return "train"
@@ -279,7 +279,7 @@ def official_split(dataset: str, split: str) -> str:
 
 
 def _guess(data_path: str) -> tuple[str, str]:
-    """The dataset and data path that dataset "auto" stands for."""
+    """Return the dataset and data path for dataset "auto"."""
     if not data_path:
         raise ValueError("no data: give --data_path FOLDER (or the word `digits`)")
     if data_path in ("digits", "scenes"):
@@ -395,7 +395,7 @@ def _walk_without(root: str, others: Sequence[str]) -> Found:
 
 
 def _looks_of(classes: Sequence[str]) -> list[str]:
-    """Say what is odd about the names of classes."""
+    """Describe unusual class names."""
     notes = []
     folded = collections.Counter(name.casefold() for name in classes)
     if twice := [name for name in classes if folded[name.casefold()] > 1]:
@@ -459,7 +459,7 @@ def _selected_classes(
 
 
 def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
-    """(classes, sha256 of them one a line) of a file, of the word `imagenet100`, or of a sequence of names."""
+    """Return the classes, and the sha256 of them one a line, of a file, of the word `imagenet100`, or of a sequence."""
     if isinstance(class_list, str):
         path = IMAGENET100 if class_list == "imagenet100" else Path(class_list)
         if not path.is_file():
@@ -475,7 +475,7 @@ def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
 
 
 def _text_of(path: Path) -> str:
-    """A list's text: UTF-8, perhaps with a mark at its beginning; names of files in it may hold any bytes."""
+    """Return the text of a list: UTF-8 with or without a byte order mark; file names in it may contain any bytes."""
     try:
         return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -542,7 +542,7 @@ def _list_of_split(path: Path, split: str) -> Path:
 
 
 def _repeated(path: Path, rows: Sequence[tuple[str, str | None]]) -> list[str]:
-    """Say how often images are repeated in a list; ValueError for one with two labels."""
+    """Describe how often images are repeated in a list; raise ValueError if one has two labels."""
     labels: dict[str, str | None] = {}
     repeated = 0
     for name, label in rows:
@@ -573,7 +573,7 @@ def _path_and_label(line: str) -> tuple[str, str | None]:
 
 
 def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequence[str]) -> Source:
-    """`data_path` holds a pack for each split; or is one, of the training images."""
+    """Open the pack of a split in `data_path`, or `data_path` itself if it is a pack of the training images."""
     folder = data_path if split == "train" and is_pack(data_path) else os.path.join(data_path, split)
     if not is_pack(folder):
         raise NoSplit(f"no {split} images: {folder} holds no pack made by tools.pack")
@@ -599,7 +599,7 @@ def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequ
 
 
 def _same_source(pack: Pack) -> None:
-    """ValueError, saying what differs, when the images that the pack was made of are no longer the same files."""
+    """Raise ValueError with the differences if the files that a pack was made from have changed."""
     made = pack.manifest["source"]
     try:
         now = open_source(
@@ -629,7 +629,7 @@ def _same_source(pack: Pack) -> None:
 
 
 def _open_digits(split: str, in_chans: int) -> Source:
-    """scikit-learn's handwritten digits; "val" is a quarter of each digit's images, drawn with seed 0."""
+    """Open scikit-learn's handwritten digits; "val" is a quarter of the images of each digit, drawn with seed 0."""
     from sklearn.datasets import load_digits  # here, because it takes longer to import than all else in this file
 
     split = official_split("digits", split)
@@ -664,7 +664,7 @@ _BOTH_TEST: dict[str, list[dict[str, Any]]] = _TRAIN_TEST | {"train": [{"split":
 
 
 def _with(splits: dict[str, list[dict[str, Any]]], **more: Any) -> dict[str, list[dict[str, Any]]]:
-    """The same splits, with arguments that make torchvision's defaults explicit."""
+    """Return the splits with further arguments, which make torchvision's defaults explicit."""
     return {split: [ask | more for ask in asks] for split, asks in splits.items()}
 
 
@@ -737,7 +737,7 @@ def _caltech101_split(labels: np.ndarray, classes: list[str], split: str) -> tup
 
 
 def _torchvision_labels(dataset: Any) -> np.ndarray:
-    """A torchvision data set's labels without decoding an image; their attribute has four names."""
+    """Return the labels of a torchvision data set without decoding images; the attribute has one of four names."""
     found = next(getattr(dataset, name) for name in ("targets", "labels", "_labels", "y") if hasattr(dataset, name))
     labels = np.asarray(found).astype(np.int64)
     return labels[:, 0] if labels.ndim == 2 else labels  # QMNIST's rows start with the digit
@@ -749,7 +749,7 @@ def _read_torchvision(dataset: Any, names: Sequence[str], in_chans: int, index: 
 
 
 def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Source:
-    """`datasets.load_dataset(name)`: its first image column, and its first class column where there is one."""
+    """Open `datasets.load_dataset(name)`: its first image column, and its first class column if there is one."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:

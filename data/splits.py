@@ -172,13 +172,13 @@ def _nothing(index: int) -> None:
 
 
 def read_classes(folder: Path) -> list[str]:
-    """The names of a classifier's classes, from its run's folder; none where it does not tell."""
+    """Read the class names of a classifier from its run folder; an empty list if they are not stored."""
     file = folder / CLASSES
     return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
 
 
 def metric(options: ClassifierOptions) -> str:
-    """The figure that counts for a data set: `acc1`, or `mean_class_acc`, the average of every class's accuracy."""
+    """Return the metric of a data set: `acc1`, or `mean_class_acc`, the average of the accuracies of the classes."""
     return "mean_class_acc" if options.dataset in MEAN_CLASS_ACC else "acc1"
 
 
@@ -343,13 +343,13 @@ def _warn_of_overlap(train: Source, other: Source) -> None:
 
 
 def _shuffled(labels: np.ndarray, seed: int) -> list[tuple[int, np.ndarray]]:
-    """Each class that there is, with its images in random order."""
+    """Yield each class with its images in random order."""
     drawn = np.random.RandomState(seed)  # a legacy generator, because its stream is promised never to change
     return [(int(label), drawn.permutation(np.flatnonzero(labels == label))) for label in np.unique(labels)]
 
 
 def take(source: Source, indices: np.ndarray) -> Source:
-    """Some images of a source, as a source."""
+    """Return the source of a part of the images."""
     return replace(
         source,
         names=Names(source.names[index] for index in indices),
@@ -381,7 +381,7 @@ def _labels(source: Source) -> np.ndarray:
 
 
 def _enough(classes: list[str], num_classes: int) -> list[str]:
-    """The classes, with nameless ones up to the number asked for."""
+    """Return the class names, extended by unnamed classes to the requested number."""
     return classes + [str(label) for label in range(len(classes), num_classes)]
 
 

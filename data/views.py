@@ -56,7 +56,7 @@ class CropDescription(Protocol):
 
 
 def is_plain(crop: CropDescription) -> bool:
-    """Whether a crop is only cut, resized bicubically and flipped, as masked image modelling does."""
+    """Return whether a crop is only cut, resized bicubically and flipped, as in masked image modelling."""
     altered = (crop.jitter_prob and any(crop.jitter)) or crop.grayscale or crop.blur or crop.solarize
     return not altered and crop.interpolation == "bicubic" and crop.count == 1
 

@@ -621,7 +621,7 @@ class SegmentOptions(TransferOptions):
 
 
 def _check_class_weights(words: tuple[str, ...]) -> None:
-    """OptionError unless these are weights, of which one is not 0, or the word `balanced`."""
+    """Raise OptionError unless these are weights that are not all 0, or the word `balanced`."""
     if not words or words == ("balanced",):
         return
     try:

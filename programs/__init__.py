@@ -84,7 +84,7 @@ def parse_options(name: str, argv: Sequence[str]) -> Any:
 
 
 def _inherit(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that the checkpoint named among the options `given` decides."""
+    """Return the options that are taken over from the checkpoint named in `given`."""
     if not {"init_from", "eval"} & given.keys():
         return {}
     from util import checkpoint

@@ -46,7 +46,7 @@ log = logging.getLogger("finetune")
 
 
 def require_pairs(options: FinetuneOptions) -> None:
-    """ValueError where (resolved) batches that are to be mixed have an odd image."""
+    """Raise ValueError if (resolved) batches for mixup have an odd number of images."""
     if options.mixes and options.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
 
@@ -120,12 +120,12 @@ def make_optimizer(options: FinetuneOptions, model: Classifier, device: torch.de
 
 
 def prepared(options: FinetuneOptions) -> str:
-    """Say how the images of `image_batches` are prepared."""
+    """Describe how the images of `image_batches` are prepared."""
     return describe_eval_crop(options.input_size, classifier_crop_share(options.input_size), options.eval_crop)
 
 
 def image_batches(options: FinetuneOptions, source: Source, processes: Processes) -> Iterator[Batch]:
-    """This process's share of a whole source, each image cut in the middle and shown once."""
+    """Yield this process's share of a source, each image once, with a centre crop."""
     transform = eval_transform(options.input_size, classifier_crop_share(options.input_size), options.eval_crop)
     samples = EvalSamples(source, transform, mean=options.mean, std=options.std)
     return eval_share(options, samples, processes, options.batch_size)

@@ -228,7 +228,7 @@ def run(options: PretrainOptions) -> None:
 
 
 def make_tasks(options: PretrainOptions, model: Pretrainer, source: Source, run: Run) -> list[EpochTask]:
-    """What is done between epochs."""
+    """Create the tasks that run between epochs."""
     tasks: list[EpochTask] = []
     if options.picture_every:
         shown = open_validation(options, source) or source

@@ -40,7 +40,7 @@ FEW_IMAGES, MAE_BLR = 100_000, 0.1
 
 
 def load_encoder(options: ProbeOptions) -> Classifier:
-    """The encoder, frozen, with its last norm and without a head."""
+    """Load the encoder, frozen, with its last norm and without a head."""
     model = models_classifier.build(num_classes=0, global_pool="token", **encoder_arguments(options))
     weights, made_with = methods.load_pretrained(options.init_from)
     report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
@@ -81,21 +81,21 @@ class Features:
         return FeatureSamples(features[:, self.columns].contiguous(), labels)
 
     def batches(self, name: str) -> Iterator[Batch]:
-        """This process's share of a split."""
+        """Yield this process's share of a split."""
         samples, processes = self.samples(name), self.run.processes
         mine = range(processes.rank, len(samples), processes.world_size)
         for start in range(0, len(mine), 1024):
             yield samples.__getitems__([(0, index) for index in mine[start : start + 1024]])
 
     def knn(self) -> float:
-        """Accuracy in percent on the test images, by the average of the patch tokens."""
+        """Return the accuracy in percent on the test images, with the average of the patch tokens."""
         averages = {name: features[:, : self.channels] for name, (features, _) in self.of.items()}
         (_, bank_labels), (_, labels) = self.of["train"], self.of["test"]
         return 100 * knn_accuracy(averages["train"], bank_labels, averages["test"], labels)
 
 
 def training_batches(options: ProbeOptions, source: Source, features: Features, processes: Processes) -> Batches:
-    """New crops of the images, or their stored features, which need no process to load them."""
+    """Create batches of new crops of the images, or of stored features, which need no loader processes."""
     if not options.augment:
         return share_batches(replace(options, num_workers=0), features.samples("train"), processes)
     transform = pretrain_transform(options.input_size, options.min_scale, options.hflip)

@@ -56,7 +56,7 @@ log = logging.getLogger("segment")
 
 
 def build_model(options: SegmentOptions, classes: int, processes: Processes) -> Segmenter:
-    """On CUDA and with several processes, batch norm takes the images of all of them together."""
+    """Create the segmenter; on CUDA with several processes, batch norm is synchronised."""
     sizes = encoder_arguments(options)
     model = models_upernet.build(num_classes=classes, drop_path=options.drop_path, **sizes)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if norms_together(processes) else model
@@ -67,7 +67,7 @@ def norms_together(processes: Processes) -> bool:
 
 
 def require_several(options: SegmentOptions, processes: Processes) -> None:
-    """ValueError where batch norm would see one image of a (resolved) batch."""
+    """Raise ValueError if batch norm would get a single image of a (resolved) batch."""
     if options.batch_size == 1 and not norms_together(processes):
         raise ValueError("batch_size 1: batch norm compares the images of a batch; it needs at least 2 on a device")
 
@@ -87,7 +87,7 @@ def training_images(options: SegmentOptions, source: Source) -> TrainSamples:
 
 
 def image_batches(options: SegmentOptions, source: Source, processes: Processes) -> Iterator[Batch]:
-    """This process's share of a whole source, image by image, since each has a size of its own."""
+    """Yield this process's share of a source, one image at a time, because their sizes differ."""
     return eval_share(options, judged_images(options, source), processes, batch_size=1)
 
 
@@ -104,7 +104,7 @@ def objective_of(options: SegmentOptions, model: nn.Module, train: Source) -> Ob
 
 
 def settle(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentOptions:
-    """The options with what the data decide: the classes, and how many epochs the steps are that were asked for."""
+    """Return the options completed by the data: the number of classes, and the epochs for the given steps."""
     per_epoch = batches.steps_per_epoch
     epochs = math.ceil(options.steps / per_epoch) if options.steps else options.epochs
     warmup = options.warmup_steps / per_epoch if options.warmup_steps else options.warmup_epochs

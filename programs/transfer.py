@@ -33,7 +33,7 @@ def name_next_steps(folder: Path) -> None:
 
 
 def train_or_evaluate(options: Options, train: Work[Options], evaluate: Work[Options]) -> None:
-    """Do what the (resolved) options ask for, together with the other processes."""
+    """Train or evaluate, as the (resolved) options ask, together with the other processes."""
     torch.manual_seed(options.seed)
     with distributed.start(options.device) as processes:
         talk(processes.main)

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether a line of arithmetic can be compiled for the device; if not, with the reason in the log."""
+    """Return whether arithmetic can be compiled for the device; if not, the reason is logged."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:

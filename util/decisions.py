@@ -40,7 +40,7 @@ class Decisions:
         return self.processes.main and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
 
     def is_stop_requested(self) -> bool:
-        """Whether any process has received a signal by now. All processes call it together."""
+        """Return whether any process has received a signal. All processes must call it together."""
         mine = STOP if self._stop.signal else CONTINUE
         return STOP in (self._agree.settle(), self._agree(mine), self._agree.settle())
 

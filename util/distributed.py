@@ -203,7 +203,7 @@ def on_stop_signals(act: Callable[[int, FrameType | None], None]) -> dict[signal
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun, or another launcher, has set the rank and the address of the main process."""
+    """Return whether torchrun, or another launcher, has set the rank and the address of the main process."""
     return "RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
@@ -218,6 +218,6 @@ def launches() -> list[str]:
 
 
 def is_restart(earlier: Sequence[str]) -> bool:
-    """Whether a launcher has restarted this process after one whose `launches` were `earlier`."""
+    """Return whether a launcher has restarted this process after one whose `launches` were `earlier`."""
     again = [job for job, count in LAUNCHERS if int(os.environ.get(count) or 0) > 0]
     return any(f"{job}={os.environ.get(job)}" in earlier for job in again)

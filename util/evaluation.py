@@ -59,7 +59,7 @@ class Evaluation(EpochTask):
         return {f"{group}_{name}": value for name, value in metrics.items() if isinstance(value, float)}
 
     def _best_weights(self, best: Path) -> dict[str, Tensor] | None:
-        """None where the best epoch could not be saved: then the file is missing, or of an earlier epoch."""
+        """Return the weights of the best epoch, or None if they could not be saved."""
         if best.is_file() and checkpoint.load(best)["epoch"] == self.run.state.best["epoch"] + 1:
             return checkpoint.load_model(best, averaged=True)[0]
         log.warning("the best epoch could not be saved when it ended: only the last one is evaluated")

@@ -66,7 +66,7 @@ def ending_of(error: BaseException) -> Ending | None:
 
 
 def is_bug(error: BaseException | None) -> bool:
-    """Whether an error of training itself is a bug, although its type is that of wrong input."""
+    """Return whether an exception is a bug of the program although its type is that of wrong input."""
     return isinstance(error, ValueError) and not isinstance(error, TooManyBadImages | NothingReadable)
 
 

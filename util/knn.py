@@ -23,7 +23,7 @@ def knn_predict(
     temperature: float = 0.07,
     num_classes: int | None = None,
 ) -> Tensor:
-    """The class `[N]` (int64) with most of the votes; of equals the lowest. A bank smaller than k votes as a whole."""
+    """Return the class with the most votes, int64 `[N]`, the lowest in a tie. A bank smaller than k votes entirely."""
     if not (len(bank_MD) == len(bank_labels_M) > 0 and bank_MD.shape[1] == queries_ND.shape[1]):
         bank, queries = list(bank_MD.shape), list(queries_ND.shape)
         raise ValueError(f"a bank {bank} with {len(bank_labels_M)} labels does not fit queries {queries}")
@@ -50,6 +50,6 @@ def knn_accuracy(
     temperature: float = 0.07,
     num_classes: int | None = None,
 ) -> float:
-    """Share (0 to 1) of the queries that `knn_predict` gets right."""
+    """Return the share (0 to 1) of the queries that `knn_predict` classifies correctly."""
     predicted_N = knn_predict(bank_MD, bank_labels_M, queries_ND, k, temperature, num_classes)
     return (predicted_N == query_labels_N).float().mean().item()

@@ -69,12 +69,12 @@ class RunLock:
         os.pwrite(handle, json.dumps(holder).encode(), 0)
 
     def lost(self) -> bool:
-        """Whether another process has written itself into the lock file; a missing file belongs to nobody."""
+        """Return whether another process has overwritten the lock file; a missing file belongs to nobody."""
         holder = _read(self.path) if self._token else {}
         return bool(holder) and holder.get("token") != self._token
 
     def release(self) -> None:
-        """Unlock the folder and remove the lock file; does nothing where the lock is not held."""
+        """Unlock the folder and remove the lock file, if the lock is held."""
         if self._lock.is_locked:
             if not self.lost():
                 with contextlib.suppress(OSError):
@@ -85,7 +85,7 @@ class RunLock:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The holder that a lock file names; {} where there is none, or none yet."""
+    """Return the holder that a lock file names, or {} if there is none."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

@@ -80,7 +80,7 @@ class _Careful(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[logging.Handler]:
-    """Also write every line with its time to `path`, starting with those kept by `talk`. Return the file handler."""
+    """Write every log line with its time to `path` too, starting with those kept by `talk`; return the file handler."""
     handler = _Careful(path, encoding="utf-8", errors="backslashreplace")  # file names may contain any bytes
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()

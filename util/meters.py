@@ -40,13 +40,13 @@ class Means:
         self._recent = torch.zeros_like(self._epoch)
 
     def recent(self) -> dict[str, float]:
-        """The means since the last call, over all ranks. Waits for the device; all ranks must call it together."""
+        """Return the means since the last call, over all ranks, which call it together. Synchronises the device."""
         answer = self._read(self._recent)
         self._recent = torch.zeros_like(self._recent)
         return answer
 
     def overall(self) -> dict[str, float]:
-        """The means since the epoch's start, over all ranks. Waits for the device; all ranks must call it together."""
+        """Return the means of the epoch so far, over all ranks, which call it together. Synchronises the device."""
         return self._read(self._epoch)
 
     def reset(self) -> None:
@@ -58,7 +58,7 @@ class Means:
         return dict(zip(self._names, (total / weight).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, object]:
-        """The sums over all ranks, for a checkpoint in the middle of an epoch. All ranks must call it together."""
+        """Return the sums over all ranks, for a checkpoint within an epoch. All ranks must call it together."""
         return {"names": list(self._names), "epoch": self._processes.sum(self._epoch).cpu()}
 
     def load_state_dict(self, state: Mapping) -> None:

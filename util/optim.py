@@ -20,26 +20,26 @@ log = logging.getLogger(__name__)
 
 
 def absolute_lr(lr: float, blr: float, total_batch_size: int) -> float:
-    """`lr` where it is given, else the base rate `blr` x images per step / 256."""
+    """Return `lr` if it is given, otherwise `blr` x images per step / 256."""
     return lr if lr > 0 else blr * total_batch_size / 256
 
 
 def adamw(
     groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.95), device: torch.device | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over `groups`; fused where the device can, which also lets it refuse an update by itself."""
+    """Create AdamW over `groups`; fused if the device supports it, which also lets it skip an update on the device."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=_fused(device))
 
 
 def sgd(groups: list[dict], lr: float, device: torch.device | None = None) -> torch.optim.SGD:
-    """SGD with momentum 0.9 over `groups`, fused as `adamw` is."""
+    """Create SGD with momentum 0.9 over `groups`, fused as in `adamw`."""
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=_fused(device))
 
 
 def lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
-    """MAE's LARS: matrices adapt their rate to their norm, by 0.001, and biases do not; momentum 0.9.
+    """Create MAE's LARS: the rate of matrices is scaled by their norm times 0.001, that of biases is not; momentum 0.9.
 
-    Without weight decay, as MAE probes, it is MAE's rule; with it timm's, which also counts the decay in the norm.
+    Without weight decay, as in MAE's probes, it is MAE's rule; with it timm's, whose norm includes the decay.
     """
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -86,9 +86,10 @@ def restore_groups(optimizer: torch.optim.Optimizer, model: nn.Module, stored: S
 
 
 def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Each layer with its `lr_scale`, `layer_decay` a layer below the top; biases, norms and positions not decayed.
+    """Return parameter groups with an `lr_scale` that falls by `layer_decay` per layer from the top.
 
-    The model says which layer is which (`group_matcher`) and what is never decayed (`no_weight_decay`), as timm's do.
+    Biases, norms and positions are not decayed. The model defines the layers (`group_matcher`) and the parameters that
+    are never decayed (`no_weight_decay`), as in timm.
     """
     exempt = model.no_weight_decay()  # type: ignore[operator]
     return param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
@@ -118,7 +119,10 @@ def warmup_cosine(
 def warmup_poly(
     optimizer: torch.optim.Optimizer, *, steps: float, warmup_steps: float, power: float, min_lr: float
 ) -> PolyLRScheduler:
-    """0 to the group's rate over the warm-up, then `min_lr` as (1 - share done) ** power; used as `warmup_cosine`."""
+    """Set rates that rise from 0 during the warm-up, then fall to `min_lr` as (1 - share done) ** power.
+
+    It is used as `warmup_cosine`.
+    """
     return PolyLRScheduler(
         optimizer,
         t_initial=max(2, steps - warmup_steps),  # type: ignore[arg-type]  # 1, whose rate is constant, makes timm warn

@@ -26,26 +26,26 @@ TILE = 160  # pixels of a picture's long side on a sheet
 
 @functools.cache
 def colours(classes: int) -> Tensor:
-    """uint8 `[K + 1, 3]`: every class's colour, always the same; the last row, which -1 finds, is for no class."""
+    """Return a fixed colour for each class, uint8 `[K + 1, 3]`; the last row, of index -1, is for no class."""
     rows = [colorsys.hsv_to_rgb(GOLDEN * k % 1, *SHADES[k % len(SHADES)]) for k in range(classes)]
     return torch.tensor([*([round(255 * part) for part in row] for row in rows), NO_CLASS], dtype=torch.uint8)
 
 
 def overlay(image_CHW: Tensor, mask_HW: Tensor, classes: int) -> Tensor:
-    """A picture `[3, H, W]` between 0 and 1: the image under its classes' colours, black where there is no class."""
+    """Return a picture `[3, H, W]` between 0 and 1: the image under the colours of its classes, black for no class."""
     coloured = colours(classes)[mask_HW.long()].permute(2, 0, 1) / 255
     mixed = (1 - STRENGTH) * image_CHW + STRENGTH * coloured
     return torch.where(mask_HW == IGNORE, coloured, mixed)
 
 
 def shown(image_CHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """A normalised image of any channels as a picture `[3, H, W]` between 0 and 1."""
+    """Return a normalised image with any number of channels as a picture `[3, H, W]` between 0 and 1."""
     pixels = (image_CHW.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).clamp(0, 1)
     return pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
 
 
 def tile(picture_CHW: Tensor) -> Tensor:
-    """The picture as large as fits a white square of `TILE` pixels, in its middle."""
+    """Resize a picture to fit a white square of `TILE` pixels, centred."""
     height, width = (max(1, round(side * TILE / max(picture_CHW.shape[1:]))) for side in picture_CHW.shape[1:])
     inside = F.interpolate(picture_CHW[None], size=(height, width), mode="area")[0]
     top, left = (TILE - height) // 2, (TILE - width) // 2

@@ -10,7 +10,7 @@ import torch
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """`auto` is bf16 on a GPU that has it, fp16 on an older one, full precision elsewhere. ValueError if impossible."""
+    """Resolve `auto`: bf16 on GPUs that support it, fp16 on others, else `none`. Raise ValueError if impossible."""
     if amp == "auto":
         if device.type != "cuda":
             return "none"
@@ -21,6 +21,6 @@ def resolve_amp(amp: str, device: torch.device) -> str:
 
 
 def autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """A maker of autocast contexts for the resolved precision `none`, `bf16` or `fp16`."""
+    """Return a function that creates autocast contexts for the resolved precision `none`, `bf16` or `fp16`."""
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)

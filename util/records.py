@@ -208,7 +208,7 @@ class Records:
         return message
 
     def note(self, problems: Iterable[tuple[str, str]]) -> None:
-        """Remember images of this process that could not be read and were replaced."""
+        """Record images of this process that could not be read and were replaced."""
         self.state.problems.update(problems)
 
     def exchange_problems(self) -> None:

@@ -199,7 +199,7 @@ class Run:
         return self.records.log
 
     def epochs(self) -> Iterator[tuple[int, int]]:
-        """The epochs still to do, each with the optimizer steps already done in it."""
+        """Yield the epochs that are left, each with the number of optimizer steps already done in it."""
         while self.state.epoch < self.options.epochs:
             yield self.state.epoch, self.state.epoch_step
 

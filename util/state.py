@@ -50,7 +50,7 @@ class TrainingState:
         return self.epoch_step == 0 and bool(self.best) and self.best["epoch"] == self.epoch - 1
 
     def weights_dict(self) -> dict[str, Any]:
-        """The part of `state_dict` that a model can be built from."""
+        """Return the part of `state_dict` from which a model can be built."""
         return {
             "program": self.options.PROGRAM,
             "format": checkpoint.FORMAT,
@@ -59,7 +59,7 @@ class TrainingState:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The content of a checkpoint. All processes call it together."""
+        """Return the content of a checkpoint. All processes must call it together."""
         stepper = self.stepper.state_dict()
         return {
             **self.weights_dict(),

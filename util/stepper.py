@@ -117,10 +117,10 @@ class Stepper:
 
     @contextlib.contextmanager
     def micro_step(self) -> Iterator[None]:
-        """Context for forward and loss of one micro-batch.
+        """Return a context for forward pass and loss of a micro-batch.
 
-        Random numbers of the device (and of NumPy, which mixup uses) are seeded; gradients are exchanged only in the
-        last micro-batch of a step.
+        Random numbers of the device (and of NumPy, which mixup uses) are seeded; gradients are exchanged in the last
+        micro-batch of a step only.
         """
         if self._micro == 0:
             self._statistics_before = [buffer.clone() for buffer in self._statistics]
@@ -135,7 +135,7 @@ class Stepper:
             yield
 
     def __call__(self, losses: Mapping[str, Tensor], index: Tensor) -> bool:
-        """Back-propagate `losses["loss"]`; True when an update was due, made or refused. `index`: the samples."""
+        """Back-propagate `losses["loss"]`; return True if an update was due, made or refused. `index`: the samples."""
         loss = losses["loss"]
         self._highest = torch.fmax(self._highest, loss.detach().float())  # NaN is counted separately
         self._recent.append((self.step, {name: value.detach() for name, value in losses.items()}, index))
@@ -183,7 +183,7 @@ class Stepper:
         return Progress(self.step, self._total_steps, self._steps_per_epoch, self.optimizer.param_groups)
 
     def _refused(self) -> Tensor:
-        """Whether to refuse the update, as a tensor on the device; the norm is the same on every rank."""
+        """Return whether to refuse the update, as a tensor on the device; the norm is the same on every rank."""
         bad, usual = ~torch.isfinite(self.grad_norm), self._usual_norm
         if self.skip_spikes:
             if self.step >= USUAL_STEPS:

@@ -21,15 +21,15 @@ class EpochTask:
         self.run, self.every = run, every
 
     def is_due(self, epoch: int) -> bool:
-        """Whether it is time after `epoch`, counted from 0."""
+        """Return whether the task is due after `epoch`, counted from 0."""
         return self.every > 0 and ((epoch + 1) % self.every == 0 or epoch + 1 == self.run.options.epochs)
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Do it; returns metrics for the epoch's line in log.txt."""
+        """Run the task; return metrics for the line of the epoch in log.txt."""
         raise NotImplementedError
 
     def at_end(self) -> dict[str, Any]:
-        """Do what is left after the last epoch; returns entries of result.json."""
+        """Finish after the last epoch; return entries of result.json."""
         return {}
 
 

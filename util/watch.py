@@ -81,7 +81,7 @@ class OnlineKNN(EpochTask):
         return {"knn_acc1": self.run.processes.broadcast(accuracy)}
 
     def _encode(self, source: Source, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features and labels of all processes' shares; a process may have none."""
+        """Return features and labels of the shares of all processes; a process may have none."""
         processes = self.run.processes
         share = index[processes.rank :: processes.world_size]
         shares = [both for both in processes.gather(self._encode_share(source, share) if share else None) if both]
@@ -132,7 +132,7 @@ def draw_reconstructions(run: Run, model: Any, options: PretrainOptions, source:
 
 
 def written(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
-    """The picture with its caption, written to `path` if that can be, and returned as uint8 `[H, W, 3]`."""
+    """Add the caption to a picture, write it to `path` if possible, and return it as uint8 `[H, W, 3]`."""
     picture = with_caption(sheet_HWC, caption)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def written(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
 
 
 def contact_sheet(rows: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Rows of normalised images `[N, C, H, W]` as one uint8 picture `[H', W', 3]`, small images enlarged."""
+    """Arrange rows of normalised images `[N, C, H, W]` in a uint8 picture `[H', W', 3]`; small images are enlarged."""
     images = torch.cat(list(rows))
     pixels = images * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
     channels = pixels.shape[1]
@@ -156,7 +156,7 @@ def contact_sheet(rows: Sequence[Tensor], mean: Sequence[float], std: Sequence[f
 
 
 def with_caption(sheet_HWC: Tensor, caption: str) -> Any:
-    """The picture with a line of text under it, broken where it does not fit."""
+    """Add a line of text under a picture, wrapped if it does not fit."""
     height, width, _ = sheet_HWC.shape
     letters = max(20, width // 6)
     lines, line = [], ""
