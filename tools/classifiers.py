@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from tools.command import reports_errors
+
 HEADER = ("classifier", "run", "last epoch %", "best epoch %", "best chosen on", "labels", "updates", "images seen")
 FINE_TUNED, LINEAR, NEIGHBORS, SCRATCH = KINDS = (
     "fine-tuned",
@@ -143,17 +145,14 @@ def table(folders: Sequence[Path]) -> str:
     return text
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Compare classifiers: linear probes, fine-tuned encoders, and encoders trained from scratch."
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, or folders of runs")
     given = parser.parse_args(argv)
-    try:
-        sys.stdout.write(table(given.folders))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    sys.stdout.write(table(given.folders))
     return 0
 
 

@@ -37,6 +37,7 @@ from engine_pretrain import train_one_epoch
 from options import RunOptions, resolve_batch
 from programs import parse_options
 from programs.plan import Plan
+from tools.command import reports_errors
 from util import optim, precision
 from util.compiler import compiles
 from util.distributed import Processes, pick_device
@@ -290,6 +291,7 @@ def examine(options: RunOptions, processes: int, batches: int, price: float | No
     yield from estimate(options, plan.batches.steps_per_epoch, measured, processes, price)
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -303,19 +305,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, words = parser.parse_known_args(argv)
     talk(main=True)
     wrong = False
+    if given.processes < 1 or given.batches < 1:
+        raise ValueError("--processes and --batches must be at least 1")
     try:
-        if given.processes < 1 or given.batches < 1:
-            raise ValueError("--processes and --batches must be at least 1")
-        try:
-            options = parse_options(COMMANDS[given.program], words)
-        except ValueError as error:
-            raise ValueError(f"{error} (as {given.program} reads it; --program names another)") from None
-        for found in examine(options, given.processes, given.batches, given.price):
-            wrong |= isinstance(found, Finding) and found.verdict == WRONG
-            sys.stdout.write(f"{found}\n")
+        options = parse_options(COMMANDS[given.program], words)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        raise ValueError(f"{error} (as {given.program} reads it; --program names another)") from None
+    for found in examine(options, given.processes, given.batches, given.price):
+        wrong |= isinstance(found, Finding) and found.verdict == WRONG
+        sys.stdout.write(f"{found}\n")
     return EXIT_WRONG if wrong else 0
 
 

@@ -32,6 +32,7 @@ from data.loader import EvalSamples, eval_batches, eval_transform
 from data.sources import Source, open_source
 from options.schema import read
 from tools import encoder as encoders
+from tools.command import reports_errors
 from tools.encoder import Encoder
 from util.distributed import pick_device
 from util.logging import talk
@@ -75,6 +76,7 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Features of images, with their names, as a NumPy file.")
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
@@ -88,27 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0)
     words = parser.parse_args(argv)
-    try:
-        if words.batch_size < 1 or words.num_workers < 0:
-            raise ValueError("batch_size: must be at least 1, and num_workers at least 0")
-        size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
-        device = pick_device(words.device)
-        encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
-        output = words.output or encoder.run / "features.npz"
-        if output.suffix != ".npz":
-            raise ValueError(f"output: {output} must end in .npz, which is what is written")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        value_range = encoder.options.get("value_range", ())
-        source = open_source(
-            "auto", words.images, words.split, in_chans=encoder.image_shape[0], value_range=value_range
-        )
-        how = {"batch_size": words.batch_size, "num_workers": words.num_workers}
-        eval_crop = words.eval_crop or encoder.eval_crop
-        arrays = embed(encoder, source, device=device, eval_crop=eval_crop, **how)
-        write(output, arrays)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if words.batch_size < 1 or words.num_workers < 0:
+        raise ValueError("batch_size: must be at least 1, and num_workers at least 0")
+    size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
+    device = pick_device(words.device)
+    encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
+    output = words.output or encoder.run / "features.npz"
+    if output.suffix != ".npz":
+        raise ValueError(f"output: {output} must end in .npz, which is what is written")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    value_range = encoder.options.get("value_range", ())
+    source = open_source("auto", words.images, words.split, in_chans=encoder.image_shape[0], value_range=value_range)
+    how = {"batch_size": words.batch_size, "num_workers": words.num_workers}
+    eval_crop = words.eval_crop or encoder.eval_crop
+    arrays = embed(encoder, source, device=device, eval_crop=eval_crop, **how)
+    write(output, arrays)
     count, width = arrays["features"].shape
     left_out = f", {len(source) - count} could not be read" if count < len(source) else ""
     prepared = describe_eval_crop(encoder.image_shape[1:], encoder.crop_share, eval_crop)

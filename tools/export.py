@@ -35,6 +35,7 @@ from data.files import new_folder
 from options.schema import read
 from tools import card, export_segmenter, segmenter
 from tools import encoder as encoders
+from tools.command import reports_errors
 from tools.encoder import Encoder
 from util import checkpoint
 from util.extras import EXPORT_PACKAGES, require_packages
@@ -386,6 +387,7 @@ def output_of(words: argparse.Namespace, run: Path) -> Path:
     return output
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Export a pretrained encoder or a fine-tuned classifier to timm, Hugging Face transformers or ONNX."
@@ -399,26 +401,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input_size", help="pixels of the images, e.g. 224 or 160x96 (default: as in training)")
     parser.add_argument("--num_heads", type=int, default=0, help="attention heads, for weights of other programs")
     words = parser.parse_args(argv)
-    try:
-        if words.format in FORMATS:
-            require_packages(words.format, EXPORT_PACKAGES[words.format], "export.txt")
-        file = checkpoint.file_of(words.model)
-        if checkpoint.program_at(file) == "segment":
-            if words.input_size or words.num_heads:
-                raise ValueError("input_size and num_heads do not apply to a segmenter: its run states them")
-            trained = segmenter.load(file)
-            output = output_of(words, trained.run)
-            sys.stdout.write(export_segmenter.export(words.format, trained, output))
-            return 0
-        if words.format not in FORMATS:
-            raise ValueError(f"{file} is not a segmenter; torch is a format of segmenters, see also timm")
-        size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
-        encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
-        output = output_of(words, encoder.run)
-        checked = export(words.format, encoder, output)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if words.format in FORMATS:
+        require_packages(words.format, EXPORT_PACKAGES[words.format], "export.txt")
+    file = checkpoint.file_of(words.model)
+    if checkpoint.program_at(file) == "segment":
+        if words.input_size or words.num_heads:
+            raise ValueError("input_size and num_heads do not apply to a segmenter: its run states them")
+        trained = segmenter.load(file)
+        output = output_of(words, trained.run)
+        sys.stdout.write(export_segmenter.export(words.format, trained, output))
+        return 0
+    if words.format not in FORMATS:
+        raise ValueError(f"{file} is not a segmenter; torch is a format of segmenters, see also timm")
+    size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
+    encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
+    output = output_of(words, encoder.run)
+    checked = export(words.format, encoder, output)
     channels, height, width = encoder.image_shape
     sys.stdout.write(
         f"Written: {output}\n"

@@ -27,6 +27,7 @@ from data.images import CROP_SHARE, EVAL_CROPS, describe_eval_crop
 from data.sources import Source
 from data.splits import divide, like
 from tools import classifiers, given
+from tools.command import reports_errors
 from tools.given import Trained
 from util.features import encode_source, pixels_of_source
 from util.knn import knn_accuracy
@@ -116,6 +117,7 @@ def measure(
     }
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Evaluate features of an encoder by nearest neighbours.")
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
@@ -131,13 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     words = parser.parse_args(argv)
     talk(main=True)
-    try:
-        trained = given.load(words.model, words.device)
-        found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop, words.group_by)
-        (trained.run / "knn.json").write_text(json.dumps(found, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    trained = given.load(words.model, words.device)
+    found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop, words.group_by)
+    (trained.run / "knn.json").write_text(json.dumps(found, indent=1) + "\n")
     sys.stdout.write(f"{classifiers.neighbors_table(found)}\n")
     return 0
 

@@ -33,10 +33,11 @@ from data.depth import with_range
 from data.files import require_free, write_text
 from data.folders import images_below
 from data.images import BadImage, is_image_name, read_stored
-from data.loader import EvalSamples, NothingReadable, eval_batches, eval_transform
+from data.loader import EvalSamples, eval_batches, eval_transform
 from data.sources import Names, Source
 from tools import encoder as encoders
 from tools import segmenter as segmenters
+from tools.command import reports_errors
 from tools.encoder import Encoder
 from util import checkpoint
 from util.distributed import pick_device
@@ -233,6 +234,7 @@ def predict(
     return f"Written: {output}\n  {len(source) - len(bad)} images: {what}{left_out}\n"
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT", help="of main_segment.py or main_finetune.py")
@@ -242,14 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time, of a classifier")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images, of a classifier")
     words = parser.parse_args(argv)
-    try:
-        if words.batch_size < 1 or words.num_workers < 0:
-            raise ValueError("batch_size: must be at least 1, and num_workers at least 0")
-        device = pick_device(words.device)
-        summary = predict(words.model, words.images, words.output, device, words.batch_size, words.num_workers)
-    except (ValueError, OSError, NothingReadable) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if words.batch_size < 1 or words.num_workers < 0:
+        raise ValueError("batch_size: must be at least 1, and num_workers at least 0")
+    device = pick_device(words.device)
+    summary = predict(words.model, words.images, words.output, device, words.batch_size, words.num_workers)
     sys.stdout.write(summary)
     return 0
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import programs
 from data.loader import Batch
+from tools.command import reports_errors
 from util import checkpoint, precision
 from util.distributed import Processes, pick_device
 from util.logging import talk
@@ -136,6 +137,7 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, tuple | list) or all(_finite(part) for part in value)
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("dump", type=Path, help="debug/bad-step-NNNNNNNN.json of a run; its .pth lies beside it")
@@ -144,12 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_path", default="", help="the images, if they are elsewhere now")
     given = parser.parse_args(argv)
     talk(main=True)
-    try:
-        replay = Replay(given.dump, device=given.device, amp=given.amp, data_path=given.data_path)
-        report = [(where, found) for where, batch in replay.micro_batches() for found in replay.findings(batch)]
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    replay = Replay(given.dump, device=given.device, amp=given.amp, data_path=given.data_path)
+    report = [(where, found) for where, batch in replay.micro_batches() for found in replay.findings(batch)]
     for where, found in report:
         sys.stdout.write(f"{where}: {found}\n")
     if not report:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tools import report_page
+from tools.command import reports_errors
 from tools.figures.style import curve_of, grid_lines, house_style, save
 from tools.records import RunRecords, is_number, read_run
 
@@ -178,6 +179,7 @@ def report(runs: Sequence[RunRecords], folder: Path) -> list[Path]:
     return written
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Report runs on one page that works offline.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
@@ -186,12 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     folder = given.output or (given.runs[0] if len(given.runs) == 1 else Path("report"))
-    try:
-        runs = [read_run(run) for run in given.runs]
-        written = report(runs, folder)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    runs = [read_run(run) for run in given.runs]
+    written = report(runs, folder)
     sys.stdout.write(f"{table(runs)}\nWritten: {', '.join(map(str, written))}\n")
     return 0
 

@@ -27,6 +27,7 @@ import yaml
 import methods
 from options import nearest
 from tools import smoke_data, table_collect, table_jobs, table_report
+from tools.command import reports_errors
 from tools.table_jobs import Job, command, say
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -418,6 +419,7 @@ def report(table: Table, setting: Setting, bring: Path | None = None, models: bo
         say(f"collected in {bring}")
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     tables = read_tables()
     parser = argparse.ArgumentParser(description="Run a table of the paper, and report the paper's numbers and ours.")
@@ -429,37 +431,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--models", action="store_true", help="with --collect: also each row's model, in half precision"
     )
     given = parser.parse_args(argv)
-    try:
-        if given.models and not given.collect:
-            raise ValueError("--models needs --collect FOLDER")
-        if given.table not in tables:
-            raise ValueError(f"there is no table {given.table!r}; there are {', '.join(tables)}")
-        setting, table = setting_of(os.environ), tables[given.table]
-        rows = chosen(table, setting.rows)
-        jobs = Plan(setting).jobs(rows)
-        if given.dry_run:
-            show(jobs, setting)
-            return 0
-        code = 0
-        if not given.report:
-            check(rows, setting)
-            if setting.smoke:
-                smoke_data.write(setting.root / "data", {name for row in rows for name in row.sets.values()})
-            quick = setting.smoke and setting.nproc == 1
-            start: Callable[..., table_jobs.Program] = table_jobs.Fork if quick else table_jobs.Process
-            code = table_jobs.run(
-                jobs,
-                setting.root,
-                start=start,
-                nproc=setting.nproc,
-                at_once=setting.jobs,
-                minutes=setting.minutes,
-            )
-        report(table, setting, given.collect, given.models)
-        return code
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if given.models and not given.collect:
+        raise ValueError("--models needs --collect FOLDER")
+    if given.table not in tables:
+        raise ValueError(f"there is no table {given.table!r}; there are {', '.join(tables)}")
+    setting, table = setting_of(os.environ), tables[given.table]
+    rows = chosen(table, setting.rows)
+    jobs = Plan(setting).jobs(rows)
+    if given.dry_run:
+        show(jobs, setting)
+        return 0
+    code = 0
+    if not given.report:
+        check(rows, setting)
+        if setting.smoke:
+            smoke_data.write(setting.root / "data", {name for row in rows for name in row.sets.values()})
+        quick = setting.smoke and setting.nproc == 1
+        start: Callable[..., table_jobs.Program] = table_jobs.Fork if quick else table_jobs.Process
+        code = table_jobs.run(
+            jobs,
+            setting.root,
+            start=start,
+            nproc=setting.nproc,
+            at_once=setting.jobs,
+            minutes=setting.minutes,
+        )
+    report(table, setting, given.collect, given.models)
+    return code
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from data.sources import Source, open_source
 from models_tokenizer import KMEANS, KMeansTokenizer, checkpoint_of, encoder_from
 from models_vit import patch_grid
 from options.schema import read
+from tools.command import reports_errors
 from util import checkpoint
 from util.distributed import pick_device
 from util.logging import talk
@@ -298,13 +299,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     words = parse(argv)
-    try:
-        message = fit_kmeans(words)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    message = fit_kmeans(words)
     sys.stdout.write(message)
     return 0
 

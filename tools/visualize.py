@@ -21,6 +21,7 @@ from typing import get_args
 
 from matplotlib.figure import Figure
 
+from tools.command import reports_errors
 from tools.figures import models, similarity, style
 from tools.figures.attention import attention
 from tools.figures.collapse import collapse
@@ -203,14 +204,11 @@ def draw(words: argparse.Namespace) -> list[Path]:
     return written
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     words = parser().parse_args(argv)
     talk(main=True)
-    try:
-        written = draw(words)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    written = draw(words)
     sys.stdout.write(f"Written: {', '.join(map(str, written))}\n")
     return 0
 
