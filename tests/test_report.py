@@ -83,22 +83,25 @@ def test_figures_that_are_not_finite_are_not_drawn(run):
     assert read.last("train_neighbor") == -0.25
 
 
+def charts(runs):
+    """By title, the curves in the page of some runs, as (name, x, y)."""
+    found = re.findall(r'data-series="([^"]+)"><h3>([^<]+)</h3>', report.page(runs))
+    return {
+        title: [(one["name"], one["x"], one["y"]) for one in json.loads(html.unescape(data))] for data, title in found
+    }
+
+
 def test_curves_hold_every_value_of_every_run(run):
-    runs = [records.read_run(run("mae")), records.read_run(run("nor", epochs=(2.0, 1.0)))]
-    figure = report.curves(runs)
-    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
-    loss = panels[report.TITLES["train_loss"]]
-    assert [list(line.get_ydata()) for line in loss.lines] == [[1.0, 0.5, 0.25], [2.0, 1.0]]
-    assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3], [1, 2]]
-    assert len(panels[report.TITLES["lr"]].lines[0].get_ydata()) == 30
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mae", "nor"]
+    drawn = charts([records.read_run(run("mae")), records.read_run(run("nor", epochs=(2.0, 1.0)))])
+    loss = drawn[report.TITLES["train_loss"]]
+    assert loss == [("mae", [1, 2, 3], [1.0, 0.5, 0.25]), ("nor", [1, 2], [2.0, 1.0])]
+    assert len(drawn[report.TITLES["lr"]][0][2]) == 30
 
 
 def test_runs_of_a_single_epoch_are_distinct_without_colour(run):
-    figure = report.curves([records.read_run(run(name, epochs=(1.0,))) for name in ("one", "other")])
-    figure.canvas.draw()
-    first, second = figure.axes[0].lines
-    assert first.get_marker() != second.get_marker()
+    text = report.page([records.read_run(run(name, epochs=(1.0,))) for name in ("one", "other")])
+    radii = set(re.findall(r'<circle [^>]*r="(\d+)"', text))
+    assert len(radii) == 2
 
 
 def test_the_page_holds_figures_options_curves_pictures_and_environment(run):
@@ -154,8 +157,7 @@ def test_accuracies_of_every_program_are_shown_last_and_best(run):
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     cells = report.row(records.read_run(folder))
     assert (cells["last test_acc1 %"], cells["best test_acc1 %"]) == ("80.00", "90.00")
-    titles = [axis.get_title() for axis in report.curves([records.read_run(folder)]).axes]
-    assert "top-1 in %, test images" in titles
+    assert "top-1 in %, test images" in charts([records.read_run(folder)])
 
 
 def test_a_classifier_is_reported_by_its_test_images_last_and_best(run):
@@ -170,13 +172,11 @@ def test_a_classifier_is_reported_by_its_test_images_last_and_best(run):
     assert cells["kNN of the frozen encoder, test acc1 %"] == "55.00"
 
 
-def test_the_command_writes_a_page_and_a_picture_that_opens(run, tmp_path, capsys):
+def test_the_command_writes_a_page(run, tmp_path, capsys):
     first, second = run("mae"), run("nor")
     assert report.main([str(first), str(second), "--output", str(tmp_path / "both")]) == 0
     assert (tmp_path / "both" / "report.html").read_text().startswith("<!doctype html>")
     assert "| mae | nor_mae |" in capsys.readouterr().out
-    with Image.open(tmp_path / "both" / "curves.png") as shown:
-        assert shown.width > 600
 
 
 def test_a_run_that_logged_nothing_yet_is_reported_without_curves(run, capsys):
@@ -185,7 +185,6 @@ def test_a_run_that_logged_nothing_yet_is_reported_without_curves(run, capsys):
     assert report.main([str(folder)]) == 0
     text = (folder / "report.html").read_text()
     assert "0 of 3, unfinished" in text and "<h2>Curves</h2>" not in text and "total_batch_size" in text
-    assert not (folder / "curves.png").exists()
 
 
 def test_another_folder_is_refused_with_a_message(tmp_path, capsys):

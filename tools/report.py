@@ -1,6 +1,6 @@
 """Report runs on one page: report.html is self-contained and works offline.
 
-    python -m tools.report output/quickstart                     # report.html and curves.png in that folder
+    python -m tools.report output/quickstart                     # report.html in that folder
     python -m tools.report output/mae output/nor --output report   # compare runs, in the folder `report`
 
 It reads options.yaml, environment.json, log.txt, metrics.jsonl, result.json, the pictures in samples/ and figures/ and,
@@ -12,18 +12,13 @@ compared by their metrics alone.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from tools import report_page
 from tools.command import reports_errors
-from tools.figures.style import curve_of, grid_lines, house_style, save
 from tools.records import RunRecords, is_number, read_run
 
 TITLES = {
@@ -106,15 +101,10 @@ def judged(result: Mapping[str, Any]) -> dict[str, str]:
     return cells
 
 
-def columns_of(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the columns of all rows, in order."""
-    return list(dict.fromkeys(name for cells in rows for name in cells))
-
-
 def table(runs: Sequence[RunRecords]) -> str:
     """Return Markdown for the terminal: one line per run, or one line per value for a single run."""
     rows = [row(run) for run in runs]
-    columns = columns_of(rows)
+    columns = list(dict.fromkeys(name for cells in rows for name in cells))
     if len(runs) == 1:
         lines = ["| | |", "|---|---|", *(f"| {name} | {rows[0][name]} |" for name in columns)]
     else:
@@ -138,59 +128,25 @@ def panels_of(runs: Sequence[RunRecords]) -> list[tuple[str, str]]:
     return [(name, "epochs") for name in of_epochs if name not in of_steps] + [(name, "steps") for name in of_steps]
 
 
-def curves(runs: Sequence[RunRecords]) -> Figure:
-    """Plot one panel per value, with all runs."""
-    panels = panels_of(runs)
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.3 * columns, 2.2 * rows + 0.3), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, (name, records) in zip(axes, panels, strict=False):
-        for number, run in enumerate(runs):
-            shown = [r for r in (run.epochs if records == "epochs" else run.steps) if is_number(r.get(name))]
-            x = [record["epoch"] + 1 if records == "epochs" else record["step"] for record in shown]
-            axis.plot(x, [record[name] for record in shown], label=run.name, **curve_of(number, len(shown)))
-        title = TITLES.get(name, name.removeprefix("train_").replace("_", " "))
-        pretraining = name == "train_loss" and ("train_reconstruction", "epochs") in panels
-        axis.set_title(f"{title}: reconstruction + weighted terms" if pretraining else title)
-        axis.set_xlabel("epoch" if records == "epochs" else "optimizer step")
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        grid_lines(axis)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
-
-
 def page(runs: Sequence[RunRecords]) -> str:
     """Return the report as HTML; it needs no other file."""
-    return report_page.page(runs, [row(run) for run in runs], panels_of(runs), TITLES)
-
-
-def report(runs: Sequence[RunRecords], folder: Path) -> list[Path]:
-    """Write report.html and, if anything was logged, curves.png into `folder`; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "report.html"]
-    with house_style():
-        written[0].write_text(page(runs), encoding="utf-8")
-        if panels_of(runs):
-            written.append(folder / "curves.png")
-            save(curves(runs), written[1])
-    return written
+    panels, titles = panels_of(runs), TITLES
+    if ("train_reconstruction", "epochs") in panels:
+        titles = TITLES | {"train_loss": "loss: reconstruction + weighted terms"}
+    return report_page.page(runs, [row(run) for run in runs], panels, titles)
 
 
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Report runs on one page that works offline.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--output", type=Path, help="folder for both files (default: the run's, or `report` for several runs)"
-    )
+    parser.add_argument("--output", type=Path, help="folder (default: the run's, or `report` for several runs)")
     given = parser.parse_args(argv)
     folder = given.output or (given.runs[0] if len(given.runs) == 1 else Path("report"))
     runs = [read_run(run) for run in given.runs]
-    written = report(runs, folder)
-    sys.stdout.write(f"{table(runs)}\nWritten: {', '.join(map(str, written))}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(page(runs), encoding="utf-8")
+    sys.stdout.write(f"{table(runs)}\nWritten: {folder / 'report.html'}\n")
     return 0
 
 
