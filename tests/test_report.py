@@ -92,14 +92,18 @@ def charts(runs):
 
 
 def test_curves_hold_every_value_of_every_run(run):
-    drawn = charts([records.read_run(run("mae")), records.read_run(run("nor", epochs=(2.0, 1.0)))])
+    first, second = run("mae"), run("nor", epochs=(2.0, 1.0))
+    (second / "options.yaml").write_text(yaml.safe_dump({**OPTIONS, "terms": {"neighbor": {"weight": 0.5}}}))
+    drawn = charts([records.read_run(folder) for folder in (first, second)])
     loss = drawn[report.TITLES["train_loss"]]
     assert loss == [("mae", [1, 2, 3], [1.0, 0.5, 0.25]), ("nor", [1, 2], [2.0, 1.0])]
     assert len(drawn[report.TITLES["lr"]][0][2]) == 30
 
 
 def test_runs_of_a_single_epoch_are_distinct_without_colour(run):
-    text = report.page([records.read_run(run(name, epochs=(1.0,))) for name in ("one", "other")])
+    first, second = (run(name, epochs=(1.0,)) for name in ("one", "other"))
+    (second / "options.yaml").write_text(yaml.safe_dump({**OPTIONS, "terms": {"neighbor": {"weight": 0.5}}}))
+    text = report.page([records.read_run(folder) for folder in (first, second)])
     radii = set(re.findall(r'<circle [^>]*r="(\d+)"', text))
     assert len(radii) == 2
 
