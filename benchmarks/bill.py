@@ -1,11 +1,11 @@
-"""What pretraining costs on this machine: memory, time and price of an epoch, next to the paper's Tables 10 and 11.
+"""Estimate memory, time and price of an epoch of pretraining on this machine, beside the paper's Tables 10 and 11.
 
     python -m benchmarks.bill --price 2.5                                   # a device for 2.50 an hour, one CPU thread
     python -m benchmarks.bill --device cuda --amp bf16 --batch_size 512 --price 2.5 --devices 2 --compile
 
-Steps are timed on synthetic batches that lie on the device, so this is the device's share of the bill: what a run pays
-if its loader keeps up (see input.py). More devices are taken to be as fast each. The paper's rows are its own and were
-measured with its loader; its GPUs did half a percent of what they can, so they tell little about the step.
+Steps are timed on synthetic batches in device memory, so loading is not included (see input.py). Several devices are
+assumed to be equally fast. The paper's rows were measured by its authors with their loader, and used half a percent of
+the GPUs' arithmetic, so they say little about the step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEVICES = {"10": "4 x RTX 6000", "11": "2 x H100"}
 
 
 def papers_rows() -> list[list[str]]:
-    """Tables 10 and 11 in the columns of ours."""
+    """Return Tables 10 and 11 of the paper in the columns of ours."""
     tables, rows = yaml.safe_load(TABLES.read_text()), []
     for number, devices in DEVICES.items():
         baseline: dict[str, float] = {}  # minutes of each model's first row, MAE
@@ -51,14 +51,14 @@ def papers_rows() -> list[list[str]]:
 
 
 def epoch(seconds_a_step: float, batch_size: int, images: int, devices: int, price: float) -> dict[str, float]:
-    """images/s in all, minutes and price of an epoch."""
+    """Return the total images/s, and minutes and price of an epoch."""
     rate = devices * batch_size / seconds_a_step
     minutes = images / rate / 60
     return {"images_per_s": rate, "minutes": minutes, "price": devices * price * minutes / 60}
 
 
 def bill(setting: Setting, asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each variant: what an epoch takes, and the megabytes that a step holds for each image."""
+    """Return for each variant the time of an epoch, and the megabytes of a step per image."""
     return {
         name: epoch(quartiles(times)["median"], setting.batch_size, asked["images"], asked["devices"], asked["price"])
         | {"mb_per_image": found["peak_bytes"][name] / setting.batch_size / 1e6}

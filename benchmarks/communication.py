@@ -1,11 +1,11 @@
-"""The share of a training step that several processes on this machine lose to exchanging gradients.
+"""Measure the share of a training step that several processes on this machine spend on exchanging gradients.
 
     python -m benchmarks.communication                       # ViT-Tiny/16, 2 gloo processes
     python -m benchmarks.communication --processes 4 --batch_size 16
 
 Every round takes one step with the exchange and one without it (DDP's `no_sync`), in random order, on the same batch;
 the share is 1 - without / with, round by round. Without several processes there is nothing to exchange: both steps
-compute the same. The machine's cores are shared out among the processes.
+compute the same. The cores of the machine are divided among the processes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def seconds_of_a_step(
 
 
 def measure(rank: int, given: argparse.Namespace, meeting: str, output: str) -> None:
-    """One process of several, which all draw the same order of turns; rank 0 writes what it found."""
+    """Run one of several processes, which all draw the same order of variants; rank 0 writes the result."""
     torch.set_num_threads(max(1, torch.get_num_threads() // given.processes))
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=given.processes)
     torch.manual_seed(0)

@@ -1,15 +1,15 @@
-"""How many images a second the loader gives: our ways of loading and torchvision with Pillow, in turn.
+"""Measure the images per second of the loader: the loaders of this project, and torchvision with Pillow.
 
     python -m benchmarks.input IMAGES                       # a folder or a list of images, as for training
     python -m benchmarks.input IMAGES --variants torchvision folder pack256 --num_workers 8
 
-`NAME+plain` hands batches over in fresh shared memory, as a DataLoader does, and not by `data.shelf`.
+`NAME+plain` passes batches in new shared memory, as a DataLoader does, instead of `data.shelf`.
 `torchvision` is the baseline: an ImageFolder's loader, RandomResizedCrop, flip, ToTensor and Normalize, in a DataLoader
-that hands out floats. `pillow` is our loader with torchcodec switched off, `folder` our loader, `region` the same with
---region_decode, `packN` a pack with short side N (`packN+region` with that option), `rawN` one of raw pixels. Ours hand
-out bytes, which the device normalises. A small folder is gone through several times; files are in the page cache, so
-this is the cost of the processor and not of the disk. With --num_workers 0 one process loads, and its CPU
-time is taken, which other programs disturb least.
+that returns floats. `pillow` is our loader without torchcodec, `folder` our loader, `region` the same with
+--region_decode, `packN` a pack with short side N (`packN+region` with that option), `rawN` one of raw pixels. Our
+loaders return bytes, which the device normalises. A small folder is read several times; files are in the page cache, so
+the cost of the processor is measured and not that of the disk. With --num_workers 0 a single process loads, and its CPU
+time is measured, which other programs disturb least.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _wrapped(source: Source, number: int) -> np.ndarray:
 
 
 def packed(source: Source, given: argparse.Namespace, name: str, folder: Path) -> tuple[Source, int]:
-    """A pack of the images, and its bytes for each."""
+    """Create a pack of the images; return it and its bytes per image."""
     raw, size = name.startswith("raw"), name.removeprefix("raw").removeprefix("pack")
     words = ["--output", str(folder / name), "--size", size, "--split", "train", *(["--raw"] if raw else [])]
     if pack.main([given.data_path, *words]):
@@ -106,7 +106,7 @@ def packed(source: Source, given: argparse.Namespace, name: str, folder: Path) -
 
 @contextlib.contextmanager
 def without_torchcodec() -> Iterator[None]:
-    """Workers started inside decode with Pillow."""
+    """Return a context in which new workers decode with Pillow."""
     true = decode.torchcodec_jpeg
     decode.torchcodec_jpeg = lambda: None  # type: ignore[assignment]
     try:
@@ -117,7 +117,7 @@ def without_torchcodec() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_shelf() -> Iterator[None]:
-    """Workers started inside hand batches over as a DataLoader does."""
+    """Return a context in which new workers pass batches as a DataLoader does."""
     true = loader.Shelf
     loader.Shelf = lambda places: true(0)  # type: ignore[assignment, misc]
     try:
@@ -127,7 +127,7 @@ def without_shelf() -> Iterator[None]:
 
 
 def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) -> dict[str, Any]:
-    """Seconds per image by round; bytes per image of the packs; how far pixels are from Pillow's."""
+    """Return seconds per image by round, bytes per image of the packs, and differences from Pillow's pixels."""
     source = open_source("auto", given.data_path)
     if source.path is None:
         raise ValueError(f"{given.data_path} has no image files, which the baseline reads")
@@ -167,7 +167,7 @@ def seconds_per_image(
 
 
 def pixel_difference(source: Source, input_size: int, crops: int = 4) -> dict[str, float]:
-    """Between our crops and Pillow's of the same boxes, on a scale of 0 to 255, over at most 64 images."""
+    """Return the difference between our crops and Pillow's (0 to 255), over at most 64 images."""
     assert source.path is not None
     torch.manual_seed(0)
     means, most = [], 0.0

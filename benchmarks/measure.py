@@ -28,7 +28,7 @@ RESULTS = PROJECT / "benchmarks" / "results"
 
 
 def parser(description: str, **numbers: tuple[int, str]) -> argparse.ArgumentParser:
-    """Of a benchmark whose file begins with this description; `numbers` are flags with default and meaning."""
+    """Create the parser of a benchmark; `numbers` are flags with default and meaning."""
     made = argparse.ArgumentParser(
         description=description.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -53,7 +53,7 @@ def in_turn(
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     if len(values) == 1:
         return {"median": values[0], "q1": values[0], "q3": values[0]}
     q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -61,7 +61,7 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired_ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """`"a/b"`: median and quartiles, over the rounds, of a's time divided by b's time in the same round."""
+    """Return for `"a/b"` median and quartiles of the times of a divided by those of b in the same rounds."""
     return {
         f"{a}/{b}": quartiles([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
         for a in seconds
@@ -71,7 +71,7 @@ def paired_ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str,
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
@@ -93,18 +93,18 @@ def progress(text: str) -> None:
 
 
 def where(machine: Mapping[str, Any]) -> str:
-    """The machine in one line."""
+    """Describe the machine in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return f"{machine['device']} ({machine['cores']} cores), {machine['date']}, {versions}, commit {machine['commit']}."
 
 
 def spread(values: Mapping[str, float], digits: int = 3) -> str:
-    """A median with its quartiles."""
+    """Format a median with its quartiles."""
     return f"{values['median']:.{digits}f} [{values['q1']:.{digits}f}, {values['q3']:.{digits}f}]"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """In Markdown."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
 
@@ -117,8 +117,10 @@ def publish(
     setting: Mapping[str, Any],
     output: Path | None,
 ) -> None:
-    """What was found, with setting, machine and ratios, as JSON in `output` or benchmarks/results/NAME.json; the table
-    beside it and on the terminal."""
+    """Write results with setting, machine and ratios as JSON to `output` or benchmarks/results/NAME.json.
+
+    The table is written beside it and to the terminal.
+    """
     result = {"setting": dict(setting), "machine": machine(setting.get("device", "cpu")), **found}
     if "seconds" in found:
         result["ratios"] = paired_ratios(found["seconds"])

@@ -1,9 +1,9 @@
-"""The memory that a training step takes beyond weights and optimizer: our steps and the restated published ones.
+"""Measure the memory of a training step without weights and optimizer: our steps and the restated published ones.
 
     python -m benchmarks.memory --amp bf16                                 # ViT-Tiny/16, batch 32, CPU
     python -m benchmarks.memory --device cuda --amp bf16 --batch_size 512
 
-No time is taken: what is counted is bytes that were asked for, so a busy machine gives the same figures as an idle one.
+Requested bytes are counted, not time, so a busy machine gives the same results as an idle one.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def works(setting: Setting) -> dict[str, dict[str, Callable[[], object]]]:
 
 
 def measure(setting: Setting, say: Callable[[str], None] = progress) -> dict[str, Any]:
-    """Of each part: seconds by round, their ratios, and the peak bytes."""
+    """Return for each part the seconds by round, their ratios, and the peak bytes."""
     torch.set_num_threads(setting.threads)
     device = torch.device(setting.device)
     parts = {}

@@ -1,12 +1,12 @@
-"""MAE's training step, stated again in the plainest way: the yardstick that our own MAE step is measured against.
+"""MAE's training step, restated in the simplest way: the baseline for our own MAE step.
 
-He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Written from the paper's equations and from
-what the published program is known to do in a step, not from its text: two sorts for the mask, the whole forward under
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Written from the paper's equations and
+the known behaviour of the published program, not from its source: two sorts for the mask, the whole forward under
 one autocast, AdamW as torch constructs it, a gradient norm built from one norm per tensor, and a wait for the device
 in every step, because the loss is read as a number and the device is synchronised before the log.
 
-No option, no check and no other objective. Parameters carry MAE's names, so weights move freely between this model
-and `models_mae.MaskedAutoencoderViT`.
+There are no options, checks or other objectives. Parameters have MAE's names, so weights can be copied between this
+model and `models_mae.MaskedAutoencoderViT`.
 
 N images   L patches, row-major   V visible patches   D encoder channels   E decoder channels   P pixel values
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 def sincos_table(channels: int, rows: int, columns: int) -> Tensor:
-    """The fixed positions `[1, 1 + L, channels]`: column first, then row; a row of zeros for the class token."""
+    """Return the fixed positions `[1, 1 + L, channels]`: column first, then row; zeros for the class token."""
     quarter = channels // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -78,14 +78,14 @@ class RestatedMAE(nn.Module):
         return nn.ModuleList(layer() for _ in range(depth))
 
     def patchify(self, images_NCHW: Tensor) -> Tensor:
-        """`[N, L, P]`, each patch's values ordered row, column, channel."""
+        """Return the patches `[N, L, P]`, their values ordered row, column, channel."""
         n, channels, height, width = images_NCHW.shape
         p = self.patch_size
         grid = images_NCHW.reshape(n, channels, height // p, p, width // p, p)
         return torch.einsum("nchpwq->nhwpqc", grid).reshape(n, (height // p) * (width // p), p * p * channels)
 
     def choose(self, noise_NL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices of the visible patches, the order that undoes the shuffle, and the mask (1 = removed)."""
+        """Return indices of the visible patches, the order that inverts the shuffle, and the mask (1 = removed)."""
         n, count = noise_NL.shape
         keep = int(count * (1 - self.mask_ratio))
         shuffle_NL = torch.argsort(noise_NL, dim=1)
@@ -95,7 +95,7 @@ class RestatedMAE(nn.Module):
         return shuffle_NL[:, :keep], restore_NL, torch.gather(mask_NL, 1, restore_NL)
 
     def encode(self, tokens_NLD: Tensor, keep_NV: Tensor) -> Tensor:
-        """Class token and visible patches through the encoder: `[N, 1 + V, D]`."""
+        """Encode class token and visible patches: `[N, 1 + V, D]`."""
         index = keep_NV.unsqueeze(-1).repeat(1, 1, tokens_NLD.shape[2])
         visible_NVD = torch.gather(tokens_NLD, 1, index)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens_NLD), -1, -1)
@@ -105,7 +105,7 @@ class RestatedMAE(nn.Module):
         return self.norm(x)
 
     def decode(self, latent: Tensor, restore_NL: Tensor) -> Tensor:
-        """The prediction `[N, L, P]` for every patch."""
+        """Return the prediction `[N, L, P]` for every patch."""
         x = self.decoder_embed(latent)
         hidden = self.mask_token.repeat(x.shape[0], restore_NL.shape[1] + 1 - x.shape[1], 1)
         full = torch.cat([x[:, 1:], hidden], dim=1)
@@ -116,7 +116,7 @@ class RestatedMAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def reconstruction(self, images: Tensor, pred_NLP: Tensor, mask_NL: Tensor) -> Tensor:
-        """The mean squared error over the removed patches."""
+        """Return the mean squared error over the removed patches."""
         target = self.patchify(images)
         if self.norm_pix_loss:
             mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)

@@ -1,12 +1,12 @@
-"""The step of the released NoR-MAE, stated again in the plainest way: the yardstick of our own NoR-MAE step.
+"""The training step of the released NoR-MAE, restated in the simplest way: the baseline for our own NoR-MAE step.
 
-Meng et al., "Closest Neighbors are Harmful for Lightweight Masked Auto-encoders", CVPR 2025. What is restated is the
-behaviour of the released program, deviations from the paper included, in our own words: eight neighbours that wrap
-around the border, held as `[N, L, 8, D]`; a selection that gathers along the patches where it means the neighbours;
-a second pass without gradient; one P x P matrix per image, from which the off-diagonal sum is taken; an autocast of the
-model's own inside the engine's; query, key and value picked out of one tensor by number.
+Meng et al., "Closest Neighbors are Harmful for Lightweight Masked Auto-encoders", CVPR 2025. It has the
+behaviour of the released program, deviations from the paper included: eight neighbours that wrap around the border,
+stored as `[N, L, 8, D]`; a selection that gathers along the patches instead of the neighbours; a second pass without
+gradient; one P x P matrix per image, from which the off-diagonal sum is computed; an autocast in the model inside that
+of the engine; query, key and value indexed from one tensor.
 
-It knows one square grid and one relation, as the released program does.
+As in the released program, there are only square grids and one relation.
 
 N images   L patches, row-major   V visible patches   D encoder channels   P pixel values of a patch
 """
@@ -42,7 +42,7 @@ class NumberedBlock(Block):
 
 
 def wrapped_neighbors(side: int) -> Tensor:
-    """`[L, 8]`: the eight patches around each one of a `side` x `side` grid that wraps around; lowest index first."""
+    """Return the eight neighbours of each patch of a `side` x `side` torus, `[L, 8]`, in ascending order."""
     place = torch.arange(side * side)
     row, column = place // side, place % side
     steps = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
@@ -66,7 +66,7 @@ class RestatedNoRMAE(RestatedMAE):
         self.neighbors_L8 = wrapped_neighbors(grid[0])  # on the CPU, as released
 
     def companions(self, tokens_NLD: Tensor) -> Tensor:
-        """The released "closest neighbour" tokens `[N, L, D]`."""
+        """Return the released "closest neighbour" tokens `[N, L, D]`."""
         around_NL8D = tokens_NLD[:, self.neighbors_L8]
         own_NL1D = F.normalize(tokens_NLD, dim=-1).unsqueeze(2)
         similarity_NL1K = own_NL1D @ F.normalize(around_NL8D, dim=-1).transpose(2, 3)
@@ -81,7 +81,7 @@ class RestatedNoRMAE(RestatedMAE):
         return (pred_NLP - pred_NLP.mean(dim=-1, keepdim=True)) / torch.sqrt(variance + 1e-6)
 
     def relation(self, pred_NLP: Tensor, companion_NLP: Tensor) -> Tensor:
-        """The sum of the off-diagonal entries of the mean P x P matrix, by way of one such matrix per image."""
+        """Return the off-diagonal sum of the mean P x P matrix, by way of one such matrix per image."""
         product_NPP = torch.einsum("nlp,nlq->npq", self.standardise(pred_NLP), self.standardise(companion_NLP))
         matrix_PP = (product_NPP / pred_NLP.shape[1]).mean(dim=0)
         return matrix_PP.sum() - matrix_PP.diagonal().sum()

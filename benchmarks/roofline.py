@@ -1,12 +1,12 @@
-"""Which share of what the device can do a training step does: its arithmetic and its bytes against measured ceilings.
+"""Compare arithmetic and memory traffic of a training step with the measured limits of the device.
 
     python -m benchmarks.roofline --device cuda --amp bf16 --batch_size 512 --variants mae nor nor+compile
     python -m benchmarks.roofline --batch_size 8                       # a CPU has a roof as well
 
-Ceilings are the best of several large matrix products and large copies on this very device. A step's arithmetic is
-that of its matrix products and attentions; its bytes are what every operation reads and writes, when each goes to
-memory and back (eager), or as the compiler counts them for its fused kernels (compiled). The floor is the longer of
-both times, and the share is that floor over the measured time.
+The limits are the best of several large matrix products and large copies on the device. The arithmetic of a step is
+that of its matrix products and attentions; its bytes are those that all operations read and write, without fusion
+(eager) or as the compiler counts them for its fused kernels (compiled). The lower bound of the time is the larger of
+both, and the share is that bound divided by the measured time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BytesMoved(TorchDispatchMode):
 
 
 def ceilings(setting: Setting, seconds: float = 1.0) -> dict[str, float]:
-    """The best rate of a large matrix product (FLOP/s) and of a large copy (bytes/s), tried for so long each."""
+    """Return the best rate of a large matrix product (FLOP/s) and of a large copy (bytes/s)."""
     device, dtype = torch.device(setting.device), AMP[setting.amp] or torch.float32
     _, clock = clock_of(setting)
     side = 8192 if device.type == "cuda" else 1024
@@ -60,7 +60,7 @@ def ceilings(setting: Setting, seconds: float = 1.0) -> dict[str, float]:
 
 
 def best(work: Callable[[], object], device: torch.device, clock: Callable[[], float], seconds: float) -> float:
-    """The shortest time that it took."""
+    """Return the shortest time."""
     shortest, end = float("inf"), time.perf_counter() + seconds
     while shortest == float("inf") or time.perf_counter() < end:
         wait(device)
@@ -72,7 +72,7 @@ def best(work: Callable[[], object], device: torch.device, clock: Callable[[], f
 
 
 def moved(setting: Setting, name: str) -> dict[str, float]:
-    """FLOP of a step, and the bytes that it moves eagerly: in all, and beside forward and backward."""
+    """Return the FLOP of a step, and its bytes without fusion: in all, and outside forward and backward pass."""
     device = torch.device(setting.device)
     images = torch.randn(setting.batch_size, 3, setting.input_size, setting.input_size, device=device)
     noise = torch.rand(setting.batch_size, 2, setting.patches, device=device)
@@ -89,7 +89,7 @@ def moved(setting: Setting, name: str) -> dict[str, float]:
 
 
 def share_of_roof(setting: Setting, name: str, roof: Mapping[str, float]) -> dict[str, float]:
-    """Of one variant: its rate, what a step moves, and its shares."""
+    """Return for one variant its rate, the bytes of a step, and its shares of the limits."""
     metrics.reset()
     seconds = quartiles(measure(setting, [name], say=progress)["seconds"][name])["median"]
     work = moved(setting, name)

@@ -1,11 +1,11 @@
-"""What saving costs: a run's checkpoint written as a run writes it, against the same bytes written at once, in turn.
+"""Measure the cost of saving: a checkpoint written as in a run, and the same bytes written at once.
 
     python -m benchmarks.saving                      # ViT-Tiny with the published decoder, to where temporary files go
     python -m benchmarks.saving --folder /mnt/network --device cuda --batch_size 256
 
-A checkpoint holds weights and both moments of AdamW; it is flushed to the disk and renamed, and its predecessor gets a
-second name. Training waits for it. The share of a training is what the default of `save_minutes` makes of that, or the
-end of every epoch where an epoch on ImageNet-1K is shorter, at the speed of the step that is measured here.
+A checkpoint contains weights and both moments of AdamW; it is flushed to the disk and renamed, and its predecessor gets
+a second name. Training waits for it. The share of the training time assumes a checkpoint every `save_minutes` (default)
+or after every epoch of ImageNet-1K, if that is shorter at the speed of the step measured here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def write_at_once(content: bytes, path: Path) -> None:
-    """The least that a lasting file takes."""
+    """Write the bytes and flush them to disk, the lower bound for a checkpoint."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -43,7 +43,7 @@ def write_at_once(content: bytes, path: Path) -> None:
 
 
 def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) -> dict[str, Any]:
-    """Seconds of a save, of the plain bytes and of a step, by round, and the shares of a training."""
+    """Return seconds of a save, of the plain bytes and of a step, by round, and the shares of a training."""
     torch.set_num_threads(given.threads)
     setting = Setting(size=given.size, batch_size=given.batch_size, device=given.device, threads=given.threads)
     step = OurStep(setting, "nor_mae", compiled=False)

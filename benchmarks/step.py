@@ -1,4 +1,4 @@
-"""How long a training step takes: our steps and the restated published ones, in turn, in one process.
+"""Measure the time of a training step: our steps and the restated published ones, in one process.
 
     python -m benchmarks.step                                          # ViT-Tiny/16, batch 32, one CPU thread, fp32
     python -m benchmarks.step --device cuda --batch_size 256 --amp bf16 --variants restated_nor nor nor+compile
@@ -76,7 +76,7 @@ class Setting:
     def build(
         self, method: str, terms: dict[str, Any] | None = None, mask_ratio: float | None = None
     ) -> torch.nn.Module:
-        """Our model of that method; the same weights for the same seed. `mask_ratio` None: the method's own."""
+        """Build the model of a method; the same seed gives the same weights. `mask_ratio` None: that of the method."""
         with tempfile.TemporaryDirectory() as folder:
             if "teacher" in methods.METHODS[method].terms:
                 teacher = self.write_teacher(Path(folder) / "teacher.pth", full_decoder=method == "g2sd")
@@ -128,7 +128,7 @@ class OurStep:
 
 
 def restated(setting: Setting, model_class: type[RestatedMAE], **more: Any) -> RestatedStep:
-    """A restated step with the very weights that our model starts from."""
+    """Create a restated step with the initial weights of our model."""
     ours: Any = setting.build("mae")
     model = model_class(
         img_size=setting.input_size,
@@ -182,7 +182,7 @@ USUAL = ("restated_mae", "mae", "restated_nor", "nor", "nor_r20")
 
 
 def clock_of(setting: Setting) -> tuple[str, Callable[[], float]]:
-    """One CPU thread is timed by its CPU time, which other programs disturb least; all else by the wall."""
+    """Return the clock: CPU time for one CPU thread, which other programs disturb least, otherwise wall time."""
     if setting.device == "cpu" and setting.threads == 1:
         return "CPU time", time.process_time
     return "wall time", time.perf_counter
@@ -194,7 +194,7 @@ def wait(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], object], setting: Setting) -> float:
-    """One turn: the mean of `setting.steps` runs."""
+    """Return the mean time of `setting.steps` steps."""
     (_, clock), device = clock_of(setting), torch.device(setting.device)
     wait(device)
     began = clock()
@@ -205,7 +205,7 @@ def seconds_of(work: Callable[[], object], setting: Setting) -> float:
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """How much more memory the device holds at the worst moment of a step than before it."""
+    """Return the peak of the device memory in a step minus that before the step."""
     if device.type == "cuda":
         wait(device)
         before = torch.cuda.memory_allocated(device)
@@ -234,7 +234,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 def prepared(
     setting: Setting, names: Sequence[str], say: Callable[[str], None]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each variant by name, warmed up, as a step on one synthetic batch, which is the same for all."""
+    """Return each variant by name as a warmed-up step on the same synthetic batch."""
     torch.set_num_threads(setting.threads)
     device = torch.device(setting.device)
     generator = torch.Generator().manual_seed(setting.seed)
@@ -264,7 +264,7 @@ def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None] =
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The figures as a table: one row a variant, one column a baseline."""
+    """Return the results as a table: one row per variant, one column per baseline."""
     setting, seconds = Setting(**result["setting"]), result["seconds"]
     rows = [
         [
@@ -284,7 +284,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def setting_parser(description: str, variants: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """Flags for the setting, and for `variants` if it is given."""
+    """Create the parser of the setting, and of `variants` if it is given."""
     default = Setting()
     numbers = {
         "patch_size": "side of a patch in pixels",

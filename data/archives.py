@@ -1,13 +1,13 @@
-"""Tar archives of images: which members are images, and what labels them.
+"""Find the images and labels in tar archives.
 
 The members of one sample share a key, as WebDataset defines it: the folder, and everything before the first dot of the
 file's name. `a/000.jpg`, `a/000.cls` and `a/000.seg.png` are one sample; so are `s_1.000.jpg` and `s_1.001.jpg`, which
-is seldom meant and refused where it would decide a label. Labels are found in this order:
+is seldom intended and refused if a label depends on it. Labels are found in this order:
 
     KEY.cls (KEY.class)   a number, or a word
     KEY.json              {"label": ...}; also class, cls, category, target, class_id, label_id, class_index
-    KEY.txt               a number, or a word that several samples share; otherwise texts are captions and no labels
-    folders               CLASS/IMAGE, where no image has one of these files
+    KEY.txt               a number, or a word that several samples share; other texts are captions, not labels
+    folders               CLASS/IMAGE, if no image has one of these files
 """
 
 from __future__ import annotations

@@ -159,7 +159,8 @@ def random_boxes(sizes: np.ndarray, min_scale: float, drawn: np.ndarray) -> np.n
 
     Args:
         sizes: Rows and columns of the images, `[N, 2]`.
-        uniform: Uniform numbers, `[N, 2 ATTEMPTS + 2]`.
+        min_scale: Minimum share of the area.
+        drawn: Uniform numbers in [0, 1), `[N, 2 ATTEMPTS + 2]`.
     """
     height, width = sizes[:, 0], sizes[:, 1]
     area = (height * width)[:, None] * (min_scale + (1 - min_scale) * drawn[:, :ATTEMPTS])

@@ -1,6 +1,6 @@
-"""One image: from a file's bytes to uint8 pixels, and from pixels to the crop a model sees.
+"""Read one image: from the bytes of a file to uint8 pixels, and to the crop for the model.
 
-Everything that can be wrong with a file ends as one exception, `BadImage`, with the reason. EXIF orientation is applied
+Every problem of a file is raised as `BadImage`, with the reason. EXIF orientation is applied
 wherever an image or a mask is read, so that pixels lie as viewers show them; files without the tag are not affected.
 Files of more than 8 bits are read as stored and scaled by the data set's `value_range` (`data.depth`). Crops are cut
 and resized as uint8 tensors, which is Pillow's antialiased bicubic to a level or so, several times faster, and works

@@ -1,9 +1,9 @@
-"""From a source of images to the batches of a run, in an order that no machine detail can change.
+"""Load batches of a source of images, in an order that does not depend on the machine.
 
-What a batch holds is a function of (seed, epoch, position) alone. The epoch's order is one permutation; a global batch
-is a stretch of it, however many processes, accumulation steps or workers share it. Each sample's augmentation and mask
-noise are drawn from (seed, epoch, index). So workers carry no state, any optimizer step of any epoch can be started at
-directly, and an interrupted run resumes with exactly the same images.
+The content of a batch is a function of (seed, epoch, position) only. The order of an epoch is one permutation; a global
+batch is a range of it, for any number of processes, accumulation steps or workers. The augmentation and mask noise of a
+sample are drawn from (seed, epoch, index). Therefore workers have no state, loading can start at any optimizer step,
+and an interrupted run resumes with exactly the same images.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Images with masks that say the class of every pixel: where they come from, and whether they can be trained on.
+"""Open and check images with masks, which contain the class of every pixel.
 
     DATA/images/{train,val}/a.jpg       DATA/masks/{train,val}/a.png             with classes.txt, a name a line
     DATA/images/a.jpg                   DATA/masks/a.png                         a random share is held out for testing
     ADE/images/{training,validation}/   ADE/annotations/{training,validation}/   ADEChallengeData2016 as it is unpacked
 
-A mask holds the number of each pixel's class: a grey file of 1, 8 or 16 bits, one with a palette, of which the numbers
-count and not the colours, or a `.npy` array. `mask_values` maps other stored values, or colours, to classes. EXIF
-orientation is applied to images and masks alike. Every mask is looked at before training: a pair that does not fit is
-reported by name, and values that cannot be what the class list says are refused.
+A mask contains the class index of each pixel: a grey file of 1, 8 or 16 bits, one with a palette, whose indices are
+used and not the colours, or a `.npy` array. `mask_values` maps other stored values, or colours, to classes. EXIF
+orientation is applied to images and masks. Every mask is checked before training: invalid image-mask pairs are reported
+by name, and values that contradict the class list are refused.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def _report(folder: _Folder, looks: Sequence[_Look], total: Counter[int]) -> Non
         *(", ".join(shares), more),
     )
     if kinds["palette"]:
-        log.info("masks with a palette: the numbers count, not the colours")
+        log.info("masks with a palette: the indices are used, not the colours")
     if turned := sum(look.orientation > 1 for look in looks):
         log.warning(
             "masks: %d of %d images have an EXIF orientation tag and are turned as it says; their masks are taken to "

@@ -1,9 +1,8 @@
-"""Where images come from: folders, list files, tar shards, torchvision's and Hugging Face's data sets, embedded digits.
+"""Open image data: folders, list files, tar shards, torchvision and Hugging Face data sets, embedded digits.
 
-Every store becomes the same thing, a `Source`: names, labels where there are any, and a function that reads one image
-by its number. All are random access, so a run resumes exactly on any of them; streaming readers cannot do that and are
-refused. What could be ambiguous (is this folder labelled?) is decided by a stated rule and logged, with what was left
-out.
+Each of them is opened as a `Source`: names, labels if there are any, and a function that reads an image by its index.
+All have random access, so that a run resumes exactly; streaming data sets are refused for that reason. Ambiguous cases
+(is this folder labelled?) are decided by documented rules and logged, together with what was left out.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ from options import RunOptions, nearest
 log = logging.getLogger(__name__)
 
 IMAGENET100 = Path(__file__).resolve().parent.parent / "configs" / "imagenet100.txt"
-CALTECH_TRAIN, CALTECH_TEST = 30, 50  # images of each class, as the literature takes them
+CALTECH_TRAIN, CALTECH_TEST = 30, 50  # images of each class, as in the literature
 
 
 class Names(Sequence[str]):
@@ -98,16 +97,16 @@ class Source:
     """Images in a fixed order.
 
     names     path (relative to the data folder) or id of each image
-    read      number of an image -> uint8 `[H, W, C]`, or a Pair with its mask; raises `data.images.BadImage`
+    read      index of an image -> uint8 `[H, W, C]`, or a Pair with its mask; raises `data.images.BadImage`
     labels    int64 `[n]`, or None
-    classes   the labels' names, or None
-    selection sha256 of the class list that chose them, or of a pack; or ""
-    path      number of an image -> its file, where each has one of its own
-    class_pixels int64 `[n, K]`, pixels of each class in each mask, where they were counted
-    value_range lowest and highest value that become 0 and 255, of files of more than 8 bits; ()
-    read_lazily as `read`, but JPEG files may be returned as `data.images.Undecoded`; None where there are no files
-    notes     what a user would want to know of how the images were found, a line each
-    problem   why no classifier can be trained on the labels, or on images without any; or ""
+    classes   names of the labels, or None
+    selection sha256 of the class list or of the pack; or ""
+    path      index of an image -> its file, if each image has its own file
+    class_pixels int64 `[n, K]`, pixels of each class in each mask, if they were counted
+    value_range lowest and highest value, which become 0 and 255, of files of more than 8 bits; ()
+    read_lazily as `read`, but JPEG files may be returned as `data.images.Undecoded`; None if there are no files
+    notes     messages for the user on how the images were found
+    problem   reason why no classifier can be trained on the labels, or on images without labels; or ""
     """
 
     names: Sequence[str]
@@ -172,22 +171,22 @@ def open_source(
             `imagenet100`, or a sequence.
         known: Classes of the training images, to which folders of another split are matched by name.
         value_range: Scales files of more than 8 bits; by default it is decided from a sample, see `data.depth`.
-        label_offset: Number of the first class in a list or in label files; None: 0.
-        exact: Raise NoSplit where there are no validation images, although there are test images.
+        label_offset: Index of the first class in a list or in label files; None: 0.
+        exact: Raise NoSplit if there are no validation images, even if there are test images.
 
     Raises:
         NoSplit: There are no images of this split.
-        ValueError: Anything else that is wrong with the data.
+        ValueError: The data cannot be used; the message says why.
 
     dataset           data_path      what is read
-    auto              anything       digits, a list (.txt), a tar shard (.tar) or a folder, by the look of data_path
-    folder            DATA           DATA/train/<class>/*, DATA/<class>/*, or images in any other order, unlabelled
+    auto              anything       digits, a list (.txt), a tar shard (.tar), a pack or a folder, by data_path
+    folder            DATA           DATA/train/<class>/*, DATA/<class>/*, or images in any other layout, unlabelled
     digits            -              scikit-learn's 1797 handwritten digits, 8 x 8 pixels
     scenes            -              generated scenes of data/scenes.py, 64 x 96 pixels, unlabelled
-    LIST.txt          "" or DATA     a path a line, perhaps with a label; relative to DATA, or else to the list
+    LIST.txt          "" or DATA     one path per line, with or without a label; relative to DATA or to the list
     torch/cifar10 ... DATA           one of torchvision's data sets, already unpacked there
-    hfds/NAME         "" or a cache  a Hugging Face data set (package `datasets`), which downloads what it lacks
-    wds, wds/SHARDS   DATA           tar shards of WebDataset or of class folders; SHARDS may hold * and {00..99}
+    hfds/NAME         "" or a cache  a Hugging Face data set (package `datasets`), which is downloaded if necessary
+    wds, wds/SHARDS   DATA           tar shards of WebDataset or of class folders; SHARDS may contain * and {00..99}
     pack              PACK           what tools.pack made (`auto` recognises it)
     """
     dataset, data_path = os.path.expanduser(dataset), os.path.expanduser(data_path)
@@ -319,7 +318,7 @@ def _open_folder(wanted: _Wanted) -> Source:
             why = f"class list {class_list if isinstance(class_list, str) else 'as given'}, sha256 {selection}"
         else:
             why = "a folder for each class of the training images"
-        if not names and not class_list:  # its folders are named otherwise, or it is flat
+        if not names and not class_list:  # its folders have other names, or it is flat
             found = _walk_without(root, others)
             names, labels, classes, notes = found.names, None, None, []
             problem = why = f"no folder is named like a class of the training images, such as {wanted.known[0]}"  # type: ignore[index]
@@ -576,7 +575,7 @@ def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequ
     """Open the pack of a split in `data_path`, or `data_path` itself if it is a pack of the training images."""
     folder = data_path if split == "train" and is_pack(data_path) else os.path.join(data_path, split)
     if not is_pack(folder):
-        raise NoSplit(f"no {split} images: {folder} holds no pack made by tools.pack")
+        raise NoSplit(f"no {split} images: {folder} contains no pack made by tools.pack")
     pack = open_pack(folder)
     if class_list and read_class_list(class_list)[0] != pack.manifest["classes"]:
         raise ValueError(f"the pack {folder} has other classes than class_list: give class_list when packing")
@@ -618,10 +617,10 @@ def _same_source(pack: Pack) -> None:
         packed = {*pack.names, *(name for name, _ in pack.manifest["left_out"])}
         added, gone = sorted(set(now.names) - packed), sorted(packed - set(now.names))
         different = f"{len(added)} images were added ({some(added)}), {len(gone)} are gone ({some(gone)})"
-        different = different if added or gone else "classes or labels are others"
+        different = different if added or gone else "classes or labels have changed"
     raise ValueError(
         f"{made['data_path']} has changed since the pack {pack.folder} was created from it: {different}. Pack again, "
-        f"or let the pack stand on its own: python -m tools.pack --detach {pack.folder}"
+        f"or make the pack independent of it: python -m tools.pack --detach {pack.folder}"
     )
 
 
@@ -630,11 +629,11 @@ def _same_source(pack: Pack) -> None:
 
 def _open_digits(split: str, in_chans: int) -> Source:
     """Open scikit-learn's handwritten digits; "val" is a quarter of the images of each digit, drawn with seed 0."""
-    from sklearn.datasets import load_digits  # here, because it takes longer to import than all else in this file
+    from sklearn.datasets import load_digits  # imported here, because this takes long
 
     split = official_split("digits", split)
     digits = load_digits()
-    drawn = np.random.RandomState(0)  # a legacy generator, because its stream is promised never to change
+    drawn = np.random.RandomState(0)  # the stream of this legacy generator is guaranteed not to change
     groups = [drawn.permutation(np.flatnonzero(digits.target == digit)) for digit in range(10)]
     held_out = np.concatenate([group[: len(group) // 4] for group in groups])
     chosen = np.sort(held_out) if split == "val" else np.setdiff1d(np.arange(len(digits.target)), held_out)
@@ -668,7 +667,7 @@ def _with(splits: dict[str, list[dict[str, Any]]], **more: Any) -> dict[str, lis
     return {split: [ask | more for ask in asks] for split, asks in splits.items()}
 
 
-# name: (torchvision class, what each of our splits asks of it: the splits that the literature uses)
+# name: (torchvision class, arguments for each split, as used in the literature)
 TORCHVISION: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
     "cifar10": ("CIFAR10", _TRAIN_FLAG),
     "cifar100": ("CIFAR100", _TRAIN_FLAG),
@@ -683,7 +682,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
     "dtd": ("DTD", _with(_BOTH_TEST, partition=1)),
     "food101": ("Food101", _TRAIN_TEST),
     "fgvc_aircraft": ("FGVCAircraft", _with(_TRAINVAL_TEST, annotation_level="variant")),
-    "caltech101": ("Caltech101", {"train": [{}], "val": [{}]}),  # it has no splits of its own: see _caltech101_split
+    "caltech101": ("Caltech101", {"train": [{}], "val": [{}]}),  # it has no splits: see _caltech101_split
 }
 
 
@@ -695,7 +694,7 @@ def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> S
     class_name, splits = TORCHVISION[name]
     split = official_split(f"torch/{name}", split)
     if not data_path:
-        raise ValueError(f"torch/{name} needs --data_path: the folder that torchvision unpacked it in")
+        raise ValueError(f"torch/{name} needs --data_path: the folder into which torchvision unpacked it")
     maker = getattr(torchvision.datasets, class_name)
     try:
         parts = [maker(root=data_path, download=False, **ask) for ask in splits[split]]
@@ -722,7 +721,7 @@ def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> S
 def _caltech101_split(labels: np.ndarray, classes: list[str], split: str) -> tuple[np.ndarray, str]:
     """Return (indices, description) of a split: 30 images per class for training, at most 50 others for testing.
 
-    Each class is drawn by its own name, so that one that is missing or longer changes nothing for the others.
+    Each class is drawn with a seed from its name, so that changes of other classes have no effect.
     """
     chosen = []
     for label, name in enumerate(classes):
@@ -763,7 +762,7 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
         table = datasets.load_dataset(name, split=theirs, cache_dir=cache or None)
     except NoSplit:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a set that is a program, which is not run
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set with a script, which is not run
         raise ValueError(f"hfds/{name} cannot be opened: {error}") from error
     image_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     label_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)), None)
@@ -772,7 +771,7 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
     labels = np.array(table[label_key][:], np.int64) if label_key else None
     problem = "" if label_key else f"no column is a ClassLabel: {', '.join(table.features)}"
     if labels is not None and (unlabelled := int((labels < 0).sum())):
-        problem, labels = f"{unlabelled} of {len(labels)} images have the label -1, which means none", None
+        problem, labels = f"{unlabelled} of {len(labels)} images have the label -1, which means no label", None
     classes = list(table.features[label_key].names) if labels is not None else None
     names = Names(f"{name}/{theirs}/{index:06d}" for index in range(len(table)))
     table = table.cast_column(image_key, datasets.Image(decode=False)).select_columns(image_key)
@@ -795,7 +794,7 @@ def _read_hugging_face(
 
 
 def _open_shards(wanted: _Wanted, pattern: str) -> Source:
-    """Open tar files as random-access stores: their headers are read once, images by their offset afterwards."""
+    """Open tar files with random access: headers are read once, then images by their offset."""
     data_path = wanted.data_path
     shards, named = find_shards(pattern, data_path, wanted.split)
     log.info("data: indexing %d tar shards in %s", len(shards), data_path)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Small data, small models: pretrain on CIFAR-10 or CIFAR-100 alone at their own 32 pixels, fine-tune there, report.
-# Beside what pretraining gives stands the same encoder from scratch. The other variables stand in table.sh.
+# The same encoder is also trained from scratch. For the other variables see table.sh.
 #
 #   DATA=CIFAR10 bash scripts/small_data.sh                     one GPU; MORE="--num_workers 12" for its processors
 #   DATA=CIFAR100 SET=cifar100 bash scripts/small_data.sh

@@ -1,10 +1,10 @@
-"""Look at everything that a long run needs before it begins, and say what the run will take.
+"""Check everything that a long run needs before it starts, and estimate its time, memory and price.
 
     python -m tools.doctor -c configs/pretrain/nor_mae_vit_tiny_in1k.yaml --data_path IMAGENET --price 3.19
 
 It takes the options of main_pretrain.py, or with --program those of main_finetune.py or main_segment.py, checks
-packages, images and masks, shared memory, disk and GPUs, and trains on a few batches as the run would, so that time,
-memory and price of an epoch are measured and not guessed. It writes nothing.
+packages, images and masks, shared memory, disk and GPUs, and measures time and memory by training on a few batches as
+the run would. It writes nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ log = logging.getLogger("doctor")
 
 GOOD, DOUBTFUL, WRONG = "ok", "doubtful", "WRONG"
 LOOKED_AT = 64  # images
-WARM_UP = 2  # batches before the clock runs
+WARM_UP = 2  # batches before the measurement
 PREFETCHED = 2  # batches that each worker holds ready in shared memory
 GB = 1e9
 SHARED_MEMORY = Path("/dev/shm")
@@ -72,14 +72,14 @@ def learned(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_bytes(plan: Plan, optimizer: torch.optim.Optimizer) -> int:
-    """Size of a checkpoint: the weights, their moving average if there is one, and the moments of the optimizer."""
+    """Return the size of a checkpoint: weights, their moving average if there is one, moments of the optimizer."""
     averaged = bool(getattr(plan.options, "ema", 0))
     moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
     return bytes_of(plan.model.state_dict()) * (1 + averaged) + moments * bytes_of(learned(plan.model))
 
 
 def checkpoint_files(options: RunOptions) -> int:
-    """How many checkpoints lie side by side: those kept, the last two, one being written, and the best if any is."""
+    """Return the maximum number of checkpoint files: those kept, the last two, one being written, and the best."""
     return options.keep + (3 if options.PROGRAM == "pretrain" else 4)
 
 
@@ -98,7 +98,7 @@ class Finding:
 
 
 def packages(requirements: Path = PROJECT / "requirements.txt") -> Iterator[Finding]:
-    """Installed versions against the pinned ones, and the two packages that may fail although they are installed."""
+    """Compare installed versions with the pinned ones, and check two packages that may fail although installed."""
     missing, other = [], []
     pinned = re.findall(r"^([\w.-]+)==(\S+)$", requirements.read_text(), re.MULTILINE)
     for name, wanted in pinned:
@@ -125,7 +125,7 @@ def packages(requirements: Path = PROJECT / "requirements.txt") -> Iterator[Find
 
 
 def images(source: Source, max_bad_fraction: float) -> Finding:
-    """How many there are, and whether some from all over the data can be read, with their masks if they have any."""
+    """Count the images and check that some of them can be read, with their masks if they have any."""
     indices = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
     bad, masked, began = [], False, time.monotonic()
     for index in indices:
@@ -148,23 +148,23 @@ def images(source: Source, max_bad_fraction: float) -> Finding:
 
 
 def shared_memory(options: RunOptions, image_bytes: int, processes: int) -> Finding:
-    """Whether the batches that workers hold ready have room where they are handed over."""
+    """Check that the batches that workers prepare fit into shared memory."""
     workers = 0 if getattr(options, "data_on_device", False) else options.num_workers
     needed = processes * workers * PREFETCHED * options.batch_size * image_bytes
     if not needed:
-        return Finding(GOOD, "shared memory", "not needed: no workers load")
+        return Finding(GOOD, "shared memory", "not needed: there are no loader workers")
     if not SHARED_MEMORY.is_dir():
-        return Finding(DOUBTFUL, "shared memory", f"there is no {SHARED_MEMORY} to look at")
+        return Finding(DOUBTFUL, "shared memory", f"there is no {SHARED_MEMORY}, so it cannot be checked")
     return room(needed, SHARED_MEMORY, "shared memory", f"{processes} x {workers} workers hold")
 
 
 def disk(output_dir: str, checkpoint_bytes: int, checkpoints: int) -> Finding:
-    """Whether the run's folder can be written, and has room for all checkpoints that lie side by side."""
+    """Check that the run folder can be written, and has room for all checkpoints."""
     place = Path(output_dir).resolve()
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        return Finding(WRONG, "disk", f"{place} is no folder that can be written; name another --output_dir")
+        return Finding(WRONG, "disk", f"{place} is not a writable folder; give another --output_dir")
     said = f"{checkpoints} checkpoints of {checkpoint_bytes / GB:.3f} GB take"
     return room(checkpoints * checkpoint_bytes, place, "disk", said)
 
@@ -176,7 +176,7 @@ def room(needed: int, place: Path, what: str, said: str) -> Finding:
 
 
 def devices(device: torch.device, processes: int) -> Iterator[Finding]:
-    """What is here to train on, and whether the GPUs can add up numbers together."""
+    """Report the devices, and check that the GPUs can communicate."""
     if device.type != "cuda":
         yield Finding(GOOD, "device", f"{device}, {torch.get_num_threads()} threads; no GPU is used")
         return
@@ -259,7 +259,7 @@ def estimate(
         cost = processes * price * hours
         yield f"price, at {price:g} an hour and device: {cost:.2f} an epoch, {options.epochs * cost:.2f} the run"
     if processes > 1:
-        yield "(measured on one process: the others are taken to be as fast, and exchanging gradients to be free)"
+        yield "(measured with one process; exchanging gradients is assumed to take no time)"
 
 
 def duration(hours: float) -> str:
@@ -298,10 +298,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="All other options are those of the program.",
         allow_abbrev=False,
     )
-    parser.add_argument("--program", choices=COMMANDS, default="main_pretrain.py", help="what is to run")
-    parser.add_argument("--price", type=float, help="of one device for an hour, in any currency")
-    parser.add_argument("--processes", type=int, default=1, help="how many the run will have, one for each device")
-    parser.add_argument("--batches", type=int, default=10, help="on how many to train for the estimate")
+    parser.add_argument("--program", choices=COMMANDS, default="main_pretrain.py", help="program of the run")
+    parser.add_argument("--price", type=float, help="price of a device per hour, in any currency")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes of the run, one per device")
+    parser.add_argument("--batches", type=int, default=10, help="batches to train on for the estimate")
     given, words = parser.parse_known_args(argv)
     talk(main=True)
     wrong = False
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(COMMANDS[given.program], words)
     except ValueError as error:
-        raise ValueError(f"{error} (as {given.program} reads it; --program names another)") from None
+        raise ValueError(f"{error} (options of {given.program}; --program selects another program)") from None
     for found in examine(options, given.processes, given.batches, given.price):
         wrong |= isinstance(found, Finding) and found.verdict == WRONG
         sys.stdout.write(f"{found}\n")

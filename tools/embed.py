@@ -1,17 +1,17 @@
-"""Features of images, with their names: what a trained encoder makes of each image of a folder.
+"""Compute the features of all images of a folder with a trained encoder.
 
     python -m tools.embed output/mine PHOTOS                               # features.npz in the run's folder
     python -m tools.embed output/mine PHOTOS --split val --output val.npz
-    python -m tools.embed output/finetune/checkpoints/best.pth PHOTOS      # a classifier's, and what it says
+    python -m tools.embed output/finetune/checkpoints/best.pth PHOTOS      # a classifier's features and logits
 
 The file holds, in the order of the images:
 
     features  float32 [n, D]   of a pretrained encoder the average of the patch tokens after the last norm (of MoCo-v3
-                               and DINO the class token), the vector of all figures of this project; of a classifier,
-                               what its head is given
+                               and DINO the class token), as in all evaluations of this project; of a classifier,
+                               the input of its head
     names     [n]              each image's path, relative to the folder
     labels    int64 [n]        and `classes`, their names, if there is a folder for each class
-    logits    float32 [n, C]   of a classifier, for `logit_classes`, their names, if the run's folder tells them
+    logits    float32 [n, C]   of a classifier; `logit_classes`: class names, if the run folder has them
 
 Images that cannot be read are left out and named in the log.
 """

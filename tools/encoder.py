@@ -127,8 +127,11 @@ class Encoder:
 
     @torch.inference_mode()
     def answers(self, images: Tensor) -> dict[str, Tensor]:
-        """Of normalised images `[N, C, H, W]`: `tokens` `[N, 1 + L, D]` after the last norm if there is one before the
-        pooling, `features` `[N, D]` and, of a classifier, `logits`."""
+        """Return the outputs for normalised images `[N, C, H, W]`.
+
+        `tokens` `[N, 1 + L, D]` after the last norm if there is one before the pooling, `features` `[N, D]` and, of a
+        classifier, `logits`.
+        """
         tokens = self.model.forward_features(images)
         features = self.model.forward_head(tokens, pre_logits=True)
         answers = {"tokens": tokens, "features": features}
@@ -139,7 +142,7 @@ class Encoder:
         return torch.randn(count, *self.image_shape, generator=torch.Generator().manual_seed(0))
 
     def at_size(self, input_size: tuple[int, int]) -> Encoder:
-        """The same for images of another height and width: positions are resampled, as MAE does it to fine-tune."""
+        """Return the encoder for images of another height and width: positions are resampled, as in MAE."""
         patch_grid(input_size, self.arguments["patch_size"])  # refuses sizes that the patches do not fill
         arguments = self.arguments | {"img_size": input_size}
         model = _create(self.architecture, arguments)
@@ -148,9 +151,14 @@ class Encoder:
 
 
 def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: int = 0) -> Encoder:
-    """The encoder of a run folder or a checkpoint, for images of `input_size` (by default those it was trained on).
+    """Load the encoder of a run folder or a checkpoint.
 
-    `num_heads` is for weights of other programs, which do not tell. ValueError where there is no plain encoder.
+    Args:
+        input_size: Image size; by default that of the training.
+        num_heads: Attention heads, for weights of other programs, which do not contain the number.
+
+    Raises:
+        ValueError: There is no plain encoder.
     """
     file = checkpoint.file_of(path)
     weights, options = checkpoint.load_model(file, averaged=True)

@@ -191,7 +191,7 @@ def write_hf(encoder: Encoder, folder: Path) -> None:
 
 
 def has_hf_processor(encoder: Encoder) -> bool:
-    """Whether transformers has the same preprocessing for these images, which it has for square RGB images."""
+    """Return whether transformers has the same preprocessing for these images: it has for square RGB images."""
     channels, height, width = encoder.image_shape
     return channels == 3 and height == width
 

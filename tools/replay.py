@@ -1,10 +1,10 @@
-"""Work on a dumped bad batch once more, and name the place where its numbers stop being finite.
+"""Repeat a dumped bad step and report where its numbers stop being finite.
 
     python -m tools.replay output/nor/debug/bad-step-00001234.json
 
-A run that stops because its updates were not finite leaves the weights and the names of its last batches. From these
-the last step is made again, with the same images, masks and random numbers, on a CPU or a GPU: weights, then every
-module's output in the order in which they are worked out, then the losses, then the gradients.
+A run that stops because its updates were not finite writes its weights and the indices of its last batches. The last
+step is repeated with the same images, masks and random numbers, on a CPU or a GPU. The weights are checked first, then
+the outputs of all modules in the order of their computation, the losses, and the gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from util.distributed import Processes, pick_device
 from util.logging import talk
 from util.stepper import seed_micro_step
 
-ALL_FINITE = 1  # the exit code when the trouble does not come back
+ALL_FINITE = 1  # exit code if the problem does not occur again
 
 
 class Replay:
@@ -40,7 +40,9 @@ class Replay:
             self.record = json.loads(dump.read_text())
             self.ranks = [rank[-1] for rank in self.record["recent_by_process"]]
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{dump} is no dump of a bad step: give a run's debug/bad-step-NNNNNNNN.json") from error
+            raise ValueError(
+                f"{dump} is not a dump of a bad step: give a run's debug/bad-step-NNNNNNNN.json"
+            ) from error
         state = checkpoint.load(dump.with_suffix(".pth"))
         program = checkpoint.program_of(state)
         if program not in programs.PLANNED:
@@ -58,7 +60,7 @@ class Replay:
         self.model.to(self.device).train()
 
     def micro_batches(self) -> Iterator[tuple[str, Batch]]:
-        """The last step's batches of every process, ready to be worked on. ValueError where the data has changed."""
+        """Yield the batches of the last step of every process; raise ValueError if the data has changed."""
         for rank, newest in enumerate(self.ranks):
             batches = self._plan.make_batches(Processes(rank, len(self.ranks), 0, self.device))
             step, accum = newest["step"], self.options.accum_iter
@@ -66,15 +68,15 @@ class Replay:
             found = list(islice(batches.epoch(epoch, done), accum))
             if newest["index"] != found[-1].index.tolist():
                 raise ValueError(
-                    f"the images of step {step} are others than the run had: "
-                    f"{len(self.source)} images in {self.options.data_path}; name the run's with --data_path"
+                    f"the images of step {step} are not those of the run: "
+                    f"{len(self.source)} images in {self.options.data_path}; give the data of the run with --data_path"
                 )
             for number, batch in enumerate(found):
                 seed_micro_step(self.options.seed, step * accum + number, rank)
                 yield f"step {step}, process {rank}, micro-batch {number}", batch.to(self.device)
 
     def findings(self, batch: Batch) -> list[str]:
-        """What is not finite when the batch is worked on, the first place first; nothing when all is well."""
+        """Repeat the step with a batch; return what is not finite, in the order of computation."""
         if bad := [name for name, value in self.model.state_dict().items() if not _finite(value)]:
             return [f"weights are not finite before the step: {', '.join(bad[:5])}"]
         self.model.zero_grad(set_to_none=True)
@@ -97,13 +99,13 @@ class Replay:
             norm = torch.nn.utils.get_total_norm([gradient for _, gradient in named])
             return [] if _finite(norm) else ["every gradient is finite, but their norm is not"]
         return [
-            f"every output and loss is finite, {len(bad)} of {len(named)} gradients are not; going backwards the first "
-            f"is that of {bad[-1]}"
+            f"every output and loss is finite, {len(bad)} of {len(named)} gradients are not; the first one in "
+            f"the backward pass is that of {bad[-1]}"
         ]
 
 
 class _Watch:
-    """Remembers the module whose output was the first that is not finite; inner modules come before outer ones."""
+    """Record the module whose output is the first that is not finite; inner modules come before outer ones."""
 
     def __init__(self, model: nn.Module):
         self.model, self.first = model, ""
@@ -129,7 +131,7 @@ class _Watch:
 
 
 def _finite(value: Any) -> bool:
-    """Whether every number in a tensor, or in whatever holds tensors, is finite."""
+    """Return whether every number in a tensor, or in nested tensors, is finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, Mapping):
@@ -140,10 +142,12 @@ def _finite(value: Any) -> bool:
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("dump", type=Path, help="debug/bad-step-NNNNNNNN.json of a run; its .pth lies beside it")
+    parser.add_argument(
+        "dump", type=Path, help="debug/bad-step-NNNNNNNN.json of a run; with its .pth in the same folder"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--amp", default="", help="none, bf16 or fp16 (default: as in the run)")
-    parser.add_argument("--data_path", default="", help="the images, if they are elsewhere now")
+    parser.add_argument("--data_path", default="", help="folder of the images (default: that of the run)")
     given = parser.parse_args(argv)
     talk(main=True)
     replay = Replay(given.dump, device=given.device, amp=given.amp, data_path=given.data_path)

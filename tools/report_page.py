@@ -353,7 +353,7 @@ def duration(seconds: float) -> str:
 
 
 def results_section(runs: Sequence[RunRecords]) -> str:
-    """Classifiers and nearest neighbours, before everything else."""
+    """Return the tables of classifiers and nearest neighbours."""
     parts = []
     if rows := classifiers.rows_below(run.folder for run in runs):
         shown = html_table(classifiers.HEADER, ((row.cells(), False) for row in rows))
@@ -369,7 +369,7 @@ def results_section(runs: Sequence[RunRecords]) -> str:
 
 
 def classes_section(run: RunRecords) -> str:
-    """Accuracy of each class and the confusion matrix of a classifier's last epoch, where result.json has them."""
+    """Return accuracy per class and the confusion matrix of a classifier's last epoch, if result.json has them."""
     found = (run.result or {}).get("confusion")
     if not found:
         return ""
@@ -417,7 +417,7 @@ def caption_of(path: Path) -> str:
 
 
 def options_section(runs: Sequence[RunRecords]) -> str:
-    """Options that differ from the defaults, or between the runs, first; the others on demand."""
+    """Return the options: those that differ from the defaults or between the runs first, the others collapsed."""
     each = [flat(run.options) for run in runs]
     defaults = [flat(defaults_of(run.options)) for run in runs]
     first: list[tuple[list[object], bool]] = []
@@ -439,7 +439,7 @@ def options_section(runs: Sequence[RunRecords]) -> str:
 
 
 def environment_section(run: RunRecords) -> str:
-    """What each start of the run ran on."""
+    """Return the environment of each start of the run."""
     starts = [flat(start) for start in run.starts]
     names = dict.fromkeys(name for start in starts for name in start)
     header = ["", *(f"start {number}" for number in range(1, len(starts) + 1))]

@@ -49,7 +49,7 @@ def lines(path: Path, texts: Iterable[str]) -> None:
 
 
 def splits(images: list[list[Image.Image]]) -> list[tuple[str, int, int, Image.Image]]:
-    """(train or test, class, number, image)."""
+    """Yield (train or test, class, number, image)."""
     return [
         ("train" if number < TRAIN else "test", digit, number, image)
         for digit, group in enumerate(images)
@@ -58,7 +58,7 @@ def splits(images: list[list[Image.Image]]) -> list[tuple[str, int, int, Image.I
 
 
 def folders(root: Path, images: list[list[Image.Image]]) -> None:
-    """train/CLASS/*.png and val/CLASS/*.png."""
+    """Write train/CLASS/*.png and val/CLASS/*.png."""
     for split, digit, number, image in splits(images):
         save(image, root / ("train" if split == "train" else "val") / str(digit) / f"{number}.png")
 

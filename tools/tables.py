@@ -178,13 +178,13 @@ class Row:
         return self.options["model"].split("_")[2]
 
     def helpers(self) -> dict[str, Row]:
-        """The runs that must be trained before this one, by the option that takes them."""
+        """Return the runs that must be trained before this one, by the option that names them."""
         return {
             option: replace(self, set={}, teacher="", **{"needs": {}, **said}) for option, said in self.needs.items()
         }
 
     def measures(self) -> list[str]:
-        """Rows that can be run."""
+        """Return the rows that can be run."""
         return [measure for measure in self.paper if measure not in self.cited]
 
 
@@ -247,12 +247,12 @@ class Plan:
         self.setting = setting
 
     def _changes(self, row: Row) -> dict[str, Any]:
-        """Options that differ from the recipe of the row."""
+        """Return the options that differ from the recipe of the row."""
         epochs = self.setting.epochs
         return dict(row.set) | ({"epochs": epochs, "warmup_epochs": f"{WARMUP * epochs:g}"} if epochs else {})
 
     def pretraining(self, row: Row) -> Path:
-        """Folder of the pretraining of the row, with one folder per seed."""
+        """Return the folder of the pretraining of the row, with one folder per seed."""
         return self.setting.root / "pretrain" / with_options(row.recipe, self._changes(row))
 
     def finetuning(self, row: Row, measure: str) -> Path:
@@ -279,13 +279,13 @@ class Plan:
         return Job(words, folder / "result.json")
 
     def _data(self, dataset: str = "") -> str:
-        """Folder of a transfer set; without one, of the images to pretrain on."""
+        """Return the folder of a transfer set, or that of the pretraining images."""
         if self.setting.smoke:
             return str(self.setting.root / "data" / smoke_data.folder_of(dataset))
         return self.setting.transfer if dataset else self.setting.data
 
     def _dataset(self, row: Row, measure: str = "") -> dict[str, str]:
-        """The value of --dataset, if it cannot be derived from the folder."""
+        """Return the value of --dataset, if it cannot be derived from the folder."""
         if measure in row.sets:
             return {"dataset": row.sets[measure]}
         unpacked = row.dataset and os.path.isdir(os.path.join(self._data(), UNPACKED[row.dataset]))
@@ -329,7 +329,7 @@ class Plan:
         return Job((*program, *words), folder / "result.json", (pretrained / "result.json",))
 
     def _with_helpers(self, row: Row, seed: int) -> list[Job]:
-        """The pretraining of a row, after that of everything it needs."""
+        """Return the pretraining of a row, after that of everything it needs."""
         before = [job for helper in row.helpers().values() for job in self._with_helpers(helper, seed)]
         return [*before, self.pretrain_job(row, seed)]
 

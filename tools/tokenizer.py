@@ -142,7 +142,7 @@ class Fit:
         )
 
     def batches(self) -> Iterator[Batch]:
-        """The rest of the present epoch."""
+        """Yield the remaining batches of the epoch."""
         generator = torch.Generator().manual_seed(self.options["seed"] * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.source), generator=generator)[self.batch * self.batch_size :].tolist()
         if order:
@@ -151,7 +151,7 @@ class Fit:
             )
 
     def vectors(self, batch: Batch) -> np.ndarray:
-        """What is clustered, `[M, P or D]`."""
+        """Return the vectors to cluster, `[M, P or D]`."""
         vectors = self.tokenizer.vectors(batch.to(self.device).images)
         return vectors.flatten(0, 1).float().cpu().numpy()
 

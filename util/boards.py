@@ -1,4 +1,4 @@
-"""Where a run's curves and pictures are shown: TensorBoard and Weights & Biases, under the same names and steps.
+"""Write curves and pictures to TensorBoard and Weights & Biases, with the same names and steps.
 
 Both packages are imported only where they are used.
 """

@@ -1,4 +1,4 @@
-"""k nearest neighbours by cosine similarity: the one classifier by which features are compared, wherever that is done.
+"""k nearest neighbours by cosine similarity, with which features are compared everywhere in this project.
 
 Each of the k nearest bank images votes for its class with weight exp(similarity / temperature), as in Wu et al.,
 "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018. k = 20 and temperature 0.07.

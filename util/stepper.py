@@ -1,4 +1,4 @@
-"""From a loss to an update: accumulation, loss scaling, clipping, and the refusal of anything that is not finite.
+"""Turn losses into updates: accumulation, loss scaling, clipping, and skipping of steps that are not finite.
 
 The decision whether to apply an update is made on the device, without synchronisation: a loss that is not finite gives
 NaN gradients, the sum over ranks in DDP spreads them to every rank, the gradient norm detects them, and the fused

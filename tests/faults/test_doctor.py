@@ -163,7 +163,7 @@ def test_masks_are_found_that_are_damaged_missing_or_invalid(tmp_path, capsys):
 def test_bad_input_is_reported_as_by_the_run(capsys):
     for words, told in (
         ([*TINY, "--epoch", "3"], "did you mean"),
-        ([*TINY, "--layer_decay", "0.65"], "as main_pretrain.py reads it; --program names another"),
+        ([*TINY, "--layer_decay", "0.65"], "options of main_pretrain.py; --program selects another program"),
         ([*TINY, "--batches", "0"], "at least 1"),
         ([*TINY, "--data_path", "/nowhere", "--dataset", "folder"], "/nowhere"),
     ):

@@ -125,8 +125,8 @@ def test_a_classifiers_batch_is_mixed_again_as_it_was(tmp_path, capsys):
 def test_what_is_no_dump_is_refused(dump, tmp_path, capsys):
     (tmp_path / "x.json").write_text("[]")
     for words, told in (
-        ([tmp_path / "x.json"], "is no dump"),
-        ([tmp_path / "none.json"], "is no dump"),
+        ([tmp_path / "x.json"], "is not a dump"),
+        ([tmp_path / "none.json"], "is not a dump"),
         ([dump, "--device", "cpu", "--amp", "fp16"], "--amp fp16 needs"),
     ):
         code, said = run(capsys, *words)
@@ -136,7 +136,7 @@ def test_what_is_no_dump_is_refused(dump, tmp_path, capsys):
     other = changed(dump, tmp_path)
     other.write_text(json.dumps(record))
     code, said = run(capsys, other, "--device", "cpu")
-    assert code == 2 and "are others than the run had" in said
+    assert code == 2 and "are not those of the run" in said
 
 
 def test_a_dump_that_cannot_be_written_hides_nothing(tmp_path):

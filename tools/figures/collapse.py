@@ -43,7 +43,7 @@ class Spread:
         self.products = torch.zeros(channels, channels, dtype=torch.float64)
 
     def add(self, vectors: Tensor) -> None:
-        """Vectors `[n, D]`."""
+        """Add vectors `[n, D]`."""
         vectors = vectors.double().cpu()
         self.count += len(vectors)
         self.sum += vectors.sum(dim=0)

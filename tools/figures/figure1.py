@@ -12,7 +12,7 @@ from tools.figures.subject import Subject
 
 
 def figure1(subject: Subject) -> Figure:
-    """Figure 1: closest neighbours of an image (top), and the tokens of each model in a plane (bottom)."""
+    """Draw Figure 1: closest neighbours of an image (top), and the tokens of each model in a plane (bottom)."""
     one = replace(subject, pixels=subject.pixels[:1], names=subject.names[:1])
     # Both halves show the same neighbours, selected as for the lower one, independent of the model.
     one = replace(one, similarity=separation.similarity_of(one))

@@ -27,7 +27,7 @@ COLUMNS = ("input", "visible patches", "their closest neighbours", "these neighb
 
 
 def similarity_of(subject: Subject) -> Similarity:
-    """The default for comparison, as in the released program."""
+    """Return the default for comparison, that of the released program."""
     return subject.similarity or "embed_pos"
 
 
@@ -136,7 +136,7 @@ def sentences(subject: Subject) -> list[str]:
 
 
 def neighbors(subject: Subject) -> Figure:
-    """Figures 1 (top) and 4: input, visible patches, arrows to their closest neighbours, and these alone."""
+    """Draw Figures 1 (top) and 4: input, visible patches, arrows to their closest neighbours, and these alone."""
     figure = Figure(figsize=(WIDTH, height_of(subject) + 0.5), layout="compressed")
     draw(figure, subject)
     note(figure, sentences(subject), WIDTH)
@@ -161,7 +161,7 @@ def shared_pair(companions: Sequence[int], columns: int) -> tuple[int, int, int]
 
 
 def closeup(subject: Subject) -> Figure:
-    """Figure 2: a patch and the similarity of each of its neighbours; two patches that share the closest."""
+    """Draw Figure 2: a patch and the similarity of its neighbours; two patches with the same closest neighbour."""
     shown, (rows, columns) = subject.only, subject.grid
     photographs = subject.photographs
     height, width = photographs.shape[1:3]

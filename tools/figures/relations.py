@@ -54,7 +54,7 @@ def added_by_the_term(run: RunRecords) -> tuple[list[int], list[float]]:
 
 
 def relations(folders: Sequence[Path]) -> Figure:
-    """Figure 6: training curves of runs with different relations, from their folders."""
+    """Draw Figure 6: training curves of runs with different relations, from their folders."""
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ValueError("give the run folders to compare")

@@ -52,7 +52,7 @@ class Encoded:
 
 
 def similarity_of(subject: Subject) -> Similarity:
-    """The default is pixels, for which the neighbours do not depend on the models."""
+    """Return the default, pixels, for which the neighbours do not depend on the models."""
     return subject.similarity or "pixels"
 
 
@@ -73,8 +73,10 @@ def encode(subject: Subject, shown: Shown) -> list[Encoded]:
 
 
 def pca(features: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
-    """Coordinates `[n, components]` of features `[n, D]` along their principal axes, and each axis's share of the
-    variance. In float64; the sign of an axis is such that its largest entry is positive."""
+    """Return coordinates `[n, components]` of features `[n, D]` on their principal axes, and the share of variance.
+
+    Computed in float64; the sign of an axis is such that its largest entry is positive.
+    """
     centred = features.double() - features.double().mean(dim=0)
     variance, axes = torch.linalg.eigh(centred.T @ centred / (len(features) - 1))
     axes = axes.flip(1)[:, :components]
@@ -166,7 +168,7 @@ def sentences(subject: Subject) -> list[str]:
 
 
 def separated(subject: Subject) -> Figure:
-    """Figures 7, 8 and 1 (bottom): tokens of visible patches and CNPs in a plane, by model, with their separation."""
+    """Draw Figures 7, 8 and 1 (bottom): tokens of visible patches and CNPs in a plane, by model, with separation."""
     width, height = size_of(subject)
     figure = Figure(figsize=(width, height + 0.6), layout="constrained")
     draw(figure, subject)

@@ -112,7 +112,7 @@ def stream(
 
 
 def similarity(shown: Shown, found: dict[Similarity, Histogram], crop: str) -> Figure:
-    """Figure 3: how similar patches are to their closest neighbours, for pixels and for embeddings."""
+    """Draw Figure 3: the similarity of patches and their closest neighbours, for pixels and for embeddings."""
     figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
     axes = figure.subplots(1, len(found), sharex=True, sharey=True)
     edges = np.linspace(-1, 1, BINS + 1)

@@ -50,7 +50,7 @@ SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Context in which figures are independent of the user's matplotlibrc."""
+    """Return a context in which figures are independent of the user's matplotlibrc."""
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs every glyph of a PDF
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

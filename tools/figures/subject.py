@@ -132,7 +132,7 @@ def compared(shown: Shown, images: Tensor, similarity: Similarity) -> Tensor:
 
 
 def highest_similarity(shown: Shown, images: Tensor, similarity: Similarity) -> Tensor:
-    """The cosine similarity of every patch with its closest neighbour, `[N, L]`, of normalised images."""
+    """Return the cosine similarity of every patch and its closest neighbour, `[N, L]`, for normalised images."""
     similarities, _ = neighbor_similarities(compared(shown, images, similarity), shown.grid, "natural")
     return similarities.amax(dim=-1)
 
