@@ -26,7 +26,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.eva import Eva
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from models_mae import DECODERS, MaskedAutoencoderViT, MaskedImageModel, Masking, Term, View, block_number
@@ -312,13 +313,35 @@ class Teacher(nn.Module):
                 rope = rope[ids][:, None]  # one table for all heads
         return self.encoder.norm_pre(x), rope
 
-    def queries_keys_values(self, block: Any, x: Tensor) -> Tensor:
-        """Return what the block's attention multiplies, `[N, S, 3 T]`, before the division by sqrt(d)."""
-        qkv = block.attn.qkv(block.norm1(x))
-        if isinstance(block.attn.q_norm, nn.Identity):
-            return qkv
-        q, k, v = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
-        return torch.stack([block.attn.q_norm(q), block.attn.k_norm(k), v], dim=2).flatten(2)
+    def queries_keys_values(self, block: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+        """Return what the block's attention multiplies, `[N, S, 3 T]`, before the division by sqrt(d).
+
+        Normalised and rotated as the block does it: in a block with rotary positions, those of `rope` are applied to
+        the queries and keys of the patches.
+        """
+        attention = block.attn
+        x = x if isinstance(block, EvaBlockPostNorm) else block.norm1(x)
+        if attention.qkv is None:
+            parts = [layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        else:
+            qkv = attention.qkv(x)
+            if getattr(attention, "q_bias", None) is not None:
+                qkv = qkv + torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+            if rope is None and isinstance(attention.q_norm, nn.Identity):
+                return qkv
+            parts = list(qkv.chunk(3, dim=-1))
+        channels = parts[0].shape[-1] // attention.num_heads
+        q, k, v = (part.unflatten(-1, (-1, channels)).transpose(1, 2) for part in parts)  # [N, H, S, d]
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))  # grouped queries
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        if rope is not None:
+            q, k = (self._rotated(part, rope, attention).to(v.dtype) for part in (q, k))
+        return torch.cat([part.transpose(1, 2).flatten(2) for part in (q, k, v)], dim=-1)
+
+    def _rotated(self, x: Tensor, rope: Tensor, attention: Any) -> Tensor:
+        """Rotate queries or keys `[N, H, S, d]` of the patches by their positions; other tokens have none."""
+        patches = apply_rot_embed_cat(x[:, :, self.prefix :], rope, half=attention.rotate_half)
+        return torch.cat([x[:, :, : self.prefix], patches], dim=2)
 
     @torch.no_grad()
     def forward(
@@ -340,7 +363,7 @@ class Teacher(nn.Module):
         depth = len(self.encoder.blocks) if to_the_top else max(outputs | attended)
         for number, block in enumerate(self.encoder.blocks[:depth], start=1):
             if number in attended:
-                found[f"qkv {number}"] = self.queries_keys_values(block, x)
+                found[f"qkv {number}"] = self.queries_keys_values(block, x, rope)
             if number == depth and not to_the_top and number not in outputs:
                 break
             x = block(x) if rope is None else block(x, rope=rope)
@@ -573,9 +596,10 @@ class TeacherTerm(Term):
                 else:
                     decoder = any(kind == "decoder" for kind, _ in taps)
                     encoder = build_plain(self.options, self._weights, self._trained_with, model.grid, decoder)
-            if any(kind in RELATIONS for kind, _ in taps) and not isinstance(encoder.blocks[0], Block):
+            known = Block | EvaBlock | EvaBlockPostNorm
+            if any(kind in RELATIONS for kind, _ in taps) and not isinstance(encoder.blocks[0], known):
                 raise ValueError(
-                    "attention and relations can only be taken from timm's VisionTransformer, not rotary ones"
+                    f"attention and relations cannot be taken from its blocks ({type(encoder.blocks[0]).__name__})"
                 )
             channels = encoder.patch_embed.proj.in_channels
             if model.in_chans not in (1, channels):

@@ -394,7 +394,7 @@ def test_every_preset_is_an_entry_of_the_registry():
 
 def timm_file(tmp_path, name):
     torch.manual_seed(4)
-    model = timm.create_model(name, pretrained=False, num_classes=0, global_pool="token").eval()
+    model = timm.create_model(name, pretrained=False, num_classes=0).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # layer scales and registers that matter
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -440,10 +440,83 @@ def test_a_teacher_by_timms_name(tmp_path, name):
         torch.testing.assert_close(again[n, 1:], found[n, 1 + order[n]], rtol=1e-4, atol=1e-4)
     losses = model(view.images, noise=noise)
     losses["loss"].backward()
-    if "dinov3" in name:
-        taps = {"student_tap": "attention", "teacher_tap": "attention", "adaptor": "heads"}
-        with pytest.raises(ValueError, match="only be taken from timm's VisionTransformer"):
-            build("dmae", **IMAGE, terms={"teacher": options | taps})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_dinov3_qkvb",  # channels of the two halves are rotated, registers are not
+        "eva02_tiny_patch14_224",  # neighbouring channels are rotated; biases beside one layer
+        pytest.param("eva02_base_patch14_224", marks=pytest.mark.slow),  # three layers, a norm before the projection
+        pytest.param("vit_small_patch16_rope_ape_224", marks=pytest.mark.slow),  # absolute positions too
+    ],
+)
+def test_attention_of_a_teacher_with_rotary_positions(tmp_path, name):
+    """The logits against a loop over tokens and pairs of channels, and the three parts against timm's own output."""
+    theirs, options = timm_file(tmp_path, name)
+    taps = {"student_tap": "attention", "teacher_tap": "attention", "teacher_input": "full", "teacher_block": 2}
+    student = {"adaptor": "heads", "normalize": "none", "distance": "l2", "student_block": 2}
+    model = build("dmae", **IMAGE, mask_ratio=0.5, terms={"teacher": options | taps | student})
+    network = model.terms["teacher"].teacher.network
+    images = torch.randn(1, 3, 64, 64)
+    assert len(network.encoder.blocks) == 2
+    network.encoder.double()
+    prepared = network.prepare(images.double())
+    found = network(images.double(), None, None, (("attention", 2),))["qkv 2"]
+
+    order = torch.randperm(16)[None]
+    again = network(images.double(), None, order, (("attention", 2),))["qkv 2"]
+    torch.testing.assert_close(again[0, 1:], found[0, 1 + order[0]], rtol=1e-6, atol=1e-8)
+
+    seen = {}
+    block, side = theirs.blocks[1], 4 * theirs.patch_embed.patch_size[0]
+    theirs.double().set_input_size((side, side))
+    block.attn.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], y=output))
+    with torch.no_grad():
+        theirs.forward_features(prepared)
+    attention, prefix, heads = block.attn, theirs.num_prefix_tokens, block.attn.num_heads
+    weights = dict(attention.named_parameters())
+    if attention.qkv is not None:
+        layers = weights["qkv.weight"].chunk(3)
+        biases = [weights.get(f"{part}_bias", 0) for part in "qkv"]
+        biases = weights["qkv.bias"].chunk(3) if "qkv.bias" in weights else biases
+    else:
+        layers = [weights[f"{part}_proj.weight"] for part in "qkv"]
+        biases = [weights.get(f"{part}_proj.bias", 0) for part in "qkv"]
+    d = layers[0].shape[0] // heads
+    sin, cos = theirs.rope.get_embed(shape=(4, 4)).chunk(2, dim=-1)  # [16, d]
+    half = attention.rotate_half
+
+    def rotated(vector, patch):
+        turned = vector.clone()
+        for i in range(d // 2):
+            a, b = (i, i + d // 2) if half else (2 * i, 2 * i + 1)
+            turned[a] = vector[a] * cos[patch, a] - vector[b] * sin[patch, a]
+            turned[b] = vector[b] * cos[patch, b] + vector[a] * sin[patch, b]
+        return turned
+
+    tokens = [0, *range(prefix, prefix + 16)]
+    assert found.shape == (1, 17, 3 * heads * d)
+    queries, keys, values = (part.unflatten(-1, (heads, d))[0] for part in found.chunk(3, dim=-1))
+    with torch.no_grad():
+        rows = [[layer @ seen["x"][0, t] + bias for t in tokens] for layer, bias in zip(layers, biases, strict=True)]
+        for head in range(0, heads, 2):
+            own = slice(head * d, (head + 1) * d)
+            q, k = ([row[own] for row in part] for part in rows[:2])
+            q, k = ([x[0], *(rotated(row, patch) for patch, row in enumerate(x[1:]))] for x in (q, k))
+            for i in range(17):
+                for j in range(17):
+                    logit, expected = queries[i, head] @ keys[j, head], sum(q[i] * k[j])
+                    assert logit.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-8)
+                torch.testing.assert_close(values[i, head], rows[2][i][own], check_dtype=False)
+    if prefix == 1:  # all tokens are there, so that timm's attention can be completed
+        shares = (torch.einsum("ihd,jhd->hij", queries, keys) / math.sqrt(d)).softmax(dim=-1)
+        mixed = torch.einsum("hij,jhd->ihd", shares, values).flatten(1)
+        with torch.no_grad():
+            completed = attention.proj(attention.norm(mixed))
+        torch.testing.assert_close(completed, seen["y"][0], rtol=1e-6, atol=1e-8)
+    network.encoder.float()
+    assert model(images)["teacher"].isfinite()
 
 
 def test_the_teachers_normalisation_is_applied(tmp_path):
