@@ -141,7 +141,7 @@ METHODS: dict[str, Method] = {
             "teacher2": RELATIONS | {"student_tap": "values", "teacher_tap": "values"},
         },
         note="TinyMIM: imitates attention and value relations of whole images, without masks and reconstruction",
-        defaults={"mask_ratio": 0.0, "reconstruction_weight": 0.0},
+        defaults={"mask_ratio": 0.0, "reconstruction_weight": 0.0, "input_jitter": 0.4},
     ),
     "g2sd": Method(
         terms={
@@ -168,7 +168,8 @@ METHODS: dict[str, Method] = {
         terms={
             "teacher": PROTEUS | {"tokens": "class"},
             "teacher2": PROTEUS | {"tokens": "visible"},
-            "teacher3": PROTEUS | {"tokens": "hidden", "masked_pass": 0.3},
+            "teacher3": PROTEUS
+            | {"tokens": "hidden", "masked_pass": 0.1, "masked_pass_max": 0.5, "masked_images": 0.5},
         },
         note="Proteus: imitates the features of whole images, also where the student's patches are replaced",
         defaults={"mask_ratio": 0.0, "reconstruction_weight": 0.0},

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from models_targets import Pixels, Target, patchify, unpatchify
@@ -190,6 +191,39 @@ def block_number(name: str, block: float, depth: int) -> int:
     return number
 
 
+GREY = 0.2989, 0.587, 0.114  # of red, green and blue, as in torchvision
+JITTER_NUMBERS = 6  # uniform numbers of an image: three factors, and three that give their order
+
+
+def jitter_colours(images: Tensor, numbers: Tensor, strength: float) -> Tensor:
+    """Change brightness, contrast and saturation of each image by random factors, in random order.
+
+    Each change is a blend, limited to 0..1: f x + (1 - f) y with y = 0 for brightness, the mean grey value of the image
+    for contrast, and the grey image for saturation, which only images of three channels have.
+
+    Args:
+        images: `[N, C, H, W]`, on a scale of 0 to 1.
+        numbers: Uniform numbers `[N, 6]`: the first three give the factors, f = 1 + strength (2 u - 1); the order is
+            that of the other three.
+        strength: From 0 to 1.
+
+    Returns:
+        `[N, C, H, W]`.
+    """
+    channels = images.shape[1]
+    weights = images.new_tensor(GREY if channels == 3 else (1 / channels,) * channels)[:, None, None]
+    factors = 1 + strength * (2 * numbers[:, :3].to(images.dtype) - 1)
+    order = numbers[:, 3:JITTER_NUMBERS].argsort(dim=1)
+    for step in range(3):
+        change = order[:, step : step + 1]
+        factor, which = factors.gather(1, change)[:, :, None, None], change[:, :, None, None]
+        grey = (images * weights).sum(dim=1, keepdim=True)
+        other = torch.where(which == 1, grey.mean(dim=(2, 3), keepdim=True), grey if channels == 3 else images)
+        other = torch.where(which == 0, torch.zeros_like(other), other)
+        images = (factor * images + (1 - factor) * other).clamp(0, 1)
+    return images
+
+
 def random_masking(noise: Tensor, visible: int) -> Masking:
     """Keep the `visible` patches with the smallest `noise` `[N, L]` of each image."""
     ids_shuffle = noise.argsort(dim=1, stable=True)  # among thousands of float32 values there are ties
@@ -236,6 +270,7 @@ class MaskedImageModel(Pretrainer):
         self.init_weights()
 
         self.noise_rows = 1  # the mask's
+        self._prepare_jitter(getattr(options, "input_jitter", 0.0))
         self.terms: dict[str, Term] = nn.ModuleDict()  # type: ignore[assignment]
         taps = set(self.decoder_taps)
         for name, term in (terms or {}).items():
@@ -252,6 +287,32 @@ class MaskedImageModel(Pretrainer):
         self.taps = tuple(sorted(taps))
         self.decoder_hidden = tuple(sorted({block for term in self.terms.values() for block in term.decoder_hidden}))
         self._check_everything_is_trained()
+
+    def _prepare_jitter(self, strength: float) -> None:
+        """Reserve a row of noise for `input_jitter`, and remember how images are normalised."""
+        self.input_jitter, self.jitter_row = strength, self.noise_rows
+        self.noise_rows += int(strength > 0)
+        if strength and self.num_patches < JITTER_NUMBERS:
+            raise ValueError(f"input_jitter needs at least {JITTER_NUMBERS} patches, and there are {self.num_patches}")
+        usual = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if self.in_chans == 3 else ((0.5,), (0.5,))
+        mean, std = (torch.tensor(values)[:, None, None] if strength else None for values in usual)
+        self.image_mean: Tensor | None
+        self.image_std: Tensor | None
+        self.register_buffer("image_mean", mean, persistent=False)
+        self.register_buffer("image_std", std, persistent=False)
+
+    def encoder_input(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Return the images as the encoder gets them: in training with changed colours where `input_jitter` is set.
+
+        Args:
+            images: `[N, C, H, W]`, normalised.
+            noise: `[N, R, L]`.
+        """
+        if self.image_mean is None or self.image_std is None or not self.training:
+            return images
+        pixels = at_least_float32(images) * self.image_std + self.image_mean
+        pixels = jitter_colours(pixels, noise[:, self.jitter_row], self.input_jitter)
+        return ((pixels - self.image_mean) / self.image_std).to(images.dtype)
 
     def _check_everything_is_trained(self) -> None:
         """Raise ValueError if no part of the loss uses the last layer of the encoder."""
@@ -333,6 +394,9 @@ class MaskedImageModel(Pretrainer):
                 term.learn_classes(classes)
 
     def learn_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        for buffer, values in ((self.image_mean, mean), (self.image_std, std)):
+            if buffer is not None:
+                buffer.data = torch.tensor(values, device=buffer.device)[:, None, None]
         for term in self.terms.values():
             term.learn_normalization(mean, std)
 
@@ -508,8 +572,8 @@ class MaskedAutoencoderViT(MaskedImageModel):
 
     def observe(self, images: Tensor, labels: Tensor | None = None, *, noise: Tensor | None = None) -> View:
         """Mask, encode, decode and predict."""
-        tokens = self.embed(images)
         noise = self._complete(noise, images)
+        tokens = self.embed(self.encoder_input(images, noise))
         masking = random_masking(noise[:, 0], self.num_visible)
         latent, taps = self.encode_tokens(take(tokens, masking.ids_keep))
         decoded = pred = latent.new_empty(0)

@@ -91,23 +91,41 @@ def normalized(x: Tensor, how: str, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(x / temperature, dim=-1) if how == "softmax" else x
 
 
-def compare(student: Tensor, teacher: Tensor, options: TeacherOptions) -> Tensor:
-    """Return the mean distance of tokens, or of rows of attention, after normalisation; in float32 at least."""
+def compare(student: Tensor, teacher: Tensor, options: TeacherOptions, weights: Tensor | None = None) -> Tensor:
+    """Return the mean distance of tokens, or of rows of attention, after normalisation; in float32 at least.
+
+    Args:
+        student, teacher: Tokens `[N, K, T]`, or rows of attention.
+        options: How to compare.
+        weights: `[N, K]`: the weighted mean over tokens is returned, 0 if all weights are 0; None: equal weights.
+    """
     with without_autocast(student):
         teacher = normalized(at_least_float32(teacher), options.normalize, options.temperature)
         student = at_least_float32(student)
         if options.normalize_only == "both":
             student = normalized(student, options.normalize, options.temperature)
-        if options.distance == "kl":
-            return (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
-        if options.normalize == "softmax":
-            teacher = teacher.exp()
-            student = student.exp() if options.normalize_only == "both" else student
-        if options.distance == "cosine":
-            return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
-        if options.distance == "smooth_l1":
-            return F.smooth_l1_loss(student, teacher, beta=options.beta)
-        return F.l1_loss(student, teacher) if options.distance == "l1" else F.mse_loss(student, teacher)
+        if weights is None:
+            return _distance(student, teacher, options)
+        each = _distance(student, teacher, options, reduction="none")
+        return (each * weights).sum() / weights.sum().clamp(min=1)
+
+
+def _distance(student: Tensor, teacher: Tensor, options: TeacherOptions, reduction: str = "mean") -> Tensor:
+    """Return the distance of normalised tokens: the mean over all, or of each token with `reduction` "none"."""
+    if options.distance == "kl":
+        each = (teacher.exp() * (teacher - student)).sum(dim=-1)
+        return each.mean() if reduction == "mean" else each
+    if options.normalize == "softmax":
+        teacher = teacher.exp()
+        student = student.exp() if options.normalize_only == "both" else student
+    if options.distance == "cosine":
+        each = F.cosine_similarity(student, teacher, dim=-1)
+        return 1 - (each.mean() if reduction == "mean" else each)
+    if options.distance == "smooth_l1":
+        each = F.smooth_l1_loss(student, teacher, beta=options.beta, reduction=reduction)
+    else:
+        each = (F.l1_loss if options.distance == "l1" else F.mse_loss)(student, teacher, reduction=reduction)
+    return each if reduction == "mean" else each.mean(dim=-1)
 
 
 # ---- the teacher ----------------------------------------------------------------------------------------------------
@@ -423,7 +441,7 @@ class TeacherTerm(Term):
         super().__init__(options)
         self.reads_features = options.student_tap == "features" or options.extra_block
         self.reads_decoder = options.student_tap == "decoder"
-        self.noise_rows = int(options.masked_pass > 0)
+        self.noise_rows = int(options.masked_pass > 0) + options.masks_vary
         self.images_normalized: Normalization | None = None
         self.teacher = FrozenNetwork()
         self.wanted: dict[str, tuple[tuple[str, int], ...]] = {}  # by `input_name`, of all terms that use this teacher
@@ -661,14 +679,28 @@ class TeacherTerm(Term):
         block: Any = model.blocks[self.student_block - 1]
         return block.attn.qkv(block.norm1(view.taps[self.student_block - 2])), view.ids_keep
 
-    def masked_ids(self, model: MaskedImageModel, view: View) -> Tensor:
-        """Return the patches `[N, K]` that the further pass replaces."""
-        noise = view.noise[:, self.noise_row]
-        return noise.argsort(dim=1)[:, : max(1, int(self.options.masked_pass * model.num_patches))]
+    def masked_ids(self, model: MaskedImageModel, view: View) -> tuple[Tensor, Tensor | None]:
+        """Return the patches `[N, K]` that the further pass may replace, and which of them it does, 1 or 0.
+
+        The latter is None where it replaces all of them. One row of noise orders the patches; where the number of
+        patches differs between images, the first number of the next row decides whether an image has any, the second
+        how many.
+        """
+        options, L = self.options, model.num_patches
+        order = view.noise[:, self.noise_row].argsort(dim=1)
+        if not options.masks_vary:
+            return order[:, : max(1, int(options.masked_pass * L))], None
+        drawn, low = view.noise[:, self.noise_row + 1], options.masked_pass
+        high = max(low, options.masked_pass_max)
+        counts = ((low + (high - low) * drawn[:, 1:2]) * L).int().clamp(min=1)
+        ranks = torch.arange(max(1, int(high * L)), device=order.device)
+        chosen = (ranks < counts) & (drawn[:, :1] < options.masked_images)
+        return order[:, : len(ranks)], chosen.to(view.mask.dtype)
 
     def masked_features(self, model: MaskedImageModel, view: View) -> Tensor:
         """Encode all places, some of them replaced by the learned token: `[N, 1 + L, D]`."""
-        mask = torch.zeros_like(view.mask).scatter(1, self.masked_ids(model, view), 1.0)
+        ids, chosen = self.masked_ids(model, view)
+        mask = torch.zeros_like(view.mask).scatter(1, ids, torch.ones_like(view.mask) if chosen is None else chosen)
         blank = self.mask_token + model.pos_embed[:, 1:]
         tokens = torch.where(mask[:, :, None] > 0, blank.to(view.tokens.dtype), view.tokens)
         return model.encode_tokens(tokens)[0]
@@ -684,7 +716,8 @@ class TeacherTerm(Term):
         student_everywhere = ids.numel() == 0
         teacher_everywhere = self.options.teacher_tap == "decoder" or self.options.teacher_input == "full"
         if tokens == "hidden":
-            wanted = self.masked_ids(model, view) if self.options.masked_pass else view.ids_restore.argsort(1)[:, V:]
+            masked = self.options.masked_pass > 0
+            wanted = self.masked_ids(model, view)[0] if masked else view.ids_restore.argsort(1)[:, V:]
             return take(student, wanted + 1), take(teacher, wanted + 1)
         if tokens == "all" and student_everywhere:
             return student, teacher
@@ -710,6 +743,8 @@ class TeacherTerm(Term):
             teacher = relation(teacher, 3, PAIRS[options.teacher_tap], options.num_heads)
         if options.adaptor != "none":
             student = self.head(student)
+        if options.masks_vary:
+            return compare(student, teacher, options, self.masked_ids(model, view)[1])
         return compare(student, teacher, options)
 
 

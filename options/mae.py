@@ -54,6 +54,9 @@ class MAEOptions(MaskOptions, DecoderOptions):
     reconstruct_block: float = shape(0.0)
     """Encoder block whose output, normalised, is decoded: its number from 1, or between 0 and 1 a share of the blocks,
     rounded down. 0: the encoder's output."""
+    input_jitter: float = result(0.0)
+    """Strength of random changes of brightness, contrast and saturation of the encoder's input in training: factors
+    between 1 - strength and 1 + strength. The target and teachers get the image as it is."""
 
     @property
     def _reconstructs(self) -> bool:
@@ -62,6 +65,7 @@ class MAEOptions(MaskOptions, DecoderOptions):
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "reconstruction_weight", "reconstruct_block")
+        self._between(0, 1, "input_jitter")
         whole = self.reconstruct_block < 1 or self.reconstruct_block == int(self.reconstruct_block)
         require(
             whole, f"must be a block's number or less than 1, found {self.reconstruct_block:g}", "reconstruct_block"

@@ -45,6 +45,10 @@ class TeacherOptions:
     masked_pass: float = 0.0
     """Share of the patches that is replaced by a learned token in a further pass of the student, for this term only;
     tokens hidden then means these. 0: no further pass."""
+    masked_pass_max: float = 0.0
+    """Largest such share: each image's is drawn between masked_pass and this. 0: masked_pass for all images."""
+    masked_images: float = 1.0
+    """Probability that patches of an image are replaced in the further pass."""
     adaptor: Literal["linear", "norm_linear", "mlp", "heads", "generator", "none"] = "linear"
     """Layers between student and comparison: `linear`; layer norm and linear; linear, GELU, linear; a 1x1 convolution
     over attention `heads`; a `generator` of the extra patches' tokens; none, where the sizes are equal."""
@@ -85,7 +89,7 @@ class TeacherOptions:
         for option in fields(self):
             if hasattr(hints[option.name], "__args__") and option.name not in ("mean", "std"):
                 require_choice(option.name, getattr(self, option.name), hints[option.name])
-        for name in ("weight", "teacher_mask_ratio", "masked_pass", "temperature", "beta"):
+        for name in ("weight", "teacher_mask_ratio", "masked_pass", "masked_pass_max", "temperature", "beta"):
             require_number(name, getattr(self, name))
         for name in ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_num_heads"):
             require_number(name, getattr(self, name), 0)
@@ -100,11 +104,24 @@ class TeacherOptions:
         for name in ("temperature", "beta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be more than 0")
-        for name in ("teacher_mask_ratio", "masked_pass"):
+        require_number("masked_images", self.masked_images)
+        if not 0 < self.masked_images <= 1:
+            raise ValueError(f"masked_images is {self.masked_images:g}; it must be more than 0 and at most 1")
+        if self.masked_pass_max and not 0 < self.masked_pass <= self.masked_pass_max:
+            raise ValueError(
+                f"masked_pass_max is {self.masked_pass_max:g}; it must be at least masked_pass, which is "
+                f"{self.masked_pass:g} and must be more than 0"
+            )
+        for name in ("teacher_mask_ratio", "masked_pass", "masked_pass_max"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be from 0 to less than 1")
         self._check_taps()
         self._check_tokens()
+
+    @property
+    def masks_vary(self) -> bool:
+        """Whether the further pass replaces different numbers of patches in different images."""
+        return self.masked_pass > 0 and (self.masked_pass_max > self.masked_pass or self.masked_images < 1)
 
     @property
     def relates(self) -> bool:

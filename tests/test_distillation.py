@@ -1,14 +1,17 @@
 """Each distillation method against loops over images, heads and tokens, gradients included, and teachers of timm's."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 from methods import METHODS, build, from_checkpoint
-from models_teacher import Teacher
+from models_mae import jitter_colours
+from models_teacher import Teacher, compare
 from options.teacher import TeacherOptions
 from tests.small import SMALL, TEACHER, batch, options_of, small, teacher_checkpoint, write_checkpoint
 
@@ -96,6 +99,19 @@ def divergence(student, teacher):
     return total / count
 
 
+def jittered(images, numbers, strength):
+    """Images normalised as ImageNet's, with the changes of torchvision in the order of the last three numbers."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    rows = []
+    for image, row in zip(images, numbers, strict=True):
+        x = image * std.to(image) + mean.to(image)
+        for change in row[3:6].argsort().tolist():
+            adjust = (adjust_brightness, adjust_contrast, adjust_saturation)[change]
+            x = adjust(x, 1 + strength * (2 * row[change].item() - 1))
+        rows.append((x - mean.to(image)) / std.to(image))
+    return torch.stack(rows)
+
+
 def reconstruction(model, images, ids, decoded):
     """The mean squared error over hidden patches of the prediction from the decoder's last block."""
     pred = model.decoder_pred(model.decoder_norm(decoded))[:, 1:]
@@ -108,7 +124,8 @@ def equations(method, model, teacher, images, noise):
     """Each part of the method's loss, by name, from its paper's equations."""
     order = noise[:, 0].argsort(dim=1)
     ids = order[:, : V.get(method, 5)]
-    states, terms, parts = encode(model, images, ids), model.terms, {}
+    seen = images if method != "tiny_mim" else jittered(images, noise[:, 1], 0.4)
+    states, terms, parts = encode(model, seen, ids), model.terms, {}
     latent = model.norm(states[-1])
     if model.predicts:
         source = model.decoder_input_norm(states[1]) if method == "d2_mae" else latent
@@ -153,7 +170,10 @@ def equations(method, model, teacher, images, noise):
         features = teacher.norm(taught[-1])
         for name, tokens in (("teacher", slice(0, 1)), ("teacher2", slice(1, None))):
             parts[name] = mean_squared(token_pairs(terms[name].head(latent[:, tokens]), features[:, tokens]))
-        replaced = noise[:, terms["teacher3"].noise_row].argsort(dim=1)[:, :6]  # 0.3 of 20
+        row = terms["teacher3"].noise_row
+        counts = [int(20 * (0.1 + 0.4 * second)) if first < 0.5 else 0 for first, second in noise[:, row + 1, :2]]
+        assert counts[0] > 1 and counts[1] == 0
+        replaced = [own[:k] for own, k in zip(noise[:, row].argsort(dim=1), counts, strict=True)]
         tokens = (model.patch_embed(images) + model.pos_embed[:, 1:]).clone()
         for n, own in enumerate(replaced):
             tokens[n, own] = terms["teacher3"].mask_token[0, 0] + model.pos_embed[0, 1 + own]
@@ -181,6 +201,8 @@ def test_a_method_computes_its_equations(method):
     teacher.double().requires_grad_(False)
     images, _, noise = batch(model, n=2)
     images = images.double()
+    if method == "proteus":
+        noise[:, -1, 0] = torch.tensor([0.3, 0.7])  # the first image has replaced patches, the second has none
     found = model(images, noise=noise)
     expected = equations(method, model, teacher, images, noise)
     assert {*expected} == {*found} - {"loss"}
@@ -224,7 +246,8 @@ def test_the_loss_is_zero_where_teacher_and_student_are_equal(method):
         own["depth"] = 1
     if method == "g2sd":
         own["decoder_depth"] = 1
-    model = small(method, **own, terms=terms, **({"mask_ratio": 0.75} if method == "amd" else {}))
+    own |= {"amd": {"mask_ratio": 0.75}, "tiny_mim": {"input_jitter": 0.0}}.get(method, {})
+    model = small(method, **own, terms=terms)
     model.load_state_dict(
         teacher.state_dict() | {n: v for n, v in model.state_dict().items() if "terms" in n or "input" in n},
         strict=False,
@@ -244,6 +267,7 @@ def test_the_loss_is_zero_where_teacher_and_student_are_equal(method):
     if method == "proteus":  # every patch alike, so that the replacing token can be equal to what it replaces
         images = images[:, :, :1, :1].expand(-1, -1, 16, 20)[:1]
         noise = noise[:1]
+        noise[:, -1, 0] = 0.3
         with torch.no_grad():
             model.terms["teacher3"].mask_token.copy_(model.patch_embed(images)[:, :1])
     losses = model(images, noise=noise)
@@ -262,6 +286,77 @@ def test_a_method_combines_with_the_neighbor_term(method):
     assert losses["neighbor"].isfinite() and model.predicts
     losses["loss"].backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_encoders_input_alone_is_jittered_and_only_in_training(channels):
+    statistics = {"mean": (0.4,) * channels, "std": (0.3,) * channels}
+    model = small("mae", input_jitter=0.5, in_chans=channels, **statistics)
+    plain = small("mae", in_chans=channels, **statistics)
+    plain.load_state_dict(model.state_dict())
+    images, _, noise = batch(model)
+    assert model.noise_rows == 2 and plain.noise_rows == 1
+    view = model.observe(images, noise=noise)
+    assert torch.equal(view.images, images), "targets and teachers get the image as it is"
+    changed = model.encoder_input(images, noise)
+    torch.testing.assert_close(view.tokens, plain.embed(changed))
+    assert (changed - images).abs().mean() > 0.02
+    pixels = changed * 0.3 + 0.4
+    assert -1e-6 < pixels.min() and pixels.max() < 1 + 1e-6
+    model.eval(), plain.eval()
+    torch.testing.assert_close(model.predict(images, noise=noise)[0], plain.predict(images, noise=noise[:, 0])[0])
+    torch.testing.assert_close(model.encode(images), plain.encode(images))
+
+
+def test_a_middle_number_changes_nothing_and_other_channels_have_no_saturation():
+    images, numbers = torch.rand(2, 3, 4, 4), torch.full((2, 6), 0.5)
+    torch.testing.assert_close(jitter_colours(images, numbers, 0.4), images)
+    numbers[:, 2] = 1.0
+    torch.testing.assert_close(jitter_colours(images[:, :2], numbers, 0.4), images[:, :2])
+    assert (jitter_colours(images, numbers, 0.4) - images).abs().max() > 0.05
+
+
+def test_the_masks_of_the_further_pass_have_the_published_distribution():
+    term = small("proteus").terms["teacher3"]
+    noise = torch.rand(4000, 4, 20, generator=torch.Generator().manual_seed(0))
+    view = SimpleNamespace(noise=noise, mask=noise[:, 0])
+    model = SimpleNamespace(num_patches=20)
+    term.noise_row = 2
+    ids, chosen = term.masked_ids(model, view)
+    counts = chosen.sum(dim=1)
+    assert (counts > 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    some = counts[counts > 0]
+    assert some.min() == 2 and some.max() == 9 and ids.shape == (4000, 10)
+    for count in range(2, 10):  # int(20 u) for u uniform from 0.1 to 0.5
+        assert (some == count).float().mean().item() == pytest.approx(1 / 8, abs=0.03)
+    everywhere = torch.zeros(4000, 20).scatter(1, ids, chosen)[counts > 0].mean(dim=0)
+    torch.testing.assert_close(everywhere, torch.full((20,), 5.5 / 20), atol=0.04, rtol=0)
+
+
+def test_a_batch_without_replaced_patches_has_no_loss_there():
+    model = small("proteus")
+    images, _, noise = batch(model)
+    noise[:, -1, 0] = 0.9
+    losses = model(images, noise=noise)
+    assert losses["teacher3"] == 0 and losses["loss"].isfinite()
+    losses["loss"].backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.isfinite().all()]
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2", "smooth_l1", "cosine", "kl"])
+def test_equal_weights_are_the_mean_and_others_select(distance):
+    options = TeacherOptions(distance=distance, normalize="softmax" if distance == "kl" else "layer_norm")
+    student, teacher = torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
+    torch.testing.assert_close(
+        compare(student, teacher, options, torch.ones(2, 3)), compare(student, teacher, options), check_dtype=False
+    )
+    weights = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    chosen = weights.bool()
+    torch.testing.assert_close(
+        compare(student, teacher, options, weights),
+        compare(student[chosen][None], teacher[chosen][None], options),
+        check_dtype=False,
+    )
 
 
 def test_only_what_is_needed_is_built_and_run():
