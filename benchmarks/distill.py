@@ -41,8 +41,8 @@ def collect(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(alone|taught)([0-9]+)", path.name)
         if match and (path / "finetuned" / "result.json").is_file():
-            steps = json.loads((path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
-            found["students"].setdefault(match[1], {})[match[2]] = accuracies(path) | {"updates": steps}
+            updates = read_result(path)["steps"]
+            found["students"].setdefault(match[1], {})[match[2]] = accuracies(path) | {"updates": updates}
     return found
 
 

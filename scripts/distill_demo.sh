@@ -7,7 +7,7 @@
 #
 # The teacher is an encoder of six blocks of 96 channels, pretrained and fine-tuned on the same training images. The
 # students are those of configs/pretrain/mae_vit_cpu_cifar10.yaml. DATA is a folder train/CLASS/* and val/CLASS/*.
-# A finished part is not repeated; the figures go to OUTPUT/distill.json and to the terminal.
+# A finished part is not repeated; the accuracies go to OUTPUT/distill.json and to the terminal.
 set -euo pipefail
 
 : "${DATA:?is the folder of the images}"

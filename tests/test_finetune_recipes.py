@@ -23,7 +23,9 @@ NAMES = [f"{path.parent.name}/{path.stem}" for path in RECIPES]
 def options(weights):
     def of(name):
         room = name.split("/")[0]
-        return DOORS[room][0].parse_options(["-c", str(PROJECT / f"configs/{name}.yaml"), "--init_from", weights])
+        path = PROJECT / f"configs/{name}.yaml"
+        teacher = ["--distill_from", weights] if "distill_token" in path.read_text(encoding="utf-8") else []
+        return DOORS[room][0].parse_options(["-c", str(path), "--init_from", weights, *teacher])
 
     return of
 
@@ -86,6 +88,12 @@ def test_mae_lites_first_settings(options):
     assert (found.aa, found.global_pool) == ("rand-m9-mstd0.5-inc1", "avg")
     for name in ("mixup", "cutmix", "smoothing", "drop_path", "reprob", "min_lr", "total_batch_size", "aa"):
         assert getattr(found, name) == getattr(base, name)
+
+
+def test_the_specific_stage_of_g2sd(options):
+    found = options("finetune/g2sd_small_in1k")
+    assert (found.epochs, found.layer_decay, found.distill_weight) == (200, 0.75, 0.5)
+    assert (found.distill_token, found.distill_labels, found.global_pool) == (True, "hard", "token")
 
 
 def test_the_supplements_transfer(options):

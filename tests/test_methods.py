@@ -102,7 +102,7 @@ def test_every_masked_method_predicts(masked):
 def test_every_masked_method_tells_its_sizes_and_scales(masked):
     model = small(masked)
     assert (model.grid, model.num_patches, model.patch_pixels) == ((4, 5), 20, 3 * model.patch_size**2)
-    assert model.noise_rows == 1 + sum(term.noise_rows for term in model.terms.values())
+    assert model.noise_rows == 1 + (model.input_jitter > 0) + sum(term.noise_rows for term in model.terms.values())
     for term in model.terms.values():
         assert all(isinstance(value, float) for value in term.scale(model).values())
 
