@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                                          # ViT-Tiny/16, batch 32, one CPU thread, fp32
     python -m benchmarks.step --device cuda --batch_size 256 --amp bf16 --variants restated_nor nor nor+compile
+    python -m benchmarks.step --variants mae nor --before CHECKOUT     # and the same of an earlier version
     python -m benchmarks.step --help
 
 A step is forward, backward, gradient norm and AdamW on one synthetic batch that is already on the device. In every
@@ -13,8 +14,11 @@ terminal and, with the raw times, to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
+import importlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +30,7 @@ import torch
 from torch import Tensor
 
 import methods
-from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
+from benchmarks.measure import PROJECT, in_turn, parser, progress, publish, quartiles, spread, table, where
 from benchmarks.restated_mae import RestatedMAE, RestatedStep
 from benchmarks.restated_nor_mae import RestatedNoRMAE
 from util.distributed import Processes
@@ -248,12 +252,43 @@ def prepared(
         yield name, step
 
 
-def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Time the named variants: seconds per step by round, and the peak memory of a step beyond what is always held."""
+@contextlib.contextmanager
+def code_of(checkout: Path) -> Iterator[Any]:
+    """Context in which this project's modules are those of another checkout; gives its `benchmarks.step`."""
+    own = {path.stem for path in PROJECT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+    def remove() -> dict[str, Any]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in own}
+
+    kept = remove()
+    sys.path.insert(0, str(checkout))
+    try:
+        yield importlib.import_module("benchmarks.step")
+    finally:
+        sys.path.remove(str(checkout))
+        remove()
+        sys.modules.update(kept)
+
+
+def measure(
+    setting: Setting,
+    names: Sequence[str],
+    say: Callable[[str], None] = lambda text: None,
+    before: Path | None = None,
+) -> dict[str, Any]:
+    """Time the named variants: seconds per step by round, and the peak memory of a step beyond what is always held.
+
+    With `before`, a checkout of an earlier version, also its variants of these names, as `before:NAME`.
+    """
     device = torch.device(setting.device)
     turns: dict[str, Callable[[], float]] = {}
     memory: dict[str, int] = {}
-    for name, step in prepared(setting, names, say):
+    steps = list(prepared(setting, names, say))
+    if before:
+        with code_of(before) as other:
+            theirs = other.prepared(other.Setting(**asdict(setting)), names, say)
+            steps += [(f"before:{name}", step) for name, step in theirs]
+    for name, step in steps:
         memory[name] = peak_bytes(step, device)
         turns[name] = functools.partial(seconds_of, step, setting)
     return {
@@ -315,10 +350,18 @@ def setting_from(given: argparse.Namespace) -> Setting:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = setting_parser(__doc__, USUAL).parse_args(argv)
+    flags = setting_parser(__doc__, USUAL)
+    flags.add_argument("--before", type=Path, metavar="CHECKOUT", help="also its variants, in the same process")
+    given = flags.parse_args(argv)
     setting = setting_from(given)
-    found = measure(setting, list(dict.fromkeys(given.variants)), say=progress)
-    publish(f"step_{setting.file}", found, markdown, setting=asdict(setting), output=given.output)
+    found = measure(setting, list(dict.fromkeys(given.variants)), progress, given.before)
+    publish(
+        f"step_{'versions_' * bool(given.before)}{setting.file}",
+        found,
+        markdown,
+        setting=asdict(setting),
+        output=given.output,
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """The restated baselines are correct, and the benchmark writes what it measured. Timings are not tested."""
 
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import methods
 from benchmarks import measure, memory, micro, step
+from benchmarks.measure import PROJECT
 from benchmarks.restated_mae import RestatedMAE, RestatedStep
 from benchmarks.restated_nor_mae import RestatedNoRMAE, wrapped_neighbors
 
@@ -126,3 +130,18 @@ def test_memory_is_counted_the_same_every_time(tmp_path, capsys):
         found.append(json.loads(output.read_text())["peak_bytes"])
     assert found[0] == found[1] and list(found[0]) == ["mae", "nor"] and min(found[0].values()) > 0
     assert "MB / image" in capsys.readouterr().out
+
+
+def test_another_checkout_brings_its_own_code_and_leaves_none(tmp_path):
+    shutil.copytree(PROJECT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "__*"))
+    for name in ("methods.py", "models_vit.py", "models_targets.py", "models_mae.py", "models_nor_mae.py"):
+        shutil.copy(PROJECT / name, tmp_path)
+    for name in ("util", "options", "data"):
+        shutil.copytree(PROJECT / name, tmp_path / name)
+    own = sys.modules["models_mae"]
+    with step.code_of(tmp_path) as other:
+        setting = other.Setting(patch_size=4, input_size=8, decoder_depth=1, batch_size=2, warmup=1)
+        ((name, take_step),) = other.prepared(setting, ["mae"], lambda text: None)
+        assert Path(type(take_step.func.model).__init__.__code__.co_filename).is_relative_to(tmp_path)
+    assert sys.modules["models_mae"] is own and str(tmp_path) not in sys.path
+    take_step()
