@@ -10,7 +10,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pixels
 
-from data.images import Interpolation, random_resized_crop
+from data.images import random_resized_crop
+from options.crop import Crop
 
 log = logging.getLogger(__name__)
 
@@ -28,40 +28,13 @@ SOLARIZE_FROM = 128  # values from here on are inverted
 MakeViews = Callable[[np.ndarray | Image.Image], list[Tensor]]
 
 
-class CropDescription(Protocol):
-    """What `make_views` reads; see `models_vit.Crop`."""
-
-    @property
-    def size(self) -> tuple[int, int]: ...
-    @property
-    def scale(self) -> tuple[float, float]: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def hflip(self) -> float: ...
-    @property
-    def interpolation(self) -> Interpolation: ...
-    @property
-    def jitter(self) -> tuple[float, float, float, float]: ...
-    @property
-    def jitter_prob(self) -> float: ...
-    @property
-    def grayscale(self) -> float: ...
-    @property
-    def blur(self) -> float: ...
-    @property
-    def blur_sigma(self) -> tuple[float, float]: ...
-    @property
-    def solarize(self) -> float: ...
-
-
-def is_plain(crop: CropDescription) -> bool:
+def is_plain(crop: Crop) -> bool:
     """Return whether a crop is only cut, resized bicubically and flipped, as in masked image modelling."""
     altered = (crop.jitter_prob and any(crop.jitter)) or crop.grayscale or crop.blur or crop.solarize
     return not altered and crop.interpolation == "bicubic" and crop.count == 1
 
 
-def make_views(crops: Sequence[CropDescription], in_chans: int) -> MakeViews:
+def make_views(crops: Sequence[Crop], in_chans: int) -> MakeViews:
     """Make the transform from an image uint8 `[H, W, C]` to the views that `crops` describe.
 
     Each view is uint8 `[C, rows, columns]`. Colour jitter and conversion to grey are defined for 3 channels. For other
@@ -74,11 +47,11 @@ def make_views(crops: Sequence[CropDescription], in_chans: int) -> MakeViews:
     return functools.partial(_views, crops=tuple(crops), in_chans=in_chans)
 
 
-def _views(image: np.ndarray | Image.Image, *, crops: Sequence[CropDescription], in_chans: int) -> list[Tensor]:
+def _views(image: np.ndarray | Image.Image, *, crops: Sequence[Crop], in_chans: int) -> list[Tensor]:
     return [augmented_crop(image, crop, in_chans) for crop in crops for _ in range(crop.count)]
 
 
-def augmented_crop(image: np.ndarray | Image.Image, crop: CropDescription, in_chans: int) -> Tensor:
+def augmented_crop(image: np.ndarray | Image.Image, crop: Crop, in_chans: int) -> Tensor:
     """Cut one random crop and augment it, in the order jitter, grey, blur, solarize, flip."""
     view = random_resized_crop(image, crop.size, crop.scale, crop.interpolation)
     if in_chans in (1, 3) and _happens(crop.jitter_prob):
