@@ -84,10 +84,8 @@ class TokenPrediction(MaskedImageModel):
         super().init_weights(mode, needs_reset)
         self.init_predictor()
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        super().set_input_size(img_size, patch_size)
+    def resized(self, before: tuple[int, int]) -> None:
+        super().resized(before)
         if self.target.tokenizer.network is not None:
             self.target.hold(self.target.tokenizer.network, self.grid)
 

@@ -83,8 +83,8 @@ class CrossMAE(MaskedAutoencoderViT):
         L = self.num_patches
         return L - self.num_visible - int(L * (self.mask_ratio - self.predict_ratio))
 
-    def _check_mask(self, grid: tuple[int, int]) -> None:
-        super()._check_mask(grid)
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        super().check_grid(grid)
         L = grid[0] * grid[1]
         hidden = L - int(L * (1 - self.mask_ratio))
         if not 0 < self.predict_ratio <= self.mask_ratio or hidden <= int(L * (self.mask_ratio - self.predict_ratio)):

@@ -261,13 +261,8 @@ class DINO(Pretrainer):
             else crops
         )
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Change the size of the large crops; positions are resampled as timm does."""
-        size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        super().set_input_size(size, patch_size)  # type: ignore[arg-type]
-        self.teacher.set_input_size(size, patch_size)  # type: ignore[arg-type]
+    def resized(self, before: tuple[int, int]) -> None:
+        self.teacher.set_input_size(self.input_size)
         self.teacher.requires_grad_(False)
         self._prepare_local_crops()
 

@@ -26,7 +26,6 @@ from models_vit import (
     Pretrainer,
     Reader,
     at_least_float32,
-    patch_grid,
     require_sizes,
     resample_abs_pos_embed,
     take,
@@ -264,7 +263,7 @@ class MaskedImageModel(Pretrainer):
         added = (terms or {}).values()
         self.predicts = self.reconstruction_weight > 0 or any(term.reads_prediction for term in added)
         self.decodes = self.predicts or any(term.reads_decoder for term in added)
-        self._check_mask(self.grid)
+        self.check_grid(self.grid)
         self.target = self.make_target()
         self.build_decoder()
         self.init_weights()
@@ -338,7 +337,7 @@ class MaskedImageModel(Pretrainer):
         """Hide patches, encode and predict."""
         raise NotImplementedError
 
-    def _check_mask(self, grid: tuple[int, int]) -> None:
+    def check_grid(self, grid: tuple[int, int]) -> None:
         """Raise ValueError if `mask_ratio` hides none or all of the patches of a grid."""
         raise NotImplementedError
 
@@ -367,21 +366,9 @@ class MaskedImageModel(Pretrainer):
         """P, the number of pixel values of a patch."""
         return self.patch_size * self.patch_size * self.in_chans
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Change the image size; position tables are resampled as in timm."""
-        if patch_size not in (None, self.patch_size, (self.patch_size, self.patch_size)):
-            raise ValueError(
-                f"this decoder predicts patches of {self.patch_size} pixels: build a model for patches of {patch_size}"
-            )
-        if img_size is None:
-            return
-        old_grid, new_grid = self.grid, patch_grid(img_size, self.patch_size)
-        self._check_mask(new_grid)
-        super().set_input_size((img_size, img_size) if isinstance(img_size, int) else img_size)
+    def resized(self, before: tuple[int, int]) -> None:
         if hasattr(self, "decoder_pos_embed"):
-            table = resample_abs_pos_embed(self.decoder_pos_embed, new_size=list(new_grid), old_size=list(old_grid))
+            table = resample_abs_pos_embed(self.decoder_pos_embed, new_size=list(self.grid), old_size=list(before))
             self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         for term in self.terms.values():
             term.check(self)
@@ -517,7 +504,7 @@ class MaskedAutoencoderViT(MaskedImageModel):
     Options: ClassVar[type] = MAEOptions
     options: DecoderOptions
 
-    def _check_mask(self, grid: tuple[int, int]) -> None:
+    def check_grid(self, grid: tuple[int, int]) -> None:
         L, ratio = grid[0] * grid[1], self.mask_ratio
         visible = int(L * (1 - ratio))
         if not 0 < visible < L + (self.reconstruction_weight == 0):

@@ -33,7 +33,6 @@ from models_vit import (
     cosine_between,
     initialize,
     move_average,
-    patch_grid,
     plain_encoder,
     position_table,
     without_autocast,
@@ -179,16 +178,10 @@ class MoCoV3(Pretrainer):
             Crop(self.input_size, blur=0.1, solarize=0.2, **common),
         )
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Change the image size, with positions computed for it."""
-        size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        super().set_input_size(size, patch_size)  # type: ignore[arg-type]
-        self.teacher.set_input_size(size, patch_size)  # type: ignore[arg-type]
-        grid = patch_grid(self.input_size, self.patch_size)
+    def resized(self, before: tuple[int, int]) -> None:
+        self.teacher.set_input_size(self.input_size)
         for encoder in (self, self.teacher):
-            table = position_table(grid, self.embed_dim).to(encoder.pos_embed)
+            table = position_table(self.grid, self.embed_dim).to(encoder.pos_embed)
             encoder.pos_embed = nn.Parameter(table, requires_grad=False)
 
     # ---- schedules and the moving average

@@ -113,7 +113,7 @@ class SimMIM(ReplacedViT):
         cells = math.ceil(grid[0] / self.cell) * math.ceil(grid[1] / self.cell)
         return cells, math.ceil(cells * self.mask_ratio)
 
-    def _check_mask(self, grid: tuple[int, int]) -> None:
+    def check_grid(self, grid: tuple[int, int]) -> None:
         mask_cell = self.options.mask_cell
         if mask_cell < 0 or mask_cell % self.patch_size:
             raise ValueError(f"mask_cell is {mask_cell} pixels, which patches of {self.patch_size} do not fill")
@@ -221,7 +221,7 @@ class BlockMaskedViT(ReplacedViT):
     def _num_hidden(self, grid: tuple[int, int]) -> int:
         return round(self.mask_ratio * grid[0] * grid[1])
 
-    def _check_mask(self, grid: tuple[int, int]) -> None:
+    def check_grid(self, grid: tuple[int, int]) -> None:
         L, hidden = grid[0] * grid[1], self._num_hidden(grid)
         if not 0 < hidden < L:
             raise ValueError(

@@ -424,16 +424,7 @@ class Tokenizer(Pretrainer):
         table = position_table(self.grid, self.decoder_pos_embed.shape[-1])
         self.decoder_pos_embed.data = table.to(self.decoder_pos_embed)
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Change the image size; positions are those of the new grid."""
-        if patch_size not in (None, self.patch_size, (self.patch_size, self.patch_size)):
-            raise ValueError(f"this tokenizer has patches of {self.patch_size} pixels and cannot change that")
-        if img_size is None:
-            return
-        patch_grid(img_size, self.patch_size)
-        super().set_input_size((img_size, img_size) if isinstance(img_size, int) else img_size)
+    def resized(self, before: tuple[int, int]) -> None:
         self.pos_embed.requires_grad_(False)
         self._set_positions()
 
@@ -535,10 +526,8 @@ class VQTokenizer(Tokenizer):
         self.helpers = {path: trained_with}
         self.options = replace(options, perceptual_blocks=blocks, perceptual_digest=digest)
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        super().set_input_size(img_size, patch_size)
+    def resized(self, before: tuple[int, int]) -> None:
+        super().resized(before)
         if self.perceptual.network is not None:
             self.perceptual.network.resize(self.grid)
             self.perceptual.hold(self.perceptual.network)
@@ -619,10 +608,8 @@ class VQKDTokenizer(Tokenizer):
             self.make_head(self.decoder_pos_embed.shape[-1])
             self.decoder_pred.apply(initialize)
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        super().set_input_size(img_size, patch_size)
+    def resized(self, before: tuple[int, int]) -> None:
+        super().resized(before)
         if self.teacher.network is not None:
             self.teacher.network.resize(self.grid)
             self.teacher.hold(self.teacher.network)

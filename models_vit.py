@@ -662,6 +662,31 @@ class Pretrainer(VisionTransformer):
         """Height and width of the images in pixels."""
         return self.patch_embed.img_size
 
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Change the image size: positions are resampled as timm resamples them, unless a method computes its own.
+
+        Raises:
+            ValueError: If the patch size changes, or the patches do not fill the images.
+        """
+        if patch_size not in (None, self.patch_size, (self.patch_size, self.patch_size)):
+            raise ValueError(
+                f"this model is for patches of {self.patch_size} pixels: build a model for patches of {patch_size}"
+            )
+        if img_size is None:
+            return
+        before = self.grid
+        self.check_grid(patch_grid(img_size, self.patch_size))
+        super().set_input_size((img_size, img_size) if isinstance(img_size, int) else img_size)
+        self.resized(before)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raise ValueError where the method does not work with these rows and columns of patches."""
+
+    def resized(self, before: tuple[int, int]) -> None:
+        """Adapt what the method adds to the encoder to another image size; `before` is the previous grid."""
+
     def no_weight_decay(self) -> set[str]:
         """Return the names of matrices that are not decayed: none, as in MAE. Vectors and biases never are."""
         return set()
