@@ -121,7 +121,7 @@ def test_the_script_runs(tmp_path):
     from torchvision.io import write_png
 
     generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 60), ("val", 10)):
+    for split, count in (("train", 200), ("val", 10)):
         for label in range(3):
             folder = tmp_path / "images" / split / f"class{label}"
             folder.mkdir(parents=True)

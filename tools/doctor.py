@@ -41,6 +41,7 @@ from tools.command import reports_errors
 from util import optim, precision
 from util.compiler import compiles
 from util.distributed import Processes, pick_device
+from util.extras import require_extras
 from util.logging import talk
 from util.meters import Means
 from util.stepper import Stepper
@@ -274,6 +275,10 @@ def examine(options: RunOptions, processes: int, batches: int, price: float | No
     options = replace(resolve_batch(options, processes), mean=mean, std=std)
     device = pick_device(options.device)
     yield from packages()
+    try:
+        require_extras(options)
+    except ValueError as problem:
+        yield Finding(WRONG, "packages", str(problem))
     yield from devices(device, processes)
     plan = plan_of(options, processes, device)
     options, optimizer = plan.options, plan.make_optimizer(device)

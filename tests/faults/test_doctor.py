@@ -16,6 +16,7 @@ from tests.runs import DOORS, TINY
 from tests.test_masks import paint
 from tools import doctor
 from tools.doctor import DOUBTFUL, GOOD, WRONG, Measured
+from util import extras
 from util.run import resolve
 
 CPU = torch.device("cpu")
@@ -65,6 +66,13 @@ def test_packages_are_held_against_the_list(tmp_path):
     found = [finding for finding in doctor.packages(pins) if finding.what == "packages"]
     assert [finding.verdict for finding in found] == [WRONG, DOUBTFUL]
     assert "no-such-package-anywhere" in found[0].said and "tested with 0.1" in found[1].said
+
+
+def test_a_package_that_only_an_option_needs_is_looked_for(monkeypatch):
+    options = main_pretrain.parse_options([*DOORS["main_pretrain"], "--export", "timm", "onnx"])
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
+    found = next(finding for finding in doctor.examine(options, 1, 1, None) if "onnx" in str(finding))
+    assert found.verdict == WRONG and "--export onnx needs onnx: run" in found.said
 
 
 def test_unreadable_images_are_found_and_weighed(tmp_path):
