@@ -6,7 +6,9 @@ is the cross-entropy with what a frozen tokenizer says. The released code takes 
 file is a pickle; here the tokenizer is trained on the user's own images (models_tokenizer.py).
 
 The encoder has absolute positions and no layer scale, as the release's 800-epoch variant for ImageNet-1K. Differences:
-positions are fixed sine-cosine instead of learned, and the encoder's initial weights are MAE's.
+positions are fixed sine-cosine instead of learned, the encoder's initial weights are MAE's, the tokenizer sees the
+pixels of the model (the release resizes its crop with another filter), and colours are jittered after the crop, not
+before.
 
 `TokenPrediction` is what BEiT and ClusterMIM share. PeCo is BEiT with the tokens of a tokenizer that was trained with a
 perceptual loss; no code of it was released, so `peco` is an interpretation of the paper's abstract.
@@ -24,7 +26,7 @@ from models_mae import MaskedImageModel, View, take
 from models_simmim import BlockMaskedViT
 from models_targets import Target, Tokens
 from models_tokenizer import load_tokenizer, require_digest
-from models_vit import Reader, at_least_float32, set_drop_path, without_autocast
+from models_vit import Crop, Reader, at_least_float32, set_drop_path, without_autocast
 from options.beit import BEiTOptions, TokenOptions
 
 
@@ -101,6 +103,14 @@ class BEiT(TokenPrediction, BlockMaskedViT):
     def __init__(self, *sizes: Any, **more: Any) -> None:
         super().__init__(*sizes, **more)
         set_drop_path(self.blocks, self.options.drop_path)
+
+    def views(self, min_scale: float, hflip: float) -> tuple[Crop, ...]:
+        """Return one crop, with the jitter of brightness, contrast and saturation of `color_jitter`."""
+        (crop,) = super().views(min_scale, hflip)
+        strength = self.options.color_jitter
+        if not strength:
+            return (crop,)
+        return (replace(crop, jitter=(strength, strength, strength, 0.0), jitter_prob=1.0),)
 
     @property
     def num_predicted(self) -> int:

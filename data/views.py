@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 SOLARIZE_FROM = 128  # values from here on are inverted
 
 MakeViews = Callable[[np.ndarray | Image.Image], list[Tensor]]
+MakeView = Callable[[np.ndarray | Image.Image], Tensor]
 
 
 def is_plain(crop: Crop) -> bool:
@@ -40,11 +41,21 @@ def make_views(crops: Sequence[Crop], in_chans: int) -> MakeViews:
     Each view is uint8 `[C, rows, columns]`. Colour jitter and conversion to grey are defined for 3 channels. For other
     numbers they are left out, which is logged; one channel keeps the jitter of brightness and contrast.
     """
+    _warn_of_missing_colours(crops, in_chans)
+    return functools.partial(_views, crops=tuple(crops), in_chans=in_chans)
+
+
+def make_view(crop: Crop, in_chans: int) -> MakeView:
+    """Make the transform from an image uint8 `[H, W, C]` to one view uint8 `[C, rows, columns]`, as `make_views`."""
+    _warn_of_missing_colours((crop,), in_chans)
+    return functools.partial(augmented_crop, crop=crop, in_chans=in_chans)
+
+
+def _warn_of_missing_colours(crops: Sequence[Crop], in_chans: int) -> None:
     coloured = any((crop.jitter_prob and any(crop.jitter)) or crop.grayscale for crop in crops)
     if coloured and in_chans != 3:
         kept = "; brightness and contrast are jittered" if in_chans == 1 else ""
         log.warning("views: colour jitter and conversion to grey need 3 channels, found %d: left out%s", in_chans, kept)
-    return functools.partial(_views, crops=tuple(crops), in_chans=in_chans)
 
 
 def _views(image: np.ndarray | Image.Image, *, crops: Sequence[Crop], in_chans: int) -> list[Tensor]:

@@ -37,8 +37,11 @@ class BEiTOptions(TokenOptions, BlockMaskOptions):
     """Share of the patches that is hidden from the encoder, at most; 0.3827 hides 75 of 196."""
     drop_path: float = result(0.0)
     """Stochastic depth: share of the images that skip the last block; earlier blocks are skipped less."""
+    color_jitter: float = result(0.0)
+    """Strength of the random changes of brightness, contrast and saturation of each crop; the release has 0.4. Model
+    and tokenizer see the same pixels. Not with data_on_device."""
 
     def _check(self) -> None:
         super()._check()
-        self._between(0, 1, "drop_path")
+        self._between(0, 1, "drop_path", "color_jitter")
         require(self.drop_path < 1, "must be less than 1", "drop_path")

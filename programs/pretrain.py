@@ -17,6 +17,7 @@ from data import views
 from data.decode import lacks_parts
 from data.device_data import DeviceSamples
 from data.loader import (
+    AnyTransform,
     Batches,
     EvalSamples,
     Samples,
@@ -90,13 +91,16 @@ def make_batches(options: PretrainOptions, model: Pretrainer, source: Source, pr
     }
     crops: dict[str, Any] = {"input_size": options.input_size, "min_scale": options.min_scale, "hflip": options.hflip}
     described = model.views(options.min_scale, options.hflip)
-    plain = len(described) == 1 and views.is_plain(described[0])
+    single = described[0] if len(described) == 1 and described[0].count == 1 else None
+    plain = single is not None and views.is_plain(single)
     samples: Samples
     if options.data_on_device:
         if not plain:
+            count = sum(crop.count for crop in described)
             raise ValueError(
-                f"data_on_device: the method {options.method} trains on {sum(crop.count for crop in described)} "
-                "augmented views of an image, and on the device there are only plain crops; leave the option out"
+                f"data_on_device: the method {options.method} trains on "
+                f"{'an augmented view' if count == 1 else f'{count} augmented views'} of each image, and on the device "
+                "there are only plain crops; leave the option out"
             )
         samples = DeviceSamples(source, **crops, **shared, device=processes.device, num_workers=options.num_workers)
         options = replace(options, num_workers=0, pin_mem=False)  # nothing is left to load
@@ -105,7 +109,13 @@ def make_batches(options: PretrainOptions, model: Pretrainer, source: Source, pr
             source = replace(source, read=source.read_lazily or source.read)
         elif options.region_decode:
             log.warning("data: JPEG files are decoded whole, which takes longer: %s", lack)
-        transform = pretrain_transform(**crops) if plain else views.make_views(described, options.in_chans)
+        transform: AnyTransform
+        if plain:
+            transform = pretrain_transform(**crops)
+        elif single is not None:
+            transform = views.make_view(single, options.in_chans)
+        else:
+            transform = views.make_views(described, options.in_chans)
         samples = TrainSamples(source, transform, **shared)
     return share_batches(options, samples, processes)
 

@@ -8,13 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import methods
+from data.views import is_plain
 from methods import METHODS, build
 from models_beit import BEiT
 from models_cluster_mim import ClusterMIM
 from models_nor_mae import neighbor_relation
 from models_targets import Tokens
+from programs import pretrain
 from tests.small import batch, direct, small, teacher_checkpoint, tokenizer_checkpoint
 from util import checkpoint
+from util.distributed import Processes
+from util.run import resolve
 
 
 @pytest.fixture(params=["beit", "cluster_mim"])
@@ -207,6 +212,39 @@ def test_a_pickle_is_not_executed(tmp_path):
 
 def test_peco_is_beit_with_another_tokenizer():
     assert METHODS["peco"].model == METHODS["beit"].model and METHODS["peco"].options is METHODS["beit"].options
+
+
+@pytest.mark.parametrize("method", ["beit", "peco"])
+def test_colour_jitter_is_that_of_the_release(method):
+    (crop,) = small(method, color_jitter=0.4).views(0.08, 0.5)
+    assert crop.jitter == (0.4, 0.4, 0.4, 0.0)
+    assert (crop.jitter_prob, crop.grayscale, crop.blur, crop.solarize, crop.count) == (1.0, 0.0, 0.0, 0.0, 1)
+    assert crop.scale == (0.08, 1.0)
+    assert is_plain(small(method).views(0.08, 0.5)[0])
+
+
+def test_colour_jitter_reaches_the_batches():
+    words = (
+        f"--method beit --tokenizer {tokenizer_checkpoint()} --data_path digits --input_size 16 "
+        "--model mae_vit_tiny_patch4 --embed_dim 24 --depth 1 --num_heads 2 --total_batch_size 16 --num_workers 0 "
+        "--device cpu --hflip 0 --min_scale 1 --color_jitter "
+    )
+    batches = []
+    for strength in ("0", "0.4"):
+        options = methods.parse_options((words + strength).split())
+        model = pretrain.build_model(options)
+        source = pretrain.open_images(options, model)
+        made = pretrain.make_batches(resolve(options), model, source, Processes(0, 1, 0, torch.device("cpu")))
+        batches.append(next(iter(made.epoch(0))))
+    plain, jittered = batches
+    assert plain.images.shape == jittered.images.shape and torch.equal(plain.noise, jittered.noise)
+    assert not torch.equal(plain.images, jittered.images)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1])
+def test_a_strength_of_colour_jitter_outside_0_and_1_is_refused(strength):
+    with pytest.raises(ValueError, match="color_jitter"):
+        BEiT.Options(color_jitter=strength)
 
 
 def test_drop_path_rises_to_its_rate():

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as pixels
 
 from data.images import pretrain_transform, read_image
-from data.views import augmented_crop, gaussian_blur, is_plain, jitter_colours, make_views
+from data.views import augmented_crop, gaussian_blur, is_plain, jitter_colours, make_view, make_views
 from models_vit import Crop
 from tests.test_data import make_batches, make_source, train_samples
 from tests.test_images import assert_close_to_pillows, smooth
@@ -227,6 +227,16 @@ def test_a_batch_holds_a_tensor_for_each_view():
     for row, index in enumerate((3, 5)):
         one = samples()[(0, index)]
         assert all(torch.equal(view[row], own) for view, own in zip(batch.images, one.image, strict=True))
+
+
+def test_a_method_of_one_altered_crop_gets_a_tensor():
+    crop = Crop((8, 12), jitter=(0.4, 0.4, 0.4, 0.0), jitter_prob=1.0)
+    one, several = (
+        train_samples(make_source(24), make(3), 7, None)
+        for make in (lambda channels: make_view(crop, channels), lambda channels: make_views((crop,), channels))
+    )
+    (expected,) = several.__getitems__([(0, 3), (0, 5)]).images
+    assert torch.equal(one.__getitems__([(0, 3), (0, 5)]).images, expected)
 
 
 def test_views_are_normalised_as_images_are():
