@@ -194,6 +194,14 @@ GREY = 0.2989, 0.587, 0.114  # of red, green and blue, as in torchvision
 JITTER_NUMBERS = 6  # uniform numbers of an image: three factors, and three that give their order
 
 
+def compute_grey(images: Tensor) -> Tensor:
+    """Return the grey value of each pixel of images `[N, C, H, W]`: `[N, 1, H, W]`."""
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
+
+
 def jitter_colours(images: Tensor, numbers: Tensor, strength: float) -> Tensor:
     """Change brightness, contrast and saturation of each image by random factors, in random order.
 
@@ -209,15 +217,14 @@ def jitter_colours(images: Tensor, numbers: Tensor, strength: float) -> Tensor:
     Returns:
         `[N, C, H, W]`.
     """
-    channels = images.shape[1]
-    weights = images.new_tensor(GREY if channels == 3 else (1 / channels,) * channels)[:, None, None]
+    coloured = images.shape[1] == 3
     factors = 1 + strength * (2 * numbers[:, :3].to(images.dtype) - 1)
     order = numbers[:, 3:JITTER_NUMBERS].argsort(dim=1)
     for step in range(3):
         change = order[:, step : step + 1]
         factor, which = factors.gather(1, change)[:, :, None, None], change[:, :, None, None]
-        grey = (images * weights).sum(dim=1, keepdim=True)
-        other = torch.where(which == 1, grey.mean(dim=(2, 3), keepdim=True), grey if channels == 3 else images)
+        grey = compute_grey(images)
+        other = torch.where(which == 1, grey.mean(dim=(2, 3), keepdim=True), grey if coloured else images)
         other = torch.where(which == 0, torch.zeros_like(other), other)
         images = (factor * images + (1 - factor) * other).clamp(0, 1)
     return images

@@ -743,9 +743,8 @@ class TeacherTerm(Term):
             teacher = relation(teacher, 3, PAIRS[options.teacher_tap], options.num_heads)
         if options.adaptor != "none":
             student = self.head(student)
-        if options.masks_vary:
-            return compare(student, teacher, options, self.masked_ids(model, view)[1])
-        return compare(student, teacher, options)
+        weights = self.masked_ids(model, view)[1] if options.masked_pass else None
+        return compare(student, teacher, options, weights)
 
 
 class FurtherTeacherTerm(TeacherTerm):

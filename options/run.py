@@ -487,10 +487,9 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
             "aa",
         )
         if self.distill_token:
-            alone = self.distill_from or self.eval
-            require(bool(alone), "learns from a teacher: give distill_from", "distill_token", "distill_from")
-            classed = self.global_pool == "token"
-            require(classed, "is a second class token: use global_pool token", "distill_token", "global_pool")
+            taught, pooled = bool(self.distill_from) or self.eval, self.global_pool == "avg"
+            require(taught, "learns from a teacher: give distill_from", "distill_token", "distill_from")
+            require(not pooled, "is a second class token: use global_pool token", "distill_token", "global_pool")
             require("hf" not in self.export, "hf has no distillation token: use timm", "export", "distill_token")
         require(
             "hf" not in self.export or self.global_pool == "token",
