@@ -31,7 +31,7 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from data.files import new_folder
+from data.files import new_folder, write_json, write_text
 from options.schema import read
 from tools import card, export_segmenter, segmenter
 from tools import encoder as encoders
@@ -77,7 +77,7 @@ def write_timm(encoder: Encoder, folder: Path) -> None:
     )
     config = json.loads((folder / "config.json").read_text())
     del config["model_args"]["num_classes"]  # also given outside, and transformers refuses duplicates
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def read_timm(folder: Path) -> Answers:
@@ -368,15 +368,11 @@ def export(name: str, encoder: Encoder, output: Path) -> str:
                 f"; one image takes {times['onnxruntime']:.2f} ms in ONNX Runtime and {times['torch']:.2f} ms in "
                 f"PyTorch on {threads} CPU thread{'s' if threads > 1 else ''}"
             )
-        _write_json(growing / "export.json", facts)
+        write_json(growing / "export.json", facts)
         usage = FORMATS[name].usage(encoder)
         text = card.readme(encoder, facts, library=FORMATS[name].library, usage=usage, checked=checked)
-        (growing / "README.md").write_text(text, encoding="utf-8")
+        write_text(growing / "README.md", text)
     return checked
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def output_of(words: argparse.Namespace, run: Path) -> Path:

@@ -11,7 +11,6 @@ the run folder, and tools/report.py shows them.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import methods
+from data.files import write_json
 from data.folders import NoSplit
 from data.images import CROP_SHARE, EVAL_CROPS, describe_eval_crop
 from data.sources import Source
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     talk(main=True)
     trained = given.load(words.model, words.device)
     found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop, words.group_by)
-    (trained.run / "knn.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(trained.run / "knn.json", found)
     sys.stdout.write(f"{classifiers.neighbors_table(found)}\n")
     return 0
 

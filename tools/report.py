@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.files import write_text
 from tools import report_page
 from tools.command import reports_errors
 from tools.records import RunRecords, is_number, read_run
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = given.output or (given.runs[0] if len(given.runs) == 1 else Path("report"))
     runs = [read_run(run) for run in given.runs]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text(page(runs), encoding="utf-8")
+    write_text(folder / "report.html", page(runs))
     sys.stdout.write(f"{table(runs)}\nWritten: {folder / 'report.html'}\n")
     return 0
 

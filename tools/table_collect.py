@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from data.files import write_json
 from tools.card import MACHINE
 from tools.records import read_records
 from tools.table_report import Line, Runs, data_of, seeds_of
@@ -41,8 +42,7 @@ def collect(folder: Path, report: Path, title: str, lines: Sequence[Line], model
         else:
             row |= {"value": line.mean} | line.facts
         rows.append(row)
-    text = json.dumps({"title": title, "rows": rows}, indent=1)
-    (folder / f"{report.stem}.json").write_text(f"{text}\n")
+    write_json(folder / f"{report.stem}.json", {"title": title, "rows": rows})
     for path in (report, report.with_suffix(".png")):
         shutil.copyfile(path, folder / path.name)
 
