@@ -2,7 +2,8 @@
 
     python -m tests.faults.campaign --kills 100 --seed 0
 
-Pretraining, fine-tuning and linear probes of a small model on few images are killed (SIGKILL) a few times each, at
+Pretraining (with NoR-MAE, and with DINO's views, teacher and centre), fine-tuning and linear probes of a small model on
+few images are killed (SIGKILL) a few times each, at
 places and moments drawn from the seed, with and without loading workers and with several intervals of saving, and
 started again with the same command. A kill is survived when the run it struck ends with the weights, the optimizer's
 state, every step's loss and every accuracy of the undisturbed run, bit for bit; when the newest checkpoint loaded after
@@ -29,10 +30,12 @@ from typing import Any
 from benchmarks.measure import parser, progress, publish, table, where
 from tests.faults import inject
 from tests.faults.few import CLASSIFIER, LAST_STEP, few
-from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
+from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks, tiny_for
 
 PRETRAIN, FINETUNE, PROBE = "main_pretrain", "main_finetune", "main_linprobe"
 NAMES = {PRETRAIN: "pretraining", FINETUNE: "fine-tuning", PROBE: "linear probe"}
+PROGRAMS = ((PRETRAIN, 1), (FINETUNE, 1), (PROBE, 1), (PRETRAIN, 2))  # with the number of processes
+DINO = "--out_dim 32 --head_hidden_dim 16 --head_bottleneck_dim 8 --local_crops 2 --local_size 4".split()
 SAVE_STEPS = (1, 2, 3)
 KILLS_A_RUN = (3, 8)  # at least and at most
 MINUTE = 60.0
@@ -48,15 +51,18 @@ class Subject:
     processes: int
     whole: Path
     seconds: float
+    method: str = ""
 
     @property
     def name(self) -> str:
-        return NAMES[self.door] + (f", {self.processes} processes" if self.processes > 1 else "")
+        method = f" of {self.method}" if self.method else ""
+        return NAMES[self.door] + method + (f", {self.processes} processes" if self.processes > 1 else "")
 
     def start(self, folder: Path, *words: object, fault: Callable[[], None] | None = None) -> list[Training]:
         if self.processes > 1:
             return start_ranks(self.processes, folder, *self.words, *words, door=self.door)
-        return [Training(folder, *self.words, *words, door=self.door, fault=fault)]
+        tiny = not self.method  # or these options are among its words
+        return [Training(folder, *self.words, *words, door=self.door, tiny=tiny, fault=fault)]
 
 
 @dataclass
@@ -162,11 +168,13 @@ class Campaign:
         trained = ["--init_from", self.folder / "whole" / f"{PRETRAIN}1" / "checkpoints" / "last.pth"]
         doors[FINETUNE] = [*plain, *CLASSIFIER, *trained, "--ema", 0.9]
         doors[PROBE] = [*plain, *CLASSIFIER, *trained]
+        dino = [*tiny_for("dino"), *doors[PRETRAIN], "--method", "dino", *DINO]
         finish(self.folder / "first", *plain)  # so that no other waits for its imports
         found = []
-        for door, processes in ((PRETRAIN, 1), (FINETUNE, 1), (PROBE, 1), (PRETRAIN, 2)):
-            whole = self.folder / "whole" / f"{door}{processes}"
-            subject = Subject(door, doors[door], processes, whole, 0.0)
+        kinds = [(door, doors[door], processes, "") for door, processes in PROGRAMS] + [(PRETRAIN, dino, 1, "DINO")]
+        for door, words, processes, method in kinds:
+            whole = self.folder / "whole" / f"{door}{processes}{method}"
+            subject = Subject(door, words, processes, whole, 0.0, method)
             began = time.monotonic()
             codes = [process.wait() for process in subject.start(whole)]
             assert codes == [0] * processes, codes
@@ -175,11 +183,11 @@ class Campaign:
         return found
 
     def resume(self, kills: int) -> None:
-        """Until that many have struck: mostly pretraining and fine-tuning, a linear probe or two processes at times."""
-        pretrain, finetune, probe, two = self.subjects
+        """Kill runs until there were so many kills: mostly pretraining and fine-tuning, in turn one of the others."""
+        pretrain, finetune, *others = self.subjects
         while len(self.kills) < kills:
-            others = [probe, two][(self.runs // 3) % 2]
-            self.run([pretrain, finetune, others][self.runs % 3], kills - len(self.kills))
+            other = others[(self.runs // 3) % len(others)]
+            self.run([pretrain, finetune, other][self.runs % 3], kills - len(self.kills))
 
     def run(self, subject: Subject, most: int) -> None:
         """One run from its start to its end, killed on the way as often as `most` allows."""

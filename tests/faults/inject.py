@@ -12,8 +12,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torch.utils.tensorboard import SummaryWriter
 
 from data import loader as data
-from programs import finetune, pretrain
+from programs import pretrain
 from util import features
+from util import run as runs
 from util.lock import NAME as LOCK
 from util.logging import JsonLines, RunLog
 from util.stepper import Stepper
@@ -119,7 +120,7 @@ def signals_inside_evaluation(number, *which):
                 send_to_self(*which)
             yield batch
 
-    for module in (features, finetune):
+    for module in (features, runs):
         count_calls(module, "eval_batches", act)
 
 
