@@ -141,7 +141,7 @@ METHODS: dict[str, Method] = {
             "teacher2": RELATIONS | {"student_tap": "values", "teacher_tap": "values"},
         },
         note="TinyMIM: imitates attention and value relations of whole images, without masks and reconstruction",
-        defaults={"mask_ratio": 0.0, "reconstruction_weight": 0.0, "input_jitter": 0.4},
+        defaults={"mask_ratio": 0.0, "reconstruction_weight": 0.0, "input_jitter": 0.4, "drop_path": 0.1},
     ),
     "g2sd": Method(
         terms={

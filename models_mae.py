@@ -28,6 +28,7 @@ from models_vit import (
     at_least_float32,
     require_sizes,
     resample_abs_pos_embed,
+    set_drop_path,
     take,
     without_autocast,
 )
@@ -510,6 +511,11 @@ class MaskedAutoencoderViT(MaskedImageModel):
 
     Options: ClassVar[type] = MAEOptions
     options: DecoderOptions
+
+    def __init__(self, *sizes: Any, **more: Any) -> None:
+        super().__init__(*sizes, **more)
+        if rate := getattr(self.options, "drop_path", 0.0):
+            set_drop_path(self.blocks, rate, uniform=True)
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         L, ratio = grid[0] * grid[1], self.mask_ratio

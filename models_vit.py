@@ -176,10 +176,10 @@ def position_table(grid: tuple[int, int], dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), torch.cat([of_column, of_row], dim=1)])[None]
 
 
-def set_drop_path(blocks: nn.Sequential, rate: float) -> None:
-    """Set stochastic depth that rises linearly from 0 in the first block to `rate` in the last."""
+def set_drop_path(blocks: nn.Sequential, rate: float, *, uniform: bool = False) -> None:
+    """Set stochastic depth: `rate` in all blocks if `uniform`, else from 0 in the first to `rate` in the last."""
     for number, block in enumerate(blocks):
-        own = rate * number / max(1, len(blocks) - 1)
+        own = rate if uniform else rate * number / max(1, len(blocks) - 1)
         block.drop_path1, block.drop_path2 = (DropPath(own) if own else nn.Identity() for _ in range(2))
 
 

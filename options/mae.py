@@ -57,6 +57,8 @@ class MAEOptions(MaskOptions, DecoderOptions):
     input_jitter: float = result(0.0)
     """Strength of random changes of brightness, contrast and saturation of the encoder's input in training: factors
     between 1 - strength and 1 + strength. The target and teachers get the image as it is."""
+    drop_path: float = result(0.0)
+    """Stochastic depth in pretraining: rate at which each block of the encoder is skipped for an image."""
 
     @property
     def _reconstructs(self) -> bool:
@@ -65,7 +67,8 @@ class MAEOptions(MaskOptions, DecoderOptions):
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "reconstruction_weight", "reconstruct_block")
-        self._between(0, 1, "input_jitter")
+        self._between(0, 1, "input_jitter", "drop_path")
+        require(self.drop_path < 1, "must be less than 1", "drop_path")
         whole = self.reconstruct_block < 1 or self.reconstruct_block == int(self.reconstruct_block)
         require(
             whole, f"must be a block's number or less than 1, found {self.reconstruct_block:g}", "reconstruct_block"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
@@ -306,6 +307,18 @@ def test_the_encoders_input_alone_is_jittered_and_only_in_training(channels):
     model.eval(), plain.eval()
     torch.testing.assert_close(model.predict(images, noise=noise)[0], plain.predict(images, noise=noise[:, 0])[0])
     torch.testing.assert_close(model.encode(images), plain.encode(images))
+
+
+def test_blocks_are_skipped_at_the_published_rate_in_training():
+    model = small("tiny_mim", drop_path=0.1, input_jitter=0.0, depth=3)
+    assert [(block.drop_path1.drop_prob, block.drop_path2.drop_prob) for block in model.blocks] == 3 * [(0.1, 0.1)]
+    images, _, noise = batch(model)
+    losses = [model(images, noise=noise)["loss"].item() for _ in range(20)]
+    assert len({*losses}) > 1
+    model.eval()
+    assert len({model(images, noise=noise)["loss"].item() for _ in range(3)}) == 1
+    assert METHODS["tiny_mim"].defaults["drop_path"] == 0.1
+    assert not any(isinstance(module, DropPath) for module in small("tiny_mim").modules())
 
 
 def test_a_middle_number_changes_nothing_and_other_channels_have_no_saturation():
