@@ -70,6 +70,12 @@ def paired_ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str,
     }
 
 
+def commit_of(checkout: Path) -> str | None:
+    """Return the commit of a checkout, marked where files differ from it."""
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=checkout, capture_output=True, text=True)
+    return answer.stdout.strip() or None
+
+
 def machine(device: str) -> dict[str, Any]:
     """Describe the machine."""
     processor = platform.processor() or platform.machine()
@@ -77,14 +83,13 @@ def machine(device: str) -> dict[str, Any]:
     if information.exists():
         lines = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
         processor = lines[0] if lines else processor
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True)
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": installed("torch", "torchvision", "timm", "numpy", *DECODERS),
-        "commit": answer.stdout.strip() or None,
+        "commit": commit_of(PROJECT),
     }
 
 

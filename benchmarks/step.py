@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import methods
-from benchmarks.measure import PROJECT, in_turn, parser, progress, publish, quartiles, spread, table, where
+from benchmarks.measure import PROJECT, commit_of, in_turn, parser, progress, publish, quartiles, spread, table, where
 from benchmarks.restated_mae import RestatedMAE, RestatedStep
 from benchmarks.restated_nor_mae import RestatedNoRMAE
 from util.distributed import Processes
@@ -295,6 +295,7 @@ def measure(
         "clock": clock_of(setting)[0],
         "seconds": in_turn(turns, setting.rounds, setting.seed, say),
         "peak_bytes": memory,
+        **({"before": commit_of(before)} if before else {}),
     }
 
 
@@ -310,9 +311,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         ]
         for name, times in seconds.items()
     ]
+    before = f"`before` is commit {result['before']}. " if "before" in result else ""
     return (
         f"# Step time: {setting.words}\n\n"
-        f"{where(result['machine'])} {setting.rounds} rounds of {setting.steps} step(s), {result['clock']}.\n"
+        f"{where(result['machine'])} {before}{setting.rounds} rounds of {setting.steps} step(s), {result['clock']}.\n"
         "Medians over rounds; ratios within a round, with their quartiles: a row's time / the column's time.\n\n"
         + table(["variant", "s / step", "peak MiB over rest", *seconds], rows)
     )
