@@ -18,6 +18,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -442,6 +443,8 @@ class Loader:
 
     def _from_workers(self, keys: Callable[[int], list], start: int, count: int) -> Iterator[Any]:
         if self._loader is None:
+            # torch advises against more workers than cores; with decoded JPEG files waiting, they do no harm.
+            warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
             self._loader = DataLoader(
                 _Posting(self.samples, Shelf(PREFETCH * self.num_workers + 1)),  # those on their way, and the newest
                 batch_sampler=self._feed,

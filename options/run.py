@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from options.schema import (
+    OptionError,
     Options,
     machine,
     nearest,
@@ -26,8 +27,10 @@ from options.schema import (
 
 Run = TypeVar("Run", bound="RunOptions")
 
+SIZES = ("tiny", "small", "base", "large", "huge")
 TORCHRUN = "use torchrun, which starts the processes and sets the rank of each"
 EncoderFormat = Literal["timm", "hf", "onnx"]
+SUBMITIT = "it is an option of MAE's submitit scripts: under Slurm use scripts/slurm.sh"
 ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans", "value_range", "mean", "std")
 
 
@@ -65,6 +68,11 @@ class RunOptions(Options):
         "opt": "AdamW is used; main_finetune.py has optimizer",
         "per_device_train_batch_size": "use batch_size",
         "amp_dtype": "use amp, e.g. --amp bf16",
+        "job_dir": SUBMITIT,
+        "nodes": SUBMITIT,
+        "ngpus": SUBMITIT,
+        "partition": SUBMITIT,
+        "use_volta32": SUBMITIT,
     }  # flags of MAE's scripts without a counterpart, and what to do instead
     INHERITS: ClassVar[tuple[str, ...]] = ()  # options that the checkpoint in `init_from` decides unless they are given
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = ()  # the same for the checkpoint that `eval` evaluates
@@ -248,7 +256,8 @@ class EncoderOptions(RunOptions):
     """Options of every program with a vision transformer."""
 
     model: str = shape("mae_vit_tiny_patch16", section="Encoder")
-    """`mae_vit_SIZE_patchP`, with SIZE one of tiny, small, base, large, huge and any patch size P in pixels."""
+    """`mae_vit_SIZE_patchP`, with SIZE one of tiny, small, base, large, huge, and any patch size P in pixels. MAE's
+    names `vit_base_patch16` and `mae_vit_base_patch16_dec512d8b` are accepted too."""
     embed_dim: int = shape(0)
     """Channels of the encoder; 0: the default of the model's size, as for the next two options."""
     depth: int = shape(0)
@@ -263,6 +272,12 @@ class EncoderOptions(RunOptions):
 
     def _check(self) -> None:
         super()._check()
+        match = re.fullmatch(rf"(?:mae_)?vit_({'|'.join(SIZES)})_patch([1-9]\d*)(?:_dec512d8b)?", self.model)
+        if match is None:
+            hint = nearest(self.model, (f"mae_vit_{size}_patch{side}" for size in SIZES for side in (16, 8, 14, 4)))
+            names = f"a model is mae_vit_SIZE_patchP with SIZE one of {', '.join(SIZES)} and P in pixels"
+            raise OptionError(f"model: unknown model {self.model!r}; {hint or names}", "model")
+        object.__setattr__(self, "model", f"mae_vit_{match[1]}_patch{match[2]}")
         self._at_least(0, "embed_dim", "depth", "num_heads")
         self._between(0, 1, "hflip")
 

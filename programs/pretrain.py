@@ -43,6 +43,8 @@ from util.watch import OnlineKNN, draw_reconstructions, open_validation
 
 log = logging.getLogger("pretrain")
 
+FEW_UPDATES = 500  # fewer optimizer steps in a run are reported at its start
+
 
 def build_model(options: PretrainOptions) -> Pretrainer:
     names = (*methods.ENCODER_OVERRIDES, *methods.own_options(options.method), "terms")
@@ -144,6 +146,12 @@ def announce(
         "%s, %s: %.2f M trainable parameters, %d x %d patches", options.method, model_name, weights / 1e6, *model.grid
     )
     facts: dict[str, Any] = {"images": len(source), "parameters": weights}
+    if records.total_steps < FEW_UPDATES:
+        log.warning(
+            "%d updates are few: usually about 20,000 are needed. Raise --epochs, or use smaller batches with a higher "
+            "--blr, as configs/pretrain/few_images.yaml does",
+            records.total_steps,
+        )
     for name, term in model.loss_terms.items():
         records.scalars(f"strength_{name}", term.scale(model), step)
         settings = changed(methods.TERMS[name].Options, options.terms[name] or {})

@@ -44,11 +44,11 @@ Report with curves and pictures: $OUTPUT/report.html
 
 Next, your own images (any folder, with or without labels):
   PYTHON=$PYTHON
-  \$PYTHON main_pretrain.py -c configs/pretrain/few_images.yaml --data_path MY_IMAGES --output_dir output/mine
+  \$PYTHON main_pretrain.py -c configs/pretrain/cpu_images.yaml --data_path MY_IMAGES --output_dir output/mine
   \$PYTHON -m tools.report output/mine
 and with labels (one folder per class):
   \$PYTHON main_finetune.py -c configs/finetune/my_images.yaml --init_from output/mine/checkpoints/last.pth \\
       --data_path MY_LABELLED_IMAGES --output_dir output/mine_finetuned
   \$PYTHON -m tools.predict output/mine_finetuned NEW_IMAGES
-With more than a few thousand images use configs/pretrain/my_images.yaml. Read docs/pretraining.md and docs/faq.md.
+On a GPU use configs/pretrain/few_images.yaml, or my_images.yaml for more than a few thousand images. See docs/faq.md.
 END

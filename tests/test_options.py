@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import methods
+import models_vit
 import options.run as options_module
 from options import (
     Difference,
@@ -498,6 +499,27 @@ def test_options_made_in_python_are_checked_too():
         Pretrain(amp="int8")
     with pytest.raises(OptionError, match="mask_ratio"):
         replace(Pretrain(), mask_ratio=1.0)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16", "mae_vit_base_patch16", "mae_vit_base_patch16_dec512d8b"])
+def test_the_names_of_models_in_mae_are_accepted(name):
+    assert pretrain("--model", name).model == "mae_vit_base_patch16"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mae_vit_bse_patch16", "did you mean 'mae_vit_base_patch16'"),
+        ("resnet50", "a model is mae_vit_SIZE_patchP"),
+        ("mae_vit_mini_patch0", ""),
+    ],
+)
+def test_an_unknown_model_is_refused_before_data_is_read(name, hint):
+    assert f"unknown model '{name}'" in (message := refusal("--model", name)) and hint in message
+
+
+def test_the_options_know_the_sizes_of_models():
+    assert tuple(models_vit.SIZES) == options_module.SIZES
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ OWN = (
     "quickstart",
     "my_images",
     "few_images",
+    "cpu_images",
     *(name for name in NAMES if name.endswith("_vit_cpu_cifar10")),
 )  # our settings
 OTHERS = [name for name in NAMES if name.startswith(RELEASED) and name not in OWN]
@@ -190,7 +191,7 @@ def test_there_is_a_recipe_for_every_row():
     expected |= {"mae_lite_vit_tiny_in1k", "mae_lite_vit_small_in1k"}
     small, sets = ("tiny", "tiny8"), ("cifar10", "cifar100")
     expected |= {f"{method}_vit_{size}_{data}" for method in ("mae", "nor_mae") for size in small for data in sets}
-    expected |= {"mae_vit_cpu_cifar10", "my_images", "few_images", "quickstart"}
+    expected |= {"mae_vit_cpu_cifar10", "my_images", "few_images", "cpu_images", "quickstart"}
     assert expected <= set(NAMES)
 
 
@@ -223,7 +224,7 @@ def test_the_batch_divides(name, processes):
     options = recipe(name)
     resolved = resolve_batch(options, processes)
     assert resolved.total_batch_size == options.total_batch_size > 0
-    assert resolved.batch_size >= 16 or name == "few_images"
+    assert resolved.batch_size >= 16 or name in ("few_images", "cpu_images")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,7 +275,7 @@ def test_the_strength_of_the_neighbour_term(name):
     weight = options.terms["neighbor"]["weight"]
     if options.method == "noa_mae":
         assert weight == pytest.approx(5e-5 * P / 2)
-    elif name.endswith(("_matched", "_cifar10", "_cifar100")):
+    elif name.endswith(("_matched", "_cifar10", "_cifar100", "cpu_images")):
         assert weight * (P - 1) == pytest.approx(STRENGTH, rel=1e-3)
     else:
         assert weight == 5e-5

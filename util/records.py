@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import math
 import statistics
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SPIKE = 10  # a loss that is so many times the median of the last USUAL_OF logged losses is reported
 USUAL_OF, USUAL_FROM = 50, 5
+SLOW = 10.0  # seconds of the first step, above which the duration of the run is logged at once
 
 
 class Records:
@@ -47,7 +49,8 @@ class Records:
     def open(self, stack: ExitStack, total_steps: int) -> None:
         """Open the files, which `stack` closes, and log the arithmetic of the run."""
         self._began = self._logged_at = time.monotonic()
-        self._logged_step = self._step
+        self._logged_step = self._first_step = self._step
+        self._total_steps = total_steps
         if self.processes.main:
             self._file = stack.enter_context(log_file(self.folder / "train.log"))
             self._log_plan(total_steps)
@@ -75,7 +78,8 @@ class Records:
         )
         if left_out := len(self.source) - steps * options.total_batch_size:
             log.info(
-                "%d images, chosen at random in each epoch, are not used because they do not fill a step", left_out
+                "%d of the images, chosen at random in each epoch, are not used because they do not fill a step",
+                left_out,
             )
         log.info(
             "%d images per step: batch_size %d x accum_iter %d x %d processes; peak learning rate %.3e, precision %s",
@@ -100,6 +104,7 @@ class Records:
         """Log a step at the logging interval. Only here does the loop wait for the device."""
         if self.log:
             self.log.advance(self._step)
+            self._announce_slow_steps()
         if self._step % self.options.log_every:
             return
         now, stepper = time.monotonic(), self.state.stepper
@@ -120,6 +125,21 @@ class Records:
         self._logged_at, self._logged_step = now, self._step
         self.batches.reset_wait()
         self.check()
+
+    def _announce_slow_steps(self) -> None:
+        """After the first step on a CPU, log how long the run will take if that is long before the first log line."""
+        if self._step != self._first_step + 1 or self.processes.device.type != "cpu":
+            return
+        seconds = time.monotonic() - self._began
+        if seconds > SLOW:
+            left = datetime.timedelta(seconds=round(seconds * (self._total_steps - self._step)))
+            log.info(
+                "the first step took %.0f s: at this speed the %d that are left take %s. Smaller images, patches of "
+                "more pixels or a smaller model are faster",
+                seconds,
+                self._total_steps - self._step,
+                left,
+            )
 
     def after_epoch(self, **values: Any) -> None:
         """Log an epoch; `values` are added to its line of log.txt."""
