@@ -196,6 +196,7 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workspace")
     pictures = [group[:6] for group in smoke_data.pictures()[:3]]
     save_folder(folder / "IMAGENET", pictures, ".JPEG")
+    save_folder(folder / "MY_CLASSES", pictures, ".jpg")
     for name in ("MY_IMAGES", "PHOTOS"):
         (folder / name).mkdir()
         for number, picture in enumerate(picture for group in pictures for picture in group):
