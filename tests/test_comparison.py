@@ -1,0 +1,279 @@
+"""Comparisons at a fixed budget: what they say, their jobs, their statistics, and a complete run with stand-ins."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+import methods
+import programs
+from options import to_dict
+from tools import comparison, comparison_report, given, neighbor_statistics, table_jobs
+from tools.comparison import Plan, chosen, read_comparisons
+from tools.comparison_report import Result, differences, holm, paired
+from tools.figures import models, separation
+from tools.figures.subject import Subject
+from tools.tables import PROJECT, Setting
+
+COMPARISONS = read_comparisons()
+
+
+# ---- what the file says ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_row_parses_and_its_evaluations_exist(name, tmp_path):
+    """Each command line is one that the program accepts."""
+    found = COMPARISONS[name]
+    assert found.reference in [row.name for row in found.rows]
+    plan = Plan(found, Setting(out=tmp_path, data=str(tmp_path)))
+    doors = {"main_pretrain.py": "pretrain", "main_linprobe.py": "probe", "main_finetune.py": "finetune"}
+    for row in found.rows:
+        for job in (
+            *plan.pretrain(row.training, 0),
+            *(plan.evaluate(row.training, 0, each) for each in found.evaluations),
+        ):
+            if job.words[0] in doors:
+                options = programs.parse_options(doors[job.words[0]], list(job.words[1:]))
+                assert Path(options.output_dir) == job.done.parent
+
+
+def test_the_arms_of_the_neighbour_comparison_have_the_strength_that_they_name():
+    """weight x (P - 1), with P = 48 pixels of a patch, or E = 64 channels; alignment reaches 2 (P - 1) / P."""
+    found = {row.name: row.training.options for row in COMPARISONS["nor_explained_cpu"].rows}
+    weights = {name: options.get("terms.neighbor.weight", 0) for name, options in found.items()}
+    for name, weight in weights.items():
+        width = 64 if "embedding" in name else 48
+        if name.startswith("mae"):
+            assert weight == 0
+        elif name == "closest, literal 5e-5":
+            assert weight == 5e-5
+        elif name == "NoA":
+            assert weight * 2 * 47 / 48 == pytest.approx(0.0384, rel=2e-3)
+        else:
+            effective = float(name.rpartition("effective ")[2]) if "effective" in name else 0.0384
+            assert weight * (width - 1) == pytest.approx(effective, rel=2e-3), name
+    assert len({row.training.name for row in COMPARISONS["nor_explained_cpu"].rows}) == len(found)
+
+
+def test_rows_are_chosen_with_the_reference():
+    found = COMPARISONS["leaderboard_cpu"]
+    assert [row.name for row in chosen(found, ["simmim"])] == ["mae", "simmim"]
+    assert [row.name for row in chosen(found, ["nor_*"])] == ["mae", "nor_mae", "nor_mae_released"]
+    assert len(chosen(found, [])) == len(found.rows)
+    with pytest.raises(ValueError, match="did you mean 'simmim'"):
+        chosen(found, ["simmin"])
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_paired_differences_agree_with_scipy():
+    generator = np.random.default_rng(0)
+    for n in (2, 3, 5):
+        values, reference = generator.normal(50, 2, n).tolist(), generator.normal(49, 2, n).tolist()
+        mean, low, high, p = paired(values, reference)
+        expected = stats.ttest_rel(values, reference)
+        interval = expected.confidence_interval(0.95)
+        assert mean == pytest.approx(np.mean(values) - np.mean(reference))
+        assert (low, high, p) == pytest.approx((interval.low, interval.high, expected.pvalue))
+    assert paired([1.0, 2.0], [0.0, 1.0]) == (1.0, 1.0, 1.0, 0.0)
+    assert paired([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_holm_by_hand():
+    """Sorted .01 x 4, .02 x 3, .03 x 2, .5 x 1; none smaller than the one before; at most 1."""
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def result(row, seed, linear, budget="images", **more):
+    facts = {"blr": 1e-3, "epochs": 2, "images": 100, "seconds": 10.0, "preparing": 0.0, "options": {}, "recipe": "r"}
+    return Result(row=row, budget=budget, seed=seed, values={"linear": linear}, commit="c", **(facts | more))
+
+
+def test_differences_are_paired_by_seed_and_need_two():
+    results = [result("mae", 0, 50), result("mae", 1, 60), result("mae", 2, 70)]
+    results += [result("a", 2, 73), result("a", 1, 61), result("b", 0, 40), result("a", 0, 99, budget="compute")]
+    found = differences(results, "mae", "images", "linear")
+    assert found.keys() == {"a"} and found["a"].mean == 2 and found["a"].pairs == 2
+    expected = stats.ttest_rel([61, 73], [60, 70])
+    assert found["a"].p == found["a"].corrected == pytest.approx(expected.pvalue)
+
+
+# ---- a complete comparison with programs that only write results -----------------------------------------------------
+
+TINY = """
+tiny:
+  title: A test
+  images: {train: 2, choice: 1}
+  reference: mae
+  seeds: [0, 1]
+  set: {epochs: 4, warmup_epochs: 1, decoder_depth: 1}
+  rates: [0.5, 1]
+  sweep: {epochs: 2}
+  chosen_by: linear
+  seconds: 60
+  clock: cpu
+  evaluations:
+    probe: {program: main_linprobe.py, set: {epochs: 1}, measures: {linear: accuracy.last.acc1}}
+  rows:
+  - {row: mae, recipe: mae_vit_cpu_cifar10}
+  - {row: simmim, recipe: mae_vit_cpu_cifar10, set: {method: simmim}}
+  - row: beit
+    recipe: beit_vit_cpu_cifar10
+    needs: {tokenizer: {recipe: vq_tokenizer_vit_cpu_cifar10}}
+"""
+
+
+class StandIn:
+    """Writes what a program would: the accuracy depends on the method and the rate, the time on the epochs."""
+
+    def __init__(self, words, said):
+        options = dict(zip(words[1:], words[2:], strict=False))
+        folder = Path(options["--output_dir"])
+        folder.mkdir(parents=True)
+        if words[1] == "main_linprobe.py":
+            trained = json.loads((Path(options["--init_from"]).parent.parent / "result.json").read_text())
+            found = {"accuracy": {"last": {"acc1": trained["score"] + int(options["--seed"])}}}
+        else:
+            method = options.get("--method", Path(options["-c"]).stem.partition("_vit")[0])
+            seconds = {"mae": 3, "simmim": 6, "beit": 5, "vq_tokenizer": 1}[method] * int(options.get("--epochs", 10))
+            score = {"mae": 50, "simmim": 40, "beit": 45, "vq_tokenizer": 0}[method] + ("--blr" in options) * 5
+            found = {"score": score, "images_seen": 100, "cpu_seconds_since_start": seconds}
+            (folder / "environment.json").write_text(json.dumps([{"commit": "abc"}]))
+        (folder / "result.json").write_text(json.dumps(found))
+
+    def code(self):
+        return 0
+
+    def send(self, number): ...
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    path = tmp_path / "comparisons.yaml"
+    path.write_text(TINY)
+    (found,) = read_comparisons(path).values()
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "given" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    monkeypatch.setattr(table_jobs, "Process", StandIn)
+    return Plan(found, Setting(data=str(tmp_path / "given"), out=tmp_path / "out"))
+
+
+def test_a_comparison_from_the_sweep_to_the_report(tiny, tmp_path, capsys):
+    rows = list(tiny.comparison.rows)
+    assert comparison.run(tiny, rows) == 0
+    mae, simmim, beit = rows
+    assert tiny.sweep_scores(mae) == {2e-3: 55, 4e-3: 50}
+    budgets = {row.name: tiny.budgets(row) for row in rows}
+    assert all(each["images"].options["blr"] == 2e-3 for each in budgets.values())
+    # 60 s at 3, 6 and 5 s an epoch; the tokenizer takes 40 s of beit's, and 10% of the epochs are for the warm-up
+    assert [budgets[name]["compute"].options["epochs"] for name in ("mae", "simmim", "beit")] == [20, 10, 4]
+    assert budgets["mae"]["compute"].options["warmup_epochs"] == 5  # a quarter, as in the comparison
+    assert "decoder_depth" in mae.training.set or mae.training.options["decoder_depth"] == 1
+    assert "decoder_depth" not in simmim.training.set  # it has none
+
+    results = comparison.measured(tiny, rows)
+    assert len(results) == 3 * 2 * 2 - 2  # beit has the same length at both budgets: the same trainings
+    first = next(each for each in results if each.row == "beit" and each.seed == 1)
+    assert (first.values, first.preparing, first.commit) == ({"linear": 51.0}, 40.0, "abc")
+    comparison_report.write(tmp_path / "r.md", tiny.comparison, results, {"mae": tiny.sweep_scores(mae)})
+    text = (tmp_path / "r.md").read_text()
+    assert "| mae | 2 | 4 | 100 | 12 | 55.5 ± 0.7 |" in text
+    assert "| simmim | -10.0 [-10.0, -10.0], p 0 |" in text
+    assert "| mae | 0.002: 55.0 *, 0.004: 50.0 |" in text
+    assert len(json.loads((tmp_path / "r.json").read_text())["results"]) == len(results)
+    assert (tmp_path / "r.png").stat().st_size > 5_000
+    capsys.readouterr()
+    assert comparison.run(tiny, rows) == 0 and "python" not in capsys.readouterr().out  # nothing is left to do
+
+
+def test_the_images_are_the_first_of_each_class(tiny):
+    comparison.prepare_data(tiny)
+    root = tiny.data().parent
+    found = {str(path.relative_to(root)) for path in root.rglob("*.png")}
+    both = {
+        f"{folder}/train/{name}/{n}.png" for folder in ("data", "choice") for name in ("cat", "dog") for n in (0, 1)
+    }
+    val = {f"data/val/{name}/{n}.png" for name in ("cat", "dog") for n in (0, 1)}
+    assert found == both | val | {f"choice/val/{name}/2.png" for name in ("cat", "dog")}
+
+
+def test_wrong_data_are_refused_before_work(tiny, tmp_path):
+    plan = Plan(tiny.comparison, Setting(data=str(tmp_path), out=tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"cifar-10-batches-py.*or folders train/CLASS"):
+        comparison.prepare_data(plan)
+    (tmp_path / "given" / "train" / "cat" / "2.png").unlink()
+    with pytest.raises(ValueError, match=r"class cat has too few images: 2 \+ 1"):
+        comparison.prepare_data(tiny)
+
+
+def test_a_time_is_unknown_after_an_interruption(tiny, tmp_path):
+    (tmp_path / "result.json").write_text('{"cpu_seconds_since_start": 5}')
+    (tmp_path / "environment.json").write_text("[{}]")
+    assert tiny.spent(tmp_path) == 5
+    (tmp_path / "environment.json").write_text("[{}, {}]")
+    assert tiny.spent(tmp_path) is None
+
+
+# ---- statistics of neighbours ----------------------------------------------------------------------------------------
+
+
+def test_agreement_is_the_mean_correlation_of_two_predictions():
+    words = "--method mae --model mae_vit_tiny_patch4 --input_size 16 --embed_dim 12 --depth 1 --num_heads 2"
+    words += " --decoder_embed_dim 8 --decoder_depth 1 --decoder_num_heads 2 --data_path digits --mean 0.5 --std 0.5"
+    options = to_dict(programs.parse_options("pretrain", words.split()))
+    torch.manual_seed(0)
+    model = methods.from_options(options).eval()
+    cpu = torch.device("cpu")
+    trained = given.Trained(model, options, 0, Path("last.pth"), cpu)
+    shown = models.Shown("m", "", model, ((0.5,) * 3, (0.5,) * 3), cpu)
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    subject = Subject([shown], pixels, ["a", "b", "c"])
+    found = neighbor_statistics.measure(trained, subject)
+
+    neighbor = neighbor_statistics.with_diagonal(trained)
+    view = neighbor.observe(shown.normalized(pixels), noise=subject.noise)
+    predictions = view.pred, neighbor.terms["neighbor"].second_pass(neighbor, view)
+    first, second = (each.detach().double().numpy() for each in predictions)
+    correlations = [np.corrcoef(first[n, patch], second[n, patch])[0, 1] for n in range(3) for patch in range(16)]
+    assert found["agreement"] == pytest.approx(np.mean(correlations), abs=1e-4)
+
+    one = neighbor_statistics.of_encoder(Subject([shown], pixels[:1], ["a"]))
+    encoded = separation.encode(Subject([shown], pixels[:1], ["a"]), shown)[0]
+    cosines = [float(a @ b) for a, b in zip(encoded.visible, encoded.companions, strict=True)]
+    assert one["cosine_companion"] == pytest.approx(np.mean(cosines), abs=1e-6)
+    pairs = [(i, j) for i in range(len(cosines)) for j in range(len(cosines))]
+    other = [float(encoded.visible[i] @ encoded.companions[j]) for i, j in pairs if encoded.ids[i] != encoded.ids[j]]
+    assert one["cosine_other"] == pytest.approx(np.mean(other), abs=1e-6)
+    visible = [float(encoded.visible[i] @ encoded.visible[j]) for i, j in pairs if i != j]
+    assert one["cosine_visible"] == pytest.approx(np.mean(visible), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_in_smoke_form(tmp_path):
+    variables = {"SMOKE": "1", "OUT": str(tmp_path), "SEEDS": "0 1", "ROWS": "nor_mae cluster_mim", "DATA": ""}
+    for name in ("cpu", "nor_explained_cpu"):
+        rows = {"ROWS": "closest"} if name == "nor_explained_cpu" else {}
+        ended = subprocess.run(
+            ["bash", "scripts/leaderboard.sh"], cwd=PROJECT, env=os.environ | variables | rows | {"SET": name}
+        )
+        assert ended.returncode == 0
+    text = (tmp_path / "smoke" / "reports" / "leaderboard_cpu.md").read_text()
+    assert text.startswith("Smoke test") and "| nor_mae | 2 | 20 |" in text
+    text = (tmp_path / "smoke" / "reports" / "nor_explained_cpu.md").read_text()
+    assert (
+        "| row | seeds | epochs | images seen | cpu s | k-NN | linear | fine-tuned | 10 labels | separation |" in text
+    )

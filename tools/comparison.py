@@ -1,0 +1,518 @@
+"""Compare pretraining methods at a fixed budget: choose learning rates, train, evaluate, report with intervals.
+
+    DATA=CIFAR10 bash scripts/leaderboard.sh                 # SET=cpu; skips finished runs, resumes interrupted ones
+    DATA=CIFAR10 bash scripts/leaderboard.sh --dry-run       # print the commands that are known so far
+    DATA=CIFAR10 bash scripts/leaderboard.sh --report        # only the report of what is finished
+
+`configs/comparisons.yaml` contains the comparisons. The work has three parts: a sweep of the learning rate of each row,
+evaluated on training images that no other part uses; trainings of equal length; and trainings of equal compute, whose
+length follows from the time that the sweep took. `scripts/table.sh` explains the variables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from torchvision import datasets
+
+import methods
+from data.images import is_image_name
+from options import nearest
+from tools import comparison_report, smoke_data, table_jobs, tables
+from tools.table_jobs import Job, say
+from tools.table_report import named
+from tools.tables import PROJECT, SMOKE_DECODER, SMOKE_MODEL, SMOKE_RUN, SMOKE_VIEWS, UNPACKED, Setting, flags
+
+COMPARISONS = PROJECT / "configs" / "comparisons.yaml"
+TORCHVISION = {"torch/cifar10": datasets.CIFAR10, "torch/cifar100": datasets.CIFAR100}
+SMOKE_EVALUATION = {"total_batch_size": 8, "epochs": 1, "warmup_epochs": 0, "eval_every": 1, "device": "cpu"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A pretraining: a recipe of configs/pretrain, options over it, and the trainings that it needs."""
+
+    recipe: str
+    set: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, Training | Mapping[str, Any]] = field(default_factory=dict)
+    """Of an option that takes a run, that run; `{kmeans: OPTIONS}` stands for a file of tools.tokenizer."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**tables.read_recipe(self.recipe), **self.set}
+
+    @property
+    def name(self) -> str:
+        """Name of its folder: method, epochs, and a digest of everything that decides the result."""
+        options = self.options
+        said = json.dumps([self.recipe, dataclasses.asdict(self)], sort_keys=True)
+        return f"{options['method']}-{options['epochs']}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+
+    def over(self, **changes: Any) -> Training:
+        """Return the training with other options."""
+        return replace(self, set={**self.set, **changes})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A program that evaluates a pretrained encoder, and the measures it gives as paths into result.json."""
+
+    program: str
+    measures: Mapping[str, str]
+    recipe: str = ""
+    set: Mapping[str, Any] = field(default_factory=dict)
+    seed_options: Sequence[str] = ()
+    """Options that take the seed, in addition to `seed`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    training: Training
+    seeds: tuple[int, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison of configs/comparisons.yaml, whose header describes the fields."""
+
+    name: str
+    title: str
+    reference: str
+    rows: tuple[Row, ...]
+    evaluations: Mapping[str, Evaluation]
+    images: Mapping[str, int]
+    note: str = ""
+    dataset: str = "torch/cifar10"
+    rates: tuple[float, ...] = ()
+    sweep: Mapping[str, Any] = field(default_factory=dict)
+    chosen_by: str = ""
+    seconds: float = 0
+    clock: Literal["cpu", "wall"] = "cpu"
+
+
+@functools.cache
+def method_options() -> frozenset[str]:
+    """Options that some methods have and others do not."""
+    return frozenset(option for method in methods.METHODS for option in methods.own_options(method))
+
+
+def training_of(
+    said: Mapping[str, Any], shared: Mapping[str, Any] | None = None, override: Mapping[str, Any] | None = None
+) -> Training:
+    """Read a training. Shared options that its method does not have are left out, and so are values of its recipe."""
+    recipe, own = tables.read_recipe(said["recipe"]), said.get("set", {})
+    given = {**(shared or {}), **own, **(override or {})}
+    method = given.get("method", recipe["method"])
+    unknown = method_options() - set(methods.own_options(method)) - own.keys()
+    changed = {name: value for name, value in given.items() if name not in unknown and recipe.get(name) != value}
+    needs = {option: each if "kmeans" in each else training_of(each) for option, each in said.get("needs", {}).items()}
+    return Training(said["recipe"], changed, needs)
+
+
+def read_comparisons(path: Path = COMPARISONS) -> dict[str, Comparison]:
+    """Return all comparisons of the file by name."""
+    found = {}
+    for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        said = dict(entry)
+        shared, override = said.pop("set", {}), said.pop("override", {})
+        seeds, without = tuple(said.pop("seeds")), said.pop("without", ())
+        rows = tuple(
+            Row(row["row"], training_of(row, shared, override), tuple(row.get("seeds", seeds)), row.get("note", ""))
+            for row in said.pop("rows")
+            if row["row"] not in without
+        )
+        evaluations = {key: Evaluation(**value) for key, value in said.pop("evaluations").items()}
+        said["rates"] = tuple(said.get("rates", ()))
+        found[name] = Comparison(name, rows=rows, evaluations=evaluations, **said)
+    return found
+
+
+def value_at(folder: Path, path: str) -> float:
+    """Return the number at a path such as `accuracy.last.acc1` in the result of a finished run."""
+    value: Any = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    for part in path.split("."):
+        value = value[part]
+    return float(value)
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def first_images(data: Path, dataset: str, split: str) -> Iterator[tuple[str, Iterator[Any]]]:
+    """Yield each class and its images in order: paths of files, or PIL images of a set that torchvision unpacked."""
+    if (data / UNPACKED[dataset]).is_dir():
+        source = TORCHVISION[dataset](str(data), train=split == "train")
+        for label, name in enumerate(source.classes):
+            yield name, (source[number][0] for number, found in enumerate(source.targets) if found == label)
+    else:
+        for folder in sorted(path for path in (data / split).iterdir() if path.is_dir()):
+            yield folder.name, (path for path in sorted(folder.iterdir()) if is_image_name(path.name))
+
+
+def prepare_data(plan: Plan) -> None:
+    """Write the folders `data` and `choice`, with `train` and `val` in each, of the first images of each class.
+
+    Both have the same training images. `data/val` has all validation images, `choice/val` further training images.
+
+    Raises:
+        ValueError: A class has too few images, or the data have no validation images.
+    """
+    root = plan.data().parent
+    if root.is_dir():
+        return
+    comparison, data = plan.comparison, Path(plan.setting.data)
+    unpacked = data / UNPACKED[comparison.dataset]
+    if not unpacked.is_dir() and not all((data / split).is_dir() for split in ("train", "val")):
+        raise ValueError(
+            f"DATA is {str(data)!r}; it must contain {unpacked.name} as torchvision unpacks it, or folders "
+            "train/CLASS and val/CLASS"
+        )
+    train, choice = comparison.images["train"], comparison.images["choice"]
+    part = root.with_name(f"{root.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    for name, images in first_images(data, comparison.dataset, "train"):
+        for folder, count in (("data/train", train), ("choice/val", choice)):
+            found = write_images(itertools.islice(images, count), part / folder / name)
+            if found < count:
+                raise ValueError(f"class {name} has too few images: {train} + {choice} training images are needed")
+    for name, images in first_images(data, comparison.dataset, "val"):
+        write_images(images, part / "data" / "val" / name)
+    shutil.copytree(part / "data" / "train", part / "choice" / "train", copy_function=os.link)
+    part.rename(root)
+
+
+def write_images(images: Iterator[Any], folder: Path) -> int:
+    """Copy files, or write PIL images as PNG; return their number."""
+    folder.mkdir(parents=True)
+    number = 0
+    for number, image in enumerate(images, start=1):
+        if isinstance(image, Path):
+            shutil.copyfile(image, folder / image.name)
+        else:
+            image.save(folder / f"{number:05d}.png")
+    return number
+
+
+# ---- jobs -----------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """The jobs of a comparison and their folders."""
+
+    def __init__(self, comparison: Comparison, setting: Setting):
+        self.comparison, self.setting = comparison, setting
+        self.root = setting.root
+
+    def data(self, folder: str = "data") -> Path:
+        """Folder of the images: `data`, or `choice` for the choice of learning rates."""
+        if self.setting.smoke:
+            return self.root / "data" / smoke_data.folder_of("")
+        counts = self.comparison.images
+        return self.root / "images" / f"{counts['train']}-{counts['choice']}" / folder
+
+    def pretraining(self, training: Training, seed: int) -> Path:
+        return self.root / "pretrain" / training.name / f"seed{seed}"
+
+    def evaluated(self, training: Training, seed: int, name: str, data: str = "data") -> Path:
+        """Folder of an evaluation."""
+        place = "evaluate" if data == "data" else data
+        return self.root / place / training.name / name / f"seed{seed}"
+
+    def needed(self, training: Training) -> dict[str, Path]:
+        """What a training needs: a run folder or a file by option. They are trained once, with seed 0."""
+        return {
+            option: self.root / "kmeans" / f"{tables.with_options('centers', said['kmeans'])}.pth"
+            if isinstance(said, Mapping)
+            else self.pretraining(said, 0)
+            for option, said in training.needs.items()
+        }
+
+    def helpers(self, training: Training) -> list[Job]:
+        """The jobs that must run before a training."""
+        found: list[Job] = []
+        for option, path in self.needed(training).items():
+            said = training.needs[option]
+            if isinstance(said, Training):
+                found += self.pretrain(said, 0)
+            else:
+                sizes = {name: training.options[name] for name in ("input_size", "mean", "std")}
+                options = {**sizes, "patch_size": training.options["model"].rpartition("patch")[2], **said["kmeans"]}
+                options |= {"num_workers": 0, "device": "cpu", "output": path} | (
+                    {"epochs": 1} if self.setting.smoke else {}
+                )
+                words = ("-m", "tools.tokenizer", "kmeans", str(self.data() / "train"), *flags(_listed(options)))
+                found.append(Job(words, path))
+        return found
+
+    def pretrain(self, training: Training, seed: int) -> list[Job]:
+        """A pretraining, after what it needs."""
+        folder, options = self.pretraining(training, seed), dict(training.set)
+        needed = self.needed(training)
+        if self.setting.smoke:
+            own = methods.own_options(training.options["method"])
+            options |= SMOKE_RUN | {name: SMOKE_MODEL[name] for name in ("embed_dim", "depth", "num_heads")}
+            options |= {name: value for name, value in (SMOKE_DECODER | SMOKE_VIEWS).items() if name in own}
+        options |= needed | {"seed": seed, "data_path": self.data(), "output_dir": folder}
+        words = ("main_pretrain.py", "-c", f"configs/pretrain/{training.recipe}.yaml", *flags(_listed(options)))
+        after = tuple(path if path.suffix else path / "result.json" for path in needed.values())
+        return [*self.helpers(training), Job((*words, *self.setting.more), folder / "result.json", after)]
+
+    def evaluate(self, training: Training, seed: int, name: str, data: str = "data") -> Job:
+        evaluation, encoder = self.comparison.evaluations[name], self.pretraining(training, seed)
+        folder = self.evaluated(training, seed, name, data)
+        options = {**evaluation.set, **dict.fromkeys(("seed", *evaluation.seed_options), seed)}
+        if self.setting.smoke and not evaluation.program.startswith("-m "):
+            options |= SMOKE_EVALUATION | ({"labels_per_class": 0} if "labels_per_class" in options else {})
+        options |= {
+            "init_from": encoder / "checkpoints" / "last.pth",
+            "data_path": self.data(data),
+            "output_dir": folder,
+        }
+        if evaluation.program.startswith("-m "):
+            del options["init_from"]
+            words = (*evaluation.program.split(), str(encoder), *flags(options))
+        else:
+            recipe = ("-c", f"configs/finetune/{evaluation.recipe}.yaml") if evaluation.recipe else ()
+            words = (evaluation.program, *recipe, *flags(options), *self.setting.more)
+        return Job(words, folder / "result.json", (encoder / "result.json",))
+
+    def sweep_trials(self, row: Row) -> dict[float, Training]:
+        """The trainings of the sweep of a row, by learning rate (blr)."""
+        blr = row.training.options["blr"]
+        rates = [float(f"{factor * float(blr):.4g}") for factor in self.comparison.rates]
+        return {rate: _at_rate(row.training, rate).over(**self.comparison.sweep) for rate in rates}
+
+    def judge(self) -> str:
+        """The evaluation that gives the measure by which a rate is chosen."""
+        return next(
+            name for name, each in self.comparison.evaluations.items() if self.comparison.chosen_by in each.measures
+        )
+
+    def sweep(self, row: Row) -> list[Job]:
+        return [
+            job
+            for training in self.sweep_trials(row).values()
+            for job in (*self.pretrain(training, 0), self.evaluate(training, 0, self.judge(), "choice"))
+        ]
+
+    def sweep_scores(self, row: Row) -> dict[float, float]:
+        """The finished part of the sweep: the measure on the choice images by learning rate."""
+        judge = self.judge() if self.comparison.rates else ""
+        found = {}
+        for rate, training in self.sweep_trials(row).items():
+            folder = self.evaluated(training, 0, judge, "choice")
+            if (folder / "result.json").exists():
+                path = self.comparison.evaluations[judge].measures[self.comparison.chosen_by]
+                found[rate] = value_at(folder, path)
+        return found
+
+    def settled(self, row: Row) -> Training | None:
+        """The training with the best rate of the sweep; None before all of it is finished."""
+        if not self.comparison.rates:
+            return row.training
+        scores = self.sweep_scores(row)
+        if len(scores) < len(self.comparison.rates):
+            return None
+        return _at_rate(row.training, max(scores, key=lambda rate: scores[rate]))
+
+    def spent(self, folder: Path) -> float | None:
+        """Seconds of a finished training; None if it was interrupted, because only the last start is known."""
+        starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        name = {"cpu": "cpu_seconds_since_start", "wall": "seconds_since_start"}[self.comparison.clock]
+        return value_at(folder, name) if len(starts) == 1 else None
+
+    def preparing(self, training: Training) -> float:
+        """Seconds of the runs that a training needs. Fitting k-means centres is not counted (some seconds)."""
+        total = 0.0
+        for said in training.needs.values():
+            if isinstance(said, Training):
+                total += (self.spent(self.pretraining(said, 0)) or 0.0) + self.preparing(said)
+        return total
+
+    def equal_compute(self, row: Row) -> Training | None:
+        """The training whose length fills the budget, from the times of the sweep; None before they are known."""
+        best = self.settled(row)
+        if best is None or not self.comparison.seconds:
+            return None
+        each = [self.pretraining(training, 0) for training in self.sweep_trials(row).values()]
+        times = [seconds for folder in each if (seconds := self.spent(folder)) is not None]
+        if not times:
+            return None
+        per_epoch = statistics.median(times) / self.comparison.sweep["epochs"]
+        left = self.comparison.seconds - self.preparing(best)
+        epochs = max(1, round(left / per_epoch))
+        share = float(row.training.options["warmup_epochs"]) / float(row.training.options["epochs"])
+        return best.over(epochs=epochs, warmup_epochs=float(f"{share * epochs:.3g}"))
+
+    def budgets(self, row: Row) -> dict[str, Training]:
+        """The trainings of a row that can be named so far: `images` (equal images) and `compute` (equal compute)."""
+        found = {"images": self.settled(row), "compute": self.equal_compute(row)}
+        return {budget: training for budget, training in found.items() if training is not None}
+
+    def jobs(self, rows: Sequence[Row]) -> list[Job]:
+        """All jobs that are known, each once: the sweeps, then every row with one seed before any with two."""
+        found = [job for row in rows if self.comparison.rates for job in self.sweep(row)]
+        for seed in dict.fromkeys(seed for row in rows for seed in row.seeds):
+            for budget in ("images", "compute"):
+                for row in rows:
+                    training = self.budgets(row).get(budget)
+                    if training and seed in row.seeds:
+                        found += self.pretrain(training, seed)
+                        found += [self.evaluate(training, seed, name) for name in self.comparison.evaluations]
+        return list({job.done: job for job in found}.values())
+
+
+def _at_rate(training: Training, blr: float) -> Training:
+    """Return the training with a learning rate; the recipe's own adds nothing to the name."""
+    return training if blr == float(training.options["blr"]) else training.over(blr=blr)
+
+
+def _listed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Write lists as the command line takes them."""
+    return {
+        name: ",".join(str(each) for each in value) if isinstance(value, list) else value
+        for name, value in options.items()
+    }
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def chosen(comparison: Comparison, asked: Sequence[str]) -> list[Row]:
+    """Return the rows that match ROWS (`nor_*`), or all, and the reference.
+
+    Raises:
+        ValueError: A pattern matches no row.
+    """
+    names = {named([row.name]): row for row in comparison.rows}
+    asked = [pattern.replace("_", "-") for pattern in asked]
+    for pattern in asked:
+        if not fnmatch.filter(names, pattern):
+            advice = nearest(pattern, names) or f"there are {', '.join(names)}"
+            raise ValueError(f"ROWS: {comparison.name} has no row {pattern!r}; {advice}")
+    return [
+        row
+        for name, row in names.items()
+        if not asked or row.name == comparison.reference or any(fnmatch.fnmatch(name, pattern) for pattern in asked)
+    ]
+
+
+def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
+    """Return what is finished, one entry for each row, budget and seed."""
+    found = []
+    for row in rows:
+        for budget, training in plan.budgets(row).items():
+            for seed in row.seeds:
+                folder = plan.pretraining(training, seed)
+                values = {
+                    measure: value_at(plan.evaluated(training, seed, name), path)
+                    for name, evaluation in plan.comparison.evaluations.items()
+                    if (plan.evaluated(training, seed, name) / "result.json").exists()
+                    for measure, path in evaluation.measures.items()
+                }
+                if values:
+                    found.append(
+                        comparison_report.Result(
+                            row=row.name,
+                            budget=budget,
+                            seed=seed,
+                            values=values,
+                            blr=float(training.options["blr"]),
+                            epochs=int(training.options["epochs"]),
+                            images=int(value_at(folder, "images_seen")),
+                            seconds=plan.spent(folder),
+                            preparing=plan.preparing(training),
+                            options={name: value for name, value in training.set.items() if name != "blr"},
+                            recipe=training.recipe,
+                            commit=comparison_report.commit_of(folder),
+                        )
+                    )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    comparisons = read_comparisons()
+    parser = argparse.ArgumentParser(description="Compare pretraining methods at a fixed budget.")
+    parser.add_argument("comparison", metavar="COMPARISON", help=f"one of {', '.join(comparisons)}")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands that are known so far")
+    parser.add_argument("--report", action="store_true", help="only report the results so far")
+    parser.add_argument("--collect", metavar="FOLDER", type=Path, help="also copy report, plot and results to a folder")
+    given = parser.parse_args(argv)
+    try:
+        if given.comparison not in comparisons:
+            raise ValueError(f"there is no comparison {given.comparison!r}; there are {', '.join(comparisons)}")
+        comparison = comparisons[given.comparison]
+        setting = tables.setting_of(os.environ)
+        if "SEEDS" in os.environ:
+            comparison = replace(comparison, rows=tuple(replace(row, seeds=setting.seeds) for row in comparison.rows))
+        plan, rows = Plan(comparison, setting), chosen(comparison, setting.rows)
+        if given.dry_run:
+            tables.show(plan.jobs(rows), setting)
+            return 0
+        code = 0 if given.report else run(plan, rows)
+        path = plan.root / "reports" / f"{comparison.name}.md"
+        sweeps = {row.name: plan.sweep_scores(row) for row in rows}
+        comparison_report.write(path, comparison, measured(plan, rows), sweeps, smoke=setting.smoke)
+        say(f"report: {path}")
+        if given.collect:
+            given.collect.mkdir(parents=True, exist_ok=True)
+            for suffix in (".md", ".png", ".json"):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(path.with_suffix(suffix), given.collect / path.with_suffix(suffix).name)
+            say(f"collected in {given.collect}")
+        return code
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def run(plan: Plan, rows: Sequence[Row]) -> int:
+    """Run the sweeps, then the trainings that follow from them. Return the exit code."""
+    setting = plan.setting
+    plan.root.mkdir(parents=True, exist_ok=True)
+    if setting.smoke:
+        smoke_data.write(setting.root / "data", ())
+    else:
+        prepare_data(plan)
+    quick = setting.smoke and setting.nproc == 1
+    done: set[Path] = set()
+    code, began = 0, time.monotonic()
+    while missing := [job for job in plan.jobs(rows) if job.done not in done and not job.done.exists()]:
+        done |= {job.done for job in missing}
+        code = max(
+            code,
+            table_jobs.run(
+                plan.jobs(rows),
+                plan.root,
+                start=table_jobs.Fork if quick else table_jobs.Process,
+                nproc=setting.nproc,
+                at_once=setting.jobs,
+                minutes=max(setting.minutes - (time.monotonic() - began) / 60, 1e-6) if setting.minutes else 0,
+            ),
+        )
+        if code == table_jobs.INTERRUPTED:
+            break
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

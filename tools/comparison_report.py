@@ -1,0 +1,249 @@
+"""Report a comparison: means over seeds, paired differences from the reference with intervals, and a plot.
+
+A difference is paired by seed: row minus reference with the same seed. The 95% interval and the p-value are of the
+two-sided paired t-test; p-values are corrected by Holm's method for the number of rows, separately for each measure
+and budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from scipy import stats
+
+from benchmarks.measure import machine
+from tools.figures.style import COLORS, MARKERS, grid_lines, house_style, save
+from tools.table_report import rows_to_text, short_commit
+
+if TYPE_CHECKING:
+    from tools.comparison import Comparison
+
+BUDGETS = {"images": "Equal images", "compute": "Equal compute"}
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished pretraining with its evaluations."""
+
+    row: str
+    budget: str
+    seed: int
+    values: Mapping[str, float]
+    """Measures in percent."""
+    blr: float
+    epochs: int
+    images: int
+    seconds: float | None
+    """Of the training; None if it was interrupted."""
+    preparing: float
+    """Seconds of the runs that it needed."""
+    options: Mapping[str, Any]
+    recipe: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean paired difference, its 95% interval, and the p-value before and after Holm's correction."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    corrected: float
+    pairs: int
+
+
+def commit_of(folder: Path) -> str:
+    """Return the commits of a run, usually one."""
+    starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    return " / ".join(dict.fromkeys(short_commit(start["commit"] or "") for start in starts))
+
+
+def paired(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return mean, lower and upper end of the 95% interval, and p-value of paired differences.
+
+    Args:
+        values: one per seed, at least two.
+        reference: of the same seeds.
+    """
+    differences = [value - other for value, other in zip(values, reference, strict=True)]
+    n, mean, deviation = len(differences), statistics.mean(differences), statistics.stdev(differences)
+    half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * deviation / math.sqrt(n)
+    if deviation == 0:
+        return mean, mean, mean, 1.0 if mean == 0 else 0.0
+    p = 2 * float(stats.t.sf(abs(mean) / (deviation / math.sqrt(n)), n - 1))
+    return mean, mean - half, mean + half, p
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's step-down method."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def by_seed(results: Sequence[Result], row: str, budget: str, measure: str) -> dict[int, float]:
+    return {
+        each.seed: each.values[measure]
+        for each in results
+        if each.row == row and each.budget == budget and measure in each.values
+    }
+
+
+def differences(results: Sequence[Result], reference: str, budget: str, measure: str) -> dict[str, Difference]:
+    """Return the difference of each row from the reference, for rows that share two seeds with it."""
+    expected = by_seed(results, reference, budget, measure)
+    found: dict[str, tuple[float, float, float, float, int]] = {}
+    for row in dict.fromkeys(each.row for each in results if each.budget == budget and each.row != reference):
+        values = by_seed(results, row, budget, measure)
+        seeds = sorted(values.keys() & expected.keys())
+        if len(seeds) > 1:
+            found[row] = (*paired([values[seed] for seed in seeds], [expected[seed] for seed in seeds]), len(seeds))
+    corrected = holm([each[3] for each in found.values()])
+    return {
+        row: Difference(*each[:4], corrected=p, pairs=each[4])
+        for (row, each), p in zip(found.items(), corrected, strict=True)
+    }
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean and standard deviation; `-` without values."""
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def described(difference: Difference | None) -> str:
+    if difference is None:
+        return "-"
+    p = f"p {difference.corrected:.2g}"
+    verdict = p if difference.corrected < LEVEL else f"within noise, {p}"
+    return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}], {verdict}"
+
+
+def measures_of(comparison: Comparison) -> list[str]:
+    return [measure for each in comparison.evaluations.values() for measure in each.measures]
+
+
+def of_budget(comparison: Comparison, results: Sequence[Result], budget: str) -> str:
+    """Return the two tables of a budget: accuracies, and differences from the reference."""
+    measures = measures_of(comparison)
+    accuracies, compared = [], []
+    found = {measure: differences(results, comparison.reference, budget, measure) for measure in measures}
+    for row in comparison.rows:
+        mine = [each for each in results if each.row == row.name and each.budget == budget]
+        if not mine:
+            accuracies.append([row.name, "0", "not run", *[""] * (2 + len(measures))])
+            continue
+        seconds = [each.seconds + each.preparing for each in mine if each.seconds is not None]
+        cells = [spread([each.values[measure] for each in mine if measure in each.values]) for measure in measures]
+        times = f"{statistics.mean(seconds):.0f}" if seconds else "-"
+        accuracies.append([row.name, str(len(mine)), f"{mine[0].epochs}", f"{mine[0].images:,}", times, *cells])
+        if row.name != comparison.reference:
+            compared.append([row.name, *(described(found[measure].get(row.name)) for measure in measures)])
+    text = f"## {BUDGETS[budget]}\n\n"
+    text += rows_to_text(["row", "seeds", "epochs", "images seen", f"{comparison.clock} s", *measures], accuracies)
+    if compared:
+        text += f"\nDifference from `{comparison.reference}`:\n\n" + rows_to_text(["row", *measures], compared)
+    return text
+
+
+def markdown(comparison: Comparison, results: Sequence[Result], sweeps: Mapping[str, Mapping[float, float]]) -> str:
+    """Return the report."""
+    text = f"# {comparison.title}\n\n{comparison.note}\n\n"
+    text += (
+        "Percent, mean ± standard deviation over seeds. Differences are paired by seed: mean, 95% interval, p-value "
+        "of the paired t-test, corrected by Holm's method for the number of rows. Seconds include runs a row needs.\n"
+    )
+    for budget in BUDGETS:
+        if any(each.budget == budget for each in results):
+            text += f"\n{of_budget(comparison, results, budget)}"
+    if any(sweeps.values()):
+        rates = [
+            [row, ", ".join(f"{rate:g}: {score:.1f}{' *' if score == max(scores.values()) else ''}"
+                            for rate, score in scores.items())]
+            for row, scores in sweeps.items() if scores
+        ]  # fmt: skip
+        text += (
+            f"\n## Learning rates\n\n`blr` and {comparison.chosen_by} accuracy on held-out training images, seed 0; "
+            f"* marks the one used.\n\n{rows_to_text(['row', 'sweep'], rates)}"
+        )
+    commits = ", ".join(dict.fromkeys(each.commit for each in results))
+    return f"{text}\nCommit: {commits or '-'}. Machine: {machine('cpu')['device']}.\n"
+
+
+def picture(comparison: Comparison, results: Sequence[Result]) -> Figure:
+    """Plot each measure against the seconds of the training, with the standard deviation over seeds."""
+    measures = measures_of(comparison)
+    figure = Figure(figsize=(3.4 * len(measures), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for axis, measure in zip(axes, measures, strict=True):
+        for number, row in enumerate(comparison.rows):
+            for budget in BUDGETS:
+                mine = [
+                    each for each in results
+                    if each.row == row.name and each.budget == budget
+                    and measure in each.values and each.seconds is not None
+                ]  # fmt: skip
+                if not mine:
+                    continue
+                values = [each.values[measure] for each in mine]
+                seconds = statistics.mean(each.preparing + (each.seconds or 0.0) for each in mine)
+                handles[row.name] = axis.errorbar(
+                    seconds,
+                    statistics.mean(values),
+                    yerr=statistics.stdev(values) if len(values) > 1 else None,
+                    marker=MARKERS[number // len(COLORS) % len(MARKERS)],
+                    color=COLORS[number % len(COLORS)],
+                    mfc="none" if budget == "compute" else None,
+                    capsize=2,
+                    linestyle="",
+                )
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{comparison.clock} seconds of pretraining")
+        axis.set_ylabel(f"{measure}, %")
+        grid_lines(axis)
+    figure.suptitle("filled: equal images, hollow: equal compute", fontsize=8)
+    if handles:
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=7, fontsize=7)
+    return figure
+
+
+def write(
+    path: Path,
+    comparison: Comparison,
+    results: Sequence[Result],
+    sweeps: Mapping[str, Mapping[float, float]],
+    *,
+    smoke: bool = False,
+) -> None:
+    """Write the report, and the plot and the results as JSON beside it."""
+    text = markdown(comparison, results, sweeps)
+    if smoke:
+        text = f"Smoke test: tiny models on a few tiny images. The numbers have no meaning.\n\n{text}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{text}\n![accuracy against compute]({path.stem}.png)\n", encoding="utf-8")
+    with house_style():
+        save(picture(comparison, results), path.with_suffix(".png"))
+    rates = {row: {f"{rate:g}": score for rate, score in scores.items()} for row, scores in sweeps.items()}
+    found = {
+        "title": comparison.title,
+        "machine": machine("cpu"),
+        "sweeps": rates,
+        "results": [dataclasses.asdict(each) for each in results],
+    }
+    path.with_suffix(".json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
