@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from util.logging import DECODERS, installed
+from util.logging import DECODERS, installed, processor
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -78,14 +78,9 @@ def commit_of(checkout: Path) -> str | None:
 
 def machine(device: str) -> dict[str, Any]:
     """Describe the machine."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        lines = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        processor = lines[0] if lines else processor
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": installed("torch", "torchvision", "timm", "numpy", *DECODERS),

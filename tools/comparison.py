@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import fnmatch
-import functools
-import hashlib
 import itertools
 import json
 import os
@@ -25,125 +22,23 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
 from torchvision import datasets
 
 import methods
 from data.images import is_image_name
 from options import nearest
 from tools import comparison_report, smoke_data, table_jobs, tables
+from tools.comparison_file import Comparison, Row, Training, read_comparisons
 from tools.table_jobs import Job, say
 from tools.table_report import named
-from tools.tables import PROJECT, SMOKE_DECODER, SMOKE_MODEL, SMOKE_RUN, SMOKE_VIEWS, UNPACKED, Setting, flags
+from tools.tables import SMOKE_DECODER, SMOKE_MODEL, SMOKE_RUN, SMOKE_VIEWS, UNPACKED, Setting, flags
 
-COMPARISONS = PROJECT / "configs" / "comparisons.yaml"
 TORCHVISION = {"torch/cifar10": datasets.CIFAR10, "torch/cifar100": datasets.CIFAR100}
 SMOKE_EVALUATION = {"total_batch_size": 8, "epochs": 1, "warmup_epochs": 0, "eval_every": 1, "device": "cpu"}
-
-
-@dataclass(frozen=True)
-class Training:
-    """A pretraining: a recipe of configs/pretrain, options over it, and the trainings that it needs."""
-
-    recipe: str
-    set: Mapping[str, Any] = field(default_factory=dict)
-    needs: Mapping[str, Training | Mapping[str, Any]] = field(default_factory=dict)
-    """Of an option that takes a run, that run; `{kmeans: OPTIONS}` stands for a file of tools.tokenizer."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {**tables.read_recipe(self.recipe), **self.set}
-
-    @property
-    def name(self) -> str:
-        """Name of its folder: method, epochs, and a digest of everything that decides the result."""
-        options = self.options
-        said = json.dumps([self.recipe, dataclasses.asdict(self)], sort_keys=True)
-        return f"{options['method']}-{options['epochs']}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
-
-    def over(self, **changes: Any) -> Training:
-        """Return the training with other options."""
-        return replace(self, set={**self.set, **changes})
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A program that evaluates a pretrained encoder, and the measures it gives as paths into result.json."""
-
-    program: str
-    measures: Mapping[str, str]
-    recipe: str = ""
-    set: Mapping[str, Any] = field(default_factory=dict)
-    seed_options: Sequence[str] = ()
-    """Options that take the seed, in addition to `seed`."""
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    training: Training
-    seeds: tuple[int, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A comparison of configs/comparisons.yaml, whose header describes the fields."""
-
-    name: str
-    title: str
-    reference: str
-    rows: tuple[Row, ...]
-    evaluations: Mapping[str, Evaluation]
-    images: Mapping[str, int]
-    note: str = ""
-    dataset: str = "torch/cifar10"
-    rates: tuple[float, ...] = ()
-    sweep: Mapping[str, Any] = field(default_factory=dict)
-    chosen_by: str = ""
-    seconds: float = 0
-    clock: Literal["cpu", "wall"] = "cpu"
-
-
-@functools.cache
-def method_options() -> frozenset[str]:
-    """Options that some methods have and others do not."""
-    return frozenset(option for method in methods.METHODS for option in methods.own_options(method))
-
-
-def training_of(
-    said: Mapping[str, Any], shared: Mapping[str, Any] | None = None, override: Mapping[str, Any] | None = None
-) -> Training:
-    """Read a training. Shared options that its method does not have are left out, and so are values of its recipe."""
-    recipe, own = tables.read_recipe(said["recipe"]), said.get("set", {})
-    given = {**(shared or {}), **own, **(override or {})}
-    method = given.get("method", recipe["method"])
-    unknown = method_options() - set(methods.own_options(method)) - own.keys()
-    changed = {name: value for name, value in given.items() if name not in unknown and recipe.get(name) != value}
-    needs = {option: each if "kmeans" in each else training_of(each) for option, each in said.get("needs", {}).items()}
-    return Training(said["recipe"], changed, needs)
-
-
-def read_comparisons(path: Path = COMPARISONS) -> dict[str, Comparison]:
-    """Return all comparisons of the file by name."""
-    found = {}
-    for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        said = dict(entry)
-        shared, override = said.pop("set", {}), said.pop("override", {})
-        seeds, without = tuple(said.pop("seeds")), said.pop("without", ())
-        rows = tuple(
-            Row(row["row"], training_of(row, shared, override), tuple(row.get("seeds", seeds)), row.get("note", ""))
-            for row in said.pop("rows")
-            if row["row"] not in without
-        )
-        evaluations = {key: Evaluation(**value) for key, value in said.pop("evaluations").items()}
-        said["rates"] = tuple(said.get("rates", ()))
-        found[name] = Comparison(name, rows=rows, evaluations=evaluations, **said)
-    return found
 
 
 def value_at(folder: Path, path: str) -> float:
@@ -430,6 +325,7 @@ def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
                     for measure, path in evaluation.measures.items()
                 }
                 if values:
+                    environment = comparison_report.environment_of(folder)
                     found.append(
                         comparison_report.Result(
                             row=row.name,
@@ -443,7 +339,8 @@ def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
                             preparing=plan.preparing(training),
                             options={name: value for name, value in training.set.items() if name != "blr"},
                             recipe=training.recipe,
-                            commit=comparison_report.commit_of(folder),
+                            commit=environment[0],
+                            device=environment[1],
                         )
                     )
     return found

@@ -14,17 +14,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks.measure import machine
+from tools.comparison_file import Comparison
 from tools.figures.style import COLORS, MARKERS, grid_lines, house_style, save
 from tools.table_report import rows_to_text, short_commit
-
-if TYPE_CHECKING:
-    from tools.comparison import Comparison
 
 BUDGETS = {"images": "Equal images", "compute": "Equal compute"}
 LEVEL = 0.05
@@ -49,6 +46,7 @@ class Result:
     options: Mapping[str, Any]
     recipe: str
     commit: str
+    device: str
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,12 @@ class Difference:
     pairs: int
 
 
-def commit_of(folder: Path) -> str:
-    """Return the commits of a run, usually one."""
+def environment_of(folder: Path) -> tuple[str, str]:
+    """Return the commits and the devices of the starts of a run, usually one of each."""
     starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    return " / ".join(dict.fromkeys(short_commit(start["commit"] or "") for start in starts))
+    commits = [short_commit(start["commit"] or "") for start in starts]
+    devices = [", ".join(start["gpus"]) or start["processor"] for start in starts]
+    return " / ".join(dict.fromkeys(commits)), " / ".join(dict.fromkeys(devices))
 
 
 def paired(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float, float]:
@@ -181,8 +181,10 @@ def markdown(comparison: Comparison, results: Sequence[Result], sweeps: Mapping[
             f"\n## Learning rates\n\n`blr` and {comparison.chosen_by} accuracy on held-out training images, seed 0; "
             f"* marks the one used.\n\n{rows_to_text(['row', 'sweep'], rates)}"
         )
-    commits = ", ".join(dict.fromkeys(each.commit for each in results))
-    return f"{text}\nCommit: {commits or '-'}. Machine: {machine('cpu')['device']}.\n"
+    commits, devices = (
+        ", ".join(dict.fromkeys(getattr(each, name) for each in results)) for name in ("commit", "device")
+    )
+    return f"{text}\nCommit: {commits or '-'}. Device: {devices or '-'}.\n"
 
 
 def picture(comparison: Comparison, results: Sequence[Result]) -> Figure:
@@ -242,7 +244,6 @@ def write(
     rates = {row: {f"{rate:g}": score for rate, score in scores.items()} for row, scores in sweeps.items()}
     found = {
         "title": comparison.title,
-        "machine": machine("cpu"),
         "sweeps": rates,
         "results": [dataclasses.asdict(each) for each in results],
     }

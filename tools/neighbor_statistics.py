@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import methods
 from data.files import write_json
-from models_vit import Pretrainer
 from tools import given
 from tools.figures import models, separation
 from tools.figures.collapse import token_similarity
@@ -58,13 +58,13 @@ def of_encoder(subject: Subject) -> dict[str, float]:
     return {name: statistics.mean(values) for name, values in found.items() if values}
 
 
-def with_diagonal(trained: Trained) -> Pretrainer:
+def with_diagonal(trained: Trained) -> nn.Module:
     """Return the model with the neighbour term as a probe: the sum of products of two standardised predictions."""
     options: Mapping[str, Any] = trained.options
     neighbor = (options.get("terms") or {}).get("neighbor") or {}
     probe = {"weight": 1.0, "relation": "diagonal", "normalize": "token", "space": "pixels", "tokens": "all"}
     kept = {name: neighbor[name] for name in ("similarity",) if name in neighbor and neighbor.get("cnp") != "released"}
-    model = methods.from_options({**options, "method": "nor_mae", "terms": {"neighbor": kept | probe}})
+    model: Any = methods.from_options({**options, "method": "nor_mae", "terms": {"neighbor": kept | probe}})
     model.load_state_dict(trained.model.state_dict())
     return model.to(trained.device).eval()
 

@@ -265,9 +265,21 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit,
         "versions": versions(torch=torch, torchvision=torchvision, timm=timm, numpy=numpy) | installed(*DECODERS),
+        "processor": processor(),
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def processor() -> str:
+    """Return the name of the processor, of Linux from /proc/cpuinfo."""
+    import platform
+
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def installed(*packages: str) -> dict[str, str]:
