@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_mae import mean_over_ranks
+from models_mae import BatchNormOverRanks, mean_over_ranks
 from models_vit import (
     Crop,
     Pretrainer,
@@ -138,19 +138,26 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Three linear layers with GELU, l2 normalisation, and a linear layer with weight norm: `[N, D]` to `[N, K]`."""
+    """Three linear layers with GELU, l2 normalisation, and a linear layer with weight norm: `[N, D]` to `[N, K]`.
+
+    With `batch_norm`, each hidden layer is followed by batch norm before the GELU. The indices within `mlp` are those
+    of the release.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, hidden: int = 2048, bottleneck: int = 256, norm_last_layer: bool = True
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        norm_last_layer: bool = True,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(inputs, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, bottleneck),
-        )
+        layers: list[nn.Module] = []
+        for width in (inputs, hidden):
+            layers += [nn.Linear(width, hidden), *([BatchNormOverRanks(hidden)] if batch_norm else []), nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
         self.mlp.apply(initialize)
         self.last_layer = WeightNormLinear(bottleneck, outputs)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
@@ -193,7 +200,8 @@ def resampling_matrix(grid: tuple[int, int], new_grid: tuple[int, int]) -> Tenso
 class DINO(Pretrainer):
     """DINO: the student predicts from all crops what the teacher makes of the two large ones.
 
-    Accumulating gradients gives the result of the larger batch: the centre moves once per update, by all its images.
+    Accumulating gradients gives the result of the larger batch, unless the head has batch norm: the centre moves once
+    per update, by all its images.
     """
 
     Options: ClassVar[type] = DINOOptions
@@ -211,6 +219,7 @@ class DINO(Pretrainer):
     def __init__(self, *sizes: Any, **more: Any) -> None:
         super().__init__(*sizes, **more)
         options = self.options
+        self.images_together = "ranks" if options.head_batch_norm else ""
         initialize_encoder(self)
         self.head = self._make_head()  # type: ignore[assignment]
         self.teacher = plain_encoder(self)
@@ -235,6 +244,7 @@ class DINO(Pretrainer):
             options.head_hidden_dim,
             options.head_bottleneck_dim,
             options.norm_last_layer,
+            options.head_batch_norm,
         )
 
     def _prepare_local_crops(self) -> None:

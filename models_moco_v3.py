@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_mae import mean_over_ranks
+from models_mae import BatchNormOverRanks
 from models_vit import (
     Crop,
     Pretrainer,
@@ -85,34 +85,6 @@ def gather_over_ranks(x: Tensor) -> tuple[Tensor, int]:
     return torch.cat(parts), dist.get_rank() * len(x)
 
 
-class BatchNormOverRanks(nn.BatchNorm1d):
-    """Batch norm of `[N, C]` with the statistics of the images of all processes, on any device.
-
-    nn.SyncBatchNorm works on GPUs only. Every process must have the same number of images. Mean and variance are
-    computed in float32 at least, the variance from the centred values.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        with without_autocast(x):
-            values = at_least_float32(x)
-            count = len(x) * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
-            mean = mean_over_ranks(values.mean(dim=0))
-            centred = values - mean
-            variance = mean_over_ranks(centred.square().mean(dim=0))
-            if self.track_running_stats:
-                with torch.no_grad():
-                    self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-                    unbiased = variance.detach() * (count / max(1, count - 1))
-                    self.running_mean.lerp_(mean.detach().to(self.running_mean), self.momentum)  # type: ignore[union-attr, arg-type]
-                    self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)  # type: ignore[union-attr, arg-type]
-            normalized = centred * (variance + self.eps).rsqrt()
-            if self.affine:
-                normalized = normalized * self.weight + self.bias
-        return normalized.to(x.dtype)
-
-
 def mlp(*widths: int) -> nn.Sequential:
     """Create linear layers without biases, each but the last followed by batch norm and ReLU.
 
@@ -152,7 +124,7 @@ class MoCoV3(Pretrainer):
     Options: ClassVar[type] = MoCoV3Options
     options: MoCoV3Options
     feature_pool: ClassVar[Literal["avg", "token"]] = "token"
-    images_together: ClassVar[Literal["", "ranks"]] = "ranks"
+    images_together = "ranks"
     decays_vectors: ClassVar[bool] = True
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 

@@ -599,7 +599,7 @@ class Pretrainer(VisionTransformer):
     """Features of an image: `avg`, the average of the patch tokens after the last norm; `token`, the class token."""
     encoder_prefix: ClassVar[str] = ""
     """Prefix in the state_dict of the encoder that is evaluated and exported: `teacher.` if it is a moving average."""
-    images_together: ClassVar[Literal["", "ranks"]] = ""
+    images_together: Literal["", "ranks"] = ""
     """Which images the loss compares with each other: none, or those of a forward pass on all processes."""
     decays_vectors: ClassVar[bool] = False
     """Whether weight decay applies to every parameter, biases and norms included."""

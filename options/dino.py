@@ -38,6 +38,9 @@ class DINOOptions(Options):
     """Width of the head's hidden layers."""
     head_bottleneck_dim: int = shape(256)
     """Width of the head's layer before the last."""
+    head_batch_norm: bool = shape(False)
+    """Batch norm after the head's hidden layers, over the images of all processes, as the release's use_bn_in_head.
+    Small models and short runs need it."""
     norm_last_layer: bool = shape(True)
     """Fix the norm of the last layer's rows at 1; the authors train it only for small models."""
 

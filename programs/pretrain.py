@@ -175,8 +175,8 @@ def announce(
     together = options.batch_size * distributed.world_size()
     if model.images_together and together < options.total_batch_size:
         log.warning(
-            "the loss of %s compares %d images (batch_size x processes), not the %d of an update, and batch norms use "
-            "them too: accumulated gradients are not those of the larger batch",
+            "the loss of %s, or its batch norm, looks at %d images together (batch_size x processes), not at the %d of "
+            "an update: accumulated gradients are not those of the larger batch",
             *(options.method, together, options.total_batch_size),
         )
     few = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)

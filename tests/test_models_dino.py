@@ -308,6 +308,42 @@ def test_drop_path_is_the_students():
     assert all(isinstance(block.drop_path1, torch.nn.Identity) for block in model.teacher.blocks)
 
 
+def test_batch_norm_in_the_head_is_that_of_torch():
+    head = DINOHead(8, 16, hidden=20, bottleneck=12, batch_norm=True)
+    assert [type(layer).__name__ for layer in head.mlp] == ["Linear", "BatchNormOverRanks", "GELU"] * 2 + ["Linear"]
+    x = torch.randn(32, 8)
+    hidden = x
+    for number in (0, 3):
+        weight, bias = (head.state_dict()[f"mlp.{number}.{name}"] for name in ("weight", "bias"))
+        hidden = F.linear(hidden, weight, bias)
+        hidden = F.gelu((hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt())
+    torch.testing.assert_close(head(x), head.last_layer(F.normalize(head.mlp[6](hidden), dim=-1)))
+    assert head.mlp[1].running_mean.abs().sum() > 0
+
+
+def test_batch_norm_removes_what_scores_of_all_images_have_in_common():
+    """Without it, the scores of images whose features are alike are alike, and the loss teaches that constant first."""
+    x = torch.randn(1, 64) + 0.3 * torch.randn(256, 64)
+    shares = []
+    for batch_norm in (False, True):
+        torch.manual_seed(0)
+        scores = DINOHead(64, 512, hidden=256, bottleneck=64, batch_norm=batch_norm)(x)
+        shares.append((scores.mean(0).square().mean() / scores.square().mean()).item())
+    plain, normed = shares
+    assert plain > 0.8 and normed < 0.3
+
+
+def test_the_teachers_batch_norm_has_its_own_statistics():
+    model = small(head_batch_norm=True)
+    assert model.images_together == "ranks" and small().images_together == ""
+    model.before_step(Progress(0, 10, 5, []))
+    model(crops(model))["loss"].backward()
+    own, teachers = model.head.mlp[1], model.teacher.head.mlp[1]
+    assert own.num_batches_tracked == teachers.num_batches_tracked == 1
+    assert not torch.equal(own.running_mean, teachers.running_mean)  # the teacher sees large crops only
+    assert "teacher.head.mlp.1.running_mean" in model.state_dict()
+
+
 def test_initial_weights_are_dinos():
     model = small(embed_dim=64, num_heads=4)
     for weight in (model.blocks[0].attn.qkv.weight, model.blocks[1].mlp.fc2.weight, model.pos_embed):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import methods
-from models_moco_v3 import BatchNormOverRanks, MoCoV3, contrastive_loss, mlp
+from models_mae import BatchNormOverRanks
+from models_moco_v3 import MoCoV3, contrastive_loss, mlp
 from models_vit import position_table
 from programs import pretrain
 from tests.published import needs_vectors, read
