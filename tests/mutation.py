@@ -53,7 +53,7 @@ TESTS: dict[str, str] = {
     "models_dino": "test_models_dino test_contract",
     "models_maskfeat": "test_models_maskfeat test_contract test_methods",
     "models_beit": "test_models_beit test_contract test_methods",
-    "models_tokenizer": "test_models_tokenizer test_models_beit test_contract",
+    "models_tokenizer": "test_models_tokenizer test_tokenizer_tool test_models_beit test_contract",
     "models_cluster_mim": "test_models_tokenizer test_contract test_methods",
     "models_upernet": "test_models_upernet",
     "models_classifier": "test_finetune",

@@ -164,6 +164,21 @@ def test_perplexity_and_usage_describe_the_moving_average():
         assert perplexity is None or found["perplexity"].item() == pytest.approx(perplexity)
 
 
+def test_fsq_counts_how_often_tokens_occur():
+    quantizer, vectors = FSQ((4, 3), decay=0.9), torch.randn(2, 5, 2)
+    quantizer.usage.fill_(1.0)
+    tokens = torch.cat([quantizer(vectors).tokens, quantizer(2 * vectors).tokens]).flatten()
+    quantizer.after_update(TAKEN)
+    expected = 0.9 + 0.1 * torch.bincount(tokens, minlength=12)
+    torch.testing.assert_close(quantizer.usage, expected)
+    quantizer.after_update(TAKEN)  # without a forward pass between
+    quantizer(vectors)
+    quantizer.after_update(REFUSED)
+    quantizer.eval()(vectors)
+    quantizer.after_update(TAKEN)
+    torch.testing.assert_close(quantizer.usage, expected)
+
+
 # ---- the tokenizers --------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +197,44 @@ def test_the_loss_is_the_sum_of_its_parts(method, quantizer):
     torch.testing.assert_close(losses["loss"], expected)
     assert {*losses} == {"loss", main, "perplexity", "usage"} | (set() if quantizer else {"commitment"})
     assert model.tokens == (12 if quantizer else 24)
+
+
+@pytest.mark.parametrize("quantizer", [{}, {"quantizer": "fsq", "levels": (4, 3)}], ids=["ema", "fsq"])
+def test_codes_move_with_updates_that_are_taken(method, quantizer):
+    model = small(method, **quantizer)
+    images, _, _ = batch(model)
+    before = {name: value.clone() for name, value in model.quantizer.state_dict().items()}
+
+    def is_unchanged():
+        return all(torch.equal(value, before[name]) for name, value in model.quantizer.state_dict().items())
+
+    model(images)
+    model.after_update(REFUSED)
+    assert is_unchanged()
+    model(images)  # of a step that was not completed
+    model.before_step(None)
+    model.after_update(TAKEN)
+    assert is_unchanged()
+    model(images)
+    model.after_update(TAKEN)
+    assert not is_unchanged() and model.quantizer.usage.sum() > before["usage"].sum()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"perceptual": 0.3, "perceptual_encoder": "teacher"}], ids=["plain", "perceptual"]
+)
+def test_another_image_size_is_that_of_a_new_model(method, more):
+    if more and method == "vqkd_tokenizer":
+        pytest.skip("it has no perceptual loss")
+    more = {name: teacher_checkpoint() if value == "teacher" else value for name, value in more.items()}
+    model, other = small(method, **more), small(method, **more, input_size=(8, 12))
+    other.load_state_dict({name: value for name, value in model.state_dict().items() if "pos_embed" not in name}, False)
+    model.set_input_size((8, 12))
+    images, _, _ = batch(other)
+    found, expected = model(images), other(images)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    assert not any(p.requires_grad for p in (model.pos_embed, model.decoder_pos_embed))
 
 
 def test_the_reconstruction_is_of_pixels():
