@@ -18,54 +18,17 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.mlp import Mlp
+from timm.layers.mlp import Mlp as Mlp
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models import adapt_input_conv
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block as Block
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from options.crop import Crop
 from options.schema import Options
-
-__all__ = [
-    "ENCODER_INPUT",
-    "ONE_WIDTH_TWO_HEADS",
-    "SIZES",
-    "Block",
-    "Crop",
-    "FrozenNetwork",
-    "LoadReport",
-    "Pretrainer",
-    "Progress",
-    "Reader",
-    "Mlp",
-    "Size",
-    "VisionTransformer",
-    "adapt_input_conv",
-    "at_least_float32",
-    "attention_heads",
-    "copy_into",
-    "cosine_between",
-    "digest_of",
-    "encoder_sizes",
-    "for_channels",
-    "initialize",
-    "load_from_run",
-    "load_matching",
-    "move_average",
-    "parse_name",
-    "patch_grid",
-    "plain_encoder",
-    "position_table",
-    "renormalization",
-    "require_plain_encoder",
-    "resample_abs_pos_embed",
-    "set_drop_path",
-    "take",
-    "without_autocast",
-]
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from data import scenes
 from data.depth import with_range
 from data.folders import contents_of, images_below, some, split_named, visible_folders
 from data.images import BadImage, Pair, blamed_on, orientation_of, read_stored
-from data.mask_files import IGNORE, MOST_LISTED, Coding, ignored_value, read_mask
+from data.mask_files import IGNORE, MOST_LISTED, Coding, read_mask
 from data.sources import Names, Source, read_class_list
 from data.splits import (
     CLASSES,
@@ -44,8 +44,6 @@ from data.splits import (
     whole_groups,
 )
 from options import SegmentOptions
-
-__all__ = ["IGNORE", "Coding", "ignored_value", "open_splits", "open_test", "read_mask"]
 
 log = logging.getLogger(__name__)
 

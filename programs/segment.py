@@ -19,6 +19,7 @@ import models_upernet
 from data import masks, splits
 from data.class_weights import pixel_weights
 from data.loader import Batch, Batches, Source, TrainSamples
+from data.mask_files import ignored_value
 from data.segment_augment import train_transform
 from data.splits import Splits
 from engine_segment import (
@@ -109,7 +110,7 @@ def settle(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentO
     epochs = math.ceil(options.steps / per_epoch) if options.steps else options.epochs
     warmup = options.warmup_steps / per_epoch if options.warmup_steps else options.warmup_epochs
     options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
-    options = replace(options, ignore_label=masks.ignored_value(options))
+    options = replace(options, ignore_label=ignored_value(options))
     return replace(options, epochs=epochs, warmup_epochs=warmup)
 
 

@@ -264,18 +264,7 @@ class Graph(nn.Module):
 def write_onnx(encoder: Encoder, folder: Path) -> None:
     """Write model.onnx, for any number of images of one size. The text of export.json is part of its metadata."""
     graph = Graph(encoder).eval()
-    program = torch.onnx.export(
-        graph,
-        (encoder.probe(3),),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=graph.names,
-        dynamic_shapes={"images": {0: torch.export.Dim("N")}},
-    )
-    assert program is not None
-    program.model.metadata_props["export.json"] = json.dumps(card.facts(encoder))
-    program.save(str(folder / "model.onnx"))
+    export_segmenter.write_onnx(graph, encoder.probe(3), card.facts(encoder), folder / "model.onnx", graph.names)
 
 
 def read_onnx(folder: Path) -> Answers:

@@ -10,7 +10,7 @@ N images   K classes   H W rows and columns of a window
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,17 @@ def describe(trained: Trained, name: str) -> dict[str, Any]:
     }
 
 
-def write_onnx(graph: Graph, images: Tensor, about: Mapping[str, Any], path: Path) -> None:
+def write_onnx(
+    graph: nn.Module, images: Tensor, about: Mapping[str, Any], path: Path, outputs: Sequence[str] = ("logits",)
+) -> None:
+    """Write a graph for any number of images of one size, with `about` as its metadata."""
     program = torch.onnx.export(
         graph,
         (images,),
         dynamo=True,
         verbose=False,
         input_names=["images"],
-        output_names=["logits"],
+        output_names=list(outputs),
         dynamic_shapes={"images": {0: torch.export.Dim("N")}},
     )
     assert program is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,14 +159,7 @@ def contact_sheet(rows: Sequence[Tensor], mean: Sequence[float], std: Sequence[f
 def with_caption(sheet_HWC: Tensor, caption: str) -> Any:
     """Add a line of text under a picture, wrapped if it does not fit."""
     height, width, _ = sheet_HWC.shape
-    letters = max(20, width // 6)
-    lines, line = [], ""
-    for word in caption.split():
-        if len(line) + len(word) >= letters:
-            lines.append(line)
-            line = ""
-        line += f"{word} "
-    lines.append(line)
+    lines = textwrap.wrap(caption, max(20, width // 6), break_long_words=False)
     picture = Image.new("RGB", (width, height + 14 * len(lines) + 4), "white")
     picture.paste(Image.fromarray(sheet_HWC.numpy()), (0, 0))
     ImageDraw.Draw(picture).multiline_text((3, height + 2), "\n".join(lines), fill="black")
