@@ -73,7 +73,7 @@ def short_side(options: SegmentOptions) -> int:
     return options.short_side or min(options.input_size)
 
 
-def judged_images(options: SegmentOptions, source: Source) -> EvalSamples:
+def evaluation_samples(options: SegmentOptions, source: Source) -> EvalSamples:
     """Return the images of a source, resized for evaluation, with their masks."""
     return EvalSamples(source, eval_transform(short_side(options)), mean=options.mean, std=options.std)
 

@@ -424,9 +424,9 @@ def open_test(options: SegmentOptions, processes: Processes) -> Source:
     if _is_scenes(options):
         return _open_scenes("val", options.in_chans)
     folder = _open_folder(options)
-    judging = folder.split("test") or folder.split("val")
-    if judging:
-        return _opened(folder, judging, options, processes)
+    evaluated = folder.split("test") or folder.split("val")
+    if evaluated:
+        return _opened(folder, evaluated, options, processes)
     return _slice(_whole(folder, options, processes), options.test_share, options, "test_share")[1]
 
 
@@ -455,11 +455,11 @@ def _open_pairs(options: SegmentOptions, processes: Processes) -> tuple[Source, 
         raise ValueError(f"{folder.root} has {val or test} images with masks, and none in a folder train beside them")
     train = _whole(folder, options, processes)
     if not val and not test:
-        train, judging = _slice(train, options.test_share, options, "test_share")
-        return train, judging, judging, False
-    judging = _opened(folder, test or val, options, processes)
-    choosing = _opened(folder, val, options, processes) if val and test else judging
-    return train, choosing, judging, bool(val and test)
+        train, evaluated = _slice(train, options.test_share, options, "test_share")
+        return train, evaluated, evaluated, False
+    evaluated = _opened(folder, test or val, options, processes)
+    selection = _opened(folder, val, options, processes) if val and test else evaluated
+    return train, selection, evaluated, bool(val and test)
 
 
 def _slice(source: Source, share: float, options: SegmentOptions, what: str) -> tuple[Source, Source]:

@@ -71,19 +71,19 @@ def open_splits(options: ClassifierOptions) -> Splits:
     _warn_of_split_folders(train, small, options, "label_share")
     train = take(train, small)
     train, choice, chosen_on = _choose(options, train, val, test)
-    judging = test or val
-    assert judging is not None
+    evaluated = test or val
+    assert evaluated is not None
     if options.dataset.endswith(".txt") or options.data_path.endswith(".txt"):
-        _warn_of_overlap(train, judging)
+        _warn_of_overlap(train, evaluated)
     counts = np.bincount(_labels(train), minlength=len(classes))
     each = " to ".join(str(count) for count in dict.fromkeys((counts.min(), counts.max())))
     log.info(
         "%d of %d labelled training images, %s of each of %d classes; best is chosen by %s on %d images (%s); "
         "%d test images",
         *(len(train), len(whole), each, len(classes)),
-        *(metric(options), len(choice), chosen_on, len(judging)),
+        *(metric(options), len(choice), chosen_on, len(evaluated)),
     )
-    return Splits(replace(train, classes=_enough(classes, options.num_classes)), choice, chosen_on, judging)
+    return Splits(replace(train, classes=_enough(classes, options.num_classes)), choice, chosen_on, evaluated)
 
 
 def _choose(
@@ -93,9 +93,9 @@ def _choose(
     if val and test:
         return train, val, VAL
     if not options.holdout:
-        judging = val or test
-        assert judging is not None
-        return train, judging, TEST
+        evaluated = val or test
+        assert evaluated is not None
+        return train, evaluated, TEST
     least = least_held_out(len(train.classes or []))
     if val and round(options.holdout * len(train)) < least:
         log.warning(

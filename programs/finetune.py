@@ -137,7 +137,7 @@ def run(options: FinetuneOptions) -> None:
 
 def evaluate_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     """Print the accuracy of a checkpoint on the test images; nothing is written."""
-    path = checkpoint.to_judge(vars(options))
+    path = checkpoint.evaluated_checkpoint(vars(options))
     test = splits.open_test(options, splits.read_classes(checkpoint.run_of(Path(path))))
     classes = max(len(test.classes or []), options.num_classes)
     weights, made_with = checkpoint.load_model(path, averaged=True)

@@ -26,7 +26,7 @@ from engine_segment import (
     PICTURES,
     Objective,
     evaluate,
-    judged_images,
+    evaluation_samples,
     predicted_masks,
     short_side,
     windows_of,
@@ -89,7 +89,7 @@ def training_images(options: SegmentOptions, source: Source) -> TrainSamples:
 
 def image_batches(options: SegmentOptions, source: Source, processes: Processes) -> Iterator[Batch]:
     """Yield this process's share of a source, one image at a time, because their sizes differ."""
-    return eval_share(options, judged_images(options, source), processes, batch_size=1)
+    return eval_share(options, evaluation_samples(options, source), processes, batch_size=1)
 
 
 def make_optimizer(options: SegmentOptions, model: Segmenter, device: torch.device) -> torch.optim.Optimizer:
@@ -122,7 +122,7 @@ def evaluate_checkpoint(options: SegmentOptions, processes: Processes) -> None:
     """Print the metrics of a checkpoint on the test images; nothing is written."""
     test = masks.open_test(options, processes)
     names = test.classes or []
-    path = checkpoint.to_judge(vars(options))
+    path = checkpoint.evaluated_checkpoint(vars(options))
     weights, made_with = checkpoint.load_model(path)
     model = build_model(options, len(names), processes)
     models_upernet.load_segmenter(model, weights, made_with)
@@ -216,7 +216,7 @@ def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, pat
     index = [number * len(found.test) // count for number in range(count)]
     made = predicted_masks(
         model,
-        judged_images(options, found.test),
+        evaluation_samples(options, found.test),
         index,
         windows=windows_of(options, model.patch),
         device=run.processes.device,

@@ -600,7 +600,8 @@ def test_a_batch_that_does_not_divide_is_refused(given, processes, message):
 def unread_options(schema: type) -> set[str]:
     """Return the options of `schema` that neither the program that names it nor what that imports ever reads.
 
-    Reading is `options.NAME`, also behind another name as in `self.options.NAME`, or `getattr(options, "NAME")`.
+    Reading is `options.NAME`, also behind another name as in `self.options.NAME`, `getattr(options, "NAME")`, or a
+    tuple `names = ("NAME", ...)` of options that are read in a loop.
     Writing all options into a file, or comparing them, is not.
     """
     modules = {".".join(p.relative_to(PROJECT).with_suffix("").parts): p for p in PROJECT.glob("*.py")}
@@ -639,6 +640,8 @@ def options_read(tree: ast.AST) -> Iterator[str]:
                 yield name
             case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id="options"), ast.Constant(value=name), *_]):
                 yield name
+            case ast.Assign(targets=[ast.Name(id="names")], value=ast.Tuple(elts=elements)):
+                yield from (element.value for element in elements if isinstance(element, ast.Constant))
 
 
 @pytest.mark.parametrize("schema", [schema for schema in SCHEMAS if not schema.__subclasses__()])

@@ -127,6 +127,7 @@ def test_weights_of_another_run_are_a_start_and_not_a_resume(tmp_path):
     last = tmp_path / "first" / "checkpoints" / "last.pth"
     said = finish(tmp_path / "second", "--epochs", "1", "--init_from", last)
     assert "72 of the images, chosen at random in each epoch, are not used because they do not fill a step" in said
+    assert "5 updates are few" in said
     assert "term neighbor: default options; weight x (P-1) = 0.00015\n" in said
     assert f"next: python -m tools.report {tmp_path / 'second'}" in said
     assert "nothing was learned" in said, "five updates from random data do not beat the mean"

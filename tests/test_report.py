@@ -167,9 +167,9 @@ def test_accuracies_of_every_program_are_shown_last_and_best(run):
 def test_a_classifier_is_reported_by_its_test_images_last_and_best(run):
     folder = run()
     figures = {"acc1": 70.0, "mean_class_acc": 61.25}
-    judged = {"accuracy": {"last": figures, "best": figures | {"mean_class_acc": 62.5}}, "metric": "mean_class_acc"}
-    judged |= {"best_chosen_on": "held-out training images", "knn_acc1": 55.0}
-    (folder / "result.json").write_text(json.dumps(judged))
+    evaluated = {"accuracy": {"last": figures, "best": figures | {"mean_class_acc": 62.5}}, "metric": "mean_class_acc"}
+    evaluated |= {"best_chosen_on": "held-out training images", "knn_acc1": 55.0}
+    (folder / "result.json").write_text(json.dumps(evaluated))
     cells = report.row(records.read_run(folder))
     names = ("last epoch, test mean_class_acc %", "best epoch, test mean_class_acc %", "best epoch chosen on")
     assert [cells[name] for name in names] == ["61.25", "62.50", "held-out training images"]

@@ -7,7 +7,9 @@ import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ import util.run
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics
 from util import checkpoint
 from util.distributed import STOP_SIGNALS
+from util.records import Records
 
 STEPS_PER_EPOCH = 5
 LAST_STEP = 3 * STEPS_PER_EPOCH
@@ -383,3 +386,17 @@ def test_a_loss_that_stays_bad_stops_with_a_dump(tmp_path):
     saved = checkpoint.load(next((folder / "debug").glob("bad-step-*.pth")))
     assert all(torch.isfinite(value).all() for value in saved["model"].values())
     assert not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "step", "device", "logged"),
+    [(60, 1, "cpu", True), (5, 1, "cpu", False), (60, 2, "cpu", False), (60, 1, "meta", False)],
+)
+def test_a_slow_first_step_on_a_cpu_logs_how_long_the_run_takes(seconds, step, device, logged, caplog):
+    records = Records.__new__(Records)
+    records.state = SimpleNamespace(stepper=SimpleNamespace(step=step))
+    records.processes = SimpleNamespace(device=torch.device(device))
+    records._began, records._first_step, records._total_steps = time.monotonic() - seconds, 0, 61
+    with caplog.at_level("INFO"):
+        records._announce_slow_steps()
+    assert ("the first step took 60 s: at this speed the 60 that are left take 1:00:00" in caplog.text) == logged

@@ -149,7 +149,7 @@ def test_the_checkpoint_whose_options_are_inherited_is_found_in_the_home_folder(
 def test_an_empty_resume_is_automatic():
     assert PretrainOptions(resume="").resume == "auto" and parse(FinetuneOptions, ["--resume", ""]).resume == "auto"
     with pytest.raises(ValueError, match="eval needs a checkpoint: no checkpoint at nowhere"):
-        checkpoint.to_judge({"resume": "", "output_dir": "nowhere"})
+        checkpoint.evaluated_checkpoint({"resume": "", "output_dir": "nowhere"})
 
 
 def test_the_splits_of_masks_may_be_named_in_capitals(tmp_path, caplog):

@@ -84,13 +84,13 @@ def row(run: RunRecords) -> dict[str, str]:
         if values := run.values(name):
             what = "kNN" if name == "knn_acc1" else name
             cells |= {f"last {what} %": f"{values[-1]:.2f}", f"best {what} %": f"{max(values):.2f}"}
-    cells |= judged(run.result or {})
+    cells |= test_metrics(run.result or {})
     if speeds:
         cells["images/s (median)"] = f"{speeds[len(speeds) // 2]:.0f}"
     return {name: text for name, text in cells.items() if text}
 
 
-def judged(result: Mapping[str, Any]) -> dict[str, str]:
+def test_metrics(result: Mapping[str, Any]) -> dict[str, str]:
     """Return the test metrics in result.json; pretraining has none."""
     cells = {}
     for epoch, figures in result.get("accuracy", {}).items():

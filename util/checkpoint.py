@@ -207,14 +207,14 @@ def inherited(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, A
     if str(given.get("eval", "false")).lower() == "true":
         # The run's own data, unless other data are given.
         data = () if {"data_path", "data_dir", "dataset"} & given.keys() else ("data_path", "dataset", "class_list")
-        return options_of(to_judge(given), *schema.INHERITS_EVAL, *data)
+        return options_of(evaluated_checkpoint(given), *schema.INHERITS_EVAL, *data)
     own, wanted = options_of(given.get("init_from", ""), *schema.INHERITS), str(given.get("in_chans", ""))
     if wanted.isdecimal() and int(wanted) != own.get("in_chans", int(wanted)):
         own |= {name: [sum(own[name]) / len(own[name])] * int(wanted) for name in ("mean", "std") if own.get(name)}
     return own
 
 
-def to_judge(given: Mapping[str, Any]) -> str:
+def evaluated_checkpoint(given: Mapping[str, Any]) -> str:
     """Return the checkpoint that `--eval` evaluates. Raises OptionError if there is none."""
     named = given.get("resume", "auto")
     if named not in ("auto", ""):

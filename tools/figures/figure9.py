@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data import masks
 from data.sources import Source
-from engine_segment import judged_images, predicted_masks, windows_of
+from engine_segment import evaluation_samples, predicted_masks, windows_of
 from tools import segmenter
 from tools.figures.style import note, picture, short_name
 from tools.figures.subject import chosen
@@ -46,7 +46,7 @@ def figure9(
         shown.append(
             predicted_masks(
                 model,
-                judged_images(options, source),
+                evaluation_samples(options, source),
                 numbers,
                 windows=windows,
                 device=processes.device,
