@@ -224,7 +224,7 @@ def test_the_batch_divides(name, processes):
     options = recipe(name)
     resolved = resolve_batch(options, processes)
     assert resolved.total_batch_size == options.total_batch_size > 0
-    assert resolved.batch_size >= 16 or name in ("few_images", "cpu_images")
+    assert resolved.batch_size >= 16 or "_cpu_" in name or name in ("few_images", "cpu_images")
 
 
 @pytest.mark.parametrize("name", NAMES)
