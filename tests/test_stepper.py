@@ -380,9 +380,11 @@ def test_a_parameter_without_a_gradient_is_not_decayed():
 
 
 def test_a_new_stepper_belongs_to_the_only_process_and_limits_nothing():
-    _, stepper = make()
+    stepper = Stepper(*(getattr(make()[1], part) for part in ("model", "optimizer", "schedule")))
     assert stepper.progress() == Progress(0, 1, 1, stepper.optimizer.param_groups)
     assert (stepper.accum, stepper.clip_grad, stepper.skip_spikes, stepper.bad_steps()) == (1, 0.0, 0.0, (0, 0))
+    assert stepper.taken.item() is True and stepper.grad_norm == stepper.state_dict()["usual_norm"] == 0
+    assert stepper.highest_loss() == -math.inf
     stepper.step = 3
     with stepper.micro_step():
         assert torch.initial_seed() == 3 * 65_537, "seed 0, rank 0"
