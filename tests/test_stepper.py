@@ -317,8 +317,9 @@ def test_the_seed_of_a_micro_batch_is_the_one_of_earlier_versions():
     expected = (3 * 1_000_003 + 5) * 65_537 + 2
     assert torch.initial_seed() == expected
     assert np.random.get_state()[1][0] == expected % 2**32
-    seed_micro_step(2**32 - 1, 10**6, 7)
-    assert torch.initial_seed() == (((2**32 - 1) * 1_000_003 + 10**6) * 65_537 + 7) % 2**63
+    for seed in (2**32 - 1, 2**32 - 2, 2**28):  # whose last 64 bits are more and less than 2**63
+        seed_micro_step(seed, 10**6, 7)
+        assert torch.initial_seed() == ((seed * 1_000_003 + 10**6) * 65_537 + 7) % 2**63
 
 
 def test_refused_updates_are_counted_in_all_and_in_a_row():
