@@ -93,7 +93,7 @@ class Objective(nn.Module):
         return {"loss": (1 - share) * loss + share * part, "label": loss, "distillation": part}
 
     def _mixed_loss(self, logits_NC: Tensor, targets_NC: Tensor) -> Tensor:
-        """Compute the loss for a distribution over the classes; torch divides by N, whatever the weights."""
+        """Compute the loss for a distribution over the classes; torch divides by N, also with class weights."""
         weights = self._weights_on(logits_NC.device)
         loss = F.cross_entropy(logits_NC, targets_NC, weight=weights)
         return loss if weights is None else loss * len(targets_NC) / (targets_NC * weights).sum()

@@ -240,7 +240,7 @@ def load_teacher(
         images: Mean and standard deviation of the images that it will get.
 
     Raises:
-        ValueError: If the weights are not those of a plain ViT with a head for so many classes.
+        ValueError: The weights are not those of a plain ViT with a head for this number of classes.
     """
     if "patch_embed.proj.weight" not in weights or "head.weight" not in weights:
         raise ValueError("the weights are not those of a classifier: patch_embed.proj.weight or head.weight is missing")

@@ -165,7 +165,7 @@ def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_wit
     heads = attention_heads(trained_with, embed_dim, options.num_heads)
     if not heads:
         raise ValueError(
-            f"checkpoint {path} does not tell the teacher's attention heads: give --terms.teacher.num_heads"
+            f"checkpoint {path} does not contain the teacher's attention heads: give --terms.teacher.num_heads"
         )
     return _agreed(options, embed_dim=embed_dim, depth=depth, num_heads=heads, digest=digest_of(weights))
 
@@ -497,14 +497,14 @@ class TeacherTerm(Term):
             options = self.options = replace(options, **{name: getattr(theirs, name) for name in names})
         if not options.embed_dim:
             raise ValueError(
-                "the teacher's channels are not known: --terms.teacher.checkpoint FILE tells them (terms without a "
+                "the teacher's channels are not known: give --terms.teacher.checkpoint FILE (terms without a "
                 "checkpoint use the teacher of the term 'teacher', which must precede them)"
             )
         self._attach_taps(model)
         self._attach_adaptor(model)
 
     def _attach_taps(self, model: MaskedImageModel) -> None:
-        """Resolve the blocks that are compared, and tell the model and the teacher."""
+        """Resolve the blocks that are compared, and register them in the model and the teacher."""
         options = self.options
         self.student_block, self.teacher_block = 0, 0
         if options.student_tap == "decoder":
@@ -576,7 +576,7 @@ class TeacherTerm(Term):
             self.teacher.network.learn_normalization(self.images_normalized)
 
     def normalization(self, channels: int) -> Normalization | None:
-        """Return what a teacher of images with so many channels expects; None: what the student does."""
+        """Return the normalisation that the teacher expects for `channels`; None: that of the student."""
         if self.options.mean and self.options.std:
             return self.options.mean, self.options.std
         if self._trained_with:

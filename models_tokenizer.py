@@ -329,7 +329,7 @@ def encoder_from(
         weights: Those of the checkpoint, with or without a decoder and a head.
         trained_with: Its run's options; empty for a checkpoint of another project.
         path: Of the checkpoint, for messages.
-        heads: Attention heads, where the options do not tell; 0: the usual number for the channels.
+        heads: Attention heads, if the options do not contain them; 0: the usual number for the channels.
 
     Returns:
         The encoder and the SHA-256 of its weights.

@@ -109,7 +109,7 @@ def load_segmenter(model: Segmenter, weights: Mapping[str, Tensor], made_with: M
     if "decode.classify.weight" not in weights:
         raise ValueError("these weights are not of a segmenter: they have no layer decode.classify")
     if (theirs := len(weights["decode.classify.weight"])) != model.classes:
-        raise ValueError(f"these weights tell {theirs} classes apart, the data have {model.classes}")
+        raise ValueError(f"these weights are for {theirs} classes, the data has {model.classes}")
     missing = load_encoder(model, weights, made_with).missing
     if missing:
         raise ValueError(f"these weights are of another segmenter: without {', '.join(missing[:5])}")

@@ -531,7 +531,7 @@ class Progress(Protocol):
 class Pretrainer(VisionTransformer):
     """A ViT encoder that computes its own pretraining loss from a batch: the base of every method.
 
-    A method overrides `forward` and, as needed, the hooks below. The engine knows only `loss`. Whatever a method
+    A method overrides `forward` and, as needed, the hooks below. The engine only uses `loss`. Everything that a method
     changes outside the optimizer (an EMA teacher, a centre) is a parameter or a buffer, so that a run resumes exactly.
 
     Args:

@@ -320,7 +320,7 @@ def find_shards(pattern: str, data_path: str, split: str) -> tuple[list[str], bo
 
     A shard is of the split that it, or its folder, is named after. Where none is named after the split, the shards that
     name no split are returned: training images, or archives that hold the splits as folders. A pattern's shards are
-    training images whatever they are called.
+    training images, for any names.
 
     Returns:
         The files, sorted, and whether they are named after the split.

@@ -60,12 +60,12 @@ def look(
     """Read a sample of the files that may have more than 8 bits.
 
     Args:
-        names: Of the images; their suffixes tell which may have more than 8 bits.
+        names: File names of the images, whose suffixes show which may have more than 8 bits.
         read: From an image's number to its pixels as stored, or a Pair; raises `BadImage`.
-        path: From an image's number to its file, whose header is looked at first; None where there are no such files.
+        path: From an image's index to its file, whose header is read first; None if there are no files.
 
     Returns:
-        The number of files looked at, and the values of those with more than 8 bits.
+        The number of files in the sample, and the values of those with more than 8 bits.
     """
     groups: dict[str, list[int]] = {}
     for number in np.unique(np.linspace(0, len(names) - 1, min(len(names), LISTED)).astype(int)).tolist():
@@ -149,7 +149,7 @@ def _require_one_white(group: Sequence[Values]) -> None:
     large = [values for values in group if values.high > 10]
     if small and large and min(len(small), len(large)) >= MIXED * len(group):
         raise ValueError(
-            f"the images have no common scale: of {len(group)} files looked at, {len(small)} hold floats up to 1 "
+            f"the images have no common scale: of {len(group)} sampled files, {len(small)} hold floats up to 1 "
             f"({small[0].name}) and {len(large)} floats up to {large[0].high:g} ({large[0].name}). Store all in one "
             "way, or give --value_range LOW HIGH"
         )
@@ -178,7 +178,7 @@ def with_range(
             chosen = chosen or decide(found)
             _report(looked, found, chosen, decided)
         elif chosen:
-            log.info("pixel values: 8 bits in every file looked at; value_range has no effect on such files")
+            log.info("pixel values: 8 bits in every sampled file; value_range has no effect on such files")
     read, lazily = (
         part and functools.partial(_read, part, source.names, channels, chosen)
         for part in (source.read, source.read_lazily)
@@ -193,7 +193,7 @@ def _read(read: Callable[[int], Any], names: Sequence[str], channels: int, value
         return image
     with blamed_on(names[number]):
         if not value_range and stored.dtype.kind == "f":
-            raise ValueError("floats, and no file that was looked at holds any: give --value_range LOW HIGH")
+            raise ValueError("floats, and no sampled file holds any: give --value_range LOW HIGH")
         scaled = to_uint8(stored, channels, value_range)
     return Pair(scaled, image.mask_HW) if isinstance(image, Pair) else scaled
 
@@ -204,7 +204,7 @@ def _report(looked: int, found: Sequence[Values], chosen: Range, decided: bool) 
     types = Counter(str(values.dtype.newbyteorder("=")) for values in found)
     some = np.concatenate([values.some for values in found])
     log.info(
-        "pixel values: %d of %d files looked at have more than 8 bits (%s), from %g to %g; %g to %g is scaled to black "
+        "pixel values: %d of %d sampled files have more than 8 bits (%s), from %g to %g; %g to %g is scaled to black "
         "to white in all images (%s)%s",
         *(len(found), looked, ", ".join(f"{count} {name}" for name, count in types.most_common())),
         *(min(values.low for values in found), max(values.high for values in found), low, high),
@@ -218,13 +218,13 @@ def _report(looked: int, found: Sequence[Values], chosen: Range, decided: bool) 
     levels = max(1, round(255 * (min(top, high) - max(bottom, low)) / (high - low)) + 1)
     if bottom < top and levels < FEWEST_LEVELS and not decided:
         raise ValueError(
-            f"value_range {low:g} {high:g} does not fit these images: 99.8% of the values looked at lie between "
+            f"value_range {low:g} {high:g} does not fit these images: 99.8% of the sampled values lie between "
             f"{bottom:g} and {top:g}, which become {levels} of 256 grey levels. It was given, or belongs to the "
             "checkpoint; give another --value_range LOW HIGH"
         )
     if top - bottom < 0.5 * (high - low):
         log.warning(
-            "pixel values: most of the range %g to %g is unused: 99.8%% of the values looked at lie between %g and %g, "
+            "pixel values: most of the range %g to %g is unused: 99.8%% of the sampled values lie between %g and %g, "
             "which become %d of 256 grey levels; --value_range LOW HIGH sets another range",
             *(low, high, bottom, top, levels),
         )

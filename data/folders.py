@@ -43,7 +43,7 @@ def counted(kinds: Counter[str]) -> list[str]:
 
 @dataclass
 class Found:
-    """What lies below a folder.
+    """Content of a folder at all depths.
 
     names  images, sorted, relative to the folder, with / between folders
     other  number of files of each suffix that are not images
@@ -157,7 +157,7 @@ def holds_images(folder: str) -> bool:
 
 
 def contents_of(folder: str) -> str:
-    """Describe what lies in a folder, for an error message."""
+    """Describe the content of a folder for an error message."""
     with os.scandir(folder) as entries:
         kinds = Counter("folders" if _is_folder(entry) else Path(entry.name).suffix or "files" for entry in entries)
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())[:8]) or "nothing"
@@ -284,7 +284,7 @@ def require_distinct(classes: Sequence[str]) -> None:
 
 
 def _both(one: str, other: str) -> str:
-    """Format two names that look alike, with what distinguishes them."""
+    """Format two names that look the same, with their difference."""
     return f"{ascii(one)} and {ascii(other)}"
 
 

@@ -144,7 +144,7 @@ def _colours_of_png16(data: bytes, in_chans: int) -> np.ndarray:
 
 
 def is_uint8_file(path: str) -> bool:
-    """Return whether a file's first bytes tell that its pixels have at most 8 bits; False where they do not tell."""
+    """Return whether the first bytes of a file show that its pixels have at most 8 bits."""
     try:
         with open(path, "rb") as file:
             start = file.read(26)
@@ -184,7 +184,7 @@ class Undecoded:
 
 @contextlib.contextmanager
 def blamed_on(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong inside into `BadImage(name, reason)`: on broken bytes a decoder may fail in any way."""
+    """Raise every exception inside as `BadImage(name, reason)`: decoders fail in many ways on broken files."""
     try:
         yield
     except Image.UnidentifiedImageError as error:
@@ -371,7 +371,7 @@ def _centre_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], crop
 def _array(image: np.ndarray | Image.Image) -> np.ndarray:
     """Convert an image to an array `[H, W, C]`; a Pillow image keeps 1 or 4 channels and otherwise has 3."""
     if isinstance(image, np.ndarray | Undecoded):
-        return image  # crops are cut from both alike
+        return image  # both can be cropped
     channels = {"L": 1, "RGBA": 4}.get(image.mode, 3)
     return to_uint8(picture_pixels(image, channels), channels)
 

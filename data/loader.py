@@ -484,7 +484,7 @@ def _watch(loader: Callable[[], Loader | None], torchs: Callable[[], DataLoader 
 
 
 class _Feed:
-    """The batch sampler of a loader that outlives its epochs: whatever keys it was given last."""
+    """Batch sampler of a loader that is used for several epochs: the keys that were set last."""
 
     keys: Iterator[Any] = iter(())
 

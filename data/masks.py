@@ -116,7 +116,7 @@ class _Folder:
     """Whether the options say which value is ignored."""
 
     def split(self, split: str) -> str:
-        """Return the folder of a split's images, below `images`, whatever its capitals; "" where there is none.
+        """Return the folder of a split's images, below `images`, ignoring case; "" if there is none.
 
         Test images may have no masks: then they evaluate nothing.
 
@@ -370,7 +370,7 @@ def _size(path: str) -> tuple[int, int, int] | None:
         with Image.open(path) as picture:
             rows, columns, orientation = picture.height, picture.width, orientation_of(picture)
             return (columns, rows, orientation) if orientation > 4 else (rows, columns, orientation)
-    except Exception:  # whatever a broken file does
+    except Exception:  # broken files raise many types
         return None
 
 

@@ -32,8 +32,8 @@ T = TypeVar("T")
 TEST, VAL, HELD_OUT = "the test images", "the split val", "held-out training images"
 CLASSES = "classes.txt"  # of a run's folder: the name of each class, in the order of the logits
 MEAN_CLASS_ACC = ("torch/oxford_iiit_pet", "torch/caltech101")  # the literature averages these over classes
-LEAST, LEAST_PER_CLASS = 20, 2  # images on which a best epoch is chosen, where there are so many
-MOST = 4  # at most one image in so many of a class is held out to reach that minimum
+LEAST, LEAST_PER_CLASS = 20, 2  # minimum number of images on which the best epoch is chosen
+MOST = 4  # at most one in MOST images of a class is held out to reach that minimum
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def subset(labels: np.ndarray, share: float, per_class: int, seed: int, groups: 
     """Select `per_class` images of each class, or a `share` of them (rounded, at least one).
 
     Args:
-        groups: Number of each image's group; groups are selected whole, until each class has at least so many images.
+        groups: Number of each image's group; complete groups are selected, until each class has at least this many.
 
     Returns:
         Indices, in order.
@@ -264,7 +264,7 @@ def groups_of(source: Source, group_by: str) -> np.ndarray | None:
     """Number the groups of a source's images.
 
     Args:
-        group_by: `folder`, the folder that an image lies in; or a regular expression with one group, which is searched
+        group_by: `folder`, the folder of an image; or a regular expression with one group, which is searched
             in the image's name; "" for none.
 
     Returns:

@@ -351,7 +351,7 @@ class LabelledOptions(EncoderOptions):
     class_weights: tuple[str, ...] = result(())
     """Weight of each class in the loss, `1 5`, in the order of the classes; `balanced`: N / (K x N_k) for class k, with
     N the images (in segmentation pixels) of the training data, N_k those of the class, and K the number of classes;
-    empty: all alike."""
+    empty: all equal."""
 
     label_share: float = result(1.0, section="Labels")
     """Share of the training images to use, of each class at least one; usual low-label values are 0.01 and 0.1."""

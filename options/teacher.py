@@ -20,7 +20,7 @@ class TeacherOptions:
     to use the teacher of the term teacher, which then runs once."""
     model: str = ""
     """timm's name of the teacher, such as vit_small_patch14_dinov2. Needed for teachers with registers, layer scale,
-    rotary positions or another patch size than their file tells; empty: a plain ViT of the sizes in the checkpoint."""
+    rotary positions or another patch size than the file states; empty: a plain ViT of the sizes in the checkpoint."""
     student_tap: Tap = "block"
     """What is taken from the student: `block`, a block's output before the norm; `features`, the encoder's output after
     its last norm; `attention`, the logits of a block's attention, q k / sqrt(d); `queries`, `keys`, `values`, the same
@@ -70,7 +70,7 @@ class TeacherOptions:
     depth: int = 0
     """Blocks of the teacher."""
     num_heads: int = 0
-    """Attention heads of the teacher. Only checkpoints of this project and timm's names tell; for others 0 means the
+    """Attention heads of the teacher. Checkpoints of this project and timm's names determine it; for others 0 means the
     usual number for those channels; 192 channels have 12 heads in this family and 3 in DeiT, so it must be given."""
     decoder_embed_dim: int = 0
     """Channels of the teacher's decoder, where it is compared; 0: from its checkpoint."""

@@ -112,7 +112,7 @@ def test_files_of_eight_bits_are_used_as_they_are(tmp_path):
 def test_what_was_found_is_logged_and_waste_is_warned_of(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     open_source("folder", folder(tmp_path / "a", [ramp(0, 3900, np.uint16), ramp(0, 255, np.uint8)]), in_chans=1)
-    assert "1 of 2 files looked at have more than 8 bits (1 uint16), from 0 to 3900; 0 to 4095 is scaled" in caplog.text
+    assert "1 of 2 sampled files have more than 8 bits (1 uint16), from 0 to 3900; 0 to 4095 is scaled" in caplog.text
     assert "--value_range LOW HIGH sets it); files of 8 bits are used as they are" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     caplog.clear()
@@ -150,7 +150,7 @@ def test_floats_that_no_sampled_file_announced_are_bad_images(tmp_path, monkeypa
     path = folder(tmp_path / "data", [ramp(0, 255, np.uint8), ramp(0, 1, np.float32)])
     monkeypatch.setattr("data.depth.look", lambda *given: (1, []))
     source = open_source("folder", path, in_chans=1)
-    with pytest.raises(BadImage, match="floats, and no file that was looked at holds any: give --value_range"):
+    with pytest.raises(BadImage, match="floats, and no sampled file holds any: give --value_range"):
         source.read(1)
 
 

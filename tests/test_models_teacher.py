@@ -133,7 +133,9 @@ def test_a_released_checkpoint_teaches(tmp_path):
     """As MAE's authors publish theirs: weights under `model`, a pickled Namespace beside them."""
     path = tmp_path / "mae_visualize.pth"
     torch.save({"model": its_model().state_dict(), "args": argparse.Namespace(model="mae_vit_large_patch16")}, path)
-    with pytest.raises(ValueError, match="does not tell the teacher's attention heads: give --terms.teacher.num_heads"):
+    with pytest.raises(
+        ValueError, match="does not contain the teacher's attention heads: give --terms.teacher.num_heads"
+    ):
         small("dmae", terms={"teacher": {"checkpoint": str(path)}})
     model = small("dmae", terms={"teacher": {"checkpoint": str(path), "num_heads": 3}})
     ours = small("dmae")
@@ -145,7 +147,9 @@ def test_a_released_checkpoint_teaches(tmp_path):
 def test_the_sizes_that_only_a_name_tells():
     weights = encoder_weights(dict(its_model().state_dict()), "")
     wide = weights | {"cls_token": torch.zeros(1, 1, 192)}
-    with pytest.raises(ValueError, match="does not tell the teacher's attention heads: give --terms.teacher.num_heads"):
+    with pytest.raises(
+        ValueError, match="does not contain the teacher's attention heads: give --terms.teacher.num_heads"
+    ):
         resolved(TeacherOptions(), wide, {})  # 12 in this family, 3 in DeiT
     assert resolved(TeacherOptions(num_heads=3), wide, {}).num_heads == 3
     assert resolved(TeacherOptions(), wide, {"model": "mae_vit_small_patch16", "num_heads": 0}).num_heads == 6

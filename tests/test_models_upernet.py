@@ -154,7 +154,7 @@ def test_a_segmenter_for_other_classes_gives_all_but_its_last_layers():
 
 def test_what_is_no_fitting_segmenter_is_refused():
     weights = segmenter(num_classes=5).state_dict()
-    with pytest.raises(ValueError, match="5 classes apart, the data have 3"):
+    with pytest.raises(ValueError, match="are for 5 classes, the data has 3"):
         models_upernet.load_segmenter(segmenter(num_classes=3), weights, {})
     encoder = models_classifier.build("mae_vit_tiny_patch8", num_classes=5, **SMALL)
     with pytest.raises(ValueError, match="not of a segmenter"):

@@ -435,7 +435,7 @@ def test_bad_input_is_reported_before_any_epoch(whole, data, tmp_path):
         ([*at, "--init_from", tmp_path / "headless.pth"], "no encoder"),
         ([*at, "--init_from", last, "--num_heads", 4], "2 attention heads, the model has 4"),
         ([*at, "--eval"], "eval needs a checkpoint"),
-        ([*at, "--eval", "--resume", last, "--class_list", tmp_path / "four.txt"], "3 classes apart, the data have 4"),
+        ([*at, "--eval", "--resume", last, "--class_list", tmp_path / "four.txt"], "are for 3 classes, the data has 4"),
         ([*at, "--stride", 17], "17 leaves gaps between windows of 16 pixels"),
         ([*at, "--input_size", 18], "patches of 4 x 4 pixels do not fill images of 18 x 18"),
         ([*at, "--dataset", "ade"], "dataset"),

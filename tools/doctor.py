@@ -61,7 +61,7 @@ COMMANDS = {"main_pretrain.py": "pretrain", "main_finetune.py": "finetune", "mai
 
 
 def plan_of(options: RunOptions, processes: int, device: torch.device) -> Plan:
-    """Make the plan of the first of so many processes, which checks all data itself; its model is on the device."""
+    """Make the plan of the first of `processes` processes, which checks all data itself; its model is on the device."""
     alone, first = Processes(0, 1, 0, device), Processes(0, processes, 0, device)
     plan = programs.load(options.PROGRAM).make_plan(options, first, reading=alone)
     plan.model.to(device)

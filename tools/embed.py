@@ -80,11 +80,11 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Features of images, with their names, as a NumPy file.")
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("images", help="a folder, flat or nested, or whatever --data_path of a run may be")
+    parser.add_argument("images", help="a folder, flat or nested, or anything that --data_path of a run accepts")
     parser.add_argument("--split", default="train", choices=["train", "val"], help="of a folder that holds both")
     parser.add_argument("--output", type=Path, help="an .npz file (default: features.npz in the run's folder)")
     parser.add_argument("--input_size", help="pixels, 224 or 160x96 (default: those it was trained on)")
-    parser.add_argument("--num_heads", type=int, default=0, help="of weights of another program, which do not tell")
+    parser.add_argument("--num_heads", type=int, default=0, help="attention heads, for weights of other programs")
     parser.add_argument("--eval_crop", choices=EVAL_CROPS, help="for images of the input size (default: as its run)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch_size", type=int, default=64)

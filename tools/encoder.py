@@ -84,7 +84,7 @@ class Encoder:
 
     @property
     def classes(self) -> int:
-        """How many the classifier tells apart; 0 without one."""
+        """Number of classes; 0 without a classification head."""
         return self.arguments["num_classes"]
 
     @property
@@ -277,8 +277,8 @@ def _heads(file: Path, width: int, options: Mapping[str, Any], num_heads: int) -
     if not heads:
         known = f": {ONE_WIDTH_TWO_HEADS[width]}" if width in ONE_WIDTH_TWO_HEADS else ""
         raise ValueError(
-            f"num_heads: weights do not tell how many attention heads share their channels, and {file} says nothing "
-            f"about its {width}{known}. Give --num_heads; a wrong number would go unnoticed and give wrong features"
+            f"num_heads: weights do not show the number of attention heads, and {file} does not contain it "
+            f"for its width {width}{known}. Give --num_heads; a wrong number gives wrong features without an error"
         )
     if heads < 1 or width % heads:
         raise ValueError(f"num_heads: {heads} heads cannot share {width} channels")

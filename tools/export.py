@@ -317,7 +317,7 @@ def check(encoder: Encoder, name: str, folder: Path) -> dict[str, float]:
 
 @torch.inference_mode()
 def milliseconds(rivals: Mapping[str, Answers], image: Tensor) -> dict[str, float]:
-    """Measure the median time of each function for one image, in turns, so that other load affects all alike."""
+    """Measure the median time of each function for one image, in turns, so that other load affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for answers in rivals.values():
         answers(image)  # warm-up

@@ -202,7 +202,7 @@ class Fit:
         share = counts.double() / counts.sum()
         entropy = -torch.xlogy(share, share).sum().item()
         log.info(
-            "%d of %d tokens are used; a constant prediction has a loss of %.3f (all alike: %.3f)",
+            "%d of %d tokens are used; a constant prediction has a loss of %.3f (with equal probabilities: %.3f)",
             *(int((counts > 0).sum()), final.tokens, entropy, math.log(final.tokens)),
         )
         weights = {"centers": centers}
@@ -276,7 +276,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fit a tokenizer for ClusterMIM or BEiT.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     kmeans = kinds.add_parser("kmeans", help="k-means centres of patches", description="K-means centres of patches.")
-    kmeans.add_argument("images", help="a folder, or whatever --data_path of a run may be")
+    kmeans.add_argument("images", help="a folder, or anything that --data_path of a run accepts")
     kmeans.add_argument("--output", required=True, metavar="FILE", help="file to write")
     kmeans.add_argument("--overwrite", action="store_true", help="replace an existing file, and start again")
     kmeans.add_argument("--dataset", default="auto", help="how the images are read, as --dataset of a run")
@@ -287,9 +287,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kmeans.add_argument("--input_size", default="224", help="pixels, 224 or 160x96 (default: 224)")
     kmeans.add_argument("--in_chans", type=int, default=3, help="channels of the images (default: 3)")
     kmeans.add_argument("--mean", default="", help="of each channel, as --mean of the run that will use the tokens")
-    kmeans.add_argument("--std", default="", help="of each channel, likewise")
+    kmeans.add_argument("--std", default="", help="standard deviation of each channel, likewise")
     kmeans.add_argument("--encoder", default="", help="cluster features of this run or checkpoint instead of pixels")
-    kmeans.add_argument("--encoder_heads", type=int, default=0, help="its heads, where its checkpoint does not tell")
+    kmeans.add_argument(
+        "--encoder_heads", type=int, default=0, help="its attention heads, if they are not stored in its checkpoint"
+    )
     kmeans.add_argument("--cosine", action="store_true", help="scale features to length 1 first")
     kmeans.add_argument("--epochs", type=int, default=10, help="passes over the images (default: 10)")
     kmeans.add_argument("--batch_size", type=int, default=256, help="images (default: 256)")

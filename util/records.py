@@ -26,7 +26,7 @@ from util.stepper import Unstable, names_of_bad_losses
 
 log = logging.getLogger(__name__)
 
-SPIKE = 10  # a loss that is so many times the median of the last USUAL_OF logged losses is reported
+SPIKE = 10  # a loss of more than this many times the median of the last USUAL_OF logged losses is reported
 USUAL_OF, USUAL_FROM = 50, 5
 SLOW = 10.0  # seconds of the first step, above which the duration of the run is logged at once
 

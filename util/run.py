@@ -280,7 +280,7 @@ class Run:
 
 
 def resolve(options: Options) -> Options:
-    """Return the options with the batch sizes, the mean and deviation of the pixels and the run folder worked out."""
+    """Return the options with the batch sizes, the mean and deviation of the pixels and the run folder resolved."""
     folder = options.output_dir or default_folder(options)
     mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
     return replace(resolve_batch(options, distributed.world_size()), mean=mean, std=std, output_dir=folder)

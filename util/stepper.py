@@ -238,7 +238,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 
 def seed_micro_step(seed: int, micro_number: int, rank: int) -> None:
-    """Make the random numbers of a run's `micro_number`-th micro-batch on a rank the same whenever it is worked on."""
+    """Seed the random numbers of a run's `micro_number`-th micro-batch on a rank."""
     mixed = ((seed * 1_000_003 + micro_number) * 65_537 + rank) % 2**63
     torch.manual_seed(mixed)
     np.random.seed(mixed % 2**32)

@@ -40,7 +40,7 @@ def figure9(
             numbers = chosen(source, count, seed)
         elif options.num_classes != len(source.classes or []):
             there = len(source.classes or [])
-            raise ValueError(f"{trained.checkpoint} tells {options.num_classes} classes apart, the first run {there}")
+            raise ValueError(f"{trained.checkpoint} has {options.num_classes} classes, the first run {there}")
         model = trained.model.to(processes.device)
         windows = windows_of(options, model.patch)
         shown.append(
