@@ -1,0 +1,38 @@
+"""The suite for a GPU: what it reports before it starts, and all of it with tiny models on a CPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tools.tables import PROJECT
+
+
+def suite(*words, **variables):
+    """Run scripts/gpu_suite.sh; return the exit code and the output."""
+    environment = os.environ | {"NOR_MAE_PYTHON": sys.executable, "SMOKE": "0", "DATA": ""} | variables
+    ended = subprocess.run(
+        ["bash", "scripts/gpu_suite.sh", *words], cwd=PROJECT, env=environment, capture_output=True, text=True
+    )
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_is_missing_is_listed_before_work():
+    code, output = suite("study")
+    assert code != 0 and "GPU: none" in output and 'no images in ""; study and small need CIFAR-10' in output
+    code, output = suite("speeds")
+    assert code == 2 and "Name a part: check, tests, speed, study, small or all, found 'speeds'." in output
+
+
+@pytest.mark.slow
+def test_every_part_runs_in_smoke_form(tmp_path):
+    code, output = suite("all", SMOKE="1", RESULTS=str(tmp_path / "results"), OUT=str(tmp_path / "out"))
+    assert code == 0 and "not measured" not in output and "exit code" not in output, output[-3000:]
+    found = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {f"{name}_smoke_tiny.json" for name in ("step", "memory", "bill", "roofline")} < found
+    assert {"nor_explained", "small_data"} < found
+    code, output = suite("speed", SMOKE="1", RESULTS=str(tmp_path / "results"), OUT=str(tmp_path / "out"))
+    assert code == 0 and output.count("already measured") == 4
