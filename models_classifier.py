@@ -22,8 +22,8 @@ from models_vit import (
     SIZES,
     LoadReport,
     VisionTransformer,
+    encoder_sizes,
     load_from_run,
-    parse_name,
     patch_grid,
     renormalization,
 )
@@ -113,31 +113,24 @@ def build(
     Raises:
         ValueError: The name is unknown, or the sizes do not fit together.
     """
-    sizes = encoder_sizes(model, input_size=input_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    sizes = transformer_sizes(
+        model, input_size=input_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+    )
     built = (DistilledClassifier if distill_token else Classifier)(
-        **sizes, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_path_rate=drop_path
+        **sizes, num_classes=num_classes, global_pool=global_pool, drop_path_rate=drop_path
     )
     built.set_grad_checkpointing(grad_checkpointing)
     return built
 
 
-def encoder_sizes(
-    model: str, *, input_size: tuple[int, int], embed_dim: int, depth: int, num_heads: int
-) -> dict[str, Any]:
-    """Return the sizes for timm's VisionTransformer; sizes of 0 are those of the model's name. Raises as `build`."""
-    size, patch_size = parse_name(model)
-    patch_grid(input_size, patch_size)
-    own = SIZES[size]
-    embed_dim, num_heads = embed_dim or own.embed_dim, num_heads or own.num_heads
-    if embed_dim % num_heads:
-        raise ValueError(f"{num_heads} heads do not divide {embed_dim} channels")
-    return {
-        "img_size": input_size,
-        "patch_size": patch_size,
-        "embed_dim": embed_dim,
-        "depth": depth or own.depth,
-        "num_heads": num_heads,
-    }
+def transformer_sizes(model: str, **sizes: Any) -> dict[str, Any]:
+    """Return the arguments of timm's VisionTransformer; sizes of 0 are those of the model's name. Raises as `build`."""
+    found = encoder_sizes(model, sizes)
+    del found["size"]
+    patch_grid(found["img_size"], found["patch_size"])
+    if found["embed_dim"] % found["num_heads"]:
+        raise ValueError(f"{found['num_heads']} heads do not divide {found['embed_dim']} channels")
+    return found
 
 
 def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:

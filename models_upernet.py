@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_classifier import Classifier, encoder_sizes, load_encoder
+from models_classifier import Classifier, load_encoder, transformer_sizes
 from models_vit import LoadReport
 
 POOLS = (1, 2, 3, 6)  # rows and columns of the pooled maps
@@ -81,8 +81,10 @@ def build(
     grad_checkpointing: bool = False,
 ) -> Segmenter:
     """Build a segmenter; sizes of 0 are the model's own. Raises ValueError for an unknown or impossible model."""
-    sizes = encoder_sizes(model, input_size=input_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-    built = Segmenter(**sizes, classes=num_classes, in_chans=in_chans, drop_path_rate=drop_path)
+    sizes = transformer_sizes(
+        model, input_size=input_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+    )
+    built = Segmenter(**sizes, classes=num_classes, drop_path_rate=drop_path)
     built.set_grad_checkpointing(grad_checkpointing)
     return built
 
