@@ -390,13 +390,14 @@ def test_a_loss_that_stays_bad_stops_with_a_dump(tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "step", "device", "logged"),
-    [(60, 1, "cpu", True), (5, 1, "cpu", False), (60, 2, "cpu", False), (60, 1, "meta", False)],
+    [(60, 2, "cpu", True), (2, 2, "cpu", False), (60, 3, "cpu", False), (60, 2, "meta", False)],
 )
-def test_a_slow_first_step_on_a_cpu_logs_how_long_the_run_takes(seconds, step, device, logged, caplog):
+def test_slow_steps_on_a_cpu_log_how_long_the_run_takes(seconds, step, device, logged, caplog):
     records = Records.__new__(Records)
     records.state = SimpleNamespace(stepper=SimpleNamespace(step=step))
     records.processes = SimpleNamespace(device=torch.device(device))
-    records._began, records._first_step, records._total_steps = time.monotonic() - seconds, 0, 61
+    records.options = SimpleNamespace(log_every=20)
+    records._first_step_at, records._first_step, records._total_steps = time.monotonic() - seconds, 0, 62
     with caplog.at_level("INFO"):
         records._announce_slow_steps()
-    assert ("the first step took 60 s: at this speed the 60 that are left take 1:00:00" in caplog.text) == logged
+    assert ("a step takes 60 s: at this speed the 60 that are left take 1:00:00" in caplog.text) == logged

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 SPIKE = 10  # a loss of more than this many times the median of the last USUAL_OF logged losses is reported
 USUAL_OF, USUAL_FROM = 50, 5
-SLOW = 10.0  # seconds of the first step, above which the duration of the run is logged at once
+SLOW = 60.0  # seconds until the first line of the log, above which the duration of the run is logged at once
 
 
 class Records:
@@ -51,6 +51,7 @@ class Records:
         self._began = self._logged_at = time.monotonic()
         self._cpu_began = time.process_time()
         self._logged_step = self._first_step = self._step
+        self._first_step_at = self._began
         self._total_steps = total_steps
         if self.processes.main:
             self._file = stack.enter_context(log_file(self.folder / "train.log"))
@@ -128,15 +129,18 @@ class Records:
         self.check()
 
     def _announce_slow_steps(self) -> None:
-        """After the first step on a CPU, log how long the run will take if that is long before the first log line."""
-        if self._step != self._first_step + 1 or self.processes.device.type != "cpu":
+        """After two steps on a CPU, log how long the run will take if the first line of the log is far away."""
+        done = self._step - self._first_step
+        if done == 1:
+            self._first_step_at = time.monotonic()  # the first step also starts workers and compiles
+        if done != 2 or self.processes.device.type != "cpu":
             return
-        seconds = time.monotonic() - self._began
-        if seconds > SLOW:
+        seconds = time.monotonic() - self._first_step_at
+        if seconds * self.options.log_every > SLOW:
             left = datetime.timedelta(seconds=round(seconds * (self._total_steps - self._step)))
             log.info(
-                "the first step took %.0f s: at this speed the %d that are left take %s. Smaller images, patches of "
-                "more pixels or a smaller model are faster",
+                "a step takes %.0f s: at this speed the %d that are left take %s. Smaller images, larger patches "
+                "or a smaller model are faster",
                 seconds,
                 self._total_steps - self._step,
                 left,
