@@ -16,7 +16,7 @@ import programs
 from options import to_dict
 from tools import comparison, comparison_report, given, neighbor_statistics, table_jobs
 from tools.comparison import Plan, chosen
-from tools.comparison_file import read_comparisons
+from tools.comparison_file import Training, read_comparisons
 from tools.comparison_report import Result, differences, holm, paired
 from tools.figures import models, separation
 from tools.figures.subject import Subject
@@ -152,8 +152,8 @@ class StandIn:
             method = options.get("--method", Path(options["-c"]).stem.partition("_vit")[0])
             seconds = {"mae": 3, "simmim": 6, "beit": 5, "vq_tokenizer": 1}[method] * int(options.get("--epochs", 10))
             score = {"mae": 50, "simmim": 40, "beit": 45, "vq_tokenizer": 0}[method] + ("--blr" in options) * 5
-            found = {"score": score, "images_seen": 100, "cpu_seconds_since_start": seconds}
-            start = {"commit": "abc", "gpus": [], "processor": "a processor"}
+            found = {"score": score, "images_seen": 100}
+            start = {"commit": "abc", "gpus": [], "processor": "a processor", "cpu_seconds": seconds}
             (folder / "environment.json").write_text(json.dumps([start]))
         (folder / "result.json").write_text(json.dumps(found))
 
@@ -226,12 +226,20 @@ def test_wrong_data_are_refused_before_work(tiny, tmp_path):
         comparison.prepare_data(tiny)
 
 
-def test_a_time_is_unknown_after_an_interruption(tiny, tmp_path):
-    (tmp_path / "result.json").write_text('{"cpu_seconds_since_start": 5}')
-    (tmp_path / "environment.json").write_text("[{}]")
+def test_a_time_is_the_sum_over_starts_and_unknown_if_one_was_killed(tiny, tmp_path):
+    (tmp_path / "environment.json").write_text('[{"cpu_seconds": 2, "seconds": 9}, {"cpu_seconds": 3, "seconds": 9}]')
     assert tiny.spent(tmp_path) == 5
-    (tmp_path / "environment.json").write_text("[{}, {}]")
+    (tmp_path / "environment.json").write_text('[{}, {"cpu_seconds": 3, "seconds": 9}]')
     assert tiny.spent(tmp_path) is None
+
+
+def test_a_teacher_of_several_terms_counts_once(tiny, monkeypatch):
+    teacher = Training("mae_vit_cpu_cifar10")
+    student = Training("mae_vit_cpu_cifar10", {"method": "amd"}, {"a": teacher, "b": teacher, "c": {"kmeans": {}}})
+    monkeypatch.setattr(tiny, "spent", lambda folder: 7.0)
+    assert tiny.preparing(student) == 7.0
+    monkeypatch.setattr(tiny, "spent", lambda folder: None)
+    assert tiny.preparing(student) is None
 
 
 # ---- statistics of neighbours ----------------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(whole, tmp_path, w
     assert losses(folder) == losses(whole)
     starts = json.loads((folder / "environment.json").read_text())
     assert {line["run_id"] for line in metrics(folder)} <= {start["run_id"] for start in starts}
+    assert ["seconds" in start for start in starts] == [False] * (len(starts) - 1) + [True]  # of starts that ended
+    assert 0 < starts[-1]["cpu_seconds"] < 60 and 0 < starts[-1]["seconds"] < 600
 
 
 def test_epoch_means_do_not_depend_on_an_interruption(whole, tmp_path):

@@ -230,18 +230,17 @@ class Plan:
         return _at_rate(row.training, max(scores, key=lambda rate: scores[rate]))
 
     def spent(self, folder: Path) -> float | None:
-        """Seconds of a finished training; None if it was interrupted, because only the last start is known."""
+        """Seconds of a finished training, all starts together; None if one was killed, whose time is unknown."""
         starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        name = {"cpu": "cpu_seconds_since_start", "wall": "seconds_since_start"}[self.comparison.clock]
-        return value_at(folder, name) if len(starts) == 1 else None
+        name = {"cpu": "cpu_seconds", "wall": "seconds"}[self.comparison.clock]
+        return sum(start[name] for start in starts) if all(name in start for start in starts) else None
 
-    def preparing(self, training: Training) -> float:
-        """Seconds of the runs that a training needs. Fitting k-means centres is not counted (some seconds)."""
-        total = 0.0
-        for said in training.needs.values():
-            if isinstance(said, Training):
-                total += (self.spent(self.pretraining(said, 0)) or 0.0) + self.preparing(said)
-        return total
+    def preparing(self, training: Training) -> float | None:
+        """Seconds of the runs that a training needs, without fitting k-means centres; None if unknown."""
+        needed = [said for said in training.needs.values() if isinstance(said, Training)]
+        distinct = list({said.name: said for said in needed}.values())  # a teacher of several terms is trained once
+        times = [time for said in distinct for time in (self.spent(self.pretraining(said, 0)), self.preparing(said))]
+        return None if None in times else sum(time for time in times if time is not None)
 
     def equal_compute(self, row: Row) -> Training | None:
         """The training whose length fills the budget, from the times of the sweep; None before they are known."""
@@ -250,10 +249,11 @@ class Plan:
             return None
         each = [self.pretraining(training, 0) for training in self.sweep_trials(row).values()]
         times = [seconds for folder in each if (seconds := self.spent(folder)) is not None]
-        if not times:
+        preparing = self.preparing(best)
+        if not times or preparing is None:
             return None
         per_epoch = statistics.median(times) / self.comparison.sweep["epochs"]
-        left = self.comparison.seconds - self.preparing(best)
+        left = self.comparison.seconds - preparing
         epochs = max(1, round(left / per_epoch))
         share = float(row.training.options["warmup_epochs"]) / float(row.training.options["epochs"])
         return best.over(epochs=epochs, warmup_epochs=float(f"{share * epochs:.3g}"))
@@ -408,6 +408,10 @@ def run(plan: Plan, rows: Sequence[Row]) -> int:
         )
         if code == table_jobs.INTERRUPTED:
             break
+    for row in rows:
+        if plan.comparison.seconds and plan.settled(row) and not plan.equal_compute(row):
+            folders = ", ".join(str(plan.pretraining(each, 0)) for each in plan.sweep_trials(row).values())
+            say(f"{row.name}: no run at equal compute, because runs were killed whose time is now unknown: {folders}")
     return code
 
 

@@ -40,13 +40,18 @@ class Result:
     epochs: int
     images: int
     seconds: float | None
-    """Of the training; None if it was interrupted."""
-    preparing: float
-    """Seconds of the runs that it needed."""
+    """Of the training; None if a start of it was killed."""
+    preparing: float | None
+    """Seconds of the runs that it needed; None if unknown."""
     options: Mapping[str, Any]
     recipe: str
     commit: str
     device: str
+
+    @property
+    def total(self) -> float | None:
+        """Seconds of the training and of the runs that it needed."""
+        return None if self.seconds is None or self.preparing is None else self.seconds + self.preparing
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ def of_budget(comparison: Comparison, results: Sequence[Result], budget: str) ->
         if not mine:
             accuracies.append([row.name, "0", "not run", *[""] * (2 + len(measures))])
             continue
-        seconds = [each.seconds + each.preparing for each in mine if each.seconds is not None]
+        seconds = [each.total for each in mine if each.total is not None]
         cells = [spread([each.values[measure] for each in mine if measure in each.values]) for measure in measures]
         times = f"{statistics.mean(seconds):.0f}" if seconds else "-"
         accuracies.append([row.name, str(len(mine)), f"{mine[0].epochs}", f"{mine[0].images:,}", times, *cells])
@@ -199,12 +204,12 @@ def picture(comparison: Comparison, results: Sequence[Result]) -> Figure:
                 mine = [
                     each for each in results
                     if each.row == row.name and each.budget == budget
-                    and measure in each.values and each.seconds is not None
+                    and measure in each.values and each.total is not None
                 ]  # fmt: skip
                 if not mine:
                     continue
                 values = [each.values[measure] for each in mine]
-                seconds = statistics.mean(each.preparing + (each.seconds or 0.0) for each in mine)
+                seconds = statistics.mean(each.total or 0.0 for each in mine)
                 handles[row.name] = axis.errorbar(
                     seconds,
                     statistics.mean(values),

@@ -123,6 +123,11 @@ class RunFolder:
         except (OSError, ValueError):
             return []
 
+    def record_end(self, **facts: float) -> None:
+        """Add facts to the current start in environment.json; starts that were killed lack them."""
+        if starts := self._earlier_starts():
+            write_json(self.path / STARTS, [*starts[:-1], starts[-1] | facts])
+
     def _check(self) -> None:
         """Raise ValueError unless the folder is new, empty, or contains a run."""
         if self.path.exists() and not self.path.is_dir():

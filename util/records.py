@@ -49,7 +49,6 @@ class Records:
     def open(self, stack: ExitStack, total_steps: int) -> None:
         """Open the files, which `stack` closes, and log the arithmetic of the run."""
         self._began = self._logged_at = time.monotonic()
-        self._cpu_began = time.process_time()
         self._logged_step = self._first_step = self._step
         self._first_step_at = self._began
         self._total_steps = total_steps
@@ -164,7 +163,6 @@ class Records:
             "bad_steps": self.state.stepper.bad_steps()[0],
             "bad_images": len(self.state.problems),
             "seconds_since_start": time.monotonic() - self._began,
-            "cpu_seconds_since_start": time.process_time() - self._cpu_began,
             "last": self.state.last,
             "best": self.state.best,
             **values,

@@ -6,6 +6,7 @@ uninterrupted run ends. Another configuration is refused, with a table of the di
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,9 @@ from util.stepper import Stepper
 Options = TypeVar("Options", bound=RunOptions)
 
 
+log = logging.getLogger(__name__)
+
+
 class Run:
     """One training run.
 
@@ -64,7 +68,7 @@ class Run:
         folder = RunFolder(options)
         self.folder, self.checkpoints = folder.path, folder.checkpoints
         self.run_id = processes.broadcast(f"{int(time.time()):x}-{os.getpid():x}")
-        self._lock = folder.lock
+        self._run_folder, self._lock = folder, folder.lock
         self._saver = Saver(folder, options)
         self._decisions = Decisions(options, processes)
         facts = {"run_id": self.run_id, "processes": processes.world_size, "device": str(processes.device)}
@@ -182,9 +186,18 @@ class Run:
     def __enter__(self) -> Run:
         self._open = ExitStack()
         self._open.callback(self._lock.release)
+        if self.processes.main:
+            self._open.callback(self._record_end, time.monotonic(), time.process_time())
         self._decisions.listen()
         self.records.open(self._open, self.total_steps)
         return self
+
+    def _record_end(self, began: float, cpu_began: float) -> None:
+        """Add the wall and CPU seconds of this start, since the given times, to environment.json."""
+        try:
+            self._run_folder.record_end(seconds=time.monotonic() - began, cpu_seconds=time.process_time() - cpu_began)
+        except OSError as error:
+            log.warning("the time of this start is not recorded (%s)", error)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
