@@ -4,7 +4,7 @@
     python -m benchmarks.micro --device cuda --amp bf16 --batch_size 512
 
 `relation` is the off-diagonal sum of the two predictions, forward and backward: ours without the P x P matrices, the
-restated one through an einsum. `search` finds the companions of the visible patches and hands out their tokens: ours by
+restated one through an einsum. `search` finds the companions of the visible patches and returns their tokens: ours by
 shifted products, the restated one by gathering the eight neighbours of every patch, `[N, L, 8, D]`. `hog`, where cells
 of 8 pixels fill the patches, is the histograms of oriented gradients of a batch beside a whole step of SimMIM.
 """

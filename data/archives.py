@@ -178,7 +178,7 @@ def _sort(index: _Index, member: Member) -> None:
 
 
 def _without_masks(index: _Index) -> list[Member]:
-    """Return the images that do not lie in a folder of masks beside a folder of images."""
+    """Return the images that are not in a folder of masks beside a folder of images."""
     inside: dict[str, set[str]] = {}
     for member in index.images:
         parts = member.name.split("/")[:-1]

@@ -102,7 +102,7 @@ def _other_size(mask: Sequence[int], image: Sequence[int], orientation: int) -> 
 
 @dataclass(frozen=True)
 class _Folder:
-    """Images and masks that lie below `root`, in two folders of the same inside."""
+    """Images and masks below `root`, in two folders with the same layout."""
 
     root: str
     masks: str
@@ -228,7 +228,7 @@ class _Look:
 
 
 def _look(folder: _Folder, image: str, mask: str) -> _Look:
-    """Look at one mask, and at the size of its image."""
+    """Check one mask, and the size of its image."""
     path = os.path.join(folder.root, mask)
     kind, orientation, values = "", 1, {}
     try:
@@ -254,7 +254,7 @@ def _look(folder: _Folder, image: str, mask: str) -> _Look:
 def _check(
     folder: _Folder, source: Source, masks: Names, processes: Processes, threads: int, train: bool
 ) -> np.ndarray:
-    """Look at every mask; each process looks at its share of them.
+    """Check every mask; each process checks its share.
 
     Returns:
         int64 `[n, K]`, the pixels of each class in each mask.

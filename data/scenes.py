@@ -19,7 +19,7 @@ from data.images import picture_pixels
 ROWS, COLUMNS = 64, 96
 CLASSES = ("ground", "disc", "square", "triangle", "ring", "cross")
 SIZES = {"train": 1000, "val": 100}
-HUES = 0.13  # of the circle, to each side of a class's own hue; 0.1 would keep the classes apart
+HUES = 0.13  # of the circle, to each side of a class's own hue; with 0.1 the hues of classes do not overlap
 _KEYS = {"train": 0, "val": 1}
 
 

@@ -13,7 +13,7 @@ class BlockMaskOptions(MaskOptions):
     """Options of every method that hides rectangles of patches."""
 
     min_block: int = result(0)
-    """Smallest area, in patches, that is drawn for a block while so many may still be hidden; 0: the share of the
+    """Smallest area, in patches, that is drawn for a block while that many may still be hidden; 0: the share of the
     hidden patches that the method's paper has."""
 
     def _check(self) -> None:

@@ -123,7 +123,7 @@ class RunOptions(Options):
     """Folder of images (`train/CLASS/*`, `CLASS/*`, or flat or nested without labels), or `digits`."""
     dataset: str = result("auto")
     """How data_path is read: `folder`, `digits`, `LIST.txt`, `torch/NAME` (a set of torchvision's), `hfds/NAME`, `wds`;
-    `auto` goes by the look of data_path, which may be the word `digits`."""
+    `auto` depends on data_path, which may also be the word `digits`."""
     class_list: str = result("")
     """Use only these classes: a file with one class folder per line, or `imagenet100`; empty uses all."""
     label_offset: int | None = result(None)

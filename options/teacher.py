@@ -80,7 +80,7 @@ class TeacherOptions:
     """Mean of the pixels for which the teacher was trained; empty: from the checkpoint's run or timm's configuration,
     for other files ImageNet's."""
     std: tuple[float, ...] = ()
-    """Standard deviation of these pixels; likewise."""
+    """Standard deviation of these pixels; empty: as for mean."""
     digest: str = ""
     """SHA-256 of the teacher's weights, recorded so that a run does not resume with another teacher."""
 

@@ -165,7 +165,7 @@ def announce(
         ranks = distributed.world_size() if combined == "ranks" else 1
         if combined and (together := options.batch_size * ranks) < options.total_batch_size:
             log.warning(
-                "term %s looks at %d images together (batch_size%s), not at the %d of an update: "
+                "term %s compares %d images (batch_size%s), not the %d of an update: "
                 "with another batch_size or number of processes the result is another",
                 name,
                 together,
@@ -175,7 +175,7 @@ def announce(
     together = options.batch_size * distributed.world_size()
     if model.images_together and together < options.total_batch_size:
         log.warning(
-            "the loss of %s, or its batch norm, looks at %d images together (batch_size x processes), not at the %d of "
+            "the loss of %s, or its batch norm, uses %d images (batch_size x processes), not the %d of "
             "an update: accumulated gradients are not those of the larger batch",
             *(options.method, together, options.total_batch_size),
         )

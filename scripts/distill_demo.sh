@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a teacher is worth to a very small student, on CPU cores: CIFAR-10, pretraining with and without a teacher at
+# Measure the gain of a very small student from a teacher, on CPU cores: CIFAR-10, pretraining with and without a teacher at
 # equal student updates, then nearest neighbours, a linear layer, and fine-tuning.
 #
 #   DATA=CIFAR10 bash scripts/distill_demo.sh

@@ -363,7 +363,7 @@ def test_without_splits_a_seeded_share_is_the_test_set(tmp_path):
 
 
 def test_ade20k_as_it_is_unpacked(tmp_path):
-    """Also from the folder that ADEChallengeData2016 lies in; 0 is no class, and the names are known."""
+    """Also from the parent folder of ADEChallengeData2016; 0 is no class, and the names are known."""
     root = tmp_path / "ADEChallengeData2016"
     for split in ("training", "validation"):
         paint(root, split, 3, masks="annotations")

@@ -61,7 +61,7 @@ def test_the_blocks_that_are_compared():
     assert [block_number("", 0.75, depth) for depth in (12, 24, 4, 1)] == [9, 18, 3, 1]
     assert [block_number("", block, 12) for block in (5, 1, -1, 0.5, 0.67, 0.01)] == [5, 1, 12, 6, 8, 1]
     model = small("dmae")
-    assert model.taps == (0,) and len(teacher_of(model).encoder.blocks) == 3, "no block after the one that is looked at"
+    assert model.taps == (0,) and len(teacher_of(model).encoder.blocks) == 3, "no block after the one that is compared"
     other = small("dmae", terms={"teacher": {"student_block": 2, "teacher_block": 4}})
     assert other.taps == (1,) and len(teacher_of(other).encoder.blocks) == 4
 

@@ -1,4 +1,4 @@
-"""Sizes, positions and initial weights against numbers worked out by hand, and weights that come from other models."""
+"""Sizes, positions and initial weights against numbers computed by hand, and weights that come from other models."""
 
 import math
 

@@ -574,7 +574,7 @@ def test_a_term_more_is_another_model():
         ({"total_batch_size": 4096, "batch_size": 1024, "accum_iter": 2}, 2, (4096, 1024, 2)),
     ],
 )
-def test_the_batch_is_worked_out_for_any_number_of_processes(given, processes, resolved):
+def test_the_batch_is_computed_for_any_number_of_processes(given, processes, resolved):
     options = resolve_batch(Pretrain(**given), processes)
     assert (options.total_batch_size, options.batch_size, options.accum_iter) == resolved
 

@@ -236,7 +236,7 @@ def test_a_model_is_made_of_it(name):
 
 
 @pytest.mark.parametrize(("table", "name"), [(table, name) for table, rows in PAPER.items() for name in rows])
-def test_the_number_to_expect_is_the_papers(table, name):
+def test_the_expected_number_is_that_of_the_paper(table, name):
     number = PAPER[table][name]
     stems = [f"nor_mae_vit_tiny_{name}_in100"] if table == "Table 1" else [name]
     if table == "Table 2" and name.startswith(("mae", "nor_mae")):

@@ -143,7 +143,7 @@ def test_figures_are_what_a_loop_over_pixels_counts():
 
 
 def test_counting_pixels_waits_for_no_device():
-    """A device without contents refuses whatever has to look at them, as a size that depends on them does."""
+    """The meta device has no values: operations that read them, such as a size that depends on values, fail."""
     masks, predicted = torch.tensor([[0, IGNORE, 2, 1]]), torch.tensor([[1, 0, 2, 1]])
     assert confusion(masks, predicted, 3).tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
     assert confusion(masks.to("meta"), predicted.to("meta"), 3).shape == (3, 3)

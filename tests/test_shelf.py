@@ -78,7 +78,7 @@ def test_another_process_fills_it():
     assert torch.equal(opened(pickle.loads(os.read(reading, 65536)))[0], tensor)
 
 
-def test_a_shelf_that_travelled_or_has_no_memory_files_hands_over_the_tensors(monkeypatch):
+def test_a_shelf_that_travelled_or_has_no_memory_files_passes_on_the_tensors(monkeypatch):
     assert pickle.loads(pickle.dumps(Shelf(3))).put(2, TENSORS) == TENSORS
     monkeypatch.delattr(os, "memfd_create")
     assert Shelf(3).put(0, TENSORS) == TENSORS

@@ -335,7 +335,7 @@ def test_paths_are_relative_to_the_data_path_or_to_the_list_or_absolute(tmp_path
     assert open_source("auto", str(path)).read(0).shape == (3, 4, 3)
 
 
-def test_the_val_list_lies_beside_the_train_list(tmp_path):
+def test_the_val_list_is_beside_the_train_list(tmp_path):
     put(tmp_path, "1.png", "2.png")
     (tmp_path / "my_val.txt").write_text("2.png\n")
     (tmp_path / "my_train.txt").write_text("1.png\n")

@@ -181,7 +181,7 @@ def test_the_home_folder_is_expanded_for_teachers_and_callers(tmp_path, monkeypa
 
 
 def test_a_run_inside_its_own_data_resumes(tmp_path):
-    """Its pictures and checkpoints lie below data_path, and are not part of the data."""
+    """Its pictures and checkpoints are below data_path, and are not part of the data."""
     several(tmp_path, "photos", count=64)
     words = ["--data_path", tmp_path, "--total_batch_size", 32, "--picture_every", 1]
     run = tmp_path / "runs" / "a"

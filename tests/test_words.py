@@ -36,6 +36,17 @@ BANNED = {  # pattern: what to write instead
     r"\bfront doors?\b": "program",
     r"\bforeign\b": "of another program",
     r"\bnewcomer\b": "new process",
+    r"\bhand(s|ed)? (over|out)\b": "pass, return",
+    r"\bworked (on|out)\b": "processed, computed",
+    r"\blook(s|ed) at\b": "read, check, compare",
+    r"\blikewise\b": "as for ...",
+    r"\bwhoever\b": "those who",
+    r"\bby the look of\b": "depending on",
+    r"\bseeing that all of it\b": "to try the program",
+    r"\bnumber to expect\b": "expected",
+    r"\bis no (dump|folder|checkpoint)\b": "is not a ...",
+    r"\byardstick\b|\bin the plainest way\b": "baseline, in the simplest way",
+    r"\blies? (below|beside)\b": "is in, is beside",
 }
 
 # Places (a file or a folder with everything below it) and how many banned phrases are left there.

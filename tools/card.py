@@ -146,9 +146,9 @@ def licence(encoder: Encoder) -> str:
             f"stays with them. {published}."
         )
     return (
-        "Whoever trained these weights decides on their licence; replace `license: other` above. The program that made "
-        "them is under the Apache License 2.0 and claims nothing. Data sets have terms of their own, and so do weights "
-        f"that training began with or learned from (`init_from`, a teacher). {published}."
+        "Those who trained these weights decide on their licence: replace `license: other` above. The program that "
+        "made them is under the Apache License 2.0 and claims nothing. Data sets have terms of their own, and so do "
+        f"weights that training began with or learned from (`init_from`, a teacher). {published}."
     )
 
 

@@ -290,8 +290,8 @@ def _heads(file: Path, width: int, options: Mapping[str, Any], num_heads: int) -
 def _fill(model: VisionTransformer, weights: Mapping[str, Tensor], file: Path, ours: bool) -> None:
     """Load the encoder's weights, all of them.
 
-    What else lies in a checkpoint of ours may stay behind, since the model that is left is compared with the whole. In
-    another program's it must be known to be of the decoder.
+    Other tensors of a checkpoint of this project are ignored, because the outputs are compared with those of the
+    complete model. Other tensors of another program's checkpoint must be known to belong to the decoder.
     """
     own = model.state_dict()
     if ours and "norm.weight" in own and "norm.weight" not in weights:  # CrossMAE's norm has none: the same as these

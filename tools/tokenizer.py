@@ -287,7 +287,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kmeans.add_argument("--input_size", default="224", help="pixels, 224 or 160x96 (default: 224)")
     kmeans.add_argument("--in_chans", type=int, default=3, help="channels of the images (default: 3)")
     kmeans.add_argument("--mean", default="", help="of each channel, as --mean of the run that will use the tokens")
-    kmeans.add_argument("--std", default="", help="standard deviation of each channel, likewise")
+    kmeans.add_argument("--std", default="", help="standard deviation of each channel")
     kmeans.add_argument("--encoder", default="", help="cluster features of this run or checkpoint instead of pixels")
     kmeans.add_argument(
         "--encoder_heads", type=int, default=0, help="its attention heads, if they are not stored in its checkpoint"

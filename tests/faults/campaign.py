@@ -162,7 +162,7 @@ class Campaign:
         self.subjects = self._subjects()
 
     def _subjects(self) -> list[Subject]:
-        """The undisturbed runs. Pretraining looks at its neighbours after every epoch, so that it has evaluations."""
+        """The undisturbed runs. Pretraining evaluates nearest neighbours after every epoch."""
         plain = few()
         doors = {PRETRAIN: [*plain, "--knn_every", 1]}
         trained = ["--init_from", self.folder / "whole" / f"{PRETRAIN}1" / "checkpoints" / "last.pth"]
@@ -183,7 +183,7 @@ class Campaign:
         return found
 
     def resume(self, kills: int) -> None:
-        """Kill runs until there were so many kills: mostly pretraining and fine-tuning, in turn one of the others."""
+        """Kill runs until there were `kills` kills: mostly pretraining and fine-tuning, in turn one of the others."""
         pretrain, finetune, *others = self.subjects
         while len(self.kills) < kills:
             other = others[(self.runs // 3) % len(others)]

@@ -149,7 +149,7 @@ def send_to_self(*which):
 
 
 def loss_spike(at, times, count=1):
-    """The losses of `count` micro-batches from number `at` on are so many times as high."""
+    """Multiply the losses of `count` micro-batches from number `at` on."""
 
     def act(number, original, stepper, losses, index):
         if at <= number < at + count:

@@ -77,7 +77,7 @@ def listed(run):
     return {line.split("\t")[0].rpartition("/")[2]: line.split("\t")[1] for line in lines}
 
 
-def test_every_kind_of_image_is_used_or_replaced_and_listed_whoever_loads(folder, tmp_path):
+def test_every_kind_of_image_is_used_or_replaced_and_listed_by_any_loader(folder, tmp_path):
     """56 images in 4 steps of 13 leave 4 out of the epoch: what is listed is broken, and no more than that."""
     words = [*WORDS, "--data_path", folder, "--max_bad_fraction", 0.2]
     for name, workers in (("here", 0), ("worker", 1)):

@@ -112,8 +112,8 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
     assert found.verdict == WRONG and str(tmp_path / "file") in found.said and "--output_dir" in found.said
 
 
-def test_a_classifier_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
-    """Erasing hands out floats, a moving average is a second set of weights, SGD has one moment, the best is kept."""
+def test_a_classifier_is_sampled_as_it_will_be_trained(tmp_path, capsys):
+    """Erasing returns floats, a moving average is a second set of weights, SGD has one moment, the best is kept."""
     words = [*DOORS["main_finetune"], "--batch_size", "64", "--num_workers", "1", "--ema", "0.9", "--optimizer", "sgd"]
     plan = doctor.plan_of(resolve(main_finetune.parse_options(words)), 1, CPU)
     weights = sum(value.numel() for value in plan.model.state_dict().values())
@@ -129,7 +129,7 @@ def test_a_classifier_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_segmenter_is_looked_at_as_it_will_be_trained(tmp_path, capsys):
+def test_a_segmenter_is_sampled_as_it_will_be_trained(tmp_path, capsys):
     """Crops of 16 x 16 in colour with masks of 16 bits; batch norm's statistics are saved, too. 36 steps: 3 epochs."""
     words = [*DOORS["main_segment"], "--data_path", "scenes", "--total_batch_size", "16", "--steps", "36"]
     plan = doctor.plan_of(resolve(main_segment.parse_options(words)), 1, CPU)

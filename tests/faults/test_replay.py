@@ -1,4 +1,4 @@
-"""A dumped bad batch is worked on again, and the place where its numbers go wrong is named."""
+"""A dumped bad batch is repeated, and the place where its numbers stop being finite is reported."""
 
 import json
 import math
@@ -122,7 +122,7 @@ def test_a_classifiers_batch_is_mixed_again_as_it_was(tmp_path, capsys):
     assert code == 0 and "blocks.0.mlp.fc1 (Linear), whose inputs are finite" in said
 
 
-def test_what_is_no_dump_is_refused(dump, tmp_path, capsys):
+def test_what_is_not_a_dump_is_refused(dump, tmp_path, capsys):
     (tmp_path / "x.json").write_text("[]")
     for words, told in (
         ([tmp_path / "x.json"], "is not a dump"),

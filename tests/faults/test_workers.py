@@ -39,7 +39,7 @@ def images(stream):
     return torch.cat([batch.images for batch in stream])
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.2], ids=["while it loads", "with batches handed over"])
+@pytest.mark.parametrize("seconds", [0.0, 0.2], ids=["while it loads", "with batches delivered"])
 def test_workers_that_hang_are_replaced_where_they_were(caplog, seconds):
     batches = make_batches(worker_timeout=1)
     stream = batches.epoch(0)
