@@ -346,6 +346,15 @@ def test_every_method_and_recipe_kind_is_documented():
 # ---- the notebook ---------------------------------------------------------------------------------------------------
 
 
+def test_the_notebook_is_stored_with_its_outputs():
+    path = PROJECT / "examples/own_images.ipynb"
+    text = path.read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    pictures = [output for cell in cells for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    assert len(pictures) == 4 and all(cell["execution_count"] for cell in cells)
+    assert path.stat().st_size < 300_000 and "/tmp/" not in text
+
+
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """Its code cells in order, with fewer images and epochs, into another folder."""
