@@ -25,7 +25,7 @@ from models_classifier import Classifier, LinearProbe
 from models_vit import for_channels
 from options import ProbeOptions
 from programs.training import train_epochs
-from programs.transfer import encoder_arguments
+from programs.transfer import encoder_arguments, warn_of_pooling
 from util import distributed, optim
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled, reading_of
@@ -39,28 +39,27 @@ log = logging.getLogger("probe")
 FEW_IMAGES, MAE_BLR = 100_000, 0.1
 
 
-def load_encoder(options: ProbeOptions) -> Classifier:
-    """Load the encoder, frozen, with its last norm and without a head."""
+def load_encoder(options: ProbeOptions) -> tuple[Classifier, str]:
+    """Load the encoder, frozen, with its last norm and without a head; return it and the pooling of its method."""
     model = models_classifier.build(num_classes=0, global_pool="token", **encoder_arguments(options))
     weights, made_with = methods.load_pretrained(options.init_from)
     report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
     log.info("weights from %s: %s", options.init_from, report)
-    return model.requires_grad_(False).eval()
+    warn_of_pooling(options.global_pool, made_with)
+    return model.requires_grad_(False).eval(), methods.feature_pool(made_with)
 
 
 class Features:
     """The features of every split, encoded once, the work shared among the processes.
 
-    With the class token asked for, the average that nearest neighbours compare comes from the same pass.
+    The linear layer has the pooling of the options, nearest neighbours have `knn_pool`; if the two differ, both come
+    from the same pass.
     """
 
-    def __init__(self, options: ProbeOptions, encoder: Classifier, run: Run, found: Splits):
+    def __init__(self, options: ProbeOptions, encoder: Classifier, run: Run, found: Splits, knn_pool: str):
         self.options, self.run = options, run
-        self.encoder = encoder
-        both = options.global_pool == "token"
-        self.channels = encoder.embed_dim
-        self.columns = slice(self.channels, None) if both else slice(0, self.channels)
-        self.pool = "both" if both else "avg"
+        self.encoder, self.knn_pool = encoder, knn_pool
+        self.pool = options.global_pool if options.global_pool == knn_pool else "both"
         self.of = {name: self._encode(getattr(found, name)) for name in ("train", "choice", "test")}
 
     def _encode(self, source: Source) -> tuple[Tensor, Tensor]:
@@ -76,9 +75,15 @@ class Features:
         )
         return interleaved(processes.gather(share))
 
+    def _pooled(self, name: str, pool: str) -> Tensor:
+        features, _ = self.of[name]
+        if self.pool != "both":
+            return features
+        averages, class_tokens = features.chunk(2, dim=1)
+        return (averages if pool == "avg" else class_tokens).contiguous()
+
     def samples(self, name: str) -> FeatureSamples:
-        features, labels = self.of[name]
-        return FeatureSamples(features[:, self.columns].contiguous(), labels)
+        return FeatureSamples(self._pooled(name, self.options.global_pool), self.of[name][1])
 
     def batches(self, name: str) -> Iterator[Batch]:
         """Yield this process's share of a split."""
@@ -88,10 +93,10 @@ class Features:
             yield samples.__getitems__([(0, index) for index in mine[start : start + 1024]])
 
     def knn(self) -> float:
-        """Return the accuracy in percent on the test images, with the average of the patch tokens."""
-        averages = {name: features[:, : self.channels] for name, (features, _) in self.of.items()}
+        """Return the accuracy in percent on the test images, with the pooling of the pretraining method."""
         (_, bank_labels), (_, labels) = self.of["train"], self.of["test"]
-        return 100 * knn_accuracy(averages["train"], bank_labels, averages["test"], labels)
+        bank, queries = (self._pooled(name, self.knn_pool) for name in ("train", "test"))
+        return 100 * knn_accuracy(bank, bank_labels, queries, labels)
 
 
 def training_batches(options: ProbeOptions, source: Source, features: Features, processes: Processes) -> Batches:
@@ -106,7 +111,7 @@ def training_batches(options: ProbeOptions, source: Source, features: Features, 
 def run(options: ProbeOptions) -> None:
     options = resolve(options)
     torch.manual_seed(options.seed)
-    encoder = load_encoder(options)
+    encoder, knn_pool = load_encoder(options)
     with distributed.start(options.device) as processes:
         talk(processes.main)
         found = splits.open_splits(options)
@@ -115,7 +120,7 @@ def run(options: ProbeOptions) -> None:
         encoder.to(processes.device)
         choose_threads(encoder, processes.device)
         run = Run(options, processes, found.train)
-        features = Features(options, encoder, run, found)
+        features = Features(options, encoder, run, found, knn_pool)
         batches = training_batches(options, found.train, features, processes)
         lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
         if len(found.train) < FEW_IMAGES and not options.lr and options.blr <= MAE_BLR:
@@ -143,6 +148,9 @@ def run(options: ProbeOptions) -> None:
                 splits.write_lists(found, run.folder)
             log.info("features: %s", describe_eval_crop(options.input_size, CROP_SHARE, options.eval_crop))
             knn_acc1 = features.knn()
-            log.info("k nearest neighbours (k = 20, T = 0.07), %d test images: %.2f%%", len(found.test), knn_acc1)
+            of = "class token" if knn_pool == "token" else "average of patch tokens"
+            log.info(
+                "k nearest neighbours (%s, k = 20, T = 0.07), %d test images: %.2f%%", of, len(found.test), knn_acc1
+            )
             result = train_epochs(run, objective, batches, tasks)
             run.finish(**result, knn_acc1=knn_acc1, eval_crop=options.eval_crop)

@@ -58,6 +58,17 @@ def load_initial_weights(
         weights, made_with = methods.load_pretrained(options.init_from)
         report = load(model, for_channels(weights, options.in_chans), made_with)
         log.info("weights from %s: %s", options.init_from, report)
+        warn_of_pooling(getattr(options, "global_pool", ""), made_with)
+
+
+def warn_of_pooling(global_pool: str, made_with: Mapping[str, Any]) -> None:
+    """Warn if features are averages of patch tokens, and the method of the pretraining trained the class token."""
+    if global_pool == "avg" and methods.feature_pool(made_with) == "token":
+        log.warning(
+            "%s trains the class token, and global_pool avg uses the average of the patch tokens: --global_pool token "
+            "is usually better",
+            made_with["method"],
+        )
 
 
 def layer_groups(options: TransferOptions, model: Classifier) -> tuple[float, list[dict[str, Any]]]:

@@ -32,7 +32,14 @@ def registry(monkeypatch):
 
 VIEWS = {  # options of the methods with several views
     "moco_v3": {"proj_hidden_dim": 32, "proj_dim": 16},
-    "dino": {"out_dim": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "local_size": 4, "local_crops": 2},
+    "dino": {
+        "out_dim": 64,
+        "head_hidden_dim": 32,
+        "head_bottleneck_dim": 16,
+        "local_size": 4,
+        "local_crops": 2,
+        "head_batch_norm": True,
+    },
 }
 
 

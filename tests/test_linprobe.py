@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from methods import build
 from models_classifier import LinearProbe
 from tests.runs import Training, assert_same_end, finish, losses, start_ranks
+from tests.small import options_of, write_checkpoint
 from util import optim
 from util.features import FeatureSamples, interleaved, pooled
 
@@ -101,6 +103,30 @@ def test_two_ranks_have_the_features_and_neighbours_of_one(whole, pretrained, tm
     assert result(tmp_path / "two")["knn_acc1"] == pytest.approx(result(whole)["knn_acc1"], abs=100 / 445)
     assert result(tmp_path / "two")["accuracy"]["last"]["images"] == 445
     assert losses(tmp_path / "two")[1] == pytest.approx(losses(whole)[1], rel=0.1)
+
+
+def test_neighbours_have_the_pooling_of_the_pretraining_method(tmp_path):
+    """Of DINO the class token, whatever the linear layer reads; averages for it are warned of."""
+    sizes = {
+        "input_size": (8, 8),
+        "in_chans": 1,
+        "model": "mae_vit_tiny_patch2",
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+    }
+    torch.manual_seed(0)
+    model = build("dino", **sizes, out_dim=32, head_hidden_dim=24, head_bottleneck_dim=12, local_crops=0)
+    torch.nn.init.normal_(model.teacher.cls_token, std=2.0)
+    path = write_checkpoint(tmp_path / "dino.pth", model, sizes | options_of("dino", model) | sizes)
+    found = {}
+    for pool in ("avg", "token"):
+        words = ["--init_from", path, "--epochs", 1, "--warmup_epochs", 0, "--global_pool", pool]
+        said = finish(tmp_path / pool, *words, door=DOOR)
+        found[pool] = result(tmp_path / pool)["knn_acc1"], said or (tmp_path / pool / "train.log").read_text()
+    assert found["avg"][0] == pytest.approx(found["token"][0])
+    assert ["--global_pool token is usually better" in said for _, said in found.values()] == [True, False]
+    assert all("k nearest neighbours (class token" in said for _, said in found.values())
 
 
 def test_a_probe_without_an_encoder_is_refused(tmp_path):

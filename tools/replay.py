@@ -27,7 +27,7 @@ from tools.command import reports_errors
 from util import checkpoint, precision
 from util.distributed import Processes, pick_device
 from util.logging import talk
-from util.stepper import seed_micro_step
+from util.stepper import Progress, seed_micro_step
 
 ALL_FINITE = 1  # exit code if the problem does not occur again
 
@@ -71,6 +71,9 @@ class Replay:
                     f"the images of step {step} are not those of the run: "
                     f"{len(self.source)} images in {self.options.data_path}; give the data of the run with --data_path"
                 )
+            if hasattr(self.model, "before_step"):  # values that follow a schedule, such as DINO's temperature
+                total = batches.steps_per_epoch * self.options.epochs
+                self.model.before_step(Progress(step, total, batches.steps_per_epoch, []))
             for number, batch in enumerate(found):
                 seed_micro_step(self.options.seed, step * accum + number, rank)
                 yield f"step {step}, process {rank}, micro-batch {number}", batch.to(self.device)
