@@ -2,7 +2,8 @@
 
     python -m benchmarks.distill output/distill_demo
 
-Writes distill.json into the folder and the table to the terminal.
+Writes distill.json into the folder and the table to the terminal. Nearest neighbours and the linear layer use the
+encoders as they were pretrained, also the teacher's, which teaches only after it was fine-tuned.
 """
 
 from __future__ import annotations
