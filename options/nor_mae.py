@@ -17,8 +17,7 @@ class NeighborOptions:
     """Options of the neighbour term."""
 
     weight: float = 5e-5
-    """The paper's lambda. With normalised tokens, the factor of the correlation of the predictions is weight x (P - 1).
-    """
+    """The paper's lambda. With normalised tokens the correlation of the predictions has the factor weight x (P - 1)."""
     cnp: Literal["closest", "released"] = "closest"
     """Companion of a patch: `closest`, its most similar neighbour; `released`, the selection of the released code,
     which also sets `border`, `similarity` and `normalize` (on with norm_pix_loss, otherwise off)."""
@@ -38,10 +37,11 @@ class NeighborOptions:
     tokens: Literal["all", "visible", "masked"] = "all"
     """Patches whose predictions are related."""
     fraction: float = 1.0
-    """Share k/g of the images that take the second pass, drawn in each step: 0.25 is 1 of every 4 consecutive images of
-    an update, 0.3 is 3 of 10. The cost falls by that share; mean and gradient of the term are the same on average, and
-    its variance grows by (g/k - 1)/B times that between images, for B images in an update. If batch_size is not a
-    multiple of g, round(fraction x batch_size) of each batch are drawn, at least 1, and the result depends on it."""
+    """Share of the images for which the term is computed, to save time. With fraction = k/g, k of every g consecutive
+    images of an update are drawn at random: 0.25 is 1 of 4, 0.3 is 3 of 10. The expected value and gradient of the term
+    do not change; with B images in an update its variance increases by (g/k - 1)/B times the variance between images.
+    If batch_size is not a multiple of g, round(fraction x batch_size) images of each batch are drawn, at least 1, and
+    the result depends on batch_size."""
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight)
@@ -54,8 +54,8 @@ class NeighborOptions:
             raise ValueError(f"fraction is {self.fraction:g}; it must be more than 0 and at most 1")
         if self.fraction < 1 and self.together:
             raise ValueError(
-                f"fraction is {self.fraction:g}; with {self.together} the term is no mean over images, and a share of "
-                "them would aim at something else: use fraction 1"
+                f"fraction is {self.fraction:g}; with {self.together} the term is no mean over images, so a share of "
+                "them would have another expected value: use fraction 1"
             )
         if self.border == "auto":
             object.__setattr__(self, "border", "wrap" if self.cnp == "released" else "natural")
@@ -67,7 +67,7 @@ class NeighborOptions:
 
     @property
     def drawn(self) -> tuple[int, int]:
-        """k and g: of every g consecutive images, k take the second pass."""
+        """k and g: the term is computed for k of every g consecutive images."""
         share = Fraction(self.fraction).limit_denominator(max(100, math.ceil(1 / self.fraction)))
         return share.numerator, share.denominator
 

@@ -135,13 +135,14 @@ class Records:
         if done != 2 or self.processes.device.type != "cpu":
             return
         seconds = time.monotonic() - self._first_step_at
-        if seconds * self.options.log_every > SLOW:
-            left = datetime.timedelta(seconds=round(seconds * (self._total_steps - self._step)))
+        steps = self._total_steps - self._step
+        if seconds * min(steps, self.options.log_every) > SLOW:
+            left = datetime.timedelta(seconds=round(seconds * steps))
             log.info(
                 "a step takes %.0f s: at this speed the %d that are left take %s. Smaller images, larger patches "
                 "or a smaller model are faster",
                 seconds,
-                self._total_steps - self._step,
+                steps,
                 left,
             )
 
