@@ -70,6 +70,9 @@ def test_the_number_of_classes_is_the_datas_unless_it_is_given():
     assert model.terms["label"].head[-1].out_features == 1000
     model.terms["label"].learn_classes(7)
     assert model.terms["label"].options.classes == 7 and model.terms["label"].head[-1].out_features == 7
+    last = model.terms["label"].head[-1]  # with MAE's initial weights, as the first one
+    bound = math.sqrt(6 / (last.in_features + 7))
+    assert not last.bias.any() and 0.9 * bound < last.weight.abs().max() <= bound
     images, labels, noise = batch(model)
     assert model(images, labels, noise=noise)["label"].item() == pytest.approx(math.log(7), rel=0.1)
     given = small("sup_mae", terms={"label": {"classes": 12}})
