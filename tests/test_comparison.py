@@ -1,5 +1,6 @@
 """Comparisons at a fixed budget: what they say, their jobs, their statistics, and a complete run with stand-ins."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -63,6 +64,14 @@ def test_the_arms_of_the_neighbour_comparison_have_the_strength_that_they_name()
             effective = float(name.rpartition("effective ")[2]) if "effective" in name else 0.0384
             assert weight * (width - 1) == pytest.approx(effective, rel=2e-3), name
     assert len({row.training.name for row in COMPARISONS["nor_explained_cpu"].rows}) == len(found)
+
+
+def test_methods_that_train_the_class_token_are_evaluated_on_it(tmp_path):
+    found = COMPARISONS["leaderboard_cpu"]
+    plan = Plan(found, Setting(out=tmp_path))
+    words = {row.name: plan.evaluate(row.training, 0, "probe").words for row in found.rows}
+    token = {name for name, each in words.items() if ("--global_pool", "token") in itertools.pairwise(each)}
+    assert token == {"moco_v3", "dino"}
 
 
 def test_rows_are_chosen_with_the_reference():

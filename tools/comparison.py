@@ -186,6 +186,7 @@ class Plan:
             del options["init_from"]
             words = (*evaluation.program.split(), str(encoder), *flags(options))
         else:
+            options |= training.evaluate
             recipe = ("-c", f"configs/finetune/{evaluation.recipe}.yaml") if evaluation.recipe else ()
             words = (evaluation.program, *recipe, *flags(options), *self.setting.more)
         return Job(words, folder / "result.json", (encoder / "result.json",))

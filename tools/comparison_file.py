@@ -28,6 +28,8 @@ class Training:
     set: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, Training | Mapping[str, Any]] = field(default_factory=dict)
     """Of an option that takes a run, that run; `{kmeans: OPTIONS}` stands for a file of tools.tokenizer."""
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the programs that evaluate it."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def training_of(
     unknown = method_options() - set(methods.own_options(method)) - own.keys()
     changed = {name: value for name, value in given.items() if name not in unknown and recipe.get(name) != value}
     needs = {option: each if "kmeans" in each else training_of(each) for option, each in said.get("needs", {}).items()}
-    return Training(said["recipe"], changed, needs)
+    return Training(said["recipe"], changed, needs, said.get("evaluate", {}))
 
 
 def read_comparisons(path: Path = COMPARISONS) -> dict[str, Comparison]:
