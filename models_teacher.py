@@ -442,6 +442,8 @@ class TeacherTerm(Term):
         self.reads_features = options.student_tap == "features" or options.extra_block
         self.reads_decoder = options.student_tap == "decoder"
         self.noise_rows = int(options.masked_pass > 0) + options.masks_vary
+        if options.masks_vary:  # the mean is over the hidden tokens of a batch, whose number varies
+            self.images_together = "device"
         self.images_normalized: Normalization | None = None
         self.teacher = FrozenNetwork()
         self.wanted: dict[str, tuple[tuple[str, int], ...]] = {}  # by `input_name`, of all terms that use this teacher

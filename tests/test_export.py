@@ -456,8 +456,8 @@ def test_every_method_has_an_encoder_that_can_leave(method, tmp_path):
     decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, **NARROW}
     sizes = SIZES | ({"model": "mae_vit_tiny_patch8"} if method == "maskfeat" else {})  # which HOG's cells fill
     options = methods.schema(method)(
-        **sizes, method=method, input_size=(16, 16), total_batch_size=8, **chosen.defaults,
-        **{name: value for name, value in decoder.items() if name in methods.own_options(method)},
+        **sizes, method=method, input_size=(16, 16), total_batch_size=8,
+        **chosen.defaults | {name: value for name, value in decoder.items() if name in methods.own_options(method)},
         terms={name: given | SETTLED.get(name, {}) for name, given in chosen.terms.items()},
     )  # fmt: skip
     model = methods.from_options(to_dict(options)).eval()

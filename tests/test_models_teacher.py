@@ -237,3 +237,10 @@ def test_a_teacher_with_parts_that_would_be_left_out_is_refused():
     assert encoder_weights(teacher, "t.pth").keys() == teacher.keys()
     with pytest.raises(ValueError, match=r"checkpoint t\.pth are not .* layer scale .*blocks\.\*\.ls1\.gamma"):
         encoder_weights({**teacher, "blocks.0.ls1.gamma": torch.ones(8)}, "t.pth")
+
+
+def test_masks_of_varying_size_make_a_mean_over_the_images_of_a_device():
+    """So a run warns where a batch is smaller than an update."""
+    terms = small("proteus", terms={"teacher": {"checkpoint": teacher_checkpoint()}}).terms.values()
+    assert [term.images_together for term in terms if term.options.masked_images < 1] == ["device"]
+    assert {term.images_together for term in terms if term.options.masked_images == 1} == {""}

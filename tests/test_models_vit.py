@@ -7,7 +7,6 @@ import torch
 from timm.layers import SwiGLUPacked
 from torch import nn
 
-import models_vit
 from models_vit import (
     SIZES,
     VisionTransformer,
@@ -276,7 +275,3 @@ def test_a_deeper_encoder_is_refused_and_an_unknown_number_of_heads_is_reported(
     tiny = vit(embed_dim=192, num_heads=12, depth=1)
     load_from_run(tiny, vit(embed_dim=192, num_heads=3, depth=1).state_dict(), {})
     assert "the model has 12, and encoders of 192 channels have 12 in NoR-MAE and MAE-Lite, 3 in DeiT" in caplog.text
-
-
-def test_everything_taken_from_timm_is_named():
-    assert set(models_vit.__all__) <= set(dir(models_vit))
