@@ -12,8 +12,6 @@ length follows from the time that the sweep took. `scripts/table.sh` explains th
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fnmatch
 import itertools
 import json
 import os
@@ -30,8 +28,8 @@ from torchvision import datasets
 
 import methods
 from data.images import is_image_name
-from options import nearest
 from tools import comparison_report, smoke_data, table_jobs, tables
+from tools.command import reports_errors
 from tools.comparison_file import Comparison, Row, Training, read_comparisons
 from tools.table_jobs import Job, say
 from tools.table_report import named
@@ -300,16 +298,8 @@ def chosen(comparison: Comparison, asked: Sequence[str]) -> list[Row]:
         ValueError: A pattern matches no row.
     """
     names = {named([row.name]): row for row in comparison.rows}
-    asked = [pattern.replace("_", "-") for pattern in asked]
-    for pattern in asked:
-        if not fnmatch.filter(names, pattern):
-            advice = nearest(pattern, names) or f"there are {', '.join(names)}"
-            raise ValueError(f"ROWS: {comparison.name} has no row {pattern!r}; {advice}")
-    return [
-        row
-        for name, row in names.items()
-        if not asked or row.name == comparison.reference or any(fnmatch.fnmatch(name, pattern) for pattern in asked)
-    ]
+    found = tables.matching(list(names), [pattern.replace("_", "-") for pattern in asked], comparison.name)
+    return [row for name, row in names.items() if name in found or row.name == comparison.reference]
 
 
 def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
@@ -347,6 +337,7 @@ def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
     return found
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     comparisons = read_comparisons()
     parser = argparse.ArgumentParser(description="Compare pretraining methods at a fixed budget.")
@@ -355,32 +346,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="only report the results so far")
     parser.add_argument("--collect", metavar="FOLDER", type=Path, help="also copy report, plot and results to a folder")
     given = parser.parse_args(argv)
-    try:
-        if given.comparison not in comparisons:
-            raise ValueError(f"there is no comparison {given.comparison!r}; there are {', '.join(comparisons)}")
-        comparison = comparisons[given.comparison]
-        setting = tables.setting_of(os.environ)
-        if "SEEDS" in os.environ:
-            comparison = replace(comparison, rows=tuple(replace(row, seeds=setting.seeds) for row in comparison.rows))
-        plan, rows = Plan(comparison, setting), chosen(comparison, setting.rows)
-        if given.dry_run:
-            tables.show(plan.jobs(rows), setting)
-            return 0
-        code = 0 if given.report else run(plan, rows)
-        path = plan.root / "reports" / f"{comparison.name}.md"
-        sweeps = {row.name: plan.sweep_scores(row) for row in rows}
-        comparison_report.write(path, comparison, measured(plan, rows), sweeps, smoke=setting.smoke)
-        say(f"report: {path}")
-        if given.collect:
-            given.collect.mkdir(parents=True, exist_ok=True)
-            for suffix in (".md", ".png", ".json"):
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(path.with_suffix(suffix), given.collect / path.with_suffix(suffix).name)
-            say(f"collected in {given.collect}")
-        return code
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if given.comparison not in comparisons:
+        raise ValueError(f"there is no comparison {given.comparison!r}; there are {', '.join(comparisons)}")
+    comparison = comparisons[given.comparison]
+    setting = tables.setting_of(os.environ)
+    if "SEEDS" in os.environ:
+        comparison = replace(comparison, rows=tuple(replace(row, seeds=setting.seeds) for row in comparison.rows))
+    plan, rows = Plan(comparison, setting), chosen(comparison, setting.rows)
+    if given.dry_run:
+        tables.show(plan.jobs(rows), setting)
+        return 0
+    code = 0 if given.report else run(plan, rows)
+    path = plan.root / "reports" / f"{comparison.name}.md"
+    sweeps = {row.name: plan.sweep_scores(row) for row in rows}
+    comparison_report.write(path, comparison, measured(plan, rows), sweeps, smoke=setting.smoke)
+    say(f"report: {path}")
+    if given.collect:
+        given.collect.mkdir(parents=True, exist_ok=True)
+        for suffix in (".md", ".png", ".json"):
+            shutil.copyfile(path.with_suffix(suffix), given.collect / path.with_suffix(suffix).name)
+        say(f"collected in {given.collect}")
+    return code
 
 
 def run(plan: Plan, rows: Sequence[Row]) -> int:
@@ -391,22 +377,12 @@ def run(plan: Plan, rows: Sequence[Row]) -> int:
         smoke_data.write(setting.root / "data", ())
     else:
         prepare_data(plan)
-    quick = setting.smoke and setting.nproc == 1
     done: set[Path] = set()
     code, began = 0, time.monotonic()
-    while missing := [job for job in plan.jobs(rows) if job.done not in done and not job.done.exists()]:
-        done |= {job.done for job in missing}
-        code = max(
-            code,
-            table_jobs.run(
-                plan.jobs(rows),
-                plan.root,
-                start=table_jobs.Fork if quick else table_jobs.Process,
-                nproc=setting.nproc,
-                at_once=setting.jobs,
-                minutes=max(setting.minutes - (time.monotonic() - began) / 60, 1e-6) if setting.minutes else 0,
-            ),
-        )
+    while missing := {job.done for job in plan.jobs(rows) if not job.done.exists()} - done:
+        done |= missing
+        left = max(setting.minutes - (time.monotonic() - began) / 60, 1e-6) if setting.minutes else 0
+        code = max(code, tables.run_jobs(plan.jobs(rows), setting, left))
         if code == table_jobs.INTERRUPTED:
             break
     for row in rows:

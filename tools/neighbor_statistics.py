@@ -30,6 +30,7 @@ from torch import nn
 import methods
 from data.files import write_json
 from tools import given
+from tools.command import reports_errors
 from tools.figures import models, separation
 from tools.figures.collapse import token_similarity
 from tools.figures.subject import Subject, chosen, read_images
@@ -83,7 +84,8 @@ def measure(trained: Trained, subject: Subject) -> dict[str, float]:
     return of_encoder(subject) | {"agreement": agreement(trained, subject)}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure what a masked autoencoder makes of closest neighbours.")
     parser.add_argument("run", type=Path, help="run folder or checkpoint of a method that predicts pixels")
     parser.add_argument("--data_path", default="", help="images (validation split if there is one); default: the run's")
@@ -93,19 +95,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     talk(True)
-    try:
-        trained = given.load(args.run, args.device)
-        source = given.source(trained, "val", args.data_path)
-        shown = models.load(str(args.run), device=args.device)
-        numbers = chosen(source, min(args.images, len(source)), args.seed)
-        pixels, names = read_images(source, shown.size, numbers)
-        found = measure(trained, Subject([shown], pixels, names, seed=args.seed))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    trained = given.load(args.run, args.device)
+    source = given.source(trained, "val", args.data_path)
+    shown = models.load(str(args.run), device=args.device)
+    numbers = chosen(source, min(args.images, len(source)), args.seed)
+    pixels, names = read_images(source, shown.size, numbers)
+    found = measure(trained, Subject([shown], pixels, names, seed=args.seed))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "result.json", {"images": len(numbers), "updates": trained.updates, **found})
     log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -354,14 +354,26 @@ class Plan:
         return list({job.done: job for job in found}.values())
 
 
-def chosen(table: Table, asked: Sequence[str]) -> list[Row]:
-    """Return the rows that match ROWS (`vit-tiny-*`), or all; raise ValueError for a pattern without a match."""
-    names = [row.name for row in table.rows]
+def matching(names: Sequence[str], asked: Sequence[str], what: str) -> list[str]:
+    """Return the names that match the patterns of ROWS, or all without one.
+
+    Args:
+        what: The table, for the error.
+
+    Raises:
+        ValueError: A pattern matches no name.
+    """
     for pattern in asked:
         if not fnmatch.filter(names, pattern):
             advice = nearest(pattern, names) or f"there are {', '.join(names)}"
-            raise ValueError(f"ROWS: table {table.number} has no row {pattern!r}; {advice}")
-    return [row for row in table.rows if not asked or any(fnmatch.fnmatch(row.name, pattern) for pattern in asked)]
+            raise ValueError(f"ROWS: {what} has no row {pattern!r}; {advice}")
+    return [name for name in names if not asked or any(fnmatch.fnmatch(name, pattern) for pattern in asked)]
+
+
+def chosen(table: Table, asked: Sequence[str]) -> list[Row]:
+    """Return the rows that match ROWS (`vit-tiny-*`), or all; raise ValueError for a pattern without a match."""
+    names = matching([row.name for row in table.rows], asked, f"table {table.number}")
+    return [row for row in table.rows if row.name in names]
 
 
 def check(rows: Sequence[Row], setting: Setting) -> None:
@@ -383,6 +395,13 @@ def check(rows: Sequence[Row], setting: Setting) -> None:
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
+
+
+def run_jobs(jobs: Sequence[Job], setting: Setting, minutes: float) -> int:
+    """Run the jobs that are not finished, at most for `minutes` (0: no limit). Return the exit code."""
+    quick = setting.smoke and setting.nproc == 1
+    start: Callable[..., table_jobs.Program] = table_jobs.Fork if quick else table_jobs.Process
+    return table_jobs.run(jobs, setting.root, start=start, nproc=setting.nproc, at_once=setting.jobs, minutes=minutes)
 
 
 def show(jobs: Sequence[Job], setting: Setting) -> None:
@@ -446,16 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(rows, setting)
         if setting.smoke:
             smoke_data.write(setting.root / "data", {name for row in rows for name in row.sets.values()})
-        quick = setting.smoke and setting.nproc == 1
-        start: Callable[..., table_jobs.Program] = table_jobs.Fork if quick else table_jobs.Process
-        code = table_jobs.run(
-            jobs,
-            setting.root,
-            start=start,
-            nproc=setting.nproc,
-            at_once=setting.jobs,
-            minutes=setting.minutes,
-        )
+        code = run_jobs(jobs, setting, setting.minutes)
     report(table, setting, given.collect, given.models)
     return code
 
