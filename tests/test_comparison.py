@@ -183,7 +183,7 @@ def tiny(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
-    monkeypatch.setattr(table_jobs, "Process", StandIn)
+    monkeypatch.setattr(table_jobs, "Fork", StandIn)
     return Plan(found, Setting(data=str(tmp_path / "given"), out=tmp_path / "out"))
 
 

@@ -346,13 +346,56 @@ def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_plac
     model = nn.Linear(2, 2)
     checkpoint.save(tmp_path / "best.pth", {"format": 1, "model": model.state_dict(), "options": {}, "epoch": 3})
     run = SimpleNamespace(
-        processes=ALONE, checkpoints=tmp_path, state=SimpleNamespace(best={"epoch": 2}), leave_if_stopped=lambda: None
+        processes=ALONE,
+        checkpoints=tmp_path,
+        state=SimpleNamespace(best={"epoch": 2}, epoch=6),
+        leave_if_stopped=lambda: None,
     )
     how = {"metric": "acc1", "chosen_on": "the test images", "every": 1, "describe": str}
     evaluation = Evaluation(run, model, lambda images: {"acc1": 50.0, "images": 4}, **how)
     assert evaluation.at_end()["accuracy"].keys() == {"last", "best"}
     run.state.best = {"epoch": 4}
     assert evaluation.at_end()["accuracy"].keys() == {"last"}
+
+
+@pytest.mark.parametrize(
+    ("chosen_on", "best", "evaluated"),
+    [
+        ("the test images", 1, ["choice", "choice"]),
+        ("the test images", 0, ["choice", "choice", "test"]),
+        ("held-out images", 1, ["choice", "choice", "test"]),
+        ("held-out images", 0, ["choice", "choice", "test", "test"]),
+    ],
+)
+def test_nothing_is_evaluated_twice(chosen_on, best, evaluated, tmp_path):
+    """The evaluation after the last epoch counts where it used the test images, and where the last epoch is the best."""
+    model = nn.Linear(2, 2)
+    checkpoint.save(tmp_path / "best.pth", {"format": 1, "model": model.state_dict(), "options": {}, "epoch": best + 1})
+    state = SimpleNamespace(best={"epoch": best}, epoch=2)
+    run = SimpleNamespace(
+        processes=ALONE,
+        checkpoints=tmp_path,
+        state=state,
+        options=SimpleNamespace(epochs=2),
+        source=SimpleNamespace(classes=["a", "b"]),
+        save_best=lambda name, value: None,
+        leave_if_stopped=lambda: None,
+    )
+    calls = []
+
+    def measure(images):
+        calls.append(images)
+        return {"acc1": float(len(calls)), "images": 4, "confusion": [[len(calls), 0], [0, 0]]}
+
+    evaluation = Evaluation(run, model, measure, metric="acc1", chosen_on=chosen_on, every=1, describe=str)
+    evaluation.after_epoch(0)
+    evaluation.after_epoch(1)
+    found = evaluation.at_end()
+    last = {"the test images": 2, "held-out images": 3}[chosen_on]
+    assert calls == evaluated
+    assert found["accuracy"]["last"] == {"acc1": last, "images": 4}
+    assert found["accuracy"]["best"] == {"acc1": last if best == 1 else len(calls), "images": 4}
+    assert found["confusion"]["matrix"] == [[last, 0], [0, 0]]
 
 
 def test_two_ranks_are_one_process_without_mixup(tmp_path):

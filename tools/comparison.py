@@ -382,7 +382,7 @@ def run(plan: Plan, rows: Sequence[Row]) -> int:
     while missing := {job.done for job in plan.jobs(rows) if not job.done.exists()} - done:
         done |= missing
         left = max(setting.minutes - (time.monotonic() - began) / 60, 1e-6) if setting.minutes else 0
-        code = max(code, tables.run_jobs(plan.jobs(rows), setting, left))
+        code = max(code, tables.run_jobs(plan.jobs(rows), setting, left, short=plan.comparison.clock == "cpu"))
         if code == table_jobs.INTERRUPTED:
             break
     for row in rows:

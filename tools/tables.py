@@ -397,9 +397,12 @@ def check(rows: Sequence[Row], setting: Setting) -> None:
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs: Sequence[Job], setting: Setting, minutes: float) -> int:
-    """Run the jobs that are not finished, at most for `minutes` (0: no limit). Return the exit code."""
-    quick = setting.smoke and setting.nproc == 1
+def run_jobs(jobs: Sequence[Job], setting: Setting, minutes: float, *, short: bool = False) -> int:
+    """Run the jobs that are not finished, at most for `minutes` (0: no limit). Return the exit code.
+
+    `short`: the jobs take minutes on a CPU core, so that the seconds of importing libraries are worth saving.
+    """
+    quick = (setting.smoke or short) and setting.nproc == 1
     start: Callable[..., table_jobs.Program] = table_jobs.Fork if quick else table_jobs.Process
     return table_jobs.run(jobs, setting.root, start=start, nproc=setting.nproc, at_once=setting.jobs, minutes=minutes)
 

@@ -45,6 +45,7 @@ class Evaluation(EpochTask):
         super().__init__(run, every)
         self.model, self.measure, self.describe = model, measure, describe
         self.metric, self.chosen_on = metric, chosen_on
+        self._of_last_epoch: dict[str, Any] | None = None  # its metrics on the test images, if they are known
 
     def _measure(self, images: str) -> dict[str, Any]:
         """Return what `measure` computes. A run that was asked to stop leaves: only some of the images may be in it."""
@@ -54,6 +55,8 @@ class Evaluation(EpochTask):
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         metrics = self._measure("choice")
+        if self.chosen_on == TEST and epoch + 1 == self.run.options.epochs:
+            self._of_last_epoch = dict(metrics)
         self.run.save_best(self.metric, metrics[self.metric])
         group = "test" if self.chosen_on == TEST else "val"
         return {f"{group}_{name}": value for name, value in metrics.items() if isinstance(value, float)}
@@ -66,13 +69,17 @@ class Evaluation(EpochTask):
         return None
 
     def at_end(self) -> dict[str, Any]:
+        """Evaluate the last and the best epoch on the test images, each only if this was not done before."""
         run = self.run
-        accuracy = {"last": self._measure("test")}
-        weights = self._best_weights(run.checkpoints / checkpoint.BEST) if run.processes.main else None
-        weights = run.processes.broadcast(weights)
-        if weights is not None:
-            self.model.load_state_dict(weights)
-            accuracy["best"] = self._measure("test")
+        accuracy = {"last": self._of_last_epoch or self._measure("test")}
+        if run.state.best["epoch"] == run.state.epoch - 1:
+            accuracy["best"] = dict(accuracy["last"])
+        else:
+            weights = self._best_weights(run.checkpoints / checkpoint.BEST) if run.processes.main else None
+            weights = run.processes.broadcast(weights)
+            if weights is not None:
+                self.model.load_state_dict(weights)
+                accuracy["best"] = self._measure("test")
         confusion: dict[str, Any] = {}
         for name, metrics in accuracy.items():
             matrix = metrics.pop("confusion", None)
