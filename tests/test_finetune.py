@@ -368,7 +368,7 @@ def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_plac
     ],
 )
 def test_nothing_is_evaluated_twice(chosen_on, best, evaluated, tmp_path):
-    """The evaluation after the last epoch counts where it used the test images, and where the last epoch is the best."""
+    """The evaluation after the last epoch is reused if it used the test images, and if the last epoch is the best."""
     model = nn.Linear(2, 2)
     checkpoint.save(tmp_path / "best.pth", {"format": 1, "model": model.state_dict(), "options": {}, "epoch": best + 1})
     state = SimpleNamespace(best={"epoch": best}, epoch=2)
