@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,13 @@ from scipy import stats
 import methods
 import programs
 from options import to_dict
-from tools import comparison, comparison_report, given, neighbor_statistics, table_jobs
+from tools import comparison, comparison_records, comparison_report, given, neighbor_statistics, table_jobs
 from tools.comparison import Plan, chosen
 from tools.comparison_file import Training, read_comparisons
 from tools.comparison_report import Result, differences, holm, paired
 from tools.figures import models, separation
 from tools.figures.subject import Subject
+from tools.table_jobs import Job
 from tools.tables import PROJECT, Setting
 
 COMPARISONS = read_comparisons()
@@ -164,6 +167,8 @@ class StandIn:
             found = {"score": score, "images_seen": 100}
             start = {"commit": "abc", "gpus": [], "processor": "a processor", "cpu_seconds": seconds}
             (folder / "environment.json").write_text(json.dumps([start]))
+            (folder / "checkpoints").mkdir()
+            (folder / "checkpoints" / "last.pth").touch()
         (folder / "result.json").write_text(json.dumps(found))
 
     def code(self):
@@ -213,6 +218,37 @@ def test_a_comparison_from_the_sweep_to_the_report(tiny, tmp_path, capsys):
     assert (tmp_path / "r.png").stat().st_size > 5_000
     capsys.readouterr()
     assert comparison.run(tiny, rows) == 0 and "python" not in capsys.readouterr().out  # nothing is left to do
+
+
+def test_another_machine_continues_from_the_records(tiny, tmp_path, capsys):
+    """It trains what is missing, and again only the runs whose weights it needs."""
+    mae, simmim, beit = tiny.comparison.rows
+    comparison.run(tiny, [mae, simmim])
+    complete = comparison.measured(tiny, [mae, simmim])
+    comparison_records.pack(tiny.root, tiny.jobs([mae, simmim]), tmp_path / "runs.tar.xz")
+    other = Plan(tiny.comparison, Setting(data=tiny.setting.data, out=tmp_path / "other"))
+    with tarfile.open(tmp_path / "runs.tar.xz") as archive:
+        assert all(Path(name).name in ("result.json", "environment.json") for name in archive.getnames())
+        archive.extractall(other.root, filter="data")
+    lost = other.evaluated(other.budgets(simmim)["images"], 1, "probe")
+    shutil.rmtree(lost)
+    capsys.readouterr()
+    assert comparison.run(other, [mae, simmim]) == 0
+    assert comparison.measured(other, [mae, simmim]) == complete
+    again = other.pretraining(other.budgets(simmim)["images"], 1)
+    started = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  python ")]
+    assert [line.rpartition(" ")[2] for line in started] == [str(again), str(lost)]
+    assert comparison.run(other, [beit]) == 0 and len(comparison.measured(other, [beit])) == 4
+
+
+def test_a_lost_teacher_is_trained_again_with_what_it_needs(tmp_path):
+    first, second, third = (tmp_path / name / "result.json" for name in ("first", "second", "third"))
+    for path in (first, second):
+        path.parent.mkdir()
+        path.touch()
+    jobs = [Job((), first), Job((), second, (first,)), Job((), third, (second,))]
+    comparison_records.drop_needed_without_weights(jobs)
+    assert not first.exists() and not second.exists()
 
 
 def test_the_images_are_the_first_of_each_class(tiny):

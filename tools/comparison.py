@@ -28,7 +28,7 @@ from torchvision import datasets
 
 import methods
 from data.images import is_image_name
-from tools import comparison_report, smoke_data, table_jobs, tables
+from tools import comparison_records, comparison_report, smoke_data, table_jobs, tables
 from tools.command import reports_errors
 from tools.comparison_file import Comparison, Row, Training, read_comparisons
 from tools.table_jobs import Job, say
@@ -229,7 +229,9 @@ class Plan:
         return _at_rate(row.training, max(scores, key=lambda rate: scores[rate]))
 
     def spent(self, folder: Path) -> float | None:
-        """Seconds of a finished training, all starts together; None if one was killed, whose time is unknown."""
+        """Seconds of a finished training, all starts together; None if unknown, as when a start was killed."""
+        if not (folder / "environment.json").exists():
+            return None
         starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         name = {"cpu": "cpu_seconds", "wall": "seconds"}[self.comparison.clock]
         return sum(start[name] for start in starts) if all(name in start for start in starts) else None
@@ -344,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("comparison", metavar="COMPARISON", help=f"one of {', '.join(comparisons)}")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands that are known so far")
     parser.add_argument("--report", action="store_true", help="only report the results so far")
-    parser.add_argument("--collect", metavar="FOLDER", type=Path, help="also copy report, plot and results to a folder")
+    parser.add_argument("--collect", metavar="FOLDER", type=Path, help="also copy report, plot and runs to a folder")
     given = parser.parse_args(argv)
     if given.comparison not in comparisons:
         raise ValueError(f"there is no comparison {given.comparison!r}; there are {', '.join(comparisons)}")
@@ -365,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.collect.mkdir(parents=True, exist_ok=True)
         for suffix in (".md", ".png", ".json"):
             shutil.copyfile(path.with_suffix(suffix), given.collect / path.with_suffix(suffix).name)
+        comparison_records.pack(plan.root, plan.jobs(rows), given.collect / f"{comparison.name}_runs.tar.xz")
         say(f"collected in {given.collect}")
     return code
 
@@ -381,6 +384,7 @@ def run(plan: Plan, rows: Sequence[Row]) -> int:
     code, began = 0, time.monotonic()
     while missing := {job.done for job in plan.jobs(rows) if not job.done.exists()} - done:
         done |= missing
+        comparison_records.drop_needed_without_weights(plan.jobs(rows))
         left = max(setting.minutes - (time.monotonic() - began) / 60, 1e-6) if setting.minutes else 0
         code = max(code, tables.run_jobs(plan.jobs(rows), setting, left, short=plan.comparison.clock == "cpu"))
         if code == table_jobs.INTERRUPTED:
