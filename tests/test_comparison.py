@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from tools.table_jobs import Job
 from tools.tables import PROJECT, Setting
 
 COMPARISONS = read_comparisons()
+RESULTS = PROJECT / "benchmarks" / "results"
 ENCODER = str(next((PROJECT / "tests" / "fixtures").glob("*mae*.pth")))
 
 
@@ -285,6 +288,37 @@ def test_a_teacher_of_several_terms_counts_once(tiny, monkeypatch):
     assert tiny.preparing(student) == 7.0
     monkeypatch.setattr(tiny, "spent", lambda folder: None)
     assert tiny.preparing(student) is None
+
+
+# ---- published results -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARISONS if (RESULTS / f"{name}.json").exists()])
+def test_published_results_have_the_settings_of_the_file(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    trainings = {row.name: row.training for row in COMPARISONS[name].rows}
+    assert len({each["commit"] for each in results}) <= 3
+    for each in results:
+        training = trainings[each["row"]]
+        assert each["recipe"] == training.recipe
+        if each["budget"] == "images":
+            assert each["options"] == json.loads(json.dumps({k: v for k, v in training.set.items() if k != "blr"}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("NOR_MAE_CIFAR10" not in os.environ, reason="NOR_MAE_CIFAR10 does not name a folder with CIFAR-10")
+def test_a_published_row_comes_out_again(tmp_path):
+    """On another processor, rounding differs, so that the result differs as that of another seed does."""
+    given = {"DATA": os.environ["NOR_MAE_CIFAR10"], "OUT": str(tmp_path), "ROWS": "mae", "SEEDS": "0"}
+    words = [sys.executable, "-m", "tools.comparison", "nor_explained_cpu"]
+    subprocess.run(words, cwd=PROJECT, env=os.environ | given | {"OMP_NUM_THREADS": "1"}, check=True)
+    (found,) = json.loads((tmp_path / "reports" / "nor_explained_cpu.json").read_text())["results"]
+    results = json.loads((RESULTS / "nor_explained_cpu.json").read_text())["results"]
+    published = [each["values"] for each in results if each["row"] == "mae"]
+    assert found["values"].keys() == published[0].keys()
+    for measure, value in found["values"].items():
+        values = [each[measure] for each in published]
+        assert abs(value - statistics.mean(values)) <= 3 * statistics.stdev(values), measure
 
 
 # ---- statistics of neighbours ----------------------------------------------------------------------------------------

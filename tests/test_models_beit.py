@@ -61,6 +61,14 @@ def test_cluster_mims_loss_at_the_start(width, tokens, loss):
     assert model.target.error(logits, target).mean().item() == pytest.approx(loss, abs=0.12)
 
 
+def test_cluster_mims_layer_starts_as_xavier_says():
+    torch.manual_seed(0)
+    model = direct(ClusterMIM, img_size=16, patch_size=4, embed_dim=16, num_heads=4, decoder_embed_dim=192, tokens=64)
+    weight, bias = model.decoder_pred.weight, model.decoder_pred.bias
+    bound = math.sqrt(6 / (192 + 64))
+    assert weight.abs().max() <= bound and weight.abs().max() > 0.99 * bound and (bias == 0).all()
+
+
 def test_the_error_is_the_cross_entropy_with_smoothing():
     logits, tokens = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     log_share = logits - logits.exp().sum(dim=-1, keepdim=True).log()
