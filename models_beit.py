@@ -97,7 +97,6 @@ class BEiT(TokenPrediction, BlockMaskedViT):
 
     Options: ClassVar[type] = BEiTOptions
     options: BEiTOptions
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     smallest_share: ClassVar[float] = 16 / 75
 
     def __init__(self, *sizes: Any, **more: Any) -> None:

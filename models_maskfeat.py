@@ -24,7 +24,6 @@ class MaskFeat(BlockMaskedViT):
 
     Options: ClassVar[type] = MaskFeatOptions
     options: MaskFeatOptions
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     smallest_share: ClassVar[float] = 1 / 5  # 15 of 78 patches
 
     def make_target(self) -> Target:

@@ -37,6 +37,7 @@ class ReplacedViT(MaskedImageModel):
     """Replace hidden patches by a learned token, encode every place, predict with one linear layer."""
 
     drops_hidden: ClassVar[bool] = False
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def build_decoder(self) -> None:
         """Create the token and the layer that predicts."""
