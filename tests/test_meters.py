@@ -42,3 +42,14 @@ def test_the_epoch_continues_after_a_restore_and_ends_at_a_reset():
     first.reset()
     first.add(of(loss=7.0), weight=1)
     assert first.overall() == {"loss": 7.0}
+
+
+def test_there_are_no_means_before_the_first_value():
+    assert Means(ALONE).recent() == Means(ALONE).overall() == {}
+
+
+def test_sums_are_in_double_precision():
+    means = Means(ALONE)
+    means.add(of(loss=2.0**24), weight=1)
+    means.add(of(loss=1.0), weight=1)
+    assert means.overall() == {"loss": (2**24 + 1) / 2}

@@ -1,4 +1,4 @@
-"""Means of named losses that stay on the device until a log step asks for them."""
+"""Means of named losses, kept on the device until they are logged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from util.distributed import Processes
 
 
 class Means:
-    """Weighted means of named scalars: over the epoch, and since the last look.
+    """Weighted means of named scalars: of the epoch, and since the last call of `recent`.
 
-    A value that is not finite is left out of its mean (the update it belongs to never happens), so that one bad batch
-    does not blot out an epoch's figure.
+    A value that is not finite is left out of its mean, because its update is skipped.
     """
 
     def __init__(self, processes: Processes):
@@ -23,7 +22,7 @@ class Means:
         self._epoch = self._recent = torch.zeros(0)
 
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
-        """Take in scalar tensors; nothing here waits for the device."""
+        """Add scalar tensors, without waiting for the device."""
         if not self._names:
             self._start(list(values))
         vector = torch.stack([values[name].detach().to(self._epoch.dtype) for name in self._names])
@@ -41,16 +40,16 @@ class Means:
 
     def recent(self) -> dict[str, float]:
         """Return the means since the last call, over all ranks, which call it together. Synchronises the device."""
-        answer = self._read(self._recent)
+        means = self._read(self._recent)
         self._recent = torch.zeros_like(self._recent)
-        return answer
+        return means
 
     def overall(self) -> dict[str, float]:
         """Return the means of the epoch so far, over all ranks, which call it together. Synchronises the device."""
         return self._read(self._epoch)
 
     def reset(self) -> None:
-        """Begin an epoch."""
+        """Start a new epoch."""
         self._epoch = torch.zeros_like(self._epoch)
 
     def _read(self, sums: Tensor) -> dict[str, float]:
@@ -63,5 +62,5 @@ class Means:
 
     def load_state_dict(self, state: Mapping) -> None:
         self._start(list(state["names"]))
-        if self._processes.main:  # the sums of all ranks live on in one of them
+        if self._processes.main:  # the saved sums are those of all ranks
             self._epoch += state["epoch"].to(self._epoch)
