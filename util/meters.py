@@ -19,7 +19,7 @@ class Means:
     def __init__(self, processes: Processes):
         self._processes = processes
         self._names: list[str] = []
-        self._epoch = self._recent = torch.zeros(0)
+        self._epoch = self._recent = torch.zeros(2, 0)  # sums, weights
 
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
         """Add scalar tensors, without waiting for the device."""
@@ -35,7 +35,7 @@ class Means:
         device = self._processes.device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
         self._names = names
-        self._epoch = torch.zeros(2, len(names), dtype=dtype, device=device)  # sums, weights
+        self._epoch = torch.zeros(2, len(names), dtype=dtype, device=device)
         self._recent = torch.zeros_like(self._epoch)
 
     def recent(self) -> dict[str, float]:
