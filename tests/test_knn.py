@@ -58,6 +58,15 @@ def test_twenty_neighbours_at_temperature_seven_hundredths_by_default():
     assert 0.3 < sum(right) / 40 < 1
 
 
+def test_the_twentieth_neighbour_votes_by_default_and_the_next_does_not():
+    labels = torch.tensor([0] * 9 + [1] * 10 + [0] + [1])  # from near to far; with 19 or 21 votes, class 1 wins
+    angles = 0.001 * torch.arange(1, 22)
+    bank, query = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([[1.0, 0.0]])
+    assert [int(knn_predict(bank, labels, query, k)) for k in (19, 20, 21)] == [1, 0, 1]
+    assert int(knn_predict(bank, labels, query)) == 0
+    assert knn_accuracy(bank, labels, query, torch.tensor([0])) == 1
+
+
 def test_near_votes_weigh_more_than_many():
     bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
     labels, query = torch.tensor([1, 0, 0]), torch.tensor([[2.0, 0.0]])
