@@ -174,6 +174,11 @@ def test_schedules_by_hand():
     found = [teacher_temperature(epoch, 0.04, 0.07, 3) for epoch in range(5)]
     assert found == pytest.approx([0.04, 0.055, 0.07, 0.07, 0.07])
     assert teacher_temperature(0, 0.01, 0.04, 0) == 0.04
+    assert [teacher_temperature(epoch, 0.04, 0.07, 2) for epoch in range(3)] == pytest.approx([0.04, 0.07, 0.07])
+    assert [teacher_temperature(epoch, 0.04, 0.07, 1) for epoch in range(2)] == pytest.approx([0.04, 0.07])
+    assert [cosine_schedule(1.0, 0.2, step, 12, 2) for step in range(3)] == pytest.approx([0, 1, 1])
+    assert [cosine_schedule(1.0, 0.2, step, 12, 1) for step in range(2)] == pytest.approx([0, 1])
+    assert [cosine_schedule(1.0, 0.2, step, 2, 1) for step in (1, 2)] == pytest.approx([1, 0.2])
 
 
 @needs_vectors
