@@ -279,6 +279,18 @@ def test_accumulated_batches_move_the_center_as_one_batch_does():
     torch.testing.assert_close(parts.center, whole.center)
 
 
+def test_the_center_is_a_moving_average_over_updates():
+    model = small()
+    expected = torch.zeros_like(model.center)
+    for step in range(3):
+        model.before_step(Progress(step, 10, 5, []))
+        views = [torch.randn_like(view) for view in crops(model)]
+        expected = 0.9 * expected + 0.1 * model.teacher_scores(views).mean(dim=0, keepdim=True)
+        model(views)
+        model.after_update(torch.tensor(True))
+    torch.testing.assert_close(model.center, expected)
+
+
 def test_the_last_layer_is_frozen_in_the_first_epoch_and_its_gradient_clipped_later():
     model = small(norm_last_layer=False)
     for step, frozen in ((0, True), (4, True), (5, False)):
