@@ -279,6 +279,11 @@ def test_accumulated_batches_move_the_center_as_one_batch_does():
     torch.testing.assert_close(parts.center, whole.center)
 
 
+def test_the_state_has_the_center_and_nothing_that_follows_from_the_step():
+    model = small()
+    assert model.state_dict().keys() - dict(model.named_parameters()).keys() == {"center"}
+
+
 def test_the_center_is_a_moving_average_over_updates():
     model = small()
     expected = torch.zeros_like(model.center)
