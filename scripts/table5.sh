@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Table 5 of the paper; the variables stand in table.sh.
+# Table 5 of the paper; table.sh explains the variables.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/table.sh" 5 "$@"

@@ -279,6 +279,17 @@ def test_accumulated_batches_move_the_center_as_one_batch_does():
     torch.testing.assert_close(parts.center, whole.center)
 
 
+def test_the_teacher_follows_another_image_size():
+    model = small()
+    side = 2 * model.input_size[0]
+    model.set_input_size(side)
+    images = torch.randn(2, model.in_chans, side, side)
+    assert model.encode(images).shape == (2, 1 + model.num_patches, model.embed_dim)
+    torch.testing.assert_close(model.encode(images), model.forward_features(images))  # equal weights before training
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+    assert model(crops(model))["loss"].isfinite()
+
+
 def test_the_state_has_the_center_and_nothing_that_follows_from_the_step():
     model = small()
     assert model.state_dict().keys() - dict(model.named_parameters()).keys() == {"center"}
