@@ -175,3 +175,20 @@ def test_what_cannot_be_is_refused(changes, message):
 def test_cells_are_for_methods_that_hide_them():
     with pytest.raises(ValueError, match="mask_cell is 8, but the method 'mae' does not use it"):
         build("mae", **SMALL, mask_cell=8)
+
+
+@pytest.mark.parametrize("name", ["simmim", "maskfeat"])
+def test_the_first_row_of_noise_is_the_masks(name):
+    model = small(name)
+    images, _, noise = batch(model)
+    expected = model.observe(images, noise=noise).mask
+    model.noise_rows = 2  # the second is a loss term's
+    view = model.observe(images, noise=torch.cat([noise, 1 - noise], dim=1))
+    assert torch.equal(view.mask, expected) and view.noise.shape == (len(images), 2, model.num_patches)
+
+
+def test_blocks_that_hide_all_patches_are_refused():
+    model = small("maskfeat", mask_ratio=0.97)
+    for grid in ((2, 8), (8, 2)):
+        with pytest.raises(ValueError, match="hides 16 of 16 patches"):
+            model.check_grid(grid)
