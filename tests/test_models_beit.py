@@ -79,6 +79,18 @@ def test_the_error_is_the_cross_entropy_with_smoothing():
     assert Tokens(7).error(certain, tokens).max() == 0
 
 
+def test_the_layer_made_for_the_tokenizers_tokens_has_initial_weights(method):
+    layer = small(method).decoder_pred
+    assert layer.out_features == 24 and (layer.bias == 0).all() and layer.weight.std() > 0
+
+
+def test_other_image_sizes(method):
+    model = small(method)
+    model.set_input_size((24, 32))
+    images = torch.randn(2, 3, 24, 32)
+    assert model.predict(images)[0].shape == (2, 48, 24) and model(images)["loss"].isfinite()
+
+
 class Fixed(nn.Module):
     """A tokenizer that returns given tokens."""
 

@@ -177,7 +177,7 @@ def test_cells_are_for_methods_that_hide_them():
         build("mae", **SMALL, mask_cell=8)
 
 
-@pytest.mark.parametrize("name", ["simmim", "maskfeat"])
+@pytest.mark.parametrize("name", ["simmim", "maskfeat", "beit"])
 def test_the_first_row_of_noise_is_the_masks(name):
     model = small(name)
     images, _, noise = batch(model)
@@ -185,6 +185,7 @@ def test_the_first_row_of_noise_is_the_masks(name):
     model.noise_rows = 2  # the second is a loss term's
     view = model.observe(images, noise=torch.cat([noise, 1 - noise], dim=1))
     assert torch.equal(view.mask, expected) and view.noise.shape == (len(images), 2, model.num_patches)
+    assert torch.equal(model.predict(images, noise=view.noise)[1], expected)
 
 
 def test_blocks_that_hide_all_patches_are_refused():
