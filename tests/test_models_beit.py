@@ -89,6 +89,10 @@ def test_other_image_sizes(method):
     model.set_input_size((24, 32))
     images = torch.randn(2, 3, 24, 32)
     assert model.predict(images)[0].shape == (2, 48, 24) and model(images)["loss"].isfinite()
+    tokenizer = Fixed(torch.zeros(2, 20, dtype=torch.long))
+    model.target.hold(tokenizer, model.grid)
+    model.set_input_size((16, 20))
+    assert tokenizer.size == (16, 20)
 
 
 class Fixed(nn.Module):
@@ -101,7 +105,7 @@ class Fixed(nn.Module):
         self.told = tokens
 
     def set_input_size(self, size):
-        pass
+        self.size = size
 
     def tokenize(self, images):
         return self.told

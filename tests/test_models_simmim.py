@@ -193,3 +193,10 @@ def test_blocks_that_hide_all_patches_are_refused():
     for grid in ((2, 8), (8, 2)):
         with pytest.raises(ValueError, match="hides 16 of 16 patches"):
             model.check_grid(grid)
+
+
+def test_the_mean_over_no_hidden_patch_is_zero():
+    model = small("maskfeat")
+    assert model.mean_over_hidden(torch.ones(2, 3), torch.zeros(2, 3)) == 0
+    error, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 0.0, 1.0]])
+    assert model.mean_over_hidden(error, mask) == 2.5
