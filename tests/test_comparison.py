@@ -128,6 +128,15 @@ def test_differences_are_paired_by_seed_and_need_two():
     assert found["a"].p == found["a"].corrected == pytest.approx(expected.pvalue)
 
 
+def test_percent_has_one_decimal_and_other_measures_three():
+    found = comparison_report.measures_of(COMPARISONS["nor_explained_cpu"])
+    assert (found["linear"], found["separation"]) == (1, 3)
+    assert comparison_report.spread([41.26, 41.46], 1) == "41.4 ± 0.1"
+    assert comparison_report.spread([0.8371, 0.8401], 3) == "0.839 ± 0.002"
+    difference = comparison_report.Difference(0.0123, -0.001, 0.0256, 0.04, 0.08, 5)
+    assert comparison_report.described(difference, 3) == "+0.012 [-0.001, +0.026], within noise, p 0.08"
+
+
 # ---- a complete comparison with programs that only write results -----------------------------------------------------
 
 TINY = """

@@ -57,6 +57,8 @@ class Evaluation:
     set: Mapping[str, Any] = field(default_factory=dict)
     seed_options: Sequence[str] = ()
     """Options that take the seed, in addition to `seed`."""
+    percent: bool = True
+    """Whether its measures are in percent; if not, they are reported with three decimals."""
 
 
 @dataclass(frozen=True)

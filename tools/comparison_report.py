@@ -124,23 +124,27 @@ def differences(results: Sequence[Result], reference: str, budget: str, measure:
     }
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
     """Return mean and standard deviation; `-` without values."""
     if not values:
         return "-"
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def described(difference: Difference | None) -> str:
+def described(difference: Difference | None, digits: int) -> str:
+    """Return the difference, its interval and the p-value; `-` without one."""
     if difference is None:
         return "-"
     p = f"p {difference.corrected:.2g}"
     verdict = p if difference.corrected < LEVEL else f"within noise, {p}"
-    return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}], {verdict}"
+    mean, low, high = (f"{each:+.{digits}f}" for each in (difference.mean, difference.low, difference.high))
+    return f"{mean} [{low}, {high}], {verdict}"
 
 
-def measures_of(comparison: Comparison) -> list[str]:
-    return [measure for each in comparison.evaluations.values() for measure in each.measures]
+def measures_of(comparison: Comparison) -> dict[str, int]:
+    """Return the decimals of each measure."""
+    return {name: 1 if each.percent else 3 for each in comparison.evaluations.values() for name in each.measures}
 
 
 def of_budget(comparison: Comparison, results: Sequence[Result], budget: str) -> str:
@@ -154,11 +158,16 @@ def of_budget(comparison: Comparison, results: Sequence[Result], budget: str) ->
             accuracies.append([row.name, "0", "not run", *[""] * (2 + len(measures))])
             continue
         seconds = [each.total for each in mine if each.total is not None]
-        cells = [spread([each.values[measure] for each in mine if measure in each.values]) for measure in measures]
+        cells = [
+            spread([each.values[measure] for each in mine if measure in each.values], digits)
+            for measure, digits in measures.items()
+        ]
         times = f"{statistics.mean(seconds):.0f}" if seconds else "-"
         accuracies.append([row.name, str(len(mine)), f"{mine[0].epochs}", f"{mine[0].images:,}", times, *cells])
         if row.name != comparison.reference:
-            compared.append([row.name, *(described(found[measure].get(row.name)) for measure in measures)])
+            compared.append(
+                [row.name, *(described(found[measure].get(row.name), measures[measure]) for measure in measures)]
+            )
     text = f"## {BUDGETS[budget]}\n\n"
     text += rows_to_text(["row", "seeds", "epochs", "images seen", f"{comparison.clock} s", *measures], accuracies)
     if compared:
@@ -170,8 +179,8 @@ def markdown(comparison: Comparison, results: Sequence[Result], sweeps: Mapping[
     """Return the report."""
     text = f"# {comparison.title}\n\n{comparison.note}\n\n"
     text += (
-        "Percent, mean ± standard deviation over seeds. Differences are paired by seed: mean, 95% interval, p-value "
-        "of the paired t-test, corrected by Holm's method for the number of rows. Seconds include runs a row needs.\n"
+        "Mean ± standard deviation over seeds; accuracies in percent. Differences are paired by seed: mean, 95% interval, "
+        "p-value of the paired t-test, corrected by Holm's method for the number of rows. Seconds include runs a row needs.\n"
     )
     for budget in BUDGETS:
         if any(each.budget == budget for each in results):
@@ -222,7 +231,7 @@ def picture(comparison: Comparison, results: Sequence[Result]) -> Figure:
                 )
         axis.set_xscale("log")
         axis.set_xlabel(f"{comparison.clock} seconds of pretraining")
-        axis.set_ylabel(f"{measure}, %")
+        axis.set_ylabel(f"{measure}, %" if measures[measure] == 1 else measure)
         grid_lines(axis)
     figure.suptitle("filled: equal images, hollow: equal compute", fontsize=8)
     if handles:
