@@ -152,6 +152,9 @@ def test_initial_weights_are_the_papers():
     qkv = model.blocks[0].attn.qkv.weight
     assert qkv.abs().max().item() == pytest.approx(math.sqrt(6 / (D + D)), rel=0.02)  # not xavier of the joint matrix
     assert model.patch_embed.proj.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (P + D)), rel=0.02)
+    for weight in (qkv, model.patch_embed.proj.weight):  # uniform
+        assert weight.mean().abs() < 0.03 * weight.max()
+        assert weight.std().item() == pytest.approx(weight.max().item() / math.sqrt(3), rel=0.03)
     assert model.patch_embed.proj.bias.abs().max() == 0 and 0 < model.cls_token.abs().max() < 1e-5
     fc1 = model.blocks[0].mlp.fc1
     assert fc1.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (D + 4 * D)), rel=0.02)
@@ -211,7 +214,7 @@ def test_another_number_of_views_is_refused(views):
 
 def test_the_momentum_rises_to_one_along_half_a_cosine():
     model = small()
-    assert [model.momentum(share) for share in (0, 0.5, 1)] == pytest.approx([0.99, 0.995, 1.0])
+    assert [model.momentum(share) for share in (0, 0.5, 1, 1.5)] == pytest.approx([0.99, 0.995, 1.0, 1.0])
 
 
 def test_the_key_network_follows_after_updates_that_were_made():

@@ -179,8 +179,9 @@ def markdown(comparison: Comparison, results: Sequence[Result], sweeps: Mapping[
     """Return the report."""
     text = f"# {comparison.title}\n\n{comparison.note}\n\n"
     text += (
-        "Mean ± standard deviation over seeds; accuracies in percent. Differences are paired by seed: mean, 95% interval, "
-        "p-value of the paired t-test, corrected by Holm's method for the number of rows. Seconds include runs a row needs.\n"
+        "Mean ± standard deviation over seeds; accuracies in percent. Differences are paired by seed: mean, 95% "
+        "interval, p-value of the paired t-test, corrected by Holm's method for the number of rows. "
+        "Seconds include runs a row needs.\n"
     )
     for budget in BUDGETS:
         if any(each.budget == budget for each in results):
