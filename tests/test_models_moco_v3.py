@@ -195,6 +195,14 @@ def test_the_loss_contrasts_each_view_with_the_other():
     assert list(found) == ["loss", "contrastive"]
 
 
+def test_queries_and_keys_come_from_the_class_token():
+    model = small()
+    tokens = torch.full((4, 1 + model.num_patches, model.embed_dim), math.nan)
+    tokens[:, 0] = torch.randn(4, model.embed_dim)
+    model.encode = model.teacher.forward_features = lambda images: tokens
+    assert model.queries(torch.empty(0)).isfinite().all() and model.keys(torch.empty(0)).isfinite().all()
+
+
 def test_swapping_the_views_changes_nothing_without_a_predictor():
     model = small()
     model.predictor = torch.nn.Identity()
