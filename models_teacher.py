@@ -1,8 +1,9 @@
-"""Teacher terms: the student imitates what a frozen, trained encoder computes of the same image.
+"""Teacher terms: train a student to match the features of a frozen, pretrained teacher for the same image.
 
-A `TeacherTerm` compares a tap of the student with a tap of the teacher: tokens (a block's output, the features, a
-decoder block's output) or, per attention head, matrices of tokens by tokens (attention logits, relations of queries,
-keys or values). Methods of several papers are choices of its options, see `methods.METHODS`:
+A `TeacherTerm` compares a tap (an intermediate result) of the student with a tap of the teacher. A tap is either tokens
+(a block's output, the features, a decoder block's output) or, for each attention head, a matrix of tokens by tokens
+(attention logits, relations of queries, keys or values). The methods of several papers are settings of its options, see
+`methods.METHODS`:
 
 DMAE: Bai et al., "Masked Autoencoders Enable Efficient Knowledge Distillers", CVPR 2023. MAE-Lite and D2-MAE: Wang et
 al., "A Closer Look at Self-Supervised Lightweight Vision Transformers", ICML 2023, and its successor. TinyMIM: Ren et
@@ -10,7 +11,7 @@ al., CVPR 2023. G2SD: Huang et al., "Generic-to-Specific Distillation of Masked 
 al., "Asymmetric Masked Distillation for Pre-Training Small Foundation Models", CVPR 2024. Proteus: Zhang et al.,
 "Accessing Vision Foundation Models via ImageNet-1K", ICLR 2025.
 
-The teacher is used in training only: it is in no checkpoint, and a trained model is loaded without it.
+The teacher is used in training only: it is not stored in checkpoints, and a trained model is loaded without it.
 
 N images   L patches   V visible patches   S tokens, class token included   D student channels   T teacher channels
 H attention heads
@@ -61,20 +62,20 @@ PAIRS = {"attention": (0, 1), "queries": (0, 0), "keys": (1, 1), "values": (2, 2
 """Which two of queries, keys and values are multiplied."""
 
 EXTRA_PAIRS = {"attention": (0, 1), "queries": (0, 0), "keys": (0, 0), "values": (0, 0)}
-"""The same for an extra block, which has only what is multiplied."""
+"""The same for an extra block, which computes only the pair that is multiplied."""
 
 
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
 def relation(x: Tensor, parts: int, pair: tuple[int, int], heads: int) -> Tensor:
-    """Return A B^T / sqrt(d) of each head, `[N, H, S, S]`, float32 at least.
+    """Return A B^T / sqrt(d) for each head, `[N, H, S, S]`, at least float32.
 
     Args:
-        x: Matrices side by side, such as queries, keys and values: `[N, S, parts * channels]`.
+        x: Concatenated matrices, such as queries, keys and values: `[N, S, parts * channels]`.
         parts: Number of these matrices.
         pair: Which of them are A and B.
-        heads: H.
+        heads: Number of heads H.
     """
     by_part = at_least_float32(x).unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
     a, b = by_part[pair[0]], by_part[pair[1]]
@@ -92,12 +93,12 @@ def normalized(x: Tensor, how: str, temperature: float = 1.0) -> Tensor:
 
 
 def compare(student: Tensor, teacher: Tensor, options: TeacherOptions, weights: Tensor | None = None) -> Tensor:
-    """Return the mean distance of tokens, or of rows of attention, after normalisation; in float32 at least.
+    """Return the mean distance of tokens, or of rows of attention, after normalisation; at least float32.
 
     Args:
         student, teacher: Tokens `[N, K, T]`, or rows of attention.
-        options: How to compare.
-        weights: `[N, K]`: the weighted mean over tokens is returned, 0 if all weights are 0; None: equal weights.
+        options: Normalisation and distance.
+        weights: Weights of the tokens in the mean, `[N, K]`; None: equal weights. If all are 0, the result is 0.
     """
     with without_autocast(student):
         teacher = normalized(at_least_float32(teacher), options.normalize, options.temperature)
@@ -132,7 +133,7 @@ def _distance(student: Tensor, teacher: Tensor, options: TeacherOptions, reducti
 
 
 def encoder_weights(weights: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Return the weights of a plain encoder that its blocks' outputs depend on.
+    """Return the weights of a plain encoder on which the outputs of its blocks depend.
 
     Raises:
         ValueError: If the checkpoint does not contain a plain encoder.
@@ -149,15 +150,15 @@ def encoder_weights(weights: Mapping[str, Tensor], path: str) -> dict[str, Tenso
 
 
 def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_with: Mapping[str, Any]) -> TeacherOptions:
-    """Return the options with sizes and digest of a plain teacher.
+    """Return the options, completed with the sizes and the digest of a plain teacher.
 
     Args:
-        options: As configured.
+        options: The configured options.
         weights: See `encoder_weights`.
-        trained_with: The options of the teacher's run; empty where they are not known.
+        trained_with: The options of the teacher's run; empty if they are unknown.
 
     Raises:
-        ValueError: If an option says otherwise.
+        ValueError: If a configured option contradicts the teacher.
     """
     path = options.checkpoint
     embed_dim = weights["cls_token"].shape[-1]
@@ -171,7 +172,7 @@ def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_wit
 
 
 def _agreed(options: TeacherOptions, **found: Any) -> TeacherOptions:
-    """Return the options with what was found. Raises ValueError where an option is set to something else."""
+    """Set options to the values `found`. Raises ValueError if an option is set to another value."""
     for name, value in found.items():
         asked = getattr(options, name)
         if asked and asked != value:
@@ -186,7 +187,7 @@ def build_plain(
     grid: tuple[int, int],
     decoder: bool,
 ) -> VisionTransformer:
-    """Build a plain teacher, with its decoder if that is compared, for images of `grid` patches; load its weights."""
+    """Build a plain teacher for images of `grid` patches and load its weights; `decoder`: with its decoder."""
     patch_size = weights["patch_embed.proj.weight"].shape[-1]
     sizes: dict[str, Any] = {
         "img_size": (grid[0] * patch_size, grid[1] * patch_size),
@@ -216,7 +217,7 @@ def build_plain(
 
 
 def build_timm(options: TeacherOptions, weights: Mapping[str, Tensor], grid: tuple[int, int]) -> Any:
-    """Build the teacher that timm knows as `options.model`, for images of `grid` patches, and load its weights."""
+    """Build timm's model `options.model` for images of `grid` patches and load its weights."""
     teacher = timm_model(options.model)
     patch_size = teacher.patch_embed.patch_size
     if hasattr(teacher, "set_input_size"):
@@ -238,16 +239,16 @@ def build_timm(options: TeacherOptions, weights: Mapping[str, Tensor], grid: tup
 
 
 def timm_model(name: str) -> Any:
-    """Create timm's model without weights and classification head.
+    """Create a model of timm without pretrained weights and classification head.
 
     Raises:
-        ValueError: If timm does not have it, or it is not a vision transformer with a class token.
+        ValueError: If timm does not have this model, or it is not a vision transformer with a class token.
     """
     if not timm.is_model(name):
         raise ValueError(
             f"model is {name!r}, which timm {timm.__version__} does not have; see timm.list_models('*vit*')"
         )
-    # The position table of registers and class token stays as the configuration has it, so that the file's fits.
+    # Keep the configured position embedding of registers and class token, so that the file's position table fits.
     made = timm.create_model(name, pretrained=False, num_classes=0)
     if not isinstance(made, VisionTransformer | Eva):
         raise ValueError(f"model is {name!r}, which is a {type(made).__name__}; a teacher is a vision transformer")
@@ -259,11 +260,11 @@ def timm_model(name: str) -> Any:
 
 
 class Teacher(nn.Module):
-    """A frozen encoder that returns the taps that are wanted, computed no deeper than needed.
+    """A frozen encoder that returns the requested taps, and computes only the layers that they need.
 
     Args:
-        encoder: timm's VisionTransformer or Eva, or a masked autoencoder where its decoder is compared.
-        normalization: The teacher's; None: the student's.
+        encoder: timm's VisionTransformer or Eva; or a masked autoencoder if its decoder is compared.
+        normalization: Normalisation of the teacher's input; None: the student's.
     """
 
     def __init__(self, encoder: Any, normalization: Normalization | None) -> None:
@@ -278,7 +279,7 @@ class Teacher(nn.Module):
         self.register_buffer("shift", None, persistent=False)
 
     def learn_normalization(self, student: Normalization) -> None:
-        """Store the affine map from the student's normalised images to the teacher's; None where they are the same."""
+        """Store the affine map from the student's normalised images to the teacher's; None if they are the same."""
         self.scale = self.shift = None
         if self.normalization in (None, student):
             return
@@ -293,7 +294,7 @@ class Teacher(nn.Module):
         self.scale, self.shift = (values.to(device) for values in renormalization(student, self.normalization))
 
     def set_grid(self, grid: tuple[int, int]) -> None:
-        """Resample the positions for images of `grid` patches."""
+        """Resample the position embedding for images of `grid` patches."""
         if self.encoder.patch_embed.grid_size != grid:
             rows, columns = self.encoder.patch_embed.patch_size
             self.encoder.set_input_size((grid[0] * rows, grid[1] * columns))
@@ -332,10 +333,10 @@ class Teacher(nn.Module):
         return self.encoder.norm_pre(x), rope
 
     def queries_keys_values(self, block: Any, x: Tensor, rope: Tensor | None) -> Tensor:
-        """Return what the block's attention multiplies, `[N, S, 3 T]`, before the division by sqrt(d).
+        """Return the queries, keys and values of a block's attention, `[N, S, 3 T]`, before the division by sqrt(d).
 
-        Normalised and rotated as the block does it: in a block with rotary positions, those of `rope` are applied to
-        the queries and keys of the patches.
+        They are normalised and rotated as in the block: with rotary positions, `rope` is applied to the queries and
+        keys of the patches.
         """
         attention = block.attn
         x = x if isinstance(block, EvaBlockPostNorm) else block.norm1(x)
@@ -357,7 +358,7 @@ class Teacher(nn.Module):
         return torch.cat([part.transpose(1, 2).flatten(2) for part in (q, k, v)], dim=-1)
 
     def _rotated(self, x: Tensor, rope: Tensor, attention: Any) -> Tensor:
-        """Rotate queries or keys `[N, H, S, d]` of the patches by their positions; other tokens have none."""
+        """Apply rotary positions to the queries or keys `[N, H, S, d]` of the patches; other tokens are unchanged."""
         patches = apply_rot_embed_cat(x[:, :, self.prefix :], rope, half=attention.rotate_half)
         return torch.cat([x[:, :, : self.prefix], patches], dim=2)
 
@@ -365,13 +366,15 @@ class Teacher(nn.Module):
     def forward(
         self, images: Tensor, masking: Masking, ids: Tensor | None, taps: tuple[tuple[str, int], ...]
     ) -> dict[str, Tensor]:
-        """Return each tap `(kind, block)` by the name `kind block`: tokens `[N, 1 + patches, T]`, or queries, keys and
-        values `[N, 1 + patches, 3 T]`. The class token is first; registers are left out.
+        """Return the tap `(kind, block)` under the name `kind block`, for each of `taps`.
+
+        A tap is tokens `[N, 1 + patches, T]`, or queries, keys and values `[N, 1 + patches, 3 T]`. The class token is
+        first; registers are left out.
 
         Args:
-            images: The student's, normalised for it.
-            masking: The student's.
-            ids: The patches that the teacher gets, in this order; None: all, row by row.
+            images: The student's images, with the student's normalisation.
+            masking: The student's masking.
+            ids: The patches that the teacher encodes, in this order; None: all, row by row.
         """
         found: dict[str, Tensor] = {}
         x, rope = self.embed(images, ids)
@@ -399,13 +402,14 @@ class Teacher(nn.Module):
         return found
 
 
-# ---- the student's side ---------------------------------------------------------------------------------------------
+# ---- the student ----------------------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
-    """AMD's generator: predict the teacher's tokens of patches that the student does not get.
+    """AMD's generator: predict the teacher's tokens of patches that the student does not encode.
 
-    A few blocks get the student's tokens and, for each further patch, a learned token with the patch's position.
+    The input of its blocks is the student's tokens and, for each further patch, a learned token with the patch's
+    position.
     """
 
     def __init__(self, channels: int, heads: int, depth: int, out_channels: int) -> None:
@@ -421,32 +425,32 @@ class Generator(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Return `[N, K, T]` for the positions `[N, K, D]` of K patches, from the student's tokens `[N, S, D]`."""
+        """Predict `[N, K, T]` for the positions `[N, K, D]` of K patches from the student's tokens `[N, S, D]`."""
         extra = self.mask_token + positions
         x = self.blocks(torch.cat([x, extra.to(x.dtype)], dim=1))
         return self.head(self.norm(x[:, -positions.shape[1] :]))
 
 
 class TeacherTerm(Term):
-    """The distance between a tap of the student, through an adaptor, and a tap of a frozen teacher."""
+    """Distance between a tap of the student, after an adaptor, and a tap of a frozen teacher."""
 
     name: ClassVar[str] = "teacher"
     Options: ClassVar[type] = TeacherOptions
     options: TeacherOptions
     head: nn.Module
     own_teacher: ClassVar[bool] = True
-    """Whether the term needs a checkpoint of its own; otherwise it may use that of the term `teacher`."""
+    """Whether the term needs its own checkpoint; otherwise it may use that of the term `teacher`."""
 
     def __init__(self, options: TeacherOptions) -> None:
         super().__init__(options)
         self.reads_features = options.student_tap == "features" or options.extra_block
         self.reads_decoder = options.student_tap == "decoder"
         self.noise_rows = int(options.masked_pass > 0) + options.masks_vary
-        if options.masks_vary:  # the mean is over the hidden tokens of a batch, whose number varies
+        if options.masks_vary:  # the mean is over the hidden tokens of the batch, whose number varies
             self.images_together = "device"
         self.images_normalized: Normalization | None = None
         self.teacher = FrozenNetwork()
-        self.wanted: dict[str, tuple[tuple[str, int], ...]] = {}  # by `input_name`, of all terms that use this teacher
+        self.wanted: dict[str, tuple[tuple[str, int], ...]] = {}  # of all terms that use this teacher, by `input_name`
         self._weights: dict[str, Tensor] = {}
         self._trained_with: Mapping[str, Any] = {}
         self._holder: tuple[TeacherTerm, ...] = ()  # in a tuple, so that it is not a submodule
@@ -506,7 +510,7 @@ class TeacherTerm(Term):
         self._attach_adaptor(model)
 
     def _attach_taps(self, model: MaskedImageModel) -> None:
-        """Resolve the blocks that are compared, and register them in the model and the teacher."""
+        """Determine the blocks that are compared, and register them in the model and the teacher."""
         options = self.options
         self.student_block, self.teacher_block = 0, 0
         if options.student_tap == "decoder":
@@ -606,7 +610,7 @@ class TeacherTerm(Term):
             self._build_teacher(model)
 
     def _build_teacher(self, model: MaskedImageModel) -> None:
-        """Build the teacher as deep as the terms need it. Its layers draw no random numbers of the student's."""
+        """Build the teacher with the layers that the terms need, without changing the state of the random generator."""
         taps = {tap for taps in self.wanted.values() for tap in taps}
         try:
             with torch.random.fork_rng(devices=[]):
@@ -637,7 +641,7 @@ class TeacherTerm(Term):
 
     @property
     def input_name(self) -> str:
-        """Name of the teacher's input: terms with the same one share the teacher's forward pass."""
+        """Return the name of the teacher's input. Terms with the same input share the teacher's forward pass."""
         options = self.options
         ratio = f" {options.teacher_mask_ratio:g}" if options.teacher_input == "superset" else ""
         return options.teacher_input + ratio
@@ -646,7 +650,7 @@ class TeacherTerm(Term):
         return int(model.num_patches * (1 - self.options.teacher_mask_ratio))
 
     def teacher_tokens(self, model: MaskedImageModel, view: View) -> Tensor:
-        """Return the teacher's tap: tokens, or queries, keys and values, of the patches that the teacher gets."""
+        """Return the teacher's tap: tokens, or queries, keys and values, of the patches that it encodes."""
         holder = self._holder[0]
         teacher = holder.teacher.network
         if teacher is None:
@@ -666,7 +670,7 @@ class TeacherTerm(Term):
         return view.shared[key][f"{kind} {self.teacher_block}"]
 
     def student_tokens(self, model: MaskedImageModel, view: View) -> tuple[Tensor, Tensor]:
-        """Return the student's tap, and the patches of its tokens as ids `[N, patches]`; empty: all, row by row."""
+        """Return the student's tap, and the patches of its tokens as ids `[N, patches]` (empty: all, row by row)."""
         options, everywhere = self.options, view.ids_keep.new_empty(0)
         if options.masked_pass:
             return self.masked_features(model, view), everywhere
@@ -682,11 +686,11 @@ class TeacherTerm(Term):
         return block.attn.qkv(block.norm1(view.taps[self.student_block - 2])), view.ids_keep
 
     def masked_ids(self, model: MaskedImageModel, view: View) -> tuple[Tensor, Tensor | None]:
-        """Return the patches `[N, K]` that the further pass may replace, and which of them it does, 1 or 0.
+        """Return the patches `[N, K]` that the additional pass may mask, and which of them it masks, 1 or 0.
 
-        The latter is None where it replaces all of them. One row of noise orders the patches; where the number of
-        patches differs between images, the first number of the next row decides whether an image has any, the second
-        how many.
+        The latter is None if all of them are masked. One row of noise gives the order of the patches. If the number of
+        masked patches differs between images, the next row is also used: its first value determines whether an image
+        has masked patches, its second value how many.
         """
         options, L = self.options, model.num_patches
         order = view.noise[:, self.noise_row].argsort(dim=1)
@@ -700,7 +704,7 @@ class TeacherTerm(Term):
         return order[:, : len(ranks)], chosen.to(view.mask.dtype)
 
     def masked_features(self, model: MaskedImageModel, view: View) -> Tensor:
-        """Encode all places, some of them replaced by the learned token: `[N, 1 + L, D]`."""
+        """Encode all patches, some of them replaced by the mask token: `[N, 1 + L, D]`."""
         ids, chosen = self.masked_ids(model, view)
         mask = torch.zeros_like(view.mask).scatter(1, ids, torch.ones_like(view.mask) if chosen is None else chosen)
         blank = self.mask_token + model.pos_embed[:, 1:]
@@ -710,7 +714,10 @@ class TeacherTerm(Term):
     def paired(
         self, model: MaskedImageModel, view: View, student: Tensor, ids: Tensor, teacher: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the tokens of both that are compared, in the same order. `ids` are the student's patches."""
+        """Return the student's and the teacher's tokens that are compared, in the same order.
+
+        `ids` are the student's patches.
+        """
         tokens = self.options.tokens
         if tokens == "class":
             return student[:, :1], teacher[:, :1]
@@ -724,7 +731,7 @@ class TeacherTerm(Term):
         if tokens == "all" and student_everywhere:
             return student, teacher
         first = 1 if tokens == "visible" else 0
-        wanted = F.pad(view.ids_keep + 1, (1, 0))[:, first:]  # 0 is the class token's place
+        wanted = F.pad(view.ids_keep + 1, (1, 0))[:, first:]  # position 0 is the class token
         student = take(student, wanted) if student_everywhere else student[:, first:]
         return student, take(teacher, wanted) if teacher_everywhere else teacher[:, first : 1 + V]
 
@@ -750,6 +757,6 @@ class TeacherTerm(Term):
 
 
 class FurtherTeacherTerm(TeacherTerm):
-    """A second or third comparison, with the teacher of the term `teacher` or with another one."""
+    """A second or third teacher term, with the teacher of the term `teacher` or with another one."""
 
     own_teacher: ClassVar[bool] = False

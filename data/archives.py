@@ -4,9 +4,9 @@ The members of one sample share a key, as WebDataset defines it: the folder, and
 file's name. `a/000.jpg`, `a/000.cls` and `a/000.seg.png` are one sample; so are `s_1.000.jpg` and `s_1.001.jpg`, which
 is seldom intended and refused if a label depends on it. Labels are found in this order:
 
-    KEY.cls (KEY.class)   a number, or a word
+    KEY.cls (KEY.class)   a number, or a class name
     KEY.json              {"label": ...}; also class, cls, category, target, class_id, label_id, class_index
-    KEY.txt               a number, or a word that several samples share; other texts are captions, not labels
+    KEY.txt               a number, or a class name that several samples share; other texts are captions, not labels
     folders               CLASS/IMAGE, if no image has one of these files
 """
 
@@ -64,8 +64,8 @@ class Member:
 class Archive:
     """The images of some shards, and their labels.
 
-    notes    what was left out, a line each
-    problem  why no classifier can be trained on the labels, or ""
+    notes    messages about what was left out
+    problem  reason why no classifier can be trained on the labels, or ""
     """
 
     members: list[Member]
@@ -78,7 +78,7 @@ class Archive:
 
 @dataclass
 class _Index:
-    """All members that count."""
+    """The members of all shards that may be used."""
 
     images: list[Member] = field(default_factory=list)
     second_labels: list[tuple[Member, Member]] = field(default_factory=list)
@@ -104,7 +104,7 @@ def read_archive(
 
     Raises:
         NoSplit: The archives hold no folder of this split.
-        ValueError: Members that cannot be meant, or labels that are missing or no labels.
+        ValueError: The members are ambiguous, or labels are missing or invalid.
     """
     index = _read_headers(shards)
     index.images = _of_split(_without_masks(index), split, named)
@@ -162,7 +162,7 @@ def _read_headers(shards: Sequence[str]) -> _Index:
 
 
 def _sort(index: _Index, member: Member) -> None:
-    """Add a member to the images, to the files of labels, or to what is left out."""
+    """Add a member to the images or the label files, or count it as left out."""
     extension = member.extension
     *middle, last = extension.split(".")
     if kind := LABEL_EXTENSIONS.get(extension) or (LABEL_EXTENSIONS[last] if last in ("cls", "class") else ""):
@@ -223,7 +223,8 @@ def _all_share(names: Sequence[str]) -> str:
 def _require_one_image(images: Sequence[Member], shards: Sequence[str], labelled: bool) -> None:
     """Raise ValueError for two images of one key.
 
-    Without files of labels, keys decide nothing: then images of one type (IMG.1.jpg, IMG.2.jpg) are accepted.
+    Keys are needed only to find the label files of images. Without such files, several images of one type (IMG.1.jpg,
+    IMG.2.jpg) are accepted.
     """
     first: dict[str, Member] = {}
     for member in images:
@@ -247,7 +248,7 @@ def _require_one_image(images: Sequence[Member], shards: Sequence[str], labelled
 
 
 def _labels(index: _Index, kind: str, shards: Sequence[str], label_offset: int | None) -> tuple[Labels | None, str]:
-    """Return the images' labels, or None and why the files hold none."""
+    """Return the images' labels, or None and the reason why there are none."""
     files = index.labels[kind]
     texts = _read_texts({member.key: files[member.key] for member in index.images if member.key in files}, shards)
     where = f".{kind} files"
@@ -286,7 +287,7 @@ def _read_texts(files: dict[str, Member], shards: Sequence[str]) -> dict[str, st
 
 
 def _json_labels(texts: dict[str, str], files: dict[str, Member]) -> tuple[str, dict[str, str]]:
-    """Return (the name of the label, the label of each key); ("", {}) where the files hold none."""
+    """Return (the name of the label field, the label of each key); ("", {}) if the files contain no label."""
     read: dict[str, dict[str, Any]] = {}
     for key, text in texts.items():
         try:
@@ -318,9 +319,9 @@ def _json_labels(texts: dict[str, str], files: dict[str, Member]) -> tuple[str, 
 def find_shards(pattern: str, data_path: str, split: str) -> tuple[list[str], bool]:
     """Find the split's tar files below `data_path`, among those that match `pattern` (with * and {000..123}).
 
-    A shard is of the split that it, or its folder, is named after. Where none is named after the split, the shards that
-    name no split are returned: training images, or archives that hold the splits as folders. A pattern's shards are
-    training images, for any names.
+    A shard belongs to the split that it, or its folder, is named after. If no shard is named after the split, the
+    shards without a split in their names are returned: training images, or archives that contain a folder for each
+    split. Shards that match a given pattern are training images, whatever their names.
 
     Returns:
         The files, sorted, and whether they are named after the split.

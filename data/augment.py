@@ -1,6 +1,6 @@
 """Augmentation for classifiers: random crops, timm's automatic augmentation, colour jitter and random erasing.
 
-Erased rectangles are filled with noise around the mean, which bytes cannot represent: with erasing, the results are
+Random erasing fills rectangles with noise that uint8 cannot represent. With erasing, the results are therefore
 normalised floats.
 """
 
@@ -22,10 +22,10 @@ from data.images import Transform, pretrain_transform
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
-    """Keep the highest `bits_to_keep` bits of each value: timm's operation, and black for 0 bits.
+    """Keep the highest `bits_to_keep` bits of each value: timm's operation, extended to 0 bits (a black image).
 
-    At the strongest level timm asks for 0 bits (`rand-m9-mstd0.5-inc1`: about one image of a thousand), which Pillow
-    refuses.
+    timm requests 0 bits at the strongest level (`rand-m9-mstd0.5-inc1`: about one image in a thousand), for which
+    Pillow raises an error.
     """
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 

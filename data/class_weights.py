@@ -1,4 +1,4 @@
-"""Weights of the classes in the loss of a classifier or a segmenter: given, or balanced by how often each occurs."""
+"""Weights of the classes in the loss of a classifier or a segmenter: given, or inverse to the class frequencies."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MOST_LISTED = 20  # classes in the log
 
 
 def balanced_weights(counts_K: np.ndarray) -> np.ndarray:
-    """Compute n / (K' n_k) for each class, where n_k counts class k, n all of them, and K' the classes that occur.
+    """Compute the weight n / (K' n_k) of each class, for n_k samples of class k, n in total, and K' present classes.
 
-    This is scikit-learn's `compute_class_weight("balanced", ...)`; a class that does not occur has weight 1.
+    This is scikit-learn's `compute_class_weight("balanced", ...)`; a class without samples has weight 1.
 
     Args:
         counts_K: Images or pixels of each class.
@@ -34,19 +34,19 @@ def balanced_weights(counts_K: np.ndarray) -> np.ndarray:
 def resolve_class_weights(
     words: Sequence[str], names: Sequence[str], count: Callable[[], np.ndarray], unit: str
 ) -> list[float] | None:
-    """Turn the option `class_weights` into a weight for each class, and log them.
+    """Convert the option `class_weights` to a weight for each class, and log the weights.
 
     Args:
-        words: Of the option: one number for each class, `balanced`, or nothing.
-        names: Of the classes.
-        count: Returns how often each class occurs in the training data; called for `balanced` only.
+        words: Values of the option: one number for each class, `balanced`, or nothing.
+        names: Class names.
+        count: Function that returns the frequency of each class in the training data; called for `balanced` only.
         unit: What is counted, `images` or `pixels`.
 
     Returns:
-        The weights; None where the option is empty.
+        The weights; None if the option is empty.
 
     Raises:
-        ValueError: If the number of weights is not that of the classes.
+        ValueError: If the number of weights differs from the number of classes.
     """
     if not words:
         return None
@@ -91,7 +91,7 @@ def count_pixels(source: Source, threads: int) -> np.ndarray:
     def count(number: int) -> np.ndarray:
         try:
             mask_HW = source.read(number).mask_HW
-        except BadImage:  # reported when it is met in training
+        except BadImage:  # reported when training reads it
             return np.zeros(classes, np.int64)
         return np.bincount(mask_HW[mask_HW >= 0], minlength=classes)
 

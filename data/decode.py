@@ -1,9 +1,9 @@
-"""Decode JPEG files with torchcodec: the same pixels as Pillow, faster, and without holding Python's lock.
+"""Decode JPEG files with torchcodec: the same pixels as Pillow, faster, and without holding the GIL.
 
-Both packages use libjpeg-turbo, so their RGB pixels are identical. This is checked: at the first use a small picture is
-decoded by both, and torchcodec is used only if they agree, so no result depends on whether it is installed. Files that
-the two decode differently (CMYK, truncated files, PNG under another name) are left to Pillow. EXIF segments are removed
-before decoding, and their orientation is applied here, so that it is the same with each decoder.
+Both packages use libjpeg-turbo, so their RGB pixels are identical. This is verified: at the first use a small image is
+decoded by both, and torchcodec is used only if they agree. No result depends on whether it is installed. Files that
+the two decode differently (CMYK, truncated files, PNG files named .jpg) are decoded by Pillow. EXIF segments are
+removed before decoding, and the EXIF orientation is applied here, so that it is the same with each decoder.
 
 nvimgcodec, an optional package, decodes only the cropped part of a file, with the same pixels.
 """
@@ -32,13 +32,13 @@ Decode = Callable[..., Any]  # a file's tensor to uint8 [C, H, W]; torchcodec's 
 DecodePart = Callable[[bytes, int, int, int, int], np.ndarray | None]  # bytes, top, left, rows, columns to [H, W, 3]
 
 START, END, START_OF_SCAN, APP1 = b"\xff\xd8\xff", b"\xff\xd9", 0xDA, 0xE1
-FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive: their headers hold the size
+FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # start of frame: baseline, extended, progressive
 EXIF = b"Exif\0\0"
-ORIENTATION, LONG = 0x0112, 4  # the tag, and the type of a value of 32 bits
+ORIENTATION, LONG = 0x0112, 4  # the EXIF tag, and the type of a 32-bit value
 
 
 def jpeg_pixels(data: bytes) -> np.ndarray | None:
-    """Decode a JPEG file to uint8 `[H, W, 3]`, upright; return None where Pillow must decode it."""
+    """Decode a JPEG file to uint8 `[H, W, 3]`, upright; return None if Pillow must decode it."""
     decode = torchcodec_jpeg()
     if decode is None or (header := read_header(data)) is None:
         return None
@@ -52,7 +52,7 @@ def torchcodec_jpeg() -> Decode | None:
     try:
         import torchcodec
         from torchcodec.decoders import decode_jpeg
-    except (ImportError, OSError, RuntimeError) as error:  # missing, or its libraries do not fit this torch
+    except (ImportError, OSError, RuntimeError) as error:  # missing, or incompatible with this version of torch
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("data: JPEG files are decoded by Pillow (slower, same pixels): torchcodec fails (%s)", reason)
         return None
@@ -67,7 +67,7 @@ def torchcodec_jpeg() -> Decode | None:
 
 
 def _agree(decode: Decode, subsampling: str) -> bool:
-    """Return whether `decode` gives the same pixels as Pillow for a sample picture."""
+    """Return whether `decode` gives the same pixels as Pillow for a test image."""
     data, expected = _trial(subsampling)
     header = read_header(data)
     found = _pixels(data, decode, header) if header else None
@@ -86,15 +86,15 @@ def _trial(subsampling: str) -> tuple[bytes, np.ndarray]:
 
 def _pixels(data: bytes, decode: Decode, header: Header) -> np.ndarray | None:
     try:
-        # given bytes, torchcodec makes this tensor too, and changes the filters of warnings each time
+        # torchcodec would convert bytes to a tensor itself, but changes the warning filters each time
         file = torch.frombuffer(bytearray(header.without_exif(data)), dtype=torch.uint8)
         return decode(file).permute(1, 2, 0).numpy()
-    except (RuntimeError, ValueError):  # damaged: Pillow decides, and reports the reason
+    except (RuntimeError, ValueError):  # damaged: Pillow decodes it or reports the reason
         return None
 
 
 def png_values(data: bytes) -> np.ndarray:
-    """Decode a PNG file of 16 bits to uint16 `[H, W, bands]`, upright, which Pillow cannot for several bands.
+    """Decode a 16-bit PNG file to uint16 `[H, W, bands]`, upright. Pillow cannot do this for several bands.
 
     Raises:
         ValueError: If torchcodec cannot be used.
@@ -123,8 +123,10 @@ def lacks_parts() -> str:
 
 
 def can_be_cut(data: bytes) -> Header | None:
-    """Return the header of a JPEG file that seems complete and needs no turning, so that a part of its pixels can be
-    decoded alone; None for another file."""
+    """Return the header of a JPEG file of which a part can be decoded alone; None for other files.
+
+    The file must seem complete, and its EXIF orientation must be 1.
+    """
     header = read_header(data) if data.endswith(END) else None
     return header if header is not None and header.rows and header.orientation == 1 else None
 
@@ -139,7 +141,10 @@ def jpeg_part(data: bytes, top: int, left: int, rows: int, columns: int) -> np.n
 
 @functools.cache
 def part_decoder(process: int) -> DecodePart | None:
-    """Return nvimgcodec's decoder for this process (it does not survive a fork); None, with a log line, if unusable."""
+    """Return nvimgcodec's decoder for this process; None, with a log line, if unusable.
+
+    `process` is the process id, because the decoder cannot be used after a fork.
+    """
     try:
         with _silence():
             from nvidia import nvimgcodec
@@ -232,7 +237,7 @@ def _read_header(data: bytes) -> Header | None:
     exif: list[tuple[int, int]] = []
     while (marker := data[position + 1]) != START_OF_SCAN:
         if data[position] != 0xFF or marker == 0xFF:
-            return None  # fill bytes, or not a header
+            return None  # fill bytes, or not a marker
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         if marker in FRAMES:
             rows = int.from_bytes(data[position + 5 : position + 7], "big")
@@ -250,7 +255,7 @@ def _read_header(data: bytes) -> Header | None:
 
 
 def orientation_in(exif: bytes) -> int:
-    """Return the orientation, 1 to 8, in EXIF data (a TIFF header with its first directory); 1 where it has none."""
+    """Return the orientation, 1 to 8, in EXIF data (a TIFF header with its first directory); 1 if it has none."""
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
         return 1
@@ -262,13 +267,13 @@ def orientation_in(exif: bytes) -> int:
             if tag == ORIENTATION:
                 (value,) = struct.unpack_from(f"{order}{'I' if kind == LONG else 'H'}", exif, place + 8)
                 return value if 1 <= value <= 8 else 1
-    except struct.error:  # cut off
+    except struct.error:  # truncated
         pass
     return 1
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn and mirror an array `[H, W, ...]` as an EXIF orientation says, so that it lies as viewers show it."""
+    """Rotate and flip an array `[H, W, ...]` according to its EXIF orientation, as image viewers do."""
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)  # 5
     if orientation in (2, 3, 6, 7):

@@ -1,9 +1,10 @@
-"""Pixel values of more than 8 bits: one scale to 0..255 for a whole data set.
+"""Pixel values of more than 8 bits: one scale to 0..255 for the complete data set.
 
-Files of 8 bits are used as they are. Values of 16 bits, 32 bits and floats need a scale, which no file states reliably:
-12-bit sensors store 0..4095 in files of 16 bits, and floats may reach 1, 255 or anything else. A scale per file would
-give the same value another grey level in another image. So the scale is decided once, from a sample of the training
-files, logged, and stored with the run's options as `value_range`; fine-tuning, evaluation and tools use the stored one.
+8-bit files are used unchanged. 16-bit, 32-bit and float values need a scale, which no file states reliably: 12-bit
+sensors store 0..4095 in 16-bit files, and floats may have a maximum of 1, 255 or anything else. With one scale per
+file, equal values would have different grey levels in different images. So the scale is chosen once, from a sample of
+the training files, logged, and stored with the run's options as `value_range`; fine-tuning, evaluation and tools use
+the stored one.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from data.images import BadImage, Pair, blamed_on, is_uint8_file, to_uint8
 
 log = logging.getLogger(__name__)
 
-Range = tuple[float, ...]  # (lowest, highest) value, which become 0 and 255; () where all files have 8 bits
+Range = tuple[float, ...]  # (lowest, highest) value, which become 0 and 255; () if all files have 8 bits
 
-LOOKED_AT = 64  # files of each suffix
-LOOKED_AT_UNSEEN = 16  # where a file's header cannot be read without its pixels
-LISTED = 4096  # names, spread evenly, among which suffixes are searched for
-MOST_BYTES = 2**29  # of decoded pixels; then eight files are enough
-VALUES = 4096  # kept of each file, for quantiles
-WHITES = {"i": (255, 1023, 4095, 16383, 65535), "f": (1, 255, 65535)}  # usual highest values of integers and floats
-OVERSHOOT = 1.1  # times a white that floats may reach, by interpolation or noise
-FEW = 1e-4  # share of values beyond a white, up to ten times as high, that does not make it another white
-FEWEST_LEVELS = 4  # of grey, that a given range must leave
-MIXED = 0.05  # share of the files that makes a second scale more than an exception
+LOOKED_AT = 64  # sampled files of each suffix
+LOOKED_AT_UNSEEN = 16  # sampled files if a header cannot be read without the pixels
+LISTED = 4096  # evenly spaced names that are searched for suffixes
+MOST_BYTES = 2**29  # limit of decoded pixels, after which eight files are enough
+VALUES = 4096  # values kept of each file, for quantiles
+WHITES = {"i": (255, 1023, 4095, 16383, 65535), "f": (1, 255, 65535)}  # usual maxima of integers and floats
+OVERSHOOT = 1.1  # floats may exceed a maximum by this factor, because of interpolation or noise
+FEW = 1e-4  # fraction of values that may exceed a maximum, by up to ten times, as outliers
+FEWEST_LEVELS = 4  # grey levels that a given range must leave
+MIXED = 0.05  # fraction of files above which a second scale is an error
 EIGHT_BIT_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp")
 
 
@@ -46,7 +47,7 @@ class Values:
     low: float
     high: float
     some: np.ndarray
-    """At most `VALUES` of them, spread evenly."""
+    """At most `VALUES` values, evenly spaced in the file."""
 
     @property
     def kind(self) -> str:
@@ -61,8 +62,8 @@ def look(
 
     Args:
         names: File names of the images, whose suffixes show which may have more than 8 bits.
-        read: From an image's number to its pixels as stored, or a Pair; raises `BadImage`.
-        path: From an image's index to its file, whose header is read first; None if there are no files.
+        read: Function of an image's index that returns its pixels as stored, or a Pair; raises `BadImage`.
+        path: Function of an image's index that returns its file, whose header is read first; None without files.
 
     Returns:
         The number of files in the sample, and the values of those with more than 8 bits.
@@ -84,7 +85,7 @@ def look(
                 return looked, found
             try:
                 pixels = read(group[place])
-            except BadImage:  # reported when it is met in training
+            except BadImage:  # reported when training reads it
                 continue
             pixels = pixels.image_HWC if isinstance(pixels, Pair) else pixels
             decoded += pixels.nbytes
@@ -98,11 +99,12 @@ def look(
 
 
 def decide(found: Sequence[Values]) -> Range:
-    """Choose the range of values that becomes 0..255.
+    """Choose the range of values that is mapped to 0..255.
 
-    Integers that are not negative: 0 to the first of 255, 1023, 4095, 16383 and 65535 that none exceeds. Floats that
-    are not negative: 0 to the first of 1, 255 and 65535 that they do not exceed, but for a few; from -1 to 1: these.
-    All others: from 0, or the lowest value of the sample if that is negative, to the highest.
+    * Non-negative integers: from 0 to the first of 255, 1023, 4095, 16383 and 65535 that no value exceeds.
+    * Non-negative floats: from 0 to the first of 1, 255 and 65535 that no value except a few outliers exceeds.
+    * Floats from -1 to 1: this range.
+    * All others: from 0, or the minimum of the sample if that is negative, to its maximum.
 
     Raises:
         ValueError: If the files have no common scale.
@@ -144,7 +146,7 @@ def _within(some: np.ndarray, low: float, high: float, black: float, white: floa
 
 
 def _require_one_white(group: Sequence[Values]) -> None:
-    """Raise ValueError if some files have floats up to 1 and others floats up to 255 or more."""
+    """Raise ValueError if the maximum is 1 in some float files and 255 or more in others."""
     small = [values for values in group if 0 < values.high <= OVERSHOOT and values.low >= 0]
     large = [values for values in group if values.high > 10]
     if small and large and min(len(small), len(large)) >= MIXED * len(group):
@@ -158,13 +160,13 @@ def _require_one_white(group: Sequence[Values]) -> None:
 def with_range(
     source: Any, channels: int, value_range: Sequence[float] = (), *, report: bool = True, files: bool = True
 ) -> Any:
-    """Return the source with `read` giving uint8, and with the `value_range` that it uses.
+    """Return a source whose `read` returns uint8, with the `value_range` that it uses.
 
     Args:
-        source: A `data.sources.Source` whose `read` gives pixels as stored.
-        channels: Of the images.
-        value_range: The lowest and highest value; () to decide it from a sample.
-        report: Log what a sample of the files holds even if the range is given.
+        source: A `data.sources.Source` whose `read` returns pixels as stored.
+        channels: Channels of the images.
+        value_range: Lowest and highest value; () to choose them from a sample.
+        report: Log the values in a sample of the files even if the range is given.
         files: Whether the images are stored in files, which may have more than 8 bits.
 
     Raises:
@@ -199,7 +201,7 @@ def _read(read: Callable[[int], Any], names: Sequence[str], channels: int, value
 
 
 def _report(looked: int, found: Sequence[Values], chosen: Range, decided: bool) -> None:
-    """Log what a sample holds and how it is scaled, with a warning where that wastes or cuts off much."""
+    """Log the values of a sample and their scale; warn if much of the range is unused or many values are clipped."""
     low, high = chosen
     types = Counter(str(values.dtype.newbyteorder("=")) for values in found)
     some = np.concatenate([values.some for values in found])

@@ -1,8 +1,8 @@
 """Small data sets, decoded and kept in device memory, where crops, flips and mask noise are computed per batch.
 
-The guarantees are those of `data.loader`: a sample is a function of (seed, epoch, index) alone. Its random numbers come
-from a counter: number k of a sample is a hash of (seed, epoch, index, stream, k), so that a batch needs no generator
-and no loop over its samples. Crops, flips and masks have the distribution of the loader, but other random numbers.
+As in `data.loader`, a sample is a function of (seed, epoch, index) only. The random numbers are counter-based: number k
+of a sample is a hash of (seed, epoch, index, stream, k), so that a batch needs no generator and no loop over its
+samples. Crops, flips and masks have the same distribution as in `data.loader`, but other random numbers.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ log = logging.getLogger(__name__)
 MEMORY = Path("/proc/meminfo")
 SHARE_OF_MEMORY = 0.5  # maximum share of free memory for images
 LOOKED_AT = 64  # images from which the required memory is estimated
-RESIZE_BYTES = 2**28  # of float pixels at a time
-CUBIC = -0.5  # Pillow's
+RESIZE_BYTES = 2**28  # bytes of float pixels that are resized at a time
+CUBIC = -0.5  # Pillow's parameter of the bicubic kernel
 
 
 class DeviceSamples:
-    """Augmented images with mask noise by (epoch, index), as `data.loader.TrainSamples`, made on the device.
+    """Augmented images with mask noise by (epoch, index), as `data.loader.TrainSamples`, computed on the device.
 
-    Noise is uniform of `noise_shape`, or the result of `draw_noise` for a generator of each sample.
-    `source` is read once, by `num_workers` threads; images of several sizes are padded to the largest. An unreadable
-    one is replaced by the next readable and reported with the first batch. Raises ValueError if there is not enough
-    memory.
+    The noise is uniform with `noise_shape`, or drawn by `draw_noise` from a generator for each sample.
+    `source` is read once, by `num_workers` threads; images of different sizes are padded to the largest size. An
+    unreadable image is replaced by the next readable one and reported with the first batch. Raises ValueError if there
+    is not enough memory.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ def _moved(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 def states_of(seed: int, epochs: np.ndarray, index: np.ndarray, stream: int) -> np.ndarray:
-    """Return uint64 `[N]`, the start of the random numbers of each sample in a stream."""
+    """Return the initial random state of each sample in a stream, uint64 `[N]`."""
     epochs_seeds = {epoch: mix(seed, epoch, stream) for epoch in set(epochs.tolist())}
     state = np.array([epochs_seeds[epoch] for epoch in epochs.tolist()], np.uint64) ^ index.astype(np.uint64)
     return _scrambled(state + np.uint64(0x9E3779B97F4A7C15))
@@ -132,7 +132,7 @@ def _scrambled(state: np.ndarray) -> np.ndarray:
 def uniforms(states: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return uniform numbers in [0, 1) with 24 random bits, `[N, count]`: SplitMix64 from the int64 `states` `[N]`.
 
-    They are computed with integers, so that every device gives the same numbers.
+    They are computed with integers, so that they are the same on every device.
     """
     step = torch.arange(1, count + 1, device=states.device) * -7046029254386353131  # 0x9E3779B97F4A7C15, signed
     state = states[:, None] + step
@@ -143,7 +143,7 @@ def uniforms(states: Tensor, count: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
-    """Shift right with zeros; torch would repeat the sign of signed integers."""
+    """Compute the logical right shift; torch's shift of signed integers is arithmetic."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -153,9 +153,9 @@ def _shifted(state: Tensor, bits: int) -> Tensor:
 def random_boxes(sizes: np.ndarray, min_scale: float, drawn: np.ndarray) -> np.ndarray:
     """Return random crops (top, left, rows, columns), `[N, 4]`.
 
-    The distribution is torchvision's: a share of the area between `min_scale` and 1 and a log-uniform aspect ratio,
-    drawn again until the crop fits, then a uniform position. After `ATTEMPTS` it is the largest central crop whose
-    aspect ratio is allowed.
+    The distribution is that of torchvision's RandomResizedCrop: a share of the area between `min_scale` and 1 and a
+    log-uniform aspect ratio, drawn again until the crop fits, then a uniform position. If no crop fits after `ATTEMPTS`
+    draws, the result is the largest central crop with an allowed aspect ratio.
 
     Args:
         sizes: Rows and columns of the images, `[N, 2]`.
@@ -186,8 +186,8 @@ def resized_crops(
 ) -> Tensor:
     """Crop, resize and flip images on the device; return uint8 `[N, C, *size]`.
 
-    The interpolation is Pillow's antialiased bicubic: along rows, rounded to 0..255, then along columns. Each pass is a
-    product with a matrix of weights per image.
+    The interpolation is Pillow's antialiased bicubic: along rows, rounded to 0..255, then along columns. Each pass is
+    one matrix product per image.
 
     Args:
         images: uint8 `[n, C, H, W]`, of which `index` selects N.
@@ -210,7 +210,7 @@ def _rounded(pixels: Tensor) -> Tensor:
 
 
 def weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """Return `[N, size, side]`, the weight of each pixel in each of `size` new ones made of `length` from `start`."""
+    """Return the weights `[N, size, side]` that interpolate `length` pixels, the first at `start`, to `size` pixels."""
     scale = (length / size)[:, None, None]
     pixel = torch.arange(side, device=start.device) + 0.5
     center = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale

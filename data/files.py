@@ -1,4 +1,4 @@
-"""Atomic writes: a reader of a path finds the old file or the new one, never a part of it."""
+"""Atomic writes: a reader of a path sees the old file or the new one, never an incomplete one."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ TEMPORARY = ".tmp"
 
 
 def temporary_of(path: Path) -> Path:
-    """Return the name beside `path` under which it is written."""
+    """Return the path of the temporary file beside `path`."""
     return path.with_name(f".{path.name}{TEMPORARY}")
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`, and rename it to `path` at the end; on an error `path` stays as it was.
+    """Open a temporary file beside `path` and rename it to `path` at the end; on an error `path` is unchanged.
 
     Args:
-        path: the file to write.
-        sync: flush the file and its folder to disk, so that the write survives a power failure.
+        path: The file to write.
+        sync: Flush the file and its folder to disk, so that the write survives a power failure.
     """
     temporary = temporary_of(path)
     try:
@@ -43,7 +43,7 @@ def atomic_write(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power failure, where the file system can."""
+    """Flush a folder to disk, so that a rename survives a power failure, if the file system supports it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -53,7 +53,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically; names of files that are not valid text are escaped."""
+    """Write `text` as UTF-8, atomically; bytes of file names that are not valid text are escaped."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
@@ -64,9 +64,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def link(path: Path, other: Path, *, or_copy: bool) -> bool:
-    """Give a file that is never written in place a second name, replacing what had it; True when that was done.
+    """Create the hard link `other` to `path`, replacing an existing file; return whether that succeeded.
 
-    Where the file system has no hard links the file is copied, with `or_copy`.
+    The file must never be written in place. With `or_copy` it is copied if the file system has no hard links.
     """
     temporary = temporary_of(other)
     temporary.unlink(missing_ok=True)
@@ -91,13 +91,13 @@ def require_free(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Make a temporary folder beside `folder`, and rename it at the end; on an error it is removed.
+    """Create a temporary folder beside `folder` and rename it to `folder` at the end; on an error it is removed.
 
     Raises:
         ValueError: If `folder` is neither new nor empty.
     """
     require_free(folder)
-    growing = temporary_of(folder)  # an incomplete folder must not look complete
+    growing = temporary_of(folder)  # so that `folder` exists only when it is complete
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:

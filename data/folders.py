@@ -1,4 +1,4 @@
-"""Folders of images: which files are images, which folder holds which split, and which folders are classes."""
+"""Find image files, the folders of the splits, and the folders of the classes in a data folder."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import numpy as np
 from data.images import is_image_name
 
 SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
-FILLERS = frozenset("set images image imgs img data split".split())  # in names such as train_images or val-set
+FILLERS = frozenset("set images image imgs img data split".split())  # ignored in names such as train_images, val-set
 NOT_DATA = frozenset(("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"))
 MASK_FOLDERS = frozenset("mask masks annotation annotations label labels segmentation".split()) | frozenset(
     ("segmentationclass", "segmentationobject", "gtfine", "ground_truth", "groundtruth")
 )
 IMAGE_FOLDERS = frozenset(("image", "images", "imgs", "img", "jpegimages", "leftimg8bit"))
-DEEPEST = 4  # folders that are descended to reach the splits
+DEEPEST = 4  # maximum depth at which the folders of splits are searched
 
 
 class NoSplit(ValueError):  # noqa: N818 - it says what is missing
-    """The data set has no such split, and nothing else is wrong with it."""
+    """The data set does not have the requested split, and is otherwise valid."""
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:
@@ -43,11 +43,11 @@ def counted(kinds: Counter[str]) -> list[str]:
 
 @dataclass
 class Found:
-    """Content of a folder at all depths.
+    """Content of a folder and its subfolders.
 
     names  images, sorted, relative to the folder, with / between folders
-    other  number of files of each suffix that are not images
-    runs   folders that hold a training run, which are left out
+    other  number of files that are not images, by suffix
+    runs   folders of training runs, which are left out
     masks  folders of masks beside a folder of images, which are left out
     """
 
@@ -64,7 +64,7 @@ class Found:
         self.masks += [prefix + name for name in below.masks]
 
     def left_out(self) -> list[str]:
-        """Describe what is not used, one line each; empty where every file is an image."""
+        """Describe the files that are not used, one line each; empty if every file is an image."""
         lines = []
         if count := self.other.total():
             kinds = counted(self.other)
@@ -84,9 +84,9 @@ def holds_run(folder: str) -> bool:
 def walk(root: str) -> Found:
     """Find all images below `root`.
 
-    Hidden files and folders, folders that systems create (`__MACOSX`, `@eaDir`), folders of training runs, and folders
-    of masks beside folders of images are left out. Links are followed; one that leads nowhere counts as an image,
-    because reading it reports it.
+    Hidden files and folders, system folders (`__MACOSX`, `@eaDir`), folders of training runs, and folders of masks
+    beside folders of images are left out. Links are followed. A broken link with the name of an image is included, so
+    that it is reported when it is read.
     """
     found = Found()
 
@@ -112,7 +112,7 @@ def walk(root: str) -> Found:
                 found.runs.append(prefix + name)
                 continue
             real = os.path.realpath(path)
-            if real not in above:  # a link back to a folder on the way here would never end
+            if real not in above:  # a link to a parent folder would be an infinite loop
                 visit(path, f"{prefix}{name}/", above | {real})
 
     visit(root, "", frozenset([os.path.realpath(root)]))
@@ -132,7 +132,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def mask_folders(names: Iterable[str]) -> set[str]:
-    """Return those of a folder's subfolders that are named like masks, where another is named like images."""
+    """Return the subfolders that are named like masks, if another one is named like images."""
     names = list(names)
     beside = any(name.strip().lower() in IMAGE_FOLDERS for name in names)
     return {name for name in names if beside and name.strip().lower() in MASK_FOLDERS}
@@ -151,7 +151,7 @@ def visible_folders(folder: str) -> list[str]:
 
 
 def holds_images(folder: str) -> bool:
-    """Return whether images lie directly in a folder."""
+    """Return whether a folder directly contains images."""
     with os.scandir(folder) as entries:
         return any(is_image_name(entry.name) for entry in entries)
 
@@ -167,7 +167,7 @@ def contents_of(folder: str) -> str:
 
 
 def split_named(name: str) -> tuple[str, bool]:
-    """Return (split, exact) for a folder's name; ("", False) for one that names no split.
+    """Return (split, exact) for a folder's name; ("", False) if it is not the name of a split.
 
     `Val ` and `validation` are exact; `train_images`, `val2017` and `Test-Set` are not.
     """
@@ -182,7 +182,7 @@ def split_named(name: str) -> tuple[str, bool]:
 
 
 def split_folders(data_path: str) -> dict[str, str]:
-    """Return the folder of each split directly in `data_path`, those of them that there are.
+    """Return the folder of each split that is directly in `data_path`.
 
     Raises:
         ValueError: Two folders name the same split and both hold images.
@@ -208,9 +208,9 @@ def split_folders(data_path: str) -> dict[str, str]:
 
 
 def _is_a_class(data_path: str, name: str) -> bool:
-    """Return whether a folder named like a split is a class: it and folders of other names beside it hold images.
+    """Return whether a folder named like a split is a class, such as the class "train" of CIFAR-100.
 
-    CIFAR-100 has a class "train".
+    It is a class if it and folders with other names beside it contain images.
     """
     if not holds_images(os.path.join(data_path, name)):
         return False
@@ -219,7 +219,7 @@ def _is_a_class(data_path: str, name: str) -> bool:
 
 
 def folder_of_splits(data_path: str) -> str:
-    """Return the folder in which the folders of the splits lie: `data_path`, or the only folder in it, and so on."""
+    """Return the folder that contains the folders of the splits: `data_path`, or the only folder in it, and so on."""
     folder = data_path
     for _ in range(DEEPEST):
         if split_folders(folder):
@@ -235,14 +235,14 @@ def folder_of_splits(data_path: str) -> str:
 
 
 def normal(name: str) -> str:
-    """Return a class's name as it is compared: composed Unicode, without blanks at its ends."""
+    """Normalise a class name for comparison: composed Unicode, without leading and trailing spaces."""
     return unicodedata.normalize("NFC", name).strip()
 
 
 def match_classes(names: Iterable[str], classes: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     """Match names of folders or labels to known classes.
 
-    Compared are the names themselves, then their normal forms, then, where that is unambiguous, without capitals.
+    The names are compared exactly, then in normalised form (see `normal`), then, if unambiguous, ignoring case.
 
     Returns:
         The class number of each name that matches, and the names that do not.
@@ -273,7 +273,7 @@ def match_classes(names: Iterable[str], classes: Sequence[str]) -> tuple[dict[st
 
 
 def require_distinct(classes: Sequence[str]) -> None:
-    """Raise ValueError for two classes whose names look the same."""
+    """Raise ValueError if two class names look the same."""
     seen: dict[str, str] = {}
     for name in classes:
         if (form := normal(name)) in seen:
@@ -284,15 +284,15 @@ def require_distinct(classes: Sequence[str]) -> None:
 
 
 def _both(one: str, other: str) -> str:
-    """Format two names that look the same, with their difference."""
+    """Format two names that look the same, and describe their difference."""
     return f"{ascii(one)} and {ascii(other)}"
 
 
 def common_folders(names: Sequence[str]) -> str:
-    """Return the folders that all names share and that leave each at least one folder more, such as `data/train/`."""
+    """Return the common prefix of folders after which each name has at least one more folder, such as `data/train/`."""
     shared = ""
     while names:
-        parts = [name[len(shared) :].split("/", 2) for name in (names[0], names[-1])]  # sorted: if these share, all do
+        parts = [name[len(shared) :].split("/", 2) for name in (names[0], names[-1])]  # the names are sorted
         if min(map(len, parts)) < 3 or parts[0][0] != parts[1][0]:
             break
         prefix = f"{shared}{parts[0][0]}/"
@@ -303,11 +303,11 @@ def common_folders(names: Sequence[str]) -> str:
 
 
 def label_by_folder(names: Sequence[str], known: Sequence[str] = ()) -> tuple[np.ndarray | None, list[str] | None, str]:
-    """Label images by their folders: exactly if every image is CLASS/IMAGE, below folders that all of them share.
+    """Label images by their folders, if every image is CLASS/IMAGE below a common prefix of folders.
 
     Args:
         names: Relative names of images, with / between folders.
-        known: Classes; with them a single folder of one of these names is a class too.
+        known: Known classes: a single folder is a class only if it has one of these names.
 
     Returns:
         The labels int64 `[n]` and the classes, or None and None; and the reason.

@@ -1,10 +1,10 @@
 """Read one image: from the bytes of a file to uint8 pixels, and to the crop for the model.
 
-Every problem of a file is raised as `BadImage`, with the reason. EXIF orientation is applied
-wherever an image or a mask is read, so that pixels lie as viewers show them; files without the tag are not affected.
-Files of more than 8 bits are read as stored and scaled by the data set's `value_range` (`data.depth`). Crops are cut
-and resized as uint8 tensors, which is Pillow's antialiased bicubic to a level or so, several times faster, and works
-for any number of channels; they become floats on the device (`data.loader.Batch.to`).
+Every problem with a file is raised as `BadImage`, with the reason. The EXIF orientation is applied wherever an image
+or a mask is read, as image viewers do; files without this tag are not affected. Files of more than 8 bits are read as
+stored and scaled by the data set's `value_range` (`data.depth`). Crops are resized as uint8 tensors: the result equals
+Pillow's antialiased bicubic to about one grey level, is several times faster, and works for any number of channels.
+They are converted to floats on the device (`data.loader.Batch.to`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ HEIF = (".heic", ".heif", ".hif")
 HEIF_EXTRA = "HEIF photographs (.heic) can be read with an optional package: pip install -r requirements/heif.txt"
 if importlib.util.find_spec("pillow_heif") is not None:
     SUFFIXES |= frozenset(HEIF)
-PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> the Pillow mode that has them
-CROP_SHARE = 224 / 256  # of the short side, that evaluation shows
-EVAL_CROPS = ("keep_size", "mae")  # what evaluation does with an image that already has the input size
+PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow mode by number of channels
+CROP_SHARE = 224 / 256  # size of the central crop in evaluation, as a share of the short side
+EVAL_CROPS = ("keep_size", "mae")  # see `eval_transform`
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of MAE's random crops, columns to rows
 LOG_RATIOS = torch.tensor(ASPECT_RATIOS).log().tolist()
-ATTEMPTS = 10  # at a crop that fits, as torchvision's; then the largest central one
+ATTEMPTS = 10  # draws of a crop that fits, as in torchvision; then the largest central crop is used
 
 Interpolation = Literal["bicubic", "bilinear"]
 Transform = Callable[[np.ndarray | Image.Image], Tensor]
@@ -67,7 +67,7 @@ class BadImage(Exception):  # noqa: N818 - it says what the file is
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a file is taken for an image because of its name; contents are checked when it is read."""
+    """Return whether a file has the name of an image; its content is checked when it is read."""
     dot = name.rfind(".")
     return dot > 0 and not name.startswith(".") and name[dot:].lower() in SUFFIXES
 
@@ -75,7 +75,7 @@ def is_image_name(name: str) -> bool:
 def read_image(path: str, in_chans: int = 3, value_range: Sequence[float] = ()) -> np.ndarray:
     """Read the image file at `path` as uint8 `[H, W, in_chans]`. Raises `BadImage`.
 
-    Values of more than 8 bits are scaled as `to_uint8` says.
+    Values of more than 8 bits are scaled, see `to_uint8`.
     """
     stored = read_stored(path, in_chans)
     with blamed_on(path):
@@ -170,7 +170,7 @@ def register_heif() -> None:
 
 
 class Undecoded:
-    """A JPEG file that stands for its pixels until a crop is cut out of it, which alone is then decoded."""
+    """The bytes of a JPEG file that is decoded when it is sliced, and only the requested part."""
 
     def __init__(self, data: bytes, name: str, rows: int, columns: int):
         self.data, self.name, self.shape, self.nbytes = data, name, (rows, columns, 3), len(data)
@@ -184,7 +184,7 @@ class Undecoded:
 
 @contextlib.contextmanager
 def blamed_on(name: str) -> Iterator[None]:
-    """Raise every exception inside as `BadImage(name, reason)`: decoders fail in many ways on broken files."""
+    """Convert every exception to `BadImage(name, reason)`: decoders raise many types of errors for broken files."""
     try:
         yield
     except Image.UnidentifiedImageError as error:
@@ -196,11 +196,11 @@ def blamed_on(name: str) -> Iterator[None]:
 def picture_pixels(picture: Image.Image, in_chans: int) -> np.ndarray:
     """Convert a Pillow image of any mode to uint8 `[H, W, in_chans]`, for 1 (grey), 3 (RGB) or 4 (RGBA) channels.
 
-    One of more than 8 bits is returned as stored, `[H, W, 1]`. Only the first frame of an animation is read. Without a
-    fourth channel transparency is dropped, not blended, as Pillow's and torchvision's conversion to RGB does. EXIF
-    orientation is applied.
+    An image of more than 8 bits is returned as stored, `[H, W, 1]`. Only the first frame of an animation is read.
+    Without a fourth channel, transparency is dropped, not blended, as in Pillow's and torchvision's conversion to RGB.
+    EXIF orientation is applied.
     """
-    picture.load()  # Pillow turns a TIFF file as its tag says, and changes its size, only now
+    picture.load()  # only now Pillow applies the orientation of a TIFF file, which may change its size
     mode = PICTURE_MODES.get(in_chans)
     if mode is None:
         raise ValueError(
@@ -211,9 +211,9 @@ def picture_pixels(picture: Image.Image, in_chans: int) -> np.ndarray:
         return upright(np.asarray(picture)[:, :, None], orientation_of(picture))
     original = picture
     if picture.mode in ("P", "PA"):
-        picture = picture.convert("RGBA")  # straight to RGB, Pillow warns about each transparent palette
+        picture = picture.convert("RGBA")  # Pillow warns about transparent palettes that are converted to RGB
     elif picture.mode in ("CMYK", "YCbCr"):
-        picture = picture.convert("RGB")  # Pillow knows no direct way to L or RGBA
+        picture = picture.convert("RGB")  # Pillow has no direct conversion to L or RGBA
     array_HWC = np.asarray(picture if picture.mode == mode else picture.convert(mode))
     return upright(array_HWC.reshape(*array_HWC.shape[:2], in_chans), orientation_of(original))
 
@@ -221,7 +221,7 @@ def picture_pixels(picture: Image.Image, in_chans: int) -> np.ndarray:
 def array_pixels(array: np.ndarray, in_chans: int) -> np.ndarray:
     """Check a stored array `[H, W, in_chans]` (or `[H, W]` for one channel), and return it with three axes.
 
-    One band or three colours also serve for 1, 3 and 4 channels, where `to_uint8` can convert them.
+    Arrays with 1 or 3 bands are also accepted for 1, 3 and 4 channels if `to_uint8` can convert them.
     """
     if array.ndim == 2:
         array = array[:, :, None]
@@ -245,12 +245,12 @@ def array_pixels(array: np.ndarray, in_chans: int) -> np.ndarray:
 def to_uint8(values: np.ndarray, in_chans: int, value_range: Sequence[float] = ()) -> np.ndarray:
     """Convert pixels as stored `[H, W, bands]` to uint8 `[H, W, in_chans]`.
 
-    uint8 values are not changed. Of other types, the lowest value of `value_range` becomes 0 and the highest 255; what
-    lies outside is clipped. Without a range, integers are taken to have 16 bits, and floats to reach 1, 255 or 65535,
-    the first that the image does not exceed. Rounding is to nearest.
+    uint8 values are not changed. For other types, `value_range` is mapped to 0..255, values outside are clipped, and
+    the result is rounded to nearest. Without a range, the maximum of integers is 65535, and that of floats the first
+    of 1, 255 and 65535 that the image does not exceed.
 
     Raises:
-        ValueError: If values are not finite, or without a range lie outside of 0..65535.
+        ValueError: If values are not finite, or, without a range, not in 0..65535.
     """
     if values.dtype != np.uint8:
         low, high = values.min(), values.max()
@@ -289,11 +289,11 @@ def pretrain_transform(input_size: int | tuple[int, int], min_scale: float = 0.2
 def eval_transform(
     input_size: int | tuple[int, int], crop_share: float = CROP_SHARE, eval_crop: str = "keep_size"
 ) -> Transform:
-    """Make the transform of evaluation: resize so that `input_size` is `crop_share` of the short side, crop the centre.
+    """Create the evaluation transform: resize so that `input_size` is `crop_share` of the short side, crop the centre.
 
     Args:
-        input_size: pixels of the result, one side or (rows, columns).
-        crop_share: share of the short side of the resized image that the crop shows.
+        input_size: Pixels of the result, one side or (rows, columns).
+        crop_share: Size of the crop as a share of the resized image's short side.
         eval_crop: `keep_size` leaves an image that already has the input size unchanged; `mae` resizes and crops it
             like any other, as the evaluation of MAE and timm does.
     """
@@ -330,7 +330,7 @@ def random_resized_crop(
     scale: tuple[float, float],
     interpolation: Interpolation = "bicubic",
 ) -> Tensor:
-    """Cut a random crop that takes a share of the area within `scale` and resize it: uint8 `[C, rows, columns]`."""
+    """Crop a random part whose share of the area is within `scale`, and resize it: uint8 `[C, rows, columns]`."""
     array_HWC = _array(image)
     height, width = array_HWC.shape[:2]
     top, left, rows, columns = random_box(height, width, *scale)
@@ -338,7 +338,7 @@ def random_resized_crop(
 
 
 def random_box(height: int, width: int, min_scale: float, max_scale: float = 1.0) -> tuple[int, int, int, int]:
-    """Draw a random crop (top, left, rows, columns) with torchvision's random numbers, five times as fast."""
+    """Draw a random crop (top, left, rows, columns): the same random numbers as torchvision, five times as fast."""
     for _ in range(ATTEMPTS):
         area = height * width * torch.empty(()).uniform_(min_scale, max_scale).item()
         ratio = torch.empty(()).uniform_(*LOG_RATIOS).exp_().item()
@@ -361,7 +361,7 @@ def _centre_crop(image: np.ndarray | Image.Image, *, size: tuple[int, int], crop
     if keep and (rows, columns) == size:
         return image_CHW
     inner_rows, inner_columns = (int(side / crop_share) for side in size)
-    if inner_rows * columns >= inner_columns * rows:  # the rows are what is short
+    if inner_rows * columns >= inner_columns * rows:  # the rows are the limit
         inner_columns = int(inner_rows * columns / rows)
     else:
         inner_rows = int(inner_columns * rows / columns)
@@ -393,8 +393,8 @@ def shrink(array_HWC: np.ndarray, short_side: int) -> np.ndarray:
 def _resize(image_CHW: Tensor, size: tuple[int, int], interpolation: Interpolation = "bicubic") -> Tensor:
     """Resize with antialiasing, channels last.
 
-    `F.interpolate` would lay the channels out one after the other, in twice the time; this is the operation that it
-    calls.
+    This calls the operation below `F.interpolate`, which would convert the tensor to channels first and take twice as
+    long.
     """
     if image_CHW.shape[1:] == size:
         return image_CHW

@@ -1,4 +1,4 @@
-"""Labels written as text, in lists and beside images in archives: numbers of classes, or words."""
+"""Labels given as text, in lists and in archives: class indices or class names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from data.folders import normal, some
 
-LARGEST_LABEL = 1_000_000  # beyond it numbers are ids, not class numbers
+LARGEST_LABEL = 1_000_000  # larger numbers are ids, not class indices
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 SEVERAL = re.compile(r".*[|;].*|\d+([\s,]+\d+)+", re.DOTALL)  # labels of one image
 
@@ -20,10 +20,10 @@ SEVERAL = re.compile(r".*[|;].*|\d+([\s,]+\d+)+", re.DOTALL)  # labels of one im
 class Labels:
     """The label of each image.
 
-    numbers  int64 `[n]`, or None where the text holds several labels
-    classes  their names
-    problem  why no classifier can be trained on them, with the option that resolves it, or ""
-    notes    what a user would want to know, a line each
+    numbers  int64 `[n]`, or None if images have several labels
+    classes  class names
+    problem  reason why no classifier can be trained on them, with the option that resolves it, or ""
+    notes    messages for the user
     """
 
     numbers: np.ndarray | None
@@ -34,21 +34,21 @@ class Labels:
 
 
 def several(label: str) -> str:
-    """Describe that an image has several labels."""
+    """Return the message for an image with several labels."""
     return f"several labels of one image ({label}): classifiers here are trained on one class for each image"
 
 
 def read_labels(words: Sequence[str], where: str, label_offset: int | None = None) -> Labels:
-    """Number the labels of images.
+    """Convert labels given as text to class indices.
 
-    Whole numbers stand for themselves, less `label_offset`; other words are numbered in alphabetical order.
+    Integers are class indices after `label_offset` is subtracted; names are numbered in alphabetical order.
 
     Args:
-        where: What holds the labels, for messages.
-        label_offset: Number of the first class: None is 0 and refuses to train where no label is 0.
+        where: The source of the labels, for messages.
+        label_offset: Number of the first class. None is 0, but then no classifier can be trained if no label is 0.
 
     Raises:
-        ValueError: Labels that are no classes: negative, fractions, ids.
+        ValueError: If labels are not class indices: negative numbers, fractions or ids.
     """
     given = [normal(word) for word in words]
     distinct = sorted(set(given))

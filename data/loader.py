@@ -43,29 +43,29 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-TRIES = 100  # unreadable images in a row before a sample gives up
+TRIES = 100  # unreadable images in a row, after which reading a sample fails
 AHEAD = 2**25  # bytes of images that are read before the first of them is augmented
-PREFETCH = 2  # batches that each worker is ahead
-WORKER_TIMEOUT = 300.0  # seconds without a batch, after which living workers count as hung
+PREFETCH = 2  # batches that each worker prepares ahead
+WORKER_TIMEOUT = 300.0  # seconds without a batch, after which running workers are considered hung
 IGNORED_BY_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the main process handles them
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of red, green, blue
 ORDER, AUGMENTATION, NOISE = range(3)  # independent streams of random numbers
 
 Floats = tuple[float, ...]
-AnyTransform = Transform | PairTransform | Callable[[Any], list[Tensor]]  # to one image, a pair, or several views
-DrawNoise = Callable[[torch.Generator], Tensor]  # from a CPU generator to a sample's noise [R, L]; picklable
+AnyTransform = Transform | PairTransform | Callable[[Any], list[Tensor]]  # returns an image, a pair, or several views
+DrawNoise = Callable[[torch.Generator], Tensor]  # draws a sample's noise [R, L] from a CPU generator; picklable
 
 
 class _WorkersLost(Exception):
-    """The workers give no more batches: what happened to them, the details, and what mostly causes it."""
+    """The workers return no more batches. Arguments: what happened, details, and the usual causes."""
 
 
 class NothingReadable(ValueError):  # noqa: N818 - it says what happened
-    """No image can be read: not one in a row of `TRIES`, or not one of all."""
+    """No image can be read: none of `TRIES` in a row, or none at all."""
 
 
 def mix(*words: int) -> int:
-    """Hash integers to a 63-bit integer (SplitMix64, one round for each), fast enough for every sample."""
+    """Hash integers to a 63-bit integer (SplitMix64, one round for each integer)."""
     mask, state = 0xFFFFFFFFFFFFFFFF, 0
     for word in words:
         state = ((state ^ (word & mask)) + 0x9E3779B97F4A7C15) & mask
@@ -80,7 +80,7 @@ def _generator(*words: int) -> torch.Generator:
 
 
 def noise_generator(seed: int, epoch: int, index: int) -> torch.Generator:
-    """Return the CPU generator of a sample's noise. Its stream is its own: augmentation may draw as it likes."""
+    """Return the CPU generator of a sample's noise. It is independent of the random numbers of augmentation."""
     return _generator(seed, epoch, index, NOISE)
 
 
@@ -92,7 +92,7 @@ def uniform_noise(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 def pixel_statistics(in_chans: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> tuple[Floats, Floats]:
     """Return mean and standard deviation per channel, on a scale of 0 to 1.
 
-    These are the given ones; if empty, ImageNet's for 3 channels and 0.5 for other numbers.
+    If they are not given, they are ImageNet's for 3 channels and 0.5 for other numbers of channels.
     """
     usual = IMAGENET if in_chans == 3 else ((0.5,) * in_chans, (0.5,) * in_chans)
     return tuple(mean) or usual[0], tuple(std) or usual[1]
@@ -106,7 +106,7 @@ def _per_channel(values: Floats, device: torch.device) -> Tensor:
 
 @dataclass(slots=True)
 class Sample:
-    """One row of a batch, as its fields say there."""
+    """One sample of a batch; see `Batch` for the fields."""
 
     image: Tensor | list[Tensor]
     label: int | Tensor | None
@@ -117,15 +117,15 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Samples side by side.
+    """A batch of n samples.
 
-    images    uint8 `[n, C, H, W]` from the loader; float32, normalised, after `to`. A list of such tensors, one for
-              each view, where the method has several views of an image
-    labels    int64 `[n]`, or None where the source has none; masks `[n, H, W]` of a source of pairs
-    noise     `[n, R, L]`, float32 in 0..1 where the method draws no other noise, or None
-    index     int64 `[n]`: which image was asked for (one that was unreadable is replaced, label and all)
-    problems  (path, reason) of the images that were unreadable
-    mean, std of each channel
+    images     uint8 `[n, C, H, W]` from the loader; float32, normalised, after `to`. A list of such tensors, one for
+               each view, if the method uses several views of an image
+    labels     int64 `[n]`, or None if the source has no labels; masks `[n, H, W]` for a source of pairs
+    noise      `[n, R, L]`, float32 uniform in 0..1 unless the method draws other noise; or None
+    index      int64 `[n]`, the requested images (an unreadable image is replaced together with its label)
+    problems   (path, reason) of the unreadable images
+    mean, std  for each channel
     """
 
     images: Any
@@ -140,9 +140,9 @@ class Batch:
         return len(self.index)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move the batch to the device and normalise its images there, so that bytes are copied instead of floats."""
+        """Move the batch to the device and normalise its images there, so that uint8 is copied instead of floats."""
         device = torch.device(device)
-        without_waiting = device.type == "cuda"  # Metal would read the memory when it may hold something else
+        without_waiting = device.type == "cuda"  # MPS might read the memory after it was reused
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=without_waiting))
         moved.images = _each_view(moved.images, self._normalized)
         return moved
@@ -159,18 +159,18 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def posted(self, shelf: Shelf, number: int) -> Batch:
-        """Write batch `number` for another process; its tensors are in shared memory, the images first."""
+        """Put the tensors of batch `number` into shared memory for another process, the images first."""
         tensors: list[Tensor] = []
         self._each(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
         parcels: Iterator[Any] = iter(shelf.put(number, tensors))
         return self._each(lambda _: next(parcels))
 
     def opened(self) -> Batch:
-        """Read a batch that another process has written, with tensors of this process."""
+        """Copy the tensors that another process has put into shared memory to this process."""
         return self._each(lambda tensor: tensor.open() if isinstance(tensor, Parcel) else tensor)
 
     def _each(self, change: Callable[[Any], Tensor]) -> Batch:
-        """Return the batch with every tensor changed, in a fixed order: images, labels, noise, index."""
+        """Apply `change` to every tensor, in a fixed order: images, labels, noise, index."""
         images = _each_view(self.images, change)
         labels = None if self.labels is None else change(self.labels)
         noise = None if self.noise is None else change(self.noise)
@@ -178,7 +178,7 @@ class Batch:
 
 
 def _each_view(images: Any, change: Callable[[Any], Tensor]) -> Any:
-    """Change a tensor of images, or every tensor of a list."""
+    """Apply `change` to a tensor of images, or to every tensor of a list."""
     return [change(view) for view in images] if isinstance(images, list) else change(images)
 
 
@@ -207,7 +207,7 @@ def collate(samples: list[Sample], mean: Floats, std: Floats, allocate: Allocate
 def _stack_images(images_CHW: Sequence[Tensor], allocate: Allocate) -> Tensor:
     """Return `[n, C, H, W]` in memory from `allocate`.
 
-    Images leave the resize with channels last and stay so: stacking is then a plain copy.
+    Resized images are channels last and keep this memory format, so that stacking is a plain copy.
     """
     rows_HWC = [image.permute(1, 2, 0) for image in images_CHW]
     images_NHWC = torch.stack(rows_HWC, out=allocate((len(rows_HWC), *rows_HWC[0].shape), rows_HWC[0].dtype))
@@ -222,7 +222,7 @@ def _together(labels: list[Any]) -> Tensor | None:
 
 
 def _transformed(source: Source, transform: AnyTransform, image: Any, index: int) -> tuple[Any, Any]:
-    """Transform an image that was read; return it with its label: the source's, or the mask that came with it."""
+    """Transform an image; return it with its label: the source's label, or the mask of a pair."""
     if isinstance(image, Pair):
         return transform(image)  # type: ignore[arg-type, return-value]
     label = None if source.labels is None else int(source.labels[index])
@@ -230,9 +230,9 @@ def _transformed(source: Source, transform: AnyTransform, image: Any, index: int
 
 
 class Samples(Protocol):
-    """Make batches by the keys of their samples.
+    """Make batches from the keys of their samples.
 
-    An exception that the user should read is returned as a value, because one raised in a worker arrives wrapped in a
+    An error for the user is returned as a value, because an exception raised in a worker would be reported with a
     traceback. `allocate` returns uninitialised memory for the images.
     """
 
@@ -242,11 +242,11 @@ class Samples(Protocol):
 
 
 class TrainSamples(Dataset):
-    """Augmented images with mask noise, by (epoch, index): the same key is always the same sample.
+    """Augmented images with mask noise, by (epoch, index): the same key always gives the same sample.
 
     Args:
-        noise_shape: (R, L) of uniform noise, rows for each image and its number of patches; None for no noise.
-        draw_noise: Draws other noise than that, from the CPU generator of one sample.
+        noise_shape: (R, L) of uniform noise: rows per image and number of patches; None for no noise.
+        draw_noise: Draws a sample's noise from a CPU generator, instead of uniform noise.
     """
 
     def __init__(
@@ -271,16 +271,15 @@ class TrainSamples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Return the sample of (epoch, index).
 
-        An unreadable image is replaced, with its label, by the next readable one of the source and reported; the random
-        numbers stay those of the key.
+        An unreadable image is reported and replaced, with its label, by the next readable one of the source; the random
+        numbers are still those of the key.
         """
         return _last(self._steps(key))
 
     def __getitems__(self, keys: Sequence[tuple[int, int]], allocate: Allocate = empty) -> Batch | NothingReadable:
-        """Read many images in a row and then augment them in a row.
+        """Read many images and then augment them.
 
-        One by one takes nearly a tenth longer: reading and augmenting push each other's code and tables out of the
-        processor's caches.
+        Alternating between reading and augmenting takes nearly 10% longer, because of CPU cache misses.
         """
         samples: list[Sample] = []
         begun, waiting = [], 0
@@ -297,7 +296,7 @@ class TrainSamples(Dataset):
         return collate(samples, self.mean, self.std, allocate)
 
     def _steps(self, key: tuple[int, int]) -> Iterator[Any]:
-        """Yield the image that was read (and a replacement if it turns out to be damaged), then the sample."""
+        """Yield the image that was read (and its replacement if it cannot be decoded), then the sample."""
         epoch, index = key
         seed = mix(self.seed, epoch, index, AUGMENTATION)
         problems: list[tuple[str, str]] = []
@@ -305,7 +304,7 @@ class TrainSamples(Dataset):
             try:
                 image = self.source.read(shown)
                 yield image
-                torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every accelerator each time
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed all accelerators
                 np.random.seed(seed & 0xFFFFFFFF)
                 random.seed(seed)
                 pixels, label = _transformed(self.source, self.transform, image, shown)
@@ -323,7 +322,7 @@ def _last(steps: Iterator[Any]) -> Any:
 
 
 def _bytes(image: Any) -> int:
-    """Return the memory in bytes of an image, alone or with its mask."""
+    """Return the size in bytes of an image, or of an image and its mask."""
     return sum(part.nbytes for part in image) if isinstance(image, Pair) else getattr(image, "nbytes", 0)
 
 
@@ -362,7 +361,7 @@ def _has_jpeg_files(samples: Samples) -> bool:
 
 
 class Loader:
-    """Batches by their keys, from worker processes or (num_workers 0) in this one, in the order of the keys.
+    """Load batches by their keys, in order, in worker processes or (num_workers 0) in this process.
 
     Workers run until `stop`, ignore the signals that the main process handles, and have no state: if one exits, or no
     batch arrives for `timeout` seconds (0: no limit), all are restarted and loading continues at the same position.
@@ -371,15 +370,15 @@ class Loader:
     def __init__(self, samples: Samples, num_workers: int, pin_memory: bool, timeout: float = WORKER_TIMEOUT):
         self.samples, self.num_workers, self.timeout = samples, num_workers, timeout
         self.pin_memory = pin_memory and torch.cuda.is_available()
-        self._waits_since = 0.0  # on the monotonic clock; 0: nobody waits for a batch
+        self._waits_since = 0.0  # on the monotonic clock; 0: not waiting for a batch
         self._hung = False
         self._processes: list[Any] = []
         self._loader: DataLoader | None = None
         self._feed = _Feed()
         if num_workers and _has_jpeg_files(samples):
-            torchcodec_jpeg()  # here, so that the workers inherit the choice and do not each log it
-        # At exit multiprocessing ends forgotten children by a signal that these ignore, and then waits for them. This
-        # comes before that, or when the loader is no longer used.
+            torchcodec_jpeg()  # decided before the fork, so that the workers do not each log it
+        # At exit, multiprocessing sends the remaining children a signal that the workers ignore, and waits for them.
+        # The finalizer stops the workers before that, or when the loader is deleted.
         Finalize(self, _kill, args=[self._processes], exitpriority=1)
 
     def batches(self, count: int, keys: Callable[[int], list]) -> Iterator[Batch]:
@@ -416,7 +415,7 @@ class Loader:
         try:
             batch = next(stream)
             return batch if isinstance(batch, NothingReadable) else batch.opened()
-        except Exception as error:  # the error depends on the moment at which a worker exited
+        except Exception as error:  # the type of the error depends on when the worker exited
             dead = self._dead_workers()
             if not dead:
                 raise
@@ -429,7 +428,7 @@ class Loader:
             self._waits_since = 0.0
 
     def stop(self) -> None:
-        """Stop the workers, which have no state to lose."""
+        """Stop the workers. They have no state, so nothing is lost."""
         self._loader, self._hung = None, False
         _kill(self._processes)
 
@@ -438,15 +437,15 @@ class Loader:
         closed = wait([process.sentinel for process in self._processes], timeout=1)
         dead = [process for process in self._processes if process.sentinel in closed]
         for process in dead:
-            process.join()  # its pipes close a moment before it is a dead process with an exit code
+            process.join()  # its pipes close shortly before it has an exit code
         return ", ".join(f"process {process.pid}, exit code {process.exitcode}" for process in dead)
 
     def _from_workers(self, keys: Callable[[int], list], start: int, count: int) -> Iterator[Any]:
         if self._loader is None:
-            # torch advises against more workers than cores; with decoded JPEG files waiting, they do no harm.
+            # torch warns about more workers than cores. If decoded JPEG files are waiting, more workers do no harm.
             warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
             self._loader = DataLoader(
-                _Posting(self.samples, Shelf(PREFETCH * self.num_workers + 1)),  # those on their way, and the newest
+                _Posting(self.samples, Shelf(PREFETCH * self.num_workers + 1)),  # batches in flight, and the newest
                 batch_sampler=self._feed,
                 num_workers=self.num_workers,
                 prefetch_factor=PREFETCH,
@@ -454,7 +453,7 @@ class Loader:
                 pin_memory=self.pin_memory,
                 worker_init_fn=_ignore_signals,
                 persistent_workers=True,
-                generator=torch.Generator(),  # or each epoch's start would draw from the main process's random numbers
+                generator=torch.Generator(),  # else every epoch would advance the main process's random generator
             )
             if self.timeout:
                 references = weakref.ref(self), weakref.ref(self._loader)
@@ -468,9 +467,9 @@ class Loader:
 
 
 def _watch(loader: Callable[[], Loader | None], torchs: Callable[[], DataLoader | None]) -> None:
-    """Kill workers that do not deliver a batch in time.
+    """Kill workers that do not return a batch in time.
 
-    The main process may be blocked in reading from such a worker; killing it ends the wait.
+    The main process may be blocked while it reads from such a worker; killing the worker ends the wait.
     """
     while (watched := loader()) is not None and watched._loader is torchs() is not None:
         if 0 < watched._waits_since < time.monotonic() - watched.timeout:
@@ -484,7 +483,7 @@ def _watch(loader: Callable[[], Loader | None], torchs: Callable[[], DataLoader 
 
 
 class _Feed:
-    """Batch sampler of a loader that is used for several epochs: the keys that were set last."""
+    """Batch sampler of a loader that is used for several epochs: iterate over the keys that were set last."""
 
     keys: Iterator[Any] = iter(())
 
@@ -493,7 +492,7 @@ class _Feed:
 
 
 class _Posting(Dataset):
-    """What the workers of a loader hold: samples by the number of a batch and its keys, sent off by a shelf."""
+    """The data set of a loader's workers: return the batch of (number, keys) through shared memory."""
 
     def __init__(self, samples: Samples, shelf: Shelf):
         self.samples, self.shelf = samples, shelf
@@ -508,7 +507,7 @@ def _kill(processes: list[Any]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
-        process.join(10)  # one that waits for a dead file system does not even end when it is killed
+        process.join(10)  # a process blocked in file system access may not end even when killed
     processes.clear()
 
 
@@ -530,11 +529,11 @@ def _ignore_signals(worker: int) -> None:
 
 @contextlib.contextmanager
 def _safe_to_start_workers() -> Iterator[None]:
-    """Start worker processes without a moment in which a signal could end one, or a death could strike this process.
+    """Return a context for starting worker processes that is safe with respect to signals.
 
-    Signals stay blocked until the newborn ignores them. And torch's handler for the death of a child is taken out
-    again: it raises wherever the main process happens to be, in the middle of an update too. The loader itself notices
-    a death within seconds, when it waits for the next batch.
+    Signals are blocked until the new workers ignore them. torch's SIGCHLD handler is removed after the start, because
+    it would raise an exception at any point of the main process, even within an update. The loader itself detects an
+    exited worker within seconds, when it waits for the next batch.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     on_child = signal.getsignal(signal.SIGCHLD)
@@ -549,7 +548,7 @@ def _safe_to_start_workers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Return a context that keeps the random state of the main process: samples have their own seeds."""
+    """Return a context that preserves the random state of the main process, because samples seed the generator."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -560,7 +559,10 @@ def _own_randomness() -> Iterator[None]:
 
 
 def suggested_batch(images: int, processes: int) -> int:
-    """Return the largest power of two times `processes` of which an epoch has at least four; at least `processes`."""
+    """Return the largest batch size with at least four batches per epoch that is a power of two times `processes`.
+
+    It is at least `processes`.
+    """
     size = processes
     while size * 8 <= images:
         size *= 2
@@ -568,11 +570,12 @@ def suggested_batch(images: int, processes: int) -> int:
 
 
 class Batches:
-    """A rank's share of every epoch.
+    """A rank's batches of every epoch.
 
-    Global batch b of T = batch_size x accum x world_size images is positions b T to (b + 1) T of the epoch's
-    permutation. Its micro step a on rank r takes `batch_size` positions from b T + (a world_size + r) batch_size on.
-    The images that fill no global batch are left out of the epoch (another permutation leaves out others).
+    Global batch b of T = batch_size x accum x world_size images consists of positions b T to (b + 1) T of the epoch's
+    permutation. Its micro step a on rank r uses `batch_size` positions, starting at b T + (a world_size + r)
+    batch_size. The last images, which do not fill a global batch, are left out of the epoch; they differ from epoch to
+    epoch.
     """
 
     def __init__(
@@ -602,10 +605,7 @@ class Batches:
         self._loader = Loader(samples, num_workers, pin_memory, worker_timeout)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the micro-batches of an epoch, `accum` per optimizer step.
-
-        Those before `start_step` are not read.
-        """
+        """Yield the micro-batches of an epoch, `accum` per optimizer step, beginning with step `start_step`."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"step {start_step} of an epoch of {self.steps_per_epoch} steps")
         rows = self._rows(epoch)[start_step * self.accum :]
@@ -641,7 +641,7 @@ def eval_batches(
     worker_timeout: float = WORKER_TIMEOUT,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Yield all samples once, or those of `indices` (for example the share of a rank), in order.
+    """Yield all samples once, or only those of `indices` (for example a rank's share), in order.
 
     Unreadable images are left out and logged; a batch without any readable image is not yielded.
     """

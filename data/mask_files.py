@@ -1,4 +1,4 @@
-"""Files of masks: the values they store, and what class each value stands for.
+"""Read mask files, and map the stored values to classes.
 
 H W rows and columns of a mask
 """
@@ -17,15 +17,15 @@ from data.images import NUMPY, blamed_on, orientation_of, pillow_reads_tiff
 from data.tiff import is_tiff, tiff_values
 from options import SegmentOptions
 
-IGNORE = -1  # the class of pixels that are ignored, in a mask that was read
-IGNORED = 255  # the stored value of such pixels, unless ignore_label says otherwise
+IGNORE = -1  # class of ignored pixels, in a mask that was read
+IGNORED = 255  # stored value of ignored pixels, unless ignore_label is set
 GREY_PNG = b"\x89PNG\r\n\x1a\n", 0  # the first bytes, and the colour type
 NUMBER_MODES = {"1": "1 bit", "L": "grey", "P": "palette", "I;16": "16 bit", "I;16B": "16 bit", "I": "16 bit"}
 MOST_LISTED = 8  # values in a message
 
 
 def ignored_value(options: SegmentOptions) -> int | None:
-    """Return the stored value that is ignored, as given or by default; None where every value is of a class."""
+    """Return the stored value that is ignored, as given or by default; None if no value is ignored."""
     if options.ignore_label is not None:
         return options.ignore_label
     words = options.mask_values
@@ -34,22 +34,22 @@ def ignored_value(options: SegmentOptions) -> int | None:
 
 @dataclass(frozen=True)
 class Coding:
-    """How the values stored in a mask are read.
+    """Mapping of the values stored in a mask to classes.
 
-    Values are the classes' numbers, from 0 on, or from 1 on with `reduce_zero`, where 0 is ignored; or those that
-    `values` lists in the order of the classes. With `colours` a value is a colour, 65536 red + 256 green + blue.
+    The values are class indices from 0, or with `reduce_zero` from 1, where 0 is ignored; or `values` lists the value
+    of each class. With `colours` a value is a colour, 65536 red + 256 green + blue.
     """
 
     classes: int
     ignore: int
-    """The value of pixels that are ignored; -1: none."""
+    """Value of ignored pixels; -1: none."""
     reduce_zero: bool
     values: tuple[int, ...] = field(default=(), repr=False)
     colours: bool = field(default=False, repr=False)
 
     @classmethod
     def of(cls, options: SegmentOptions, classes: int) -> Coding:
-        """Build the coding that `options` ask for. ValueError where they do not fit the number of classes."""
+        """Create the coding for `options`. Raises ValueError if they do not match the number of classes."""
         words = options.mask_values
         colours = bool(words) and words[0].startswith("#")
         try:
@@ -71,18 +71,18 @@ class Coding:
         return cls(classes, ignore, options.dataset == "ade20k" or options.reduce_zero_label, values, colours)
 
     def class_of(self, number: int) -> str:
-        """Return what a stored value means: the number of a class, or why it has none."""
+        """Describe a stored value: the number of its class, or why it has none."""
         return self.show(self.values[number] if self.values else number + self.reduce_zero)
 
     def show(self, value: int) -> str:
-        """Return a stored value as it is written in options and messages."""
+        """Format a stored value for options and messages."""
         return f"#{value:06x}" if self.colours else str(value)
 
     def classes_of(self, numbers_HW: np.ndarray) -> np.ndarray:
-        """Return int16 `[H, W]`, each pixel's class or IGNORE.
+        """Return each pixel's class or IGNORE, int16 `[H, W]`.
 
         Raises:
-            ValueError: Naming the values that are neither a class nor ignored.
+            ValueError: If there are values that are neither a class nor ignored.
         """
         numbers_HW = numbers_HW.astype(np.int32)
         if self.values:
@@ -110,17 +110,17 @@ class Coding:
 
 
 def read_mask(path: str, colours: bool = False) -> tuple[np.ndarray, str]:
-    """Read the values stored in a mask's file.
+    """Read the values stored in a mask file.
 
     Args:
-        path: Of the file.
-        colours: Whether colours are values, 65536 red + 256 green + blue.
+        path: The mask file.
+        colours: Whether a value is a colour, 65536 red + 256 green + blue.
 
     Returns:
-        Integers `[H, W]`, upright as EXIF says, and what kind of file it is.
+        Integers `[H, W]` after EXIF orientation, and the kind of file.
 
     Raises:
-        BadImage: For another file, or values that cannot be class numbers.
+        BadImage: If it is not a mask file, or its values cannot be class indices.
     """
     with blamed_on(path):
         data = Path(path).read_bytes()
@@ -140,7 +140,7 @@ def read_mask(path: str, colours: bool = False) -> tuple[np.ndarray, str]:
 
 
 def _numbers(picture: Image.Image, data: bytes, colours: bool) -> tuple[np.ndarray, str]:
-    """Return the values of a mask that Pillow has opened, and what kind of file it is."""
+    """Return the values of a mask that Pillow has opened, and the kind of file."""
     if colours:
         red, green, blue = np.asarray(picture.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
         return (red << 16) + (green << 8) + blue, "colour"
@@ -155,7 +155,7 @@ def _numbers(picture: Image.Image, data: bytes, colours: bool) -> tuple[np.ndarr
     if kind == "1 bit":
         numbers_HW = numbers_HW.astype(np.uint8)
     elif kind == "grey" and (bits := _bits_of_grey_png(data)) < 8:
-        numbers_HW = numbers_HW // (255 // (2**bits - 1))  # Pillow has spread 2 and 4 bits over 0 to 255
+        numbers_HW = numbers_HW // (255 // (2**bits - 1))  # Pillow scales 2 and 4 bits to 0..255
     return numbers_HW, kind
 
 
@@ -166,10 +166,10 @@ NUMBERS_WANTED = (
 
 
 def _grey_of_colours(values_HWC: np.ndarray, mode: str) -> np.ndarray:
-    """Return the one value of each pixel whose colours are equal.
+    """Convert a mask stored in colour to grey values.
 
     Raises:
-        ValueError: If the colours differ, or some pixels are transparent.
+        ValueError: If the channels of a pixel differ, or some pixels are transparent.
     """
     alpha = values_HWC[..., -1] if mode in ("RGBA", "LA") else None
     colours_HWC = values_HWC if alpha is None else values_HWC[..., :-1]
@@ -191,7 +191,7 @@ def _grey_of_colours(values_HWC: np.ndarray, mode: str) -> np.ndarray:
 
 
 def _whole_numbers(values: np.ndarray) -> np.ndarray:
-    """Return the values of an array `[H, W]` or `[H, W, 1]` as integers. ValueError where they are not such numbers."""
+    """Convert an array `[H, W]` or `[H, W, 1]` to integers. Raises ValueError if values are not integers."""
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
     if values.ndim != 2 or 0 in values.shape:

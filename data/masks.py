@@ -1,13 +1,13 @@
 """Open and check images with masks, which contain the class of every pixel.
 
-    DATA/images/{train,val}/a.jpg       DATA/masks/{train,val}/a.png             with classes.txt, a name a line
+    DATA/images/{train,val}/a.jpg       DATA/masks/{train,val}/a.png             with classes.txt, one name per line
     DATA/images/a.jpg                   DATA/masks/a.png                         a random share is held out for testing
     ADE/images/{training,validation}/   ADE/annotations/{training,validation}/   ADEChallengeData2016 as it is unpacked
 
-A mask contains the class index of each pixel: a grey file of 1, 8 or 16 bits, one with a palette, whose indices are
-used and not the colours, or a `.npy` array. `mask_values` maps other stored values, or colours, to classes. EXIF
-orientation is applied to images and masks. Every mask is checked before training: invalid image-mask pairs are reported
-by name, and values that contradict the class list are refused.
+A mask contains the class index of each pixel. It is a grey image of 1, 8 or 16 bits, an image with a palette (the
+indices are used, not the colours), or a `.npy` array. `mask_values` maps other stored values, or colours, to classes.
+EXIF orientation is applied to images and masks. Every mask is checked before training: invalid image-mask pairs are
+reported by name, and values that contradict the class list are errors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MASK_FOLDERS = ("masks", "annotations")
 WANTED = f"a folder images, and a folder {' or '.join(MASK_FOLDERS)}"
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 REAL_AREA = (
-    0.01  # of all pixels. Outlines drawn as "ignore" fill about 5% (Pascal VOC), stray pixels far less than this
+    0.01  # share of all pixels; outlines drawn as "ignore" have about 5% (Pascal VOC), stray pixels far less than 1%
 )
 
 
@@ -60,7 +60,7 @@ T = TypeVar("T")
 
 
 class Processes(Protocol):
-    """The processes of a run, of which each checks its share of the masks."""
+    """The processes of a run, each of which checks its share of the masks."""
 
     @property
     def rank(self) -> int: ...
@@ -87,7 +87,7 @@ def _read_pair(root: str, images: Sequence[str], masks: Sequence[str], coding: C
 
 
 def _other_size(mask: Sequence[int], image: Sequence[int], orientation: int) -> str:
-    """Return what is wrong with a mask of another size than its image, whose size is that after turning."""
+    """Return the error message for a mask whose size differs from its image's; the latter is after EXIF orientation."""
     found = f"it has {mask[0]} x {mask[1]} pixels, and its image {image[0]} x {image[1]}"
     if orientation > 4 and tuple(mask) == tuple(image[::-1]):
         found += (
@@ -111,17 +111,17 @@ class _Folder:
     channels: int
     selection: str
     value_range: list[float] = field(default_factory=list)
-    """Of images of more than 8 bits; the split that is opened first decides it, where it is empty."""
+    """Value range of images of more than 8 bits; if empty, it is chosen when the first split is opened."""
     confirmed: bool = True
-    """Whether the options say which value is ignored."""
+    """Whether the ignored value is set by the options."""
 
     def split(self, split: str) -> str:
         """Return the folder of a split's images, below `images`, ignoring case; "" if there is none.
 
-        Test images may have no masks: then they evaluate nothing.
+        Test images without masks are ignored.
 
         Raises:
-            ValueError: Other images have no masks, or two folders name the split.
+            ValueError: Other images have no masks, or two folders have the name of the split.
         """
         inside = visible_folders(os.path.join(self.root, "images"))
         names = [name for name in inside if split_named(name) == (split, True)]
@@ -167,7 +167,7 @@ def _path(root: str, names: Sequence[str], index: int) -> str:
 
 
 def _by_stem(folder: str, what: str, suffixes: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return the files below a folder by name without suffix; raise ValueError for duplicates, or if there are none."""
+    """Return the files below a folder by name without suffix. Raises ValueError for duplicates or an empty folder."""
     found: dict[str, str] = {}
     for name in sorted(images_below(folder)):
         stem, suffix = os.path.splitext(name)
@@ -217,14 +217,14 @@ def _open_folder(options: SegmentOptions) -> _Folder:
 
 @dataclass(frozen=True)
 class _Look:
-    """What was found in one mask."""
+    """The result of checking one mask."""
 
     problem: str = ""
     kind: str = ""
     orientation: int = 1
-    """EXIF orientation of its image."""
+    """EXIF orientation of the image."""
     values: dict[int, int] = field(default_factory=dict)
-    """Pixels of each stored value."""
+    """Number of pixels of each stored value."""
 
 
 def _look(folder: _Folder, image: str, mask: str) -> _Look:
@@ -260,10 +260,10 @@ def _check(
         int64 `[n, K]`, the pixels of each class in each mask.
 
     Raises:
-        ValueError: Naming masks that cannot be trained on, or values that cannot be what the class list says.
+        ValueError: If masks are invalid, or their values contradict the class list.
     """
     mine = range(processes.rank, len(source), processes.world_size)
-    with ThreadPoolExecutor(max(1, threads)) as pool:  # decoding lets go of Python's lock
+    with ThreadPoolExecutor(max(1, threads)) as pool:  # decoding releases the GIL
         found = list(pool.map(lambda n: (n, _look(folder, source.names[n], masks[n])), mine))
     looks = [look for _, look in sorted(sum(processes.gather(found), []), key=lambda each: each[0])]
     total = Counter[int]()
@@ -287,7 +287,7 @@ def _check(
 
 
 def _report(folder: _Folder, looks: Sequence[_Look], total: Counter[int]) -> None:
-    """Log what the masks hold."""
+    """Log the values in the masks."""
     kinds = Counter(look.kind for look in looks)
     sum_ = total.total()
     shares = [
@@ -359,9 +359,9 @@ def _mapping_hint(coding: Coding, total: Counter[int]) -> str:
 
 
 def _size(path: str) -> tuple[int, int, int] | None:
-    """Return rows and columns of an image, upright, and its EXIF orientation, from its header.
+    """Return rows and columns of an image after EXIF orientation, and the orientation, from its header.
 
-    None where that cannot be read, which is reported when the image is.
+    None if the header cannot be read; this is reported when the image is read.
     """
     try:
         if path.lower().endswith(".npy"):
@@ -370,7 +370,7 @@ def _size(path: str) -> tuple[int, int, int] | None:
         with Image.open(path) as picture:
             rows, columns, orientation = picture.height, picture.width, orientation_of(picture)
             return (columns, rows, orientation) if orientation > 4 else (rows, columns, orientation)
-    except Exception:  # broken files raise many types
+    except Exception:  # broken files raise many types of errors
         return None
 
 
@@ -463,7 +463,7 @@ def _open_pairs(options: SegmentOptions, processes: Processes) -> tuple[Source, 
 
 
 def _slice(source: Source, share: float, options: SegmentOptions, what: str) -> tuple[Source, Source]:
-    """Return (what is left, a share of the images): at least one image each, and whole groups with `group_by`.
+    """Return (remaining images, a share of the images): at least one image each, and complete groups with `group_by`.
 
     Raises:
         ValueError: There are not two images, or not two groups.

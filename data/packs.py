@@ -1,14 +1,13 @@
-"""Packs: a split's images in a few large files, read by memory map. Made once by `tools.pack`.
+"""Packs: the images of a split in a few large files, which are memory-mapped. Created by `tools.pack`.
 
     PACK/train/pack.json          source, recipe, classes, and the sha256 of every other file
                index.npy          one row per image: position, size if raw, label, size and time of its source file
                names.bin          names of the images, each terminated by a zero byte
-               shard-00000.bin    images one after the other: image files, or raw uint8 pixels
+               shard-00000.bin    concatenated images: image files, or raw uint8 pixels
                verified.json      the shards that were hashed, with their size and time
 
-A pack is written shard by shard, each atomically, so that an interrupted packing can be resumed. Opening a pack
-verifies
-it: every hash at the first use on a disk, and sizes and times of files at later ones.
+A pack is written shard by shard, each atomically, so that an interrupted packing can be resumed. A pack is verified
+when it is opened: all hashes the first time on a disk, sizes and times of the files later.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ ROW = np.dtype(
         ("shard", "<u4"),
         ("offset", "<u8"),
         ("bytes", "<u8"),
-        ("rows", "<u4"),  # of raw pixels; 0 for an image file
+        ("rows", "<u4"),  # rows of raw pixels; 0 for an image file
         ("columns", "<u4"),
-        ("label", "<i8"),  # -1 where there are no labels
-        ("source_bytes", "<u8"),  # of the image's own file, 0 where it has none
+        ("label", "<i8"),  # -1 without labels
+        ("source_bytes", "<u8"),  # size of the image's file; 0 if it has none
         ("source_time", "<i8"),
     ]
 )
@@ -53,9 +52,9 @@ ROW = np.dtype(
 class Recipe:
     """How images are stored.
 
-    short_side  pixels of the shorter side, to which larger images are reduced; 0: sizes are unchanged
-    quality     JPEG quality (4:2:0); 0: the file of each image is copied, or a lossless one written
-    raw         store pixels instead of files: larger, and nothing to decode
+    short_side  maximum pixels of the shorter side, to which larger images are resized; 0: sizes are unchanged
+    quality     JPEG quality (4:2:0); 0: the image's file is copied, or stored without loss if it has none
+    raw         store pixels instead of files: larger, but without decoding
     channels    channels of the pixels
     """
 
@@ -77,7 +76,7 @@ class Recipe:
             raise ValueError(f"JPEG has 1 or 3 channels, not {self.channels}: pack them raw, or with size 0, quality 0")
 
     def store(self, array_HWC: np.ndarray, file: bytes | None) -> tuple[bytes, int, int]:
-        """Return what to store of an image, and its rows and columns (0 for an unchanged file).
+        """Return the bytes to store for an image, and its rows and columns (0 for an image file).
 
         The original file is stored if it is not larger than the JPEG file would be and has the same number of pixels.
         """
@@ -118,13 +117,13 @@ class Pack:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything stored."""
+        """Return a hash of the complete content."""
         return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
 
     def reader(self, channels: int) -> Callable[..., np.ndarray]:
-        """Return a function from an image's number to uint8 `[H, W, channels]`; raw pixels are mapped, not copied.
+        """Return a function of an image's index that returns uint8 `[H, W, channels]`; raw pixels are not copied.
 
-        It takes `lazy` as a keyword, see `data.images.decode`.
+        It has the keyword argument `lazy`, see `data.images.decode`.
         """
         recipe = Recipe(**self.manifest["recipe"])
         if recipe.raw and recipe.channels != channels:
@@ -151,7 +150,7 @@ def _read(folder: str, index: np.ndarray, channels: int, number: int, lazy: bool
     return stored.reshape(rows, columns, channels) if rows else decode(stored.tobytes(), channels, name, lazy=lazy)
 
 
-@functools.cache  # one map a shard and process
+@functools.cache  # one memory map per shard and process
 def _mapped(path: str) -> np.ndarray:
     return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
@@ -161,7 +160,7 @@ def shard_name(number: int) -> str:
 
 
 def is_pack(folder: str | Path) -> bool:
-    """Return whether `folder` contains a pack of a split, finished or not."""
+    """Return whether `folder` contains a pack of a split, complete or not."""
     return os.path.isfile(os.path.join(folder, MANIFEST)) or os.path.isfile(os.path.join(folder, PLAN))
 
 
@@ -206,7 +205,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _changed(folder: Path, files: dict[str, dict], found: dict[str, list[int]]) -> list[str]:
-    """Describe files with another hash. Files with the size and time of an earlier check are not hashed again."""
+    """Describe the files whose hash is wrong. Files with the size and time of an earlier check are not hashed again."""
     try:
         verified = json.loads((folder / VERIFIED).read_text())
     except (OSError, ValueError):
@@ -241,7 +240,7 @@ def sha256(path: Path) -> str:
 
 @dataclass
 class Packing:
-    """A pack in creation, from images read by `read(number)`; `path(number)`, if any, is the file."""
+    """Create a pack from images read by `read(number)`; `path(number)` is the image's file, if it has one."""
 
     folder: Path
     recipe: Recipe
@@ -262,7 +261,7 @@ class Packing:
         return self.folder / f"shard-{shard:05d}.json"
 
     def missing(self) -> list[int]:
-        """Return the shards that are not complete: without a note, or with another size than noted."""
+        """Return the incomplete shards: those without a note, or whose size differs from it."""
 
         def done(shard: int) -> bool:
             file = self.folder / shard_name(shard)
@@ -274,7 +273,7 @@ class Packing:
         return [shard for shard in range(self.shards) if not done(shard)]
 
     def write(self, shard: int) -> int:
-        """Write a shard, read it back, and note it. Return its number of images, unreadable ones included."""
+        """Write a shard, verify it, and write its note. Return its number of images, including unreadable ones."""
         rows, problems, offset = [], [], 0
         with atomic_write(self.folder / shard_name(shard), sync=True) as target:
             for image in self.images_of(shard):
@@ -306,14 +305,14 @@ class Packing:
         return *self.recipe.store(self.read(image), file), size, time
 
     def _read_back(self, shard: int, rows: list[list[int]]) -> None:
-        """Raise OSError unless every image of the shard can be read from the disk."""
+        """Raise OSError unless every image of the shard can be read from disk."""
         index = np.array([tuple(row[1:]) for row in rows], ROW)
         for number in range(len(rows)):
             try:
                 _read(str(self.folder), index, self.recipe.channels, number)
             except BadImage as error:
                 raise OSError(f"{error.path}, just written, cannot be read back: {error.reason}") from error
-        _mapped.cache_clear()  # or each written shard stays mapped
+        _mapped.cache_clear()  # else each written shard stays mapped
 
     def _notes(self) -> list[dict[str, Any]]:
         return [json.loads(self._note(shard).read_text()) for shard in range(self.shards)]
@@ -323,7 +322,7 @@ class Packing:
         return [problem for note in self._notes() for problem in note["left_out"]]
 
     def finish(self, source: dict[str, Any], classes: list[str] | None) -> None:
-        """Merge the notes of all shards into index and manifest. `classes`: names of the labels, or None."""
+        """Merge the notes of all shards into the index and pack.json. `classes`: names of the labels, or None."""
         notes = self._notes()
         rows = [row for note in notes for row in note["rows"]]
         np.save(self.folder / INDEX, np.array([tuple(row[1:]) for row in rows], ROW))

@@ -1,9 +1,9 @@
-"""Generated scenes with exact masks: shapes on textured ground. Nothing to download, the same on every machine.
+"""Synthetic scenes with exact masks: shapes on a textured background. No download, the same on every machine.
 
-A scene is a function of its number alone. Every class has a form and a texture of its own, and prefers a hue, though
-nearly half of the shapes have one that another class may have too. They are turned and placed anywhere, and later ones
-hide earlier ones. The ground may have any colour and is most of the picture: predicting "ground" everywhere is correct
-for 80% of the pixels, and has a mean IoU of 13%.
+A scene is a function of its number only. Every class has its own form, texture and range of hues; the ranges overlap,
+so that nearly half of the shapes have a hue that another class may have too. Shapes have random rotations and
+positions, and later ones cover earlier ones. The background may have any colour and fills most of the image: predicting
+background everywhere is correct for 80% of the pixels, and has a mean IoU of 13%.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from data.images import picture_pixels
 ROWS, COLUMNS = 64, 96
 CLASSES = ("ground", "disc", "square", "triangle", "ring", "cross")
 SIZES = {"train": 1000, "val": 100}
-HUES = 0.13  # of the circle, to each side of a class's own hue; with 0.1 the hues of classes do not overlap
+HUES = 0.13  # maximum distance from a class's hue (the circle is 1); with 0.1 the hues of classes do not overlap
 _KEYS = {"train": 0, "val": 1}
 
 
-@functools.lru_cache(maxsize=sum(SIZES.values()))  # 24 kB each, and as slow to draw as a photograph to decode
+@functools.lru_cache(maxsize=sum(SIZES.values()))  # 24 kB each; drawing takes as long as decoding a photograph
 def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the image, uint8 `[64, 96, 3]`, and the class of each pixel, uint8 `[64, 96]`; both read-only."""
     drawn = np.random.RandomState([_KEYS[split], index])  # a legacy generator, whose stream never changes
@@ -51,7 +51,7 @@ def image(split: str, channels: int, index: int) -> np.ndarray:
 
 
 def _form(name: str, across: np.ndarray, down: np.ndarray, cells: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the inside of a shape with about unit radius, and the brighter half of its texture."""
+    """Return two boolean arrays: the inside of a shape with a radius of about 1, and the bright part of its texture."""
     far = np.hypot(across, down)
     if name == "disc":
         return far < 1, np.sin(np.pi * cells * across) > 0  # stripes
@@ -68,7 +68,7 @@ def _form(name: str, across: np.ndarray, down: np.ndarray, cells: float) -> tupl
 
 
 def _shape_colours(drawn: np.random.RandomState, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a darker and a brighter shade of a hue near the class's; the five hues are evenly spaced."""
+    """Draw a dark and a bright colour of a random hue near the class's hue; the five hues are evenly spaced."""
     hue = (number / 5 + drawn.uniform(-HUES, HUES)) % 1
     saturation, value = drawn.uniform(0.55, 1), drawn.uniform(0.7, 1)
     bright = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))

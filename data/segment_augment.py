@@ -1,9 +1,9 @@
 """Augment images with masks for segmentation: scale, crop, flip and colour distortion.
 
-The recipe that published ADE20K numbers share (MMSegmentation's): resized at random between half and twice the size at
-which images are evaluated, cropped so that no class fills most of the crop if possible, mirrored, distorted in
-brightness, contrast, saturation and hue as for SSD, and padded on the right and below. Everything is drawn from torch's
-generator, which the sample's seed has set.
+The recipe is MMSegmentation's, which published ADE20K results use: resize at random between half and twice the
+evaluation size, crop so that no class fills most of the crop if possible, flip, distort brightness, contrast,
+saturation and hue as for SSD, and pad on the right and below. All random numbers are drawn from torch's default
+generator, which is seeded for each sample.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torchvision.transforms.v2 import functional as pixels
 from data.images import Pair, PairTransform
 from data.masks import IGNORE
 
-LONG = 4  # the longer side's limit, in short sides: images are resized to fit 2048 x 512
+LONG = 4  # maximum ratio of the long side to `short_side`: images are resized to fit 2048 x 512
 CROPS = 10  # attempts to find a crop that no class fills
-BRIGHTNESS, CONTRAST, HUE = 32.0, (0.5, 1.5), 0.1  # grey levels, factors (of the saturation too), part of the circle
+BRIGHTNESS, CONTRAST, HUE = 32.0, (0.5, 1.5), 0.1  # grey levels; factors (also of saturation); part of the circle
 
 
 def fitted(size: Sequence[int], short_side: float) -> tuple[int, int]:
     """Return rows and columns of an image resized to `short_side`.
 
-    The short side is less if the long side would exceed four times `short_side`.
+    The short side is smaller if the long side would otherwise exceed four times `short_side`.
     """
     factor = min(short_side / min(size), LONG * short_side / max(size))
     rows, columns = (max(1, int(side * factor + 0.5)) for side in size)
@@ -112,7 +112,7 @@ def resize_image(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_mask(mask_HW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a mask: the class at the centre of each new pixel."""
+    """Resize a mask: each pixel of the result has the class at its centre."""
     rows, columns = (
         ((torch.arange(new) + 0.5) * (old / new)).long() for new, old in zip(size, mask_HW.shape, strict=True)
     )
@@ -122,7 +122,7 @@ def resize_mask(mask_HW: Tensor, size: tuple[int, int]) -> Tensor:
 def place_crop(mask_HW: Tensor, size: tuple[int, int], max_class_share: float) -> tuple[int, int]:
     """Return top and left of a random crop; a crop in which one class exceeds the maximum share is drawn again.
 
-    After ten attempts the last one is used.
+    After ten attempts the last crop is used.
     """
     for _ in range(CROPS):
         room = [max(0, length - crop) + 1 for length, crop in zip(mask_HW.shape, size, strict=True)]
@@ -137,10 +137,10 @@ def place_crop(mask_HW: Tensor, size: tuple[int, int], max_class_share: float) -
 
 
 def distort(image_CHW: Tensor) -> Tensor:
-    """Change brightness, contrast (before or after the colours, at random), saturation and hue, each with probability
-    0.5.
+    """Distort brightness, contrast, saturation and hue at random, each with probability 0.5.
 
-    Saturation and hue are those of HSV, and for 3 channels only.
+    The contrast is changed before or after the colours, at random. Saturation and hue are those of HSV, and are changed
+    for 3 channels only.
     """
 
     def coin() -> bool:

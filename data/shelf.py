@@ -1,9 +1,9 @@
 """Reused shared memory for batches from worker processes to the training process.
 
-New shared memory is zeroed and mapped page by page on both sides, which takes longer than filling it with a batch of
-images. Instead there are a few places, each a file in memory that both sides keep mapped. A worker stacks the images of
-a batch in the place assigned to it, and the training process copies them before the place is assigned to another batch.
-Places grow to the size of the largest batch. They are not limited by a small /dev/shm.
+New shared memory is zeroed and mapped page by page in both processes, which takes longer than filling it with a batch
+of images. Instead there are a few places, each an in-memory file that both processes keep mapped. A worker stacks the
+images of a batch in the place assigned to it, and the training process copies them before the place is assigned to
+another batch. Places grow to the size of the largest batch. They are not limited by a small /dev/shm.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SPARE = 2**20  # bytes by which a place grows beyond what it must hold
+SPARE = 2**20  # bytes that a growing place reserves in addition
 ALIGNED = 64  # bytes
 
 _shelves: weakref.WeakValueDictionary[int, Shelf] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
-Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]  # shape and type to an uninitialised tensor
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]  # returns an uninitialised tensor of a shape and dtype
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -57,8 +57,10 @@ class Parcel:
 
 
 class Shelf:
-    """A number of `places` for batches; 0 if the system has no files in memory. Create it before forking the workers;
-    workers that are started otherwise see a shelf without places."""
+    """A number of `places` for batches; 0 if the system has no in-memory files.
+
+    It must be created before the workers are forked. In workers that are not forked it has no places.
+    """
 
     def __init__(self, places: int):
         self.number = next(_numbers)
@@ -71,7 +73,7 @@ class Shelf:
         return {"files": [], "mapped": []}
 
     def allocator(self, number: int) -> Allocate:
-        """Return a function that allocates the first tensors of batch `number`, in order, where `put` leaves them."""
+        """Return a function that allocates the first tensors of batch `number` in its place, in the order of `put`."""
         if not self.files:
             return empty
         tensors: list[Tensor] = []
@@ -89,7 +91,7 @@ class Shelf:
         parcels = self.parcels(number, tensors)
         for parcel, tensor in zip(parcels, tensors, strict=True):
             there = self.look(parcel)
-            if there.data_ptr() != tensor.data_ptr():  # or it was created there
+            if there.data_ptr() != tensor.data_ptr():  # else it was created in its place
                 there.copy_(tensor)
         return parcels
 
@@ -105,7 +107,7 @@ class Shelf:
         return parcels
 
     def look(self, parcel: Parcel) -> Tensor:
-        """Return the tensor in its place."""
+        """Return the tensor in shared memory, without a copy."""
         if len(self.mapped[parcel.place]) < parcel.offset + parcel.bytes:
             self.mapped[parcel.place] = torch.frombuffer(mmap.mmap(self.files[parcel.place], 0), dtype=torch.uint8)
         stored = self.mapped[parcel.place][parcel.offset : parcel.offset + parcel.bytes]

@@ -1,8 +1,8 @@
 """Open image data: folders, list files, tar shards, torchvision and Hugging Face data sets, embedded digits.
 
 Each of them is opened as a `Source`: names, labels if there are any, and a function that reads an image by its index.
-All have random access, so that a run resumes exactly; streaming data sets are refused for that reason. Ambiguous cases
-(is this folder labelled?) are decided by documented rules and logged, together with what was left out.
+All have random access, so that a run resumes exactly; streaming data sets are not supported for this reason. Ambiguous
+cases (is this folder labelled?) are resolved by documented rules and logged, together with what was left out.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ CALTECH_TRAIN, CALTECH_TEST = 30, 50  # images of each class, as in the literatu
 class Names(Sequence[str]):
     """A sequence of strings in one block of bytes.
 
-    Loader workers are forked and share the main process's memory until it is written to. Reading a `str` changes its
-    reference count, so each worker that walks through a list of a million paths copies all of it. Two large buffers
-    without pointers stay shared, and are smaller.
+    Forked loader workers share the memory of the main process until it is written to. Reading a `str` changes its
+    reference count, so each worker would copy a list of a million paths when it reads it. Two large buffers without
+    pointers stay shared, and are smaller.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -103,7 +103,7 @@ class Source:
     selection sha256 of the class list or of the pack; or ""
     path      index of an image -> its file, if each image has its own file
     class_pixels int64 `[n, K]`, pixels of each class in each mask, if they were counted
-    value_range lowest and highest value, which become 0 and 255, of files of more than 8 bits; ()
+    value_range lowest and highest value of files of more than 8 bits, which become 0 and 255; or ()
     read_lazily as `read`, but JPEG files may be returned as `data.images.Undecoded`; None if there are no files
     notes     messages for the user on how the images were found
     problem   reason why no classifier can be trained on the labels, or on images without labels; or ""
@@ -126,7 +126,7 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of names, labels and class list. It does not depend on the location of the folder."""
+        """Return the sha256 of names, labels and class list. It does not depend on the location of the folder."""
         digest = hashlib.sha256(self.selection.encode())
         for name in self.names:
             digest.update(os.fsencode(name) + b"\0")
@@ -164,19 +164,19 @@ def open_source(
 
     Args:
         dataset: `auto` or one of the kinds below.
-        data_path: Folder, file or word that is read.
+        data_path: Folder, file or name that is opened.
         split: `train`, `val` or `test`. Without validation images `val` is the test images, unless `exact` is set.
         in_chans: Channels of the images.
-        class_list: Use these classes of a folder, labelled in that order: a file of folder names, one a line, the word
-            `imagenet100`, or a sequence.
+        class_list: Use these classes of a folder, labelled in this order: a file of folder names, one per line, the
+            name `imagenet100`, or a sequence.
         known: Classes of the training images, to which folders of another split are matched by name.
-        value_range: Scales files of more than 8 bits; by default it is decided from a sample, see `data.depth`.
+        value_range: Scale of files of more than 8 bits; by default it is chosen from a sample, see `data.depth`.
         label_offset: Index of the first class in a list or in label files; None: 0.
         exact: Raise NoSplit if there are no validation images, even if there are test images.
 
     Raises:
         NoSplit: There are no images of this split.
-        ValueError: The data cannot be used; the message says why.
+        ValueError: The data cannot be used.
 
     dataset           data_path      what is read
     auto              anything       digits, a list (.txt), a tar shard (.tar), a pack or a folder, by data_path
@@ -184,10 +184,10 @@ def open_source(
     digits            -              scikit-learn's 1797 handwritten digits, 8 x 8 pixels
     scenes            -              generated scenes of data/scenes.py, 64 x 96 pixels, unlabelled
     LIST.txt          "" or DATA     one path per line, with or without a label; relative to DATA or to the list
-    torch/cifar10 ... DATA           one of torchvision's data sets, already unpacked there
+    torch/cifar10 ... DATA           one of torchvision's data sets, already unpacked in DATA
     hfds/NAME         "" or a cache  a Hugging Face data set (package `datasets`), which is downloaded if necessary
     wds, wds/SHARDS   DATA           tar shards of WebDataset or of class folders; SHARDS may contain * and {00..99}
-    pack              PACK           what tools.pack made (`auto` recognises it)
+    pack              PACK           a pack created by tools.pack (`auto` recognises it)
     """
     dataset, data_path = os.path.expanduser(dataset), os.path.expanduser(data_path)
     if dataset == "auto":
@@ -318,7 +318,7 @@ def _open_folder(wanted: _Wanted) -> Source:
             why = f"class list {class_list if isinstance(class_list, str) else 'as given'}, sha256 {selection}"
         else:
             why = "a folder for each class of the training images"
-        if not names and not class_list:  # its folders have other names, or it is flat
+        if not names and not class_list:  # other names of folders, or no folders
             found = _walk_without(root, others)
             names, labels, classes, notes = found.names, None, None, []
             problem = why = f"no folder is named like a class of the training images, such as {wanted.known[0]}"  # type: ignore[index]
@@ -363,13 +363,13 @@ def _split_folder(data_path: str, split: str) -> tuple[str, list[str]]:
         root = os.path.join(above, splits[split])
         inside = visible_folders(root)
         if len(inside) == 1 and split_named(inside[0]) == (split, True) and not holds_images(root):
-            root = os.path.join(root, inside[0])  # unpacked into a folder of its own name: train/train
+            root = os.path.join(root, inside[0])  # a nested folder of the same name: train/train
         return root, []
     if split == "train" and "train" not in splits:
         others = sorted(splits.values())
         beside = set(visible_folders(above)) - set(others)
         if others and not beside and not holds_images(above):
-            return data_path, []  # nothing else: the folder is meant as it is
+            return data_path, []  # there are no other folders
         return above if others else data_path, others
     names = (*SPLIT_WORDS["val"], "test") if split == "val" else SPLIT_WORDS.get(split, (split,))
     held = contents_of(data_path)
@@ -385,7 +385,7 @@ def _no_folder(data_path: str) -> str:
 
 
 def _walk_without(root: str, others: Sequence[str]) -> Found:
-    """Find all images below `root` that are not in the folders `others`, those of other splits."""
+    """Find all images below `root` that are not in `others`, the folders of other splits."""
     found = walk(root)
     if others:
         found.names = [name for name in found.names if name.split("/")[0] not in others]
@@ -405,7 +405,7 @@ def _looks_of(classes: Sequence[str]) -> list[str]:
 
 
 def class_folders_without_images(data_path: str, split: str) -> list[str]:
-    """Return the folders of a split that look like classes and hold no image: most often an unfinished copy."""
+    """Return the folders of a split that look like classes but contain no image, as after an incomplete copy."""
     root, others = _split_folder(data_path, split)
     names = [name for name in visible_folders(root) if name not in others]
     found = {name: walk(os.path.join(root, name)) for name in names}
@@ -418,11 +418,11 @@ def _selected_classes(
     """Find the images of these classes, in their order, below `root` or below the only folder in it, and so on.
 
     Args:
-        strict: Refuse a class that is not there.
-        others: Ignore folders of other classes, which are refused otherwise if there are images in them.
+        strict: Raise ValueError if a class has no folder.
+        others: Ignore folders of other classes; otherwise raise ValueError if they contain images.
 
     Returns:
-        What was found, the labels, and notes.
+        The files, the labels, and notes.
     """
     base, prefix = root, ""
     folders = visible_folders(root)
@@ -458,7 +458,7 @@ def _selected_classes(
 
 
 def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
-    """Return the classes, and the sha256 of them one a line, of a file, of the word `imagenet100`, or of a sequence."""
+    """Return the classes of a file, of the name `imagenet100` or of a sequence, and the sha256 of the list."""
     if isinstance(class_list, str):
         path = IMAGENET100 if class_list == "imagenet100" else Path(class_list)
         if not path.is_file():
@@ -493,7 +493,7 @@ def _file(root: str, names: Sequence[str], index: int) -> str:
 
 
 def _open_list(wanted: _Wanted) -> Source:
-    """Open a text file with an image's path a line, perhaps followed by a tab or spaces and a label (a number or word).
+    """Open a text file with one image path per line, optionally followed by a tab or spaces and a label.
 
     The val split of `lists/train.txt` is `lists/val.txt`.
     """
@@ -557,7 +557,7 @@ def _repeated(path: Path, rows: Sequence[tuple[str, str | None]]) -> list[str]:
 
 
 def _path_and_label(line: str) -> tuple[str, str | None]:
-    """Split a list's line. Spaces may also be part of a path: a line that ends like an image's name has no label."""
+    """Split a line of a list. Spaces may be part of a path: a line that ends with the name of an image has no label."""
     if "\t" in line:
         path, label = line.rsplit("\t", 1)
         return path.strip(), label.strip()
@@ -629,11 +629,11 @@ def _same_source(pack: Pack) -> None:
 
 def _open_digits(split: str, in_chans: int) -> Source:
     """Open scikit-learn's handwritten digits; "val" is a quarter of the images of each digit, drawn with seed 0."""
-    from sklearn.datasets import load_digits  # imported here, because this takes long
+    from sklearn.datasets import load_digits  # imported here because this is slow
 
     split = official_split("digits", split)
     digits = load_digits()
-    drawn = np.random.RandomState(0)  # the stream of this legacy generator is guaranteed not to change
+    drawn = np.random.RandomState(0)  # a legacy generator, whose stream is guaranteed not to change
     groups = [drawn.permutation(np.flatnonzero(digits.target == digit)) for digit in range(10)]
     held_out = np.concatenate([group[: len(group) // 4] for group in groups])
     chosen = np.sort(held_out) if split == "val" else np.setdiff1d(np.arange(len(digits.target)), held_out)
@@ -663,7 +663,7 @@ _BOTH_TEST: dict[str, list[dict[str, Any]]] = _TRAIN_TEST | {"train": [{"split":
 
 
 def _with(splits: dict[str, list[dict[str, Any]]], **more: Any) -> dict[str, list[dict[str, Any]]]:
-    """Return the splits with further arguments, which make torchvision's defaults explicit."""
+    """Add arguments to the splits, which make torchvision's defaults explicit."""
     return {split: [ask | more for ask in asks] for split, asks in splits.items()}
 
 
@@ -721,7 +721,7 @@ def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> S
 def _caltech101_split(labels: np.ndarray, classes: list[str], split: str) -> tuple[np.ndarray, str]:
     """Return (indices, description) of a split: 30 images per class for training, at most 50 others for testing.
 
-    Each class is drawn with a seed from its name, so that changes of other classes have no effect.
+    Each class is drawn with a seed computed from its name, so that changes of other classes have no effect.
     """
     chosen = []
     for label, name in enumerate(classes):
@@ -739,7 +739,7 @@ def _torchvision_labels(dataset: Any) -> np.ndarray:
     """Return the labels of a torchvision data set without decoding images; the attribute has one of four names."""
     found = next(getattr(dataset, name) for name in ("targets", "labels", "_labels", "y") if hasattr(dataset, name))
     labels = np.asarray(found).astype(np.int64)
-    return labels[:, 0] if labels.ndim == 2 else labels  # QMNIST's rows start with the digit
+    return labels[:, 0] if labels.ndim == 2 else labels  # in QMNIST the first column is the digit
 
 
 def _read_torchvision(dataset: Any, names: Sequence[str], in_chans: int, index: int) -> np.ndarray:
@@ -762,7 +762,7 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
         table = datasets.load_dataset(name, split=theirs, cache_dir=cache or None)
     except NoSplit:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set with a script, which is not run
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: data set scripts are not supported
         raise ValueError(f"hfds/{name} cannot be opened: {error}") from error
     image_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     label_key = next((key for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)), None)
@@ -794,7 +794,7 @@ def _read_hugging_face(
 
 
 def _open_shards(wanted: _Wanted, pattern: str) -> Source:
-    """Open tar files with random access: headers are read once, then images by their offset."""
+    """Open tar files with random access: the headers are read once, then images are read by their offset."""
     data_path = wanted.data_path
     shards, named = find_shards(pattern, data_path, wanted.split)
     log.info("data: indexing %d tar shards in %s", len(shards), data_path)

@@ -1,10 +1,10 @@
-"""Which labelled images train a classifier, which choose its best epoch, and which evaluate it.
+"""Split labelled images into those that train a classifier, select its best epoch, and evaluate it.
 
-Published numbers are mostly the best epoch on the test images, which flatters. Here the best epoch is chosen on other
-images where there are enough: on the split `val` where there is a `test` beside it, else on a slice of the training
-images. Where there is neither `val` nor `test`, a share of the images is set aside for testing. Subsets take the same
-number or share of each class, and are fixed by a seed: a smaller one is part of a larger one. With `group_by` images of
-one group (a film, a patient) are never on both sides of such a split.
+Many published results select the best epoch on the test images, which is optimistically biased. Here the best epoch is
+selected on other images if there are enough: on the split `val` if there is also a `test`, otherwise on a part of the
+training images. If there is neither `val` nor `test`, a share of the images is held out for testing. Subsets contain
+the same number or share of each class, and are fixed by a seed: a smaller subset is part of a larger one. With
+`group_by`, images of one group (a film, a patient) are never on both sides of a split.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TEST, VAL, HELD_OUT = "the test images", "the split val", "held-out training images"
-CLASSES = "classes.txt"  # of a run's folder: the name of each class, in the order of the logits
-MEAN_CLASS_ACC = ("torch/oxford_iiit_pet", "torch/caltech101")  # the literature averages these over classes
-LEAST, LEAST_PER_CLASS = 20, 2  # minimum number of images on which the best epoch is chosen
+CLASSES = "classes.txt"  # in a run folder: the name of each class, in the order of the logits
+MEAN_CLASS_ACC = ("torch/oxford_iiit_pet", "torch/caltech101")  # the literature reports the mean accuracy per class
+LEAST, LEAST_PER_CLASS = 20, 2  # minimum number of images on which the best epoch is selected
 MOST = 4  # at most one in MOST images of a class is held out to reach that minimum
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training images; those on which the best epoch is chosen, and what they are; those that evaluate."""
+    """Training images, images that select the best epoch with their description, and test images."""
 
     train: Source
     choice: Source
@@ -51,10 +51,10 @@ class Splits:
 
 
 def open_splits(options: ClassifierOptions) -> Splits:
-    """Open the images that `options` name, with one numbering of classes.
+    """Open the images that `options` name; classes have the same indices in all splits.
 
     Raises:
-        ValueError: The images cannot be learned from.
+        ValueError: If the images cannot be used for training.
     """
     whole = _training_images(options)
     classes = whole.classes or []
@@ -89,7 +89,7 @@ def open_splits(options: ClassifierOptions) -> Splits:
 def _choose(
     options: ClassifierOptions, train: Source, val: Source | None, test: Source | None
 ) -> tuple[Source, Source, str]:
-    """Return (training images, images on which the best epoch is chosen, what these are)."""
+    """Return (training images, images that select the best epoch, description of the latter)."""
     if val and test:
         return train, val, VAL
     if not options.holdout:
@@ -115,7 +115,7 @@ def _choose(
 
 
 def least_held_out(classes: int) -> int:
-    """Return how many images a best epoch should at least be chosen on."""
+    """Return the minimum number of images on which the best epoch should be selected."""
     return max(LEAST, LEAST_PER_CLASS * classes)
 
 
@@ -123,12 +123,13 @@ def divide(source: Source, share: float, seed: int, group_by: str, what: str) ->
     """Split off a share of each class's images.
 
     Args:
-        share: Of each class, raised to `least_held_out` images in all where every class has four times its part.
+        share: Share of each class; increased to `least_held_out` images in total if that takes at most a quarter of
+            each class.
         group_by: See `groups_of`.
-        what: The option that asks for it, for messages.
+        what: The option that requests it, for messages.
 
     Returns:
-        What is left, and the share.
+        The remaining images, and the share.
     """
     labels, groups = _labels(source), groups_of(source, group_by)
     least = least_held_out(len(np.unique(labels)))
@@ -145,10 +146,10 @@ def divide(source: Source, share: float, seed: int, group_by: str, what: str) ->
 
 
 def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
-    """Open the images that evaluate, alone.
+    """Open the test images only.
 
-    Their classes are numbered as the `trained` ones of the same names, because a class may be missing here; where names
-    are others, in their own order.
+    Their classes have the indices of the `trained` classes with the same names, because a class may be missing here. If
+    the names differ, classes keep their own order.
     """
     train = Source([], _nothing, np.empty(0, np.int64), trained or None)
     for split in ("test", "val"):
@@ -156,7 +157,7 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
             test = open_split(options, split, known=trained or None, exact=True)
         except NoSplit:
             continue
-        if test.labels is None:  # its folders may have names of their own
+        if test.labels is None:  # the folders may have other names
             test = open_split(options, split, exact=True)
         if test.labels is None:
             log.warning("the %s images have no labels (%s) and are not evaluated", split, test.problem)
@@ -186,7 +187,8 @@ def subset(labels: np.ndarray, share: float, per_class: int, seed: int, groups: 
     """Select `per_class` images of each class, or a `share` of them (rounded, at least one).
 
     Args:
-        groups: Number of each image's group; complete groups are selected, until each class has at least this many.
+        groups: Number of each image's group; complete groups are selected until each class has at least this many
+            images.
 
     Returns:
         Indices, in order.
@@ -204,11 +206,11 @@ def subset(labels: np.ndarray, share: float, per_class: int, seed: int, groups: 
 def hold_out(
     labels: np.ndarray, share: float, seed: int, *, least: int = 0, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out `share` of each class, at least one image, none of a single one.
+    """Hold out `share` of each class, at least one image; none of a class with a single image.
 
     Args:
-        least: Images to hold out in all; for that a class gives up to a quarter of its images.
-        groups: Number of each image's group; groups are held out whole.
+        least: Minimum number of images in total; to reach it, up to a quarter of each class is held out.
+        groups: Number of each image's group; complete groups are held out.
 
     Returns:
         Indices to train on and indices held out, in order.
@@ -235,10 +237,10 @@ def hold_out(
 def whole_groups(
     labels: np.ndarray, groups: np.ndarray, wanted: dict[int, int], seed: int, keep: bool = False
 ) -> np.ndarray:
-    """Select whole groups, in random order, while they hold images of a class that has fewer than `wanted`.
+    """Select complete groups, in random order, if they contain a class with fewer than `wanted` selected images.
 
     Args:
-        keep: Leave images of every class unselected.
+        keep: Leave at least one image of every class unselected.
     """
     left = {label: int((labels == label).sum()) for label in wanted}
     missing, chosen = dict(wanted), []
@@ -265,7 +267,7 @@ def groups_of(source: Source, group_by: str) -> np.ndarray | None:
 
     Args:
         group_by: `folder`, the folder of an image; or a regular expression with one group, which is searched
-            in the image's name; "" for none.
+            in the image's name; "" for no groups.
 
     Returns:
         The number of each image's group, or None without groups.
@@ -295,7 +297,7 @@ def groups_of(source: Source, group_by: str) -> np.ndarray | None:
 
 
 def check_groups(source: Source, group_by: str) -> None:
-    """Log how many groups there are. ValueError where every class is one group, which no split could divide."""
+    """Log the number of groups. Raises ValueError if every class is one group, so that no class can be split."""
     groups = groups_of(source, group_by)
     if groups is None:
         return
@@ -314,7 +316,7 @@ def check_groups(source: Source, group_by: str) -> None:
 def warn_of_split_folders(
     names: Sequence[str], chosen: np.ndarray, what: str, labels: np.ndarray | None = None
 ) -> None:
-    """Log where a random split puts images of one folder on both sides, unless folders are classes."""
+    """Log a warning if a random split puts images of one folder on both sides, unless folders are classes."""
     folders = np.array([os.path.dirname(name) for name in names])
     inside = np.zeros(len(names), bool)
     inside[chosen] = True
@@ -336,7 +338,7 @@ def _warn_of_split_folders(train: Source, chosen: np.ndarray, options: Classifie
 
 
 def _warn_of_overlap(train: Source, other: Source) -> None:
-    """Log how many images are listed for training and for evaluation."""
+    """Log a warning with the number of images that are listed for both training and evaluation."""
     both = set(train.names) & set(other.names)
     if both:
         log.warning("%d of %d test images are also training images: %s", len(both), len(other), some(sorted(both)))
@@ -344,12 +346,12 @@ def _warn_of_overlap(train: Source, other: Source) -> None:
 
 def _shuffled(labels: np.ndarray, seed: int) -> list[tuple[int, np.ndarray]]:
     """Yield each class with its images in random order."""
-    drawn = np.random.RandomState(seed)  # a legacy generator, because its stream is promised never to change
+    drawn = np.random.RandomState(seed)  # a legacy generator, whose stream is guaranteed not to change
     return [(int(label), drawn.permutation(np.flatnonzero(labels == label))) for label in np.unique(labels)]
 
 
 def take(source: Source, indices: np.ndarray) -> Source:
-    """Return the source of a part of the images."""
+    """Return a source with the images `indices`."""
     return replace(
         source,
         names=Names(source.names[index] for index in indices),
@@ -366,7 +368,7 @@ def _taken(of_number: Callable[[int], T], indices: np.ndarray, index: int) -> T:
 
 
 def write_lists(splits: Splits, folder: Path) -> None:
-    """Write the names of the classes, and of the images of each part, into a run's folder."""
+    """Write the names of the classes, and of the images of each split, into a run folder."""
     write_text(folder / CLASSES, "".join(f"{name}\n" for name in splits.train.classes or []))
     lists = {"train": splits.train, "choice": splits.choice, "test": splits.test}
     for name, source in lists.items():
@@ -390,7 +392,7 @@ def _is_folder(options: ClassifierOptions) -> bool:
 
 
 def _training_images(options: ClassifierOptions) -> Source:
-    """Open the training images. ValueError where their labels cannot be learned from."""
+    """Open the training images. Raises ValueError if they have no valid labels."""
     source = open_split(options, "train")
     if source.problem or source.labels is None:
         reason = source.problem or "the data set has none"
@@ -403,7 +405,7 @@ def _training_images(options: ClassifierOptions) -> Source:
 
 
 def _evaluation_images(options: ClassifierOptions, split: str, train: Source) -> Source | None:
-    """Open the split with the class numbers of `train`; None where there is none, or it has no labels."""
+    """Open the split with the class indices of `train`; None if there is no such split, or it has no labels."""
     try:
         source = open_split(options, split, known=train.classes, exact=True)
     except NoSplit:
@@ -415,13 +417,13 @@ def _evaluation_images(options: ClassifierOptions, split: str, train: Source) ->
 
 
 def like(known: Source, other: Source, what: str = "validation") -> Source:
-    """Return `other` with the class numbers of `known`, where a class may have no images.
+    """Return `other` with the class indices of `known`; classes may be missing in `other`.
 
     Args:
-        what: Which images `other` are, for messages.
+        what: Description of `other`, for messages.
 
     Raises:
-        ValueError: `other` has classes that `known` has not.
+        ValueError: `other` has classes that `known` does not have.
     """
     classes, labels = known.classes or [], _labels(other)
     if other.classes and other.classes != classes:

@@ -1,6 +1,6 @@
-"""TIFF files that Pillow cannot read, or would read wrongly: many bands, floats, more than 8 bits in several bands.
+"""Read TIFF files that Pillow cannot read correctly: many bands, floats, more than 8 bits in several bands.
 
-The packages `tifffile` and `imagecodecs` (requirements/tiff.txt) read them; they are only needed for such files.
+This requires the packages `tifffile` and `imagecodecs` (requirements/tiff.txt), which are not needed for other files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SPATIAL = "YX"
 
 
 def is_tiff(data: bytes) -> bool:
-    """Return whether the bytes start a TIFF file."""
+    """Return whether the bytes are the start of a TIFF file."""
     return data.startswith(TIFF_STARTS)
 
 
 def pillow_reads(picture: Image.Image) -> bool:
-    """Return whether Pillow gives all bands of an opened TIFF file with all their bits."""
+    """Return whether Pillow returns all bands and all bits of an opened TIFF file."""
     tags: Any = picture.tag_v2  # type: ignore[attr-defined]
     bits, samples = tuple(tags.get(BITS, (1,))), tags.get(SAMPLES, 1)
     kind = tags.get(FORMAT, (UNSIGNED,))[0]
@@ -34,7 +34,7 @@ def pillow_reads(picture: Image.Image) -> bool:
 
 
 def _is_stack(picture: Any) -> bool:
-    """Return whether a file holds several pages of one size, which Pillow would show the first of."""
+    """Return whether a file contains several pages of one size, of which Pillow would read only the first."""
     if getattr(picture, "n_frames", 1) == 1:
         return False
     size = picture.size
@@ -46,11 +46,11 @@ def tiff_values(data: bytes, channels: int) -> np.ndarray:
     """Read the first image of a TIFF file as stored.
 
     Returns:
-        `[H, W, bands]`, of the file's own type; bands are those of the file, or one page each.
+        `[H, W, bands]` with the file's dtype; the bands are those of the file, or its pages.
 
     Raises:
-        ValueError: If the packages are missing, or the file holds something else than `channels` bands (one band or
-            RGB colours also serve for 1, 3 and 4 channels).
+        ValueError: If the packages are missing, or the file does not have `channels` bands (one band or RGB colours
+            are also accepted for 1, 3 and 4 channels).
     """
     try:
         import tifffile
@@ -79,5 +79,5 @@ def tiff_values(data: bytes, channels: int) -> np.ndarray:
     (band_axis,) = (place for place, axis in enumerate(axes) if axis not in SPATIAL)
     values = np.moveaxis(values, band_axis, -1)
     if colours and alpha and values.shape[-1] == 4 and channels in (1, 3):
-        values = values[..., :3]  # as for other files, transparency is dropped
+        values = values[..., :3]  # transparency is dropped, as for other files
     return values

@@ -1,7 +1,7 @@
 """Several augmented views of one image: random crops with colour jitter, grey, blur and solarisation.
 
-The operations are torchvision's on uint8 `[C, H, W]`, except the Gaussian blur, which is separable here. Like all
-transforms of the project they draw from torch's default CPU generator, which the loader seeds for every sample.
+The operations are torchvision's on uint8 `[C, H, W]`, except the Gaussian blur, which is separable here. All random
+numbers are drawn from torch's default CPU generator, which the loader seeds for every sample.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from options.crop import Crop
 
 log = logging.getLogger(__name__)
 
-SOLARIZE_FROM = 128  # values from here on are inverted
+SOLARIZE_FROM = 128  # values of at least this are inverted
 
 MakeViews = Callable[[np.ndarray | Image.Image], list[Tensor]]
 MakeView = Callable[[np.ndarray | Image.Image], Tensor]
 
 
 def is_plain(crop: Crop) -> bool:
-    """Return whether a crop is only cut, resized bicubically and flipped, as in masked image modelling."""
+    """Return whether a crop is only resized (bicubic) and flipped, as in masked image modelling."""
     altered = (crop.jitter_prob and any(crop.jitter)) or crop.grayscale or crop.blur or crop.solarize
     return not altered and crop.interpolation == "bicubic" and crop.count == 1
 
 
 def make_views(crops: Sequence[Crop], in_chans: int) -> MakeViews:
-    """Make the transform from an image uint8 `[H, W, C]` to the views that `crops` describe.
+    """Create the transform from an image uint8 `[H, W, C]` to the views that `crops` describe.
 
-    Each view is uint8 `[C, rows, columns]`. Colour jitter and conversion to grey are defined for 3 channels. For other
-    numbers they are left out, which is logged; one channel keeps the jitter of brightness and contrast.
+    Each view is uint8 `[C, rows, columns]`. Colour jitter and conversion to grey require 3 channels. For other numbers
+    of channels they are left out, which is logged; for one channel, brightness and contrast are still jittered.
     """
     _warn_of_missing_colours(crops, in_chans)
     return functools.partial(_views, crops=tuple(crops), in_chans=in_chans)
 
 
 def make_view(crop: Crop, in_chans: int) -> MakeView:
-    """Make the transform from an image uint8 `[H, W, C]` to one view uint8 `[C, rows, columns]`, as `make_views`."""
+    """Create the transform from an image uint8 `[H, W, C]` to one view uint8 `[C, rows, columns]`; see `make_views`."""
     _warn_of_missing_colours((crop,), in_chans)
     return functools.partial(augmented_crop, crop=crop, in_chans=in_chans)
 
@@ -63,7 +63,7 @@ def _views(image: np.ndarray | Image.Image, *, crops: Sequence[Crop], in_chans: 
 
 
 def augmented_crop(image: np.ndarray | Image.Image, crop: Crop, in_chans: int) -> Tensor:
-    """Cut one random crop and augment it, in the order jitter, grey, blur, solarize, flip."""
+    """Take one random crop and apply jitter, grey, blur, solarize and flip, in this order."""
     view = random_resized_crop(image, crop.size, crop.scale, crop.interpolation)
     if in_chans in (1, 3) and _happens(crop.jitter_prob):
         brightness, contrast, saturation, hue = crop.jitter
@@ -79,7 +79,7 @@ def augmented_crop(image: np.ndarray | Image.Image, crop: Crop, in_chans: int) -
 
 
 def _happens(probability: float) -> bool:
-    """Draw whether; nothing is drawn for what never happens."""
+    """Return True with the given probability. No random number is drawn if it is 0."""
     return probability > 0 and torch.rand(()).item() < probability
 
 
@@ -88,7 +88,7 @@ def _uniform(low: float, high: float) -> float:
 
 
 def jitter_colours(image: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
-    """Change brightness, contrast and saturation by factors within 1 -+ strength, and the hue, in random order."""
+    """Change brightness, contrast and saturation by factors within 1 ± strength, and shift the hue, in random order."""
     changes: list[tuple[Callable[[Tensor, float], Tensor], float]] = []
     for strength, adjust in (
         (brightness, pixels.adjust_brightness),
@@ -106,13 +106,13 @@ def jitter_colours(image: Tensor, brightness: float, contrast: float, saturation
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Blur uint8 `[C, H, W]` by a Gaussian of `sigma` pixels, cut off at 3 sigma; edge pixels are repeated outwards."""
+    """Blur uint8 `[C, H, W]` by a Gaussian of `sigma` pixels, truncated at 3 sigma, with replicate padding."""
     radius = max(1, math.ceil(3 * sigma))
     densities = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma).square())
     weights = (densities / densities.sum()).tolist()
     blurred = F.pad(image[None].float().contiguous(), [radius] * 4, mode="replicate")[0]
     for axis, size in ((1, image.shape[1]), (2, image.shape[2])):
-        # A sum of shifted images: several times faster than the convolution of a few channels.
+        # A sum of shifted images is several times faster than a convolution for a few channels.
         total = blurred.narrow(axis, 0, size) * weights[0]
         for place, weight in enumerate(weights[1:], start=1):
             total.add_(blurred.narrow(axis, place, size), alpha=weight)

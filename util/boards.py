@@ -1,6 +1,6 @@
-"""Write curves and pictures to TensorBoard and Weights & Biases, with the same names and steps.
+"""Write curves and images to TensorBoard and Weights & Biases, with the same names and steps.
 
-Both packages are imported only where they are used.
+Both packages are imported only if they are used.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ WANDB_FILE = "wandb.json"
 
 
 class Board(Protocol):
-    """Shows curves and pictures. Every method may fail, see `util.logging.RunLog`."""
+    """Interface of a logger of curves and images. Every method may fail, see `util.logging.RunLog`."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add a point to each of the curves `GROUP/NAME`, all of one group."""
+        """Add a point to each of the curves `GROUP/NAME`; all are in one group."""
 
     def picture(self, name: str, image_HWC: Tensor, step: int) -> None:
-        """Add a uint8 picture `[H, W, 3]`."""
+        """Add a uint8 image `[H, W, 3]`."""
 
     def close(self, failed: bool) -> None:
-        """Write what is left."""
+        """Write pending data and close the files or the connection; `failed`: the run ended with an error."""
 
 
 class TensorBoard:
-    """Event files in the run folder. What an earlier start wrote after `step` is hidden."""
+    """Event files in the run folder. Points that an earlier start wrote after `step` are hidden."""
 
     def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -54,10 +54,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, which is resumed where the run folder names one.
+    """A run of Weights & Biases, which is resumed if the run folder contains its id.
 
-    Each group of curves has an axis of its own, `GROUP/step`, because groups count differently (updates, epochs) and
-    wandb's own step may never decrease, which it does when a run resumes from its last save.
+    Each group of curves has its own axis, `GROUP/step`, because groups have different units (updates, epochs), and
+    because wandb's own step must not decrease, as it does when a run resumes from its last checkpoint.
 
     Args:
         folder: The run folder. The run's id is kept there in wandb.json, and wandb's files in `wandb/`.
@@ -85,7 +85,7 @@ class WeightsAndBiases:
         self._groups: set[str] = set()
 
     def _axis(self, name: str) -> str:
-        """Return the name of the axis of a curve or picture; declare it at first use."""
+        """Return the name of the axis of a curve or image; define it at first use."""
         group, _, curve = name.partition("/")
         axis = f"{group}/step"
         if group not in self._groups:
@@ -115,12 +115,14 @@ def _stored_id(folder: Path, project: str) -> str:
 
 
 def open_boards(folder: Path, step: int, wandb_project: str, config: Mapping[str, Any]) -> dict[str, Board]:
-    """Open TensorBoard, and Weights & Biases for a project, by name. One that cannot be opened is left out and logged.
+    """Open TensorBoard and, if a project is given, Weights & Biases; return the boards by name.
+
+    A board that cannot be opened is logged and left out.
 
     Args:
         folder: The run folder.
         step: Optimizer steps already done.
-        wandb_project: Empty: without Weights & Biases.
+        wandb_project: Project of Weights & Biases; "": do not use it.
         config: Options of the run.
     """
     boards: dict[str, Board] = {}

@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, flushed to disk, verified before they are loaded.
 
-A file is a plain `torch.save` archive of tensors, numbers, strings, lists and dicts, which `weights_only` loading reads
-without executing anything. The checksums of the archive are verified first, because `torch.load` does not detect
-flipped bits.
+A file is a `torch.save` archive of tensors, numbers, strings, lists and dicts, which can be loaded with `weights_only`,
+so that no code is executed. The checksums of the archive are verified first, because `torch.load` does not detect bit
+errors.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def keep_previous(folder: Path) -> None:
-    """Link `last.pth` to `previous.pth`, to resume from if its successor is damaged.
+    """Create the link `previous.pth` to `last.pth`, from which a run resumes if the next `last.pth` is damaged.
 
-    On a file system without hard links the latest epoch file serves instead.
+    On a file system without hard links the latest epoch file is used instead.
     """
     if (folder / LAST).exists():
         link(folder / LAST, folder / PREVIOUS, or_copy=False)
@@ -86,7 +86,7 @@ def verify(path: Path) -> None:
 
 
 def file_of(path: str | Path) -> Path:
-    """Return the checkpoint meant by a path: a file, or a run folder, whose latest checkpoint is taken.
+    """Return the checkpoint file for a path: the file itself, or the latest checkpoint of a run folder.
 
     Raises CheckpointError if there is none.
     """
@@ -135,9 +135,9 @@ def _read(path: Path) -> Any:
 
 
 def program_of(state: Mapping[str, Any]) -> str:
-    """Return which program wrote a checkpoint: "pretrain", "finetune", "probe" or "segment".
+    """Return the program that wrote a checkpoint: "pretrain", "finetune", "probe" or "segment".
 
-    Earlier versions did not store it; there the options that only one program has decide.
+    Earlier versions did not store it; then it is derived from the options that only one program has.
     """
     if "program" in state:
         return state["program"]
@@ -146,7 +146,7 @@ def program_of(state: Mapping[str, Any]) -> str:
 
 
 def program_at(path: str | Path) -> str:
-    """Return which program wrote a file; "" for the weights of another project."""
+    """Return the program that wrote a file; "" for the weights of another project."""
     return program_of(load(path)) if load_model(path)[1] else ""
 
 
@@ -196,13 +196,14 @@ def options_of(path: str | Path, *names: str) -> dict[str, Any]:
 
 
 def inherited(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that the checkpoint named in `given` decides; {} for the weights of another project.
+    """Return the options that are inherited from the checkpoint named in `given`; {} for weights of another project.
+
+    If another number of channels is given, the mean and deviation of each channel are the averages over the encoder's
+    channels.
 
     Args:
-        schema: the options of a program; `INHERITS` and `INHERITS_EVAL` list the names.
-        given: option names and their values as typed.
-
-    Where another number of channels is given, each channel gets the average mean and deviation of the encoder's.
+        schema: The options of a program; `INHERITS` and `INHERITS_EVAL` list the names.
+        given: Option names and their values as given on the command line.
     """
     if str(given.get("eval", "false")).lower() == "true":
         # The run's own data, unless other data are given.

@@ -1,4 +1,4 @@
-"""Whether `--compile` can work here: it needs a C++ compiler for a CPU, and a C compiler beside Triton for a GPU."""
+"""Check whether `torch.compile` works here: it needs a C++ compiler for a CPU, Triton and a C compiler for a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 def compiles(device: torch.device) -> bool:
-    """Return whether arithmetic can be compiled for the device; if not, the reason is logged."""
+    """Return whether models can be compiled for the device; if not, the reason is logged."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:

@@ -17,10 +17,10 @@ METRIC = "miou"
 
 
 def confusion(masks: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Count pixels by true class and predicted class, int64 `[K, K]`; pixels of IGNORE are not counted."""
+    """Count pixels by true class and predicted class, int64 `[K, K]`; pixels of class IGNORE are not counted."""
     cells = classes**2
     cell = torch.where(masks == IGNORE, cells, masks * classes + predicted).flatten()
-    # Not bincount, nor an index of those that count: on a GPU their sizes are waited for.
+    # bincount and boolean indexing would synchronise a GPU, because the sizes of their results depend on the data.
     counts = torch.zeros(cells + 1, dtype=torch.int64, device=masks.device)
     return counts.scatter_add_(0, cell, torch.ones_like(cell))[:cells].view(classes, classes)
 
@@ -28,7 +28,7 @@ def confusion(masks: Tensor, predicted: Tensor, classes: int) -> Tensor:
 def figures_of(confusion_KK: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """Compute mean IoU, mean accuracy and pixel accuracy in percent, and IoU, accuracy and pixels `per_class`.
 
-    A class that is neither in a mask nor predicted has no IoU and is left out of the mean; one in no mask has no
+    A class that is neither in a mask nor predicted has no IoU and is left out of the mean; a class in no mask has no
     accuracy.
     """
     matrix = confusion_KK.cpu().double()

@@ -1,4 +1,4 @@
-"""When a run saves and when it stops: every process decides the same."""
+"""Decide when a run saves and when it stops, equally in all processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Decisions:
         self.saved()
 
     def saved(self) -> None:
-        """Start the time to the next save."""
+        """Restart the time to the next save."""
         self._saved_at = time.monotonic()
 
     def after_step(self, step: int) -> int:
@@ -53,5 +53,5 @@ class Decisions:
 
     @property
     def reason(self) -> str:
-        """The signal behind a stop."""
+        """Name of the signal that requested the stop."""
         return self._stop.signal.name if self._stop.signal else "another process's signal"

@@ -79,7 +79,7 @@ class NoDevice(ValueError):  # noqa: N818 - it says what is wrong
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises NoDevice when it is not there."""
+    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises NoDevice if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda"):
@@ -129,12 +129,12 @@ def start(device: str, timeout_minutes: float = 10.0) -> Iterator[Processes]:
 
 
 def _meeting_place(rank: int, processes: int, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
-    """Return a store without entries of earlier attempts, and the store through which it was found.
+    """Return a new store without entries of earlier attempts, and the store that contains its port.
 
     torchrun's store outlives the processes that it restarts, and addresses of exited processes in it prevent new ones
     from connecting (torch 2.14). Therefore rank 0 opens a new store and writes its port to the old one; a port that
     does not respond belongs to an earlier attempt. The caller keeps both stores open, because without torchrun rank 0
-    also serves the old one.
+    is also the server of the old one.
     """
     old, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=processes, timeout=timeout))
     host = os.environ["MASTER_ADDR"]
@@ -156,7 +156,7 @@ def _meeting_place(rank: int, processes: int, timeout: datetime.timedelta) -> tu
 
 
 class Agreement:
-    """Combine one integer per step of every rank to the maximum, available a step later (at once with one process)."""
+    """Compute the maximum over ranks of one integer per step; it is available one step later (one process: at once)."""
 
     def __init__(self, processes: Processes):
         self._alone = processes.world_size == 1

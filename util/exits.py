@@ -1,4 +1,4 @@
-"""How a program may end: exit codes, the exceptions behind them, and the messages."""
+"""Exit codes of the programs, their exceptions, and their messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Options = TypeVar("Options")
 
 
 class Interrupted(Exception):
-    """A signal asked for a stop, and everything is saved."""
+    """The run was stopped by a signal, and everything is saved."""
 
 
 class CannotSave(RuntimeError):
@@ -34,11 +34,11 @@ class CannotSave(RuntimeError):
 
 
 class TooManyBadImages(ValueError):
-    """More images cannot be read than the run may replace."""
+    """More images cannot be read than the run is allowed to replace."""
 
 
 class Ending(NamedTuple):
-    """How a program ended before it was done: its exit code, and a message with its level."""
+    """The end of a program that did not finish: exit code, and a message with its level."""
 
     code: int
     level: int
@@ -46,7 +46,7 @@ class Ending(NamedTuple):
 
 
 def ending_of(error: BaseException) -> Ending | None:
-    """Return how `error` ends a program; None for a bug, which keeps its traceback."""
+    """Return the ending for an exception; None for a bug, which is reported with its traceback."""
     match error:
         case AlreadyFinished():
             return Ending(EXIT_DONE, logging.INFO, str(error))
@@ -66,12 +66,12 @@ def ending_of(error: BaseException) -> Ending | None:
 
 
 def is_bug(error: BaseException | None) -> bool:
-    """Return whether an exception is a bug of the program although its type is that of wrong input."""
+    """Return whether an exception is a bug of the program although it has the type of an input error."""
     return isinstance(error, ValueError) and not isinstance(error, TooManyBadImages | NothingReadable)
 
 
 def log_record(error: BaseException) -> logging.LogRecord:
-    """Make the last line of a log file: the message, or for a bug the traceback."""
+    """Return the last record of a log file: the message, or the traceback of a bug."""
     ending = None if is_bug(error) else ending_of(error)
     if ending is None:
         traceback = type(error), error, error.__traceback__
@@ -82,9 +82,10 @@ def log_record(error: BaseException) -> logging.LogRecord:
 def run_program(run: Callable[[Options], None], options: Options) -> int:
     """Call `run(options)`, log how it ended, and return the exit code.
 
-    0 done (or nothing left to do), 2 wrong input, 3 no finite updates, 4 checkpoints cannot be written, 75 stopped by a
-    signal with everything saved, or before the first step (to be started again). A second Ctrl-C exits at once with
-    130. Anything else is a bug and keeps its traceback. The caller's signal handlers are restored afterwards.
+    Exit codes: 0 finished (or nothing to do); 2 invalid input; 3 no finite updates; 4 checkpoints cannot be written; 75
+    stopped by a signal, after everything was saved or before the first step, to be started again. A second Ctrl-C exits
+    immediately with 130. Other exceptions are bugs and are raised. The caller's signal handlers are restored at the
+    end.
     """
     talk(main=int(os.environ.get("RANK", "0")) == 0, keep=True)
     before = distributed.on_stop_signals(_stopped_early)  # until the run installs its own handlers
@@ -93,7 +94,7 @@ def run_program(run: Callable[[Options], None], options: Options) -> int:
         code = _outcome(run, options)
     finally:
         for number, act in before.items():
-            # The process is about to exit: another such signal must not change its exit code.
+            # The process is about to exit: another signal must not change its exit code.
             ending = code == EXIT_INTERRUPTED and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if ending else act)
     return code
@@ -109,7 +110,7 @@ def _outcome(run: Callable[[Any], None], options: Any) -> int:
     except Exception as error:
         if (ending := ending_of(error)) is None:
             raise
-        # An error that all processes meet is logged once on each machine; an error of one process, by that process.
+        # An error of all processes is logged once per machine; an error of one process is logged by that process.
         of_all = isinstance(error, ValueError) and not isinstance(error, NoDevice | NothingReadable)
         if not of_all or int(os.environ.get("LOCAL_RANK", "0")) == 0:
             log.log(ending.level, "%s", ending.message)

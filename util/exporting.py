@@ -1,6 +1,6 @@
-"""Export a finished run, as its option `export` asks for.
+"""Export a finished run to the formats of its option `export`.
 
-Each export is a process of its own, `python -m tools.export`: whatever happens in it, the run stays complete.
+Each export runs in a separate process, `python -m tools.export`, so that its errors do not affect the run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_exported(folder: Path, name: str) -> bool:
 
 
 def export_run(folder: Path, formats: Sequence[str]) -> int:
-    """Write the formats that `folder/export` lacks; earlier exports there are replaced.
+    """Write the formats that are missing in `folder/export`, or older than the result of the run.
 
     Args:
         folder: The run folder.

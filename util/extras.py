@@ -1,4 +1,4 @@
-"""Packages that only some options need, checked before work starts. This file does not import torch."""
+"""Check the packages that only some options need, before training starts. This file does not import torch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def missing_packages(*packages: str) -> list[str]:
 
 
 def require_packages(what: str, packages: tuple[str, ...], requirements: str) -> None:
-    """Raise ValueError with the command that installs them unless all packages are installed.
+    """Raise ValueError, with the command that installs them, if packages are not installed.
 
     Args:
-        what: What needs them.
+        what: What needs the packages, for the message.
         packages: Names to import.
         requirements: The file in requirements/ that pins them.
     """

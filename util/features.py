@@ -1,7 +1,7 @@
 """Compute features of a frozen encoder: one vector per image, and the labels.
 
-The vector is the average of the patch tokens after the last norm, without masking. All feature evaluations of this
-project use it instead of the class token, which linear probes can also select.
+The vector is the average of the patch tokens after the last norm, without masking. It is the default of all feature
+evaluations of this project; linear probes can also use the class token.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def encode_source(
     pool: str = "avg",
     **reading: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Encode images without masking. Unreadable ones are left out, with a warning in the log.
+    """Encode images without masking. Unreadable images are left out, with a warning in the log.
 
     Args:
-        model: Its `encode(images)` returns `[N, 1+L, D]`. It is put into eval mode and back.
+        model: Its `encode(images)` returns `[N, 1+L, D]`. It is set to eval mode, and back afterwards.
         source: The images.
-        device: Where the model is.
+        device: Device of the model.
         autocast: Context of the forward pass.
-        pool: As for `pooled`.
-        reading: How images are prepared and loaded, see `pixels_of_source`.
+        pool: See `pooled`.
+        reading: How images are preprocessed and loaded, see `pixels_of_source`.
 
     Returns:
         Features float32 `[n, D]`, and labels int64 `[n]` or None, on the CPU.
@@ -55,22 +55,22 @@ def encode_source(
 
 
 def reading_of(options: PretrainOptions | ClassifierOptions) -> dict[str, Any]:
-    """Return how the images of a run are prepared and loaded, for `encode_source`."""
+    """Return the arguments of `encode_source` that define how the images of a run are preprocessed and loaded."""
     names = ("input_size", "eval_crop", "mean", "std", "batch_size", "num_workers", "worker_timeout")
     return {name: getattr(options, name) for name in names}
 
 
 def pooled(tokens: Tensor, pool: str) -> Tensor:
-    """One vector `[N, D]` of tokens `[N, 1+L, D]`: "avg" of the patches, the class "token"; `[N, 2 D]` for "both"."""
+    """Pool tokens `[N, 1+L, D]` to `[N, D]`: "avg" of the patches or the class "token"; `[N, 2 D]` for "both"."""
     if pool == "both":
         return torch.cat([pooled(tokens, "avg"), pooled(tokens, "token")], dim=1)
     return tokens[:, 1:].mean(dim=1) if pool == "avg" else tokens[:, 0]
 
 
 def interleaved(shares: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
-    """Shares of labelled features, rank r's of images r, r + W, r + 2 W ... of W ranks, as one in the images' order.
+    """Merge the labelled features of W ranks, where rank r has images r, r + W, r + 2 W ..., in the order of images.
 
-    Where unreadable images are missing the shares stand one after the other.
+    If unreadable images are missing, the shares are concatenated instead.
     """
     total = sum(len(features) for features, _ in shares)
     order = torch.cat([torch.arange(rank, total, len(shares)) for rank in range(len(shares))])
@@ -84,7 +84,7 @@ def interleaved(shares: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor,
 
 
 class FeatureSamples(Dataset):
-    """Stored features in the place of images, for `Batches`: the same in every epoch."""
+    """Stored features, used as the samples of `Batches` instead of images; the same in every epoch."""
 
     def __init__(self, features: Tensor, labels: Tensor):
         self.features, self.labels = features, labels

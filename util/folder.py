@@ -1,4 +1,4 @@
-"""The folder of a run, and the checkpoint from which the run resumes. Both are decided before any work starts.
+"""Prepare the folder of a run, and select the checkpoint from which the run resumes, before any work starts.
 
 Re-running the same command resumes from the latest valid checkpoint. A command with other options is refused, with a
 table of the differences. Only files written by this project are ever removed.
@@ -75,7 +75,7 @@ class RunFolder:
         return start
 
     def _take(self, undo: contextlib.ExitStack, data: str) -> None:
-        """Create the folder if it does not exist, and lock it; `undo` restores what was found."""
+        """Create the folder if it does not exist, and lock it; `undo` restores the previous state."""
         new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class RunFolder:
             self.lock.acquire()
         except OSError as error:
             if not self.options.overwrite:
-                self._look(data)  # a finished run can be recognised without writing
+                self._look(data)  # a finished run is recognised without writing
             raise ValueError(f"--output_dir {self.path} cannot be created or written ({error.strerror})") from error
 
     def _remove_if_empty(self) -> None:
@@ -134,7 +134,7 @@ class RunFolder:
             raise ValueError(f"--output_dir {self.path} is a file; give a folder")
         ours = (self.path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
         found = self.path.iterdir() if self.path.is_dir() and not ours else []
-        begun = (LOCK, temporary_of(Path("options.yaml")).name)  # what a start that was killed early may have left
+        begun = (LOCK, temporary_of(Path("options.yaml")).name)  # files that a start may leave if it is killed early
         others = sorted(path.name for path in found if path.name not in begun)
         if others:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""k nearest neighbours by cosine similarity, with which features are compared everywhere in this project.
+"""k-nearest-neighbour classification by cosine similarity, the same for all evaluations of features in this project.
 
 Each of the k nearest bank images votes for its class with weight exp(similarity / temperature), as in Wu et al.,
 "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018. k = 20 and temperature 0.07.
@@ -23,7 +23,10 @@ def knn_predict(
     temperature: float = 0.07,
     num_classes: int | None = None,
 ) -> Tensor:
-    """Return the class with the most votes, int64 `[N]`, the lowest in a tie. A bank smaller than k votes entirely."""
+    """Return the class with the most votes, int64 `[N]`; the lowest class in a tie.
+
+    If the bank has fewer than k images, all of them vote.
+    """
     if not (len(bank_MD) == len(bank_labels_M) > 0 and bank_MD.shape[1] == queries_ND.shape[1]):
         bank, queries = list(bank_MD.shape), list(queries_ND.shape)
         raise ValueError(f"a bank {bank} with {len(bank_labels_M)} labels does not fit queries {queries}")

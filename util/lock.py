@@ -1,8 +1,8 @@
-"""One run in a folder at a time: a file lock (flock) on `run.lock`, whose text names the holder.
+"""Allow only one run in a folder at a time, by a file lock (flock) on `run.lock`, which also contains the holder.
 
-The kernel releases the lock when its process ends, however it ends: a killed run never blocks its restart. NFS, Lustre
-and CephFS share the lock among machines; where a mount keeps locks local to each machine, `lost` detects before every
-save that another machine has acquired the folder too.
+The kernel releases the lock when the process exits for any reason, so a killed run never blocks its restart. NFS,
+Lustre and CephFS share the lock among machines. If a mount keeps locks local to each machine, `lost` detects before
+every save that another machine has acquired the folder too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 log = logging.getLogger(__name__)
 
 NAME = "run.lock"
-WAIT_SECONDS = 5.0  # a killed process may need a moment to give back its GPU before the kernel closes its files
+WAIT_SECONDS = 5.0  # a killed process may need some time to release its GPU before the kernel closes its files
 
 
 class FolderInUse(ValueError):
@@ -69,7 +69,7 @@ class RunLock:
         os.pwrite(handle, json.dumps(holder).encode(), 0)
 
     def lost(self) -> bool:
-        """Return whether another process has overwritten the lock file; a missing file belongs to nobody."""
+        """Return whether another process has overwritten the lock file. If the file is missing, the lock is not lost."""
         holder = _read(self.path) if self._token else {}
         return bool(holder) and holder.get("token") != self._token
 
@@ -78,7 +78,7 @@ class RunLock:
         if self._lock.is_locked:
             if not self.lost():
                 with contextlib.suppress(OSError):
-                    self.path.unlink(missing_ok=True)  # before unlocking: who opened it meanwhile tries again
+                    self.path.unlink(missing_ok=True)  # before unlocking: a process that has opened it tries again
             self._lock.release()
         self._token = ""
         atexit.unregister(self.release)

@@ -64,7 +64,7 @@ def talk(main: bool, *, keep: bool = False) -> None:
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    """Log a thread that cannot write (usually TensorBoard's); other exceptions are bugs."""
+    """Log the end of a thread that cannot write (usually TensorBoard's); other exceptions are bugs."""
     if isinstance(ended.exc_value, OSError):
         log.warning("%s cannot write (%s)", ended.thread.name if ended.thread else "a thread", ended.exc_value)
     else:
@@ -80,7 +80,7 @@ class _Careful(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[logging.Handler]:
-    """Write every log line with its time to `path` too, starting with those kept by `talk`; return the file handler."""
+    """Also write log lines, with their time, to `path`, starting with those kept by `talk`; return the handler."""
     handler = _Careful(path, encoding="utf-8", errors="backslashreplace")  # file names may contain any bytes
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
@@ -127,7 +127,7 @@ def _plain(value: Any) -> Any:
 
 
 def _drop_partial_line(path: Path) -> None:
-    """Start a new line if a killed process left an incomplete one."""
+    """Remove the incomplete last line that a killed process may have left."""
     with contextlib.suppress(OSError), open(path, "rb+") as file:
         content = file.read()
         if content and not content.endswith(b"\n"):
@@ -193,7 +193,7 @@ class RunLog:
         return True
 
     def _number(self, epoch: int) -> str:
-        """Return an epoch's number, from 1, and how many there are."""
+        """Format the number of an epoch, from 1, and the number of epochs."""
         return f"{epoch + 1}/{self.epochs}" if self.epochs else str(epoch + 1)
 
     def _eta(self, step: int) -> str:
@@ -202,7 +202,7 @@ class RunLog:
         return str(left).split(".")[0]
 
     def epoch(self, values: Mapping[str, Any]) -> None:
-        """Log an epoch: a line of log.txt, and curves over epochs."""
+        """Log an epoch: a line in log.txt, and points of the curves over epochs."""
         self._epochs.write({"run_id": self.run_id, **values})
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self.scalars("epoch", numbers, values["epoch"])
@@ -218,7 +218,7 @@ class RunLog:
         self._show(lambda board: board.scalars(points, step))
 
     def picture(self, name: str, image_HWC: Tensor, step: int) -> None:
-        """Add a uint8 picture `[H, W, 3]`."""
+        """Add a uint8 image `[H, W, 3]`."""
         self._show(lambda board: board.picture(name, image_HWC, step))
 
     def _show(self, write: Callable[[Board], None]) -> None:
@@ -230,7 +230,7 @@ class RunLog:
                 del self._boards[name]
 
     def close(self) -> None:
-        """Close the progress bar and the curves; `failed` is the state of the run that is shown with them."""
+        """Close the progress bar and the boards, which show the run as failed if `failed` is set."""
         self._bar.close()
         self._show(lambda board: board.close(self.failed))
 
@@ -272,7 +272,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return the name of the processor, of Linux from /proc/cpuinfo."""
+    """Return the name of the processor; on Linux it is read from /proc/cpuinfo."""
     import platform
 
     with contextlib.suppress(OSError):

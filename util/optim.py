@@ -1,8 +1,8 @@
 """Optimizers, learning rates and the schedule, as in MAE, for all programs.
 
-timm and torch do the work. Pretraining: AdamW with (0.9, 0.95), no decay on biases and norms. Fine-tuning: AdamW with
-(0.9, 0.999), each layer at its own rate. Linear probes: LARS. A linear warm-up and half a cosine for all, per step; for
-segmentation a power of what is left.
+They are implemented with timm and torch. Pretraining: AdamW with betas (0.9, 0.95), no weight decay on biases and
+norms. Fine-tuning: AdamW with (0.9, 0.999) and layer-wise learning rates. Linear probes: LARS. The schedule is a linear
+warm-up and half a cosine per step; for segmentation a linear warm-up and polynomial decay.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def absolute_lr(lr: float, blr: float, total_batch_size: int) -> float:
-    """Return `lr` if it is given, otherwise `blr` x images per step / 256."""
+    """Return `lr` if it is given, otherwise `blr` x `total_batch_size` / 256."""
     return lr if lr > 0 else blr * total_batch_size / 256
 
 
@@ -37,9 +37,10 @@ def sgd(groups: list[dict], lr: float, device: torch.device | None = None) -> to
 
 
 def lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
-    """Create MAE's LARS: the rate of matrices is scaled by their norm times 0.001, that of biases is not; momentum 0.9.
+    """Create LARS as in MAE: momentum 0.9, and learning rates of matrices, not of biases, scaled by 0.001 x their norm.
 
-    Without weight decay, as in MAE's probes, it is MAE's rule; with it timm's, whose norm includes the decay.
+    Without weight decay, as in MAE's probes, the update equals MAE's. With weight decay it equals timm's, in which the
+    norm of the gradient includes the decay.
     """
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -57,8 +58,9 @@ def _fused(device: torch.device | None) -> bool:
 def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Return one parameter group with weight decay and one without.
 
-    Vectors (biases and norms) are not decayed, nor what the model's `no_weight_decay` names. That is nothing for MAE,
-    which decays `cls_token` and `mask_token`. Models with `decays_vectors` have one group, in which all is decayed.
+    Vectors (biases and norms) and the parameters in the model's `no_weight_decay` are not decayed. MAE's list is empty:
+    `cls_token` and `mask_token` are decayed. Models with `decays_vectors` have one group, and all parameters are
+    decayed.
     """
     if getattr(model, "decays_vectors", False):
         return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
@@ -67,13 +69,13 @@ def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def restore_groups(optimizer: torch.optim.Optimizer, model: nn.Module, stored: Sequence[Mapping[str, Any]]) -> None:
-    """Move parameters to the groups of a checkpoint that was written before `no_weight_decay` exempted some of them.
+    """Restore the parameter groups of a checkpoint from a version with a shorter `no_weight_decay` list.
 
-    Its run resumes as it was started: what was decayed is decayed until its end.
+    A resumed run then decays the same parameters until its end.
 
     Args:
-        optimizer: of `pretrain_groups`, without a state yet.
-        stored: the groups in the checkpoint.
+        optimizer: Optimizer of `pretrain_groups`, still without state.
+        stored: The parameter groups in the checkpoint.
     """
     sizes = [len(group["params"]) for group in stored]
     plain = param_groups_weight_decay(model, 1.0)
@@ -86,10 +88,10 @@ def restore_groups(optimizer: torch.optim.Optimizer, model: nn.Module, stored: S
 
 
 def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Return parameter groups with an `lr_scale` that falls by `layer_decay` per layer from the top.
+    """Return parameter groups whose `lr_scale` is multiplied by `layer_decay` for each layer below the top.
 
-    Biases, norms and positions are not decayed. The model defines the layers (`group_matcher`) and the parameters that
-    are never decayed (`no_weight_decay`), as in timm.
+    Biases, norms and position embeddings have no weight decay. The model defines the layers (`group_matcher`) and the
+    parameters without weight decay (`no_weight_decay`), as in timm.
     """
     exempt = model.no_weight_decay()  # type: ignore[operator]
     return param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
@@ -98,10 +100,10 @@ def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, *, epochs: float, warmup_epochs: float, steps_per_epoch: int, min_lr: float
 ) -> CosineLRScheduler:
-    """Make MAE's schedule per optimizer step: linear from 0 over the warm-up, then half a cosine down to `min_lr`.
+    """Create MAE's schedule per optimizer step: linear warm-up from 0, then half a cosine down to `min_lr`.
 
-    Neither length needs to be a whole number of steps. Call `step_update(step)` before the step of that number (from 0)
-    is taken. Honours `lr_scale` of parameter groups.
+    `epochs` and `warmup_epochs` need not be integers. Call `step_update(step)` before each step; steps are counted from
+    0. The `lr_scale` of parameter groups is applied.
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     steps = epochs * steps_per_epoch
@@ -119,9 +121,9 @@ def warmup_cosine(
 def warmup_poly(
     optimizer: torch.optim.Optimizer, *, steps: float, warmup_steps: float, power: float, min_lr: float
 ) -> PolyLRScheduler:
-    """Set rates that rise from 0 during the warm-up, then fall to `min_lr` as (1 - share done) ** power.
+    """Create a schedule with a linear warm-up from 0, then decay to `min_lr` by (1 - fraction of steps) ** power.
 
-    It is used as `warmup_cosine`.
+    See `warmup_cosine` for its use.
     """
     return PolyLRScheduler(
         optimizer,

@@ -1,4 +1,4 @@
-"""Masks as pictures: a colour for every class, laid over the image.
+"""Draw masks: overlay an image with a colour for each class.
 
 N images   K classes   C H W image
 """
@@ -17,35 +17,36 @@ from torch import Tensor
 from data.masks import IGNORE
 from util.watch import contact_sheet, written
 
-GOLDEN = 0.618034  # of the circle: hues that follow each other are far apart, however many there are
-SHADES = ((0.75, 0.95), (0.45, 1.0), (0.9, 0.65))  # saturation and value, in turn
+GOLDEN = 0.618034  # distance of consecutive hues (the circle is 1), so that they differ much for any number of classes
+SHADES = ((0.75, 0.95), (0.45, 1.0), (0.9, 0.65))  # saturation and value, used in turn
 NO_CLASS = (0, 0, 0)
-STRENGTH = 0.6  # of the colour, over the image
-TILE = 160  # pixels of a picture's long side on a sheet
+STRENGTH = 0.6  # opacity of the colours
+TILE = 160  # pixels of an image's long side on a sheet
 
 
 @functools.cache
 def colours(classes: int) -> Tensor:
-    """Return a fixed colour for each class, uint8 `[K + 1, 3]`; the last row, of index -1, is for no class."""
+    """Return a fixed colour for each class, uint8 `[K + 1, 3]`; the last row (index -1) is for pixels without a class.
+    """
     rows = [colorsys.hsv_to_rgb(GOLDEN * k % 1, *SHADES[k % len(SHADES)]) for k in range(classes)]
     return torch.tensor([*([round(255 * part) for part in row] for row in rows), NO_CLASS], dtype=torch.uint8)
 
 
 def overlay(image_CHW: Tensor, mask_HW: Tensor, classes: int) -> Tensor:
-    """Return a picture `[3, H, W]` between 0 and 1: the image under the colours of its classes, black for no class."""
+    """Return the image overlaid with the colours of the classes (black: no class), `[3, H, W]` between 0 and 1."""
     coloured = colours(classes)[mask_HW.long()].permute(2, 0, 1) / 255
     mixed = (1 - STRENGTH) * image_CHW + STRENGTH * coloured
     return torch.where(mask_HW == IGNORE, coloured, mixed)
 
 
 def shown(image_CHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return a normalised image with any number of channels as a picture `[3, H, W]` between 0 and 1."""
+    """Convert a normalised image with any number of channels to RGB `[3, H, W]` between 0 and 1."""
     pixels = (image_CHW.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).clamp(0, 1)
     return pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
 
 
 def tile(picture_CHW: Tensor) -> Tensor:
-    """Resize a picture to fit a white square of `TILE` pixels, centred."""
+    """Resize an image to fit into a white square of `TILE` pixels, and centre it."""
     height, width = (max(1, round(side * TILE / max(picture_CHW.shape[1:]))) for side in picture_CHW.shape[1:])
     inside = F.interpolate(picture_CHW[None], size=(height, width), mode="area")[0]
     top, left = (TILE - height) // 2, (TILE - width) // 2

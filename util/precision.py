@@ -1,4 +1,4 @@
-"""Which arithmetic a run uses: derived once from the device and `--amp`."""
+"""Resolve the precision of a run from the device and `--amp`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """Resolve `auto`: bf16 on GPUs that support it, fp16 on others, else `none`. Raise ValueError if impossible."""
+    """Resolve `auto`: bf16 on GPUs that support it, fp16 on other GPUs, else `none`. Raises ValueError if unsupported.
+    """
     if amp == "auto":
         if device.type != "cuda":
             return "none"

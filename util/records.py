@@ -26,13 +26,13 @@ from util.stepper import Unstable, names_of_bad_losses
 
 log = logging.getLogger(__name__)
 
-SPIKE = 10  # a loss of more than this many times the median of the last USUAL_OF logged losses is reported
+SPIKE = 10  # a loss is reported above this multiple of the median of the last USUAL_OF logged losses
 USUAL_OF, USUAL_FROM = 50, 5
-SLOW = 60.0  # seconds until the first line of the log, above which the duration of the run is logged at once
+SLOW = 60.0  # if the first log line takes longer than these seconds, the duration of the run is logged before it
 
 
 class Records:
-    """Writes what a run reports. All processes use it together; the main one writes."""
+    """Write the records of a run. All processes call its methods together; the main process writes."""
 
     def __init__(self, folder: Path, run_id: str, source: Source, batches: Batches, state: TrainingState):
         self.folder, self.run_id, self.source, self.batches, self.state = folder, run_id, source, batches, state
@@ -47,7 +47,7 @@ class Records:
         return self.state.stepper.step
 
     def open(self, stack: ExitStack, total_steps: int) -> None:
-        """Open the files, which `stack` closes, and log the arithmetic of the run."""
+        """Open the files, which `stack` closes, and log the precision and device of the run."""
         self._began = self._logged_at = time.monotonic()
         self._logged_step = self._first_step = self._step
         self._first_step_at = self._began
@@ -95,14 +95,14 @@ class Records:
             log.warning("the warm-up of %g epochs does not end within this run", options.warmup_epochs)
 
     def write_error(self, error: BaseException) -> None:
-        """Write how the run ended to train.log; the program writes it to the terminal."""
+        """Write the error that ended the run to train.log; the program writes it to the terminal."""
         if self.log is not None:
             self.log.failed = True
         if self._file is not None:
             self._file.handle(log_record(error))
 
     def after_step(self) -> None:
-        """Log a step at the logging interval. Only here does the loop wait for the device."""
+        """Log a step at the logging interval. The training loop synchronises the device only here."""
         if self.log:
             self.log.advance(self._step)
             self._announce_slow_steps()
@@ -128,10 +128,10 @@ class Records:
         self.check()
 
     def _announce_slow_steps(self) -> None:
-        """After two steps on a CPU, log how long the run will take if the first line of the log is far away."""
+        """After two steps on a CPU, log the estimated duration of the run if the first log line will take long."""
         done = self._step - self._first_step
         if done == 1:
-            self._first_step_at = time.monotonic()  # the first step also starts workers and compiles
+            self._first_step_at = time.monotonic()  # the first step includes starting workers and compiling
         if done != 2 or self.processes.device.type != "cpu":
             return
         seconds = time.monotonic() - self._first_step_at
@@ -147,7 +147,7 @@ class Records:
             )
 
     def after_epoch(self, **values: Any) -> None:
-        """Log an epoch; `values` are added to its line of log.txt."""
+        """Log an epoch; `values` are added to its line in log.txt."""
         state = self.state
         overall = {f"train_{name}": value for name, value in state.means.overall().items()}
         state.last = {"epoch": state.epoch, "step": self._step, **overall, "train_lr": state.stepper.lr, **values}
@@ -172,7 +172,7 @@ class Records:
         log.info("finished: %s", self.folder / "result.json")
 
     def _warn_of_spike(self, mean: float) -> None:
-        """Compare the highest loss since the last logged step with the losses logged before."""
+        """Warn if the highest loss since the last logged step is far above the losses logged before."""
         highest = self.state.stepper.highest_loss()
         usual = statistics.median(self._losses) if len(self._losses) >= USUAL_FROM else 0.0
         if 0 < SPIKE * usual < highest:
@@ -192,8 +192,8 @@ class Records:
         """Stop a run that does not make progress.
 
         Raises:
-            Unstable: too many updates in a row were refused; a dump of the last ones is written.
-            TooManyBadImages: too many images cannot be read.
+            Unstable: Too many updates in a row were skipped; a dump of the last ones is written.
+            TooManyBadImages: Too many images cannot be read.
         """
         bad_in_a_row = self.state.stepper.bad_steps()[1]
         if bad_in_a_row >= self.options.max_bad_steps:
@@ -201,7 +201,7 @@ class Records:
         self.exchange_problems()
 
     def _dump(self, bad_in_a_row: int) -> str:
-        """Write what tools.replay needs to repeat the last updates; returns what happened, in a sentence."""
+        """Write the dump with which tools.replay repeats the last updates; return a message."""
         recents = self.processes.gather(self.state.stepper.recent())
         bad = names_of_bad_losses([entry for recent in recents for entry in recent])
         what = f"the loss ({', '.join(bad)})" if bad else "the gradient (every loss is finite)"
@@ -240,7 +240,7 @@ class Records:
         """Share the unreadable images among the processes, and list them in bad_images.txt.
 
         Raises:
-            TooManyBadImages: they are more than the run may replace.
+            TooManyBadImages: They are more than the run is allowed to replace.
         """
         problems = self.state.problems
         before = len(problems)
@@ -267,7 +267,7 @@ class Records:
 
 
 def finite_json(value: Any) -> Any:
-    """Return `value` with numbers that JSON lacks, NaN and infinity, as text."""
+    """Return `value` with NaN and infinity, which JSON does not support, as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""One run and its folder: start or resume, train, save, stop, finish. Every program uses it.
+"""A run and its folder: start or resume, train, save, stop, finish. All programs use it.
 
-Re-running the same command resumes from the latest valid checkpoint, at the exact step, and ends bit for bit where an
-uninterrupted run ends. Another configuration is refused, with a table of the differences.
+Re-running the same command resumes from the latest valid checkpoint, at the exact step, and the result is bit-exactly
+that of an uninterrupted run. Another configuration is refused, with a table of the differences.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Run:
         """Acquire the run's folder and find the checkpoint to resume from.
 
         Args:
-            options: resolved options, see `resolve`.
-            processes: the processes that train together.
-            source: the training images.
+            options: Resolved options, see `resolve`.
+            processes: The processes that train together.
+            source: The training images.
 
         Raises:
-            AlreadyFinished: the folder holds this run, finished.
-            ValueError: the folder belongs to something else.
+            AlreadyFinished: The run in the folder is already finished.
+            ValueError: The folder is not of this run.
         """
         self.options, self.processes, self.source = options, processes, source
         self.amp = precision.resolve_amp(options.amp, processes.device)
@@ -75,7 +75,10 @@ class Run:
         self._start, self._start_state = self._together(lambda: folder.begin(source.fingerprint, **facts))
 
     def _together(self, begin: Callable[[], tuple[str, dict[str, Any] | None]]) -> tuple[str, dict[str, Any] | None]:
-        """Call `begin` in the main process; every process gets the path, or raises its error. The content stays."""
+        """Call `begin` in the main process. All processes return the path, or raise its error.
+
+        Only the main process returns the content.
+        """
         path, state, failure = "", None, None
         if self.processes.main:
             try:
@@ -98,17 +101,17 @@ class Run:
         total_steps: int = 0,
         **others: Any,
     ) -> None:
-        """Make everything that a step needs, and restore it where the run resumes.
+        """Create everything that a step needs, and restore its state if the run resumes.
+
+        This sets the attributes `trained` (the model to call in the loop), `stepper`, `means` and `state`.
 
         Args:
-            model: on its device.
-            batches: this process's share.
-            optimizer: over the parameters of `model`.
-            schedule: of the learning rate; default: MAE's warm-up and half cosine over `total_steps`.
-            total_steps: optimizer steps of the run; default: all steps of all epochs.
-            others: further objects with a state_dict to save and restore.
-
-        Afterwards `trained` (to be called in the loop), `stepper`, `means` and `state` exist.
+            model: The model, on its device.
+            batches: This process's batches.
+            optimizer: Optimizer of the parameters of `model`.
+            schedule: Schedule of the learning rate; default: MAE's warm-up and half cosine over `total_steps`.
+            total_steps: Optimizer steps of the run; default: all steps of all epochs.
+            others: Other objects with a state_dict to save and restore.
         """
         options, processes = self.options, self.processes
         stored = (self._start_state or checkpoint.load(self._start)) if self._start else None
@@ -164,7 +167,7 @@ class Run:
         )
 
     def save(self) -> None:
-        """Write `last.pth`. All processes call it together; the main one writes."""
+        """Write `last.pth`. All processes call this together; the main process writes."""
         self.records.exchange_problems()
         state = self.state.state_dict()
         if self.processes.main:
@@ -172,9 +175,10 @@ class Run:
         self._decisions.saved()
 
     def save_best(self, name: str, value: float) -> bool:
-        """Keep this state as `best.pth`, at the end of the epoch, if `value` is the highest yet or equal to it.
+        """Save this state as `best.pth` at the end of the epoch if `value` is at least the highest so far.
 
-        Among equal values the latest counts: on few images the first epoch, at a rate of almost 0, often ties.
+        Among equal values the latest is the best: with few images, the first epoch, with a learning rate near 0, often
+        ties with later ones.
         """
         if self.state.best and value < self.state.best["value"]:
             return False
@@ -193,7 +197,7 @@ class Run:
         return self
 
     def _record_end(self, began: float, cpu_began: float) -> None:
-        """Add the wall and CPU seconds of this start, since the given times, to environment.json."""
+        """Add the wall-clock and CPU seconds of this start, since the given times, to environment.json."""
         try:
             self._run_folder.record_end(seconds=time.monotonic() - began, cpu_seconds=time.process_time() - cpu_began)
         except OSError as error:
@@ -208,24 +212,24 @@ class Run:
 
     @property
     def log(self) -> RunLog | None:
-        """The files that metrics and pictures are written to; None in all processes but the main one."""
+        """The log of metrics and images; None except in the main process."""
         return self.records.log
 
     def epochs(self) -> Iterator[tuple[int, int]]:
-        """Yield the epochs that are left, each with the number of optimizer steps already done in it."""
+        """Yield the remaining epochs, each with the number of optimizer steps already done in it."""
         while self.state.epoch < self.options.epochs:
             yield self.state.epoch, self.state.epoch_step
 
     @property
     def micro_batches_left(self) -> int:
-        """How many micro-batches this process trains on until the run's last step."""
+        """Return the number of micro-batches that this process still trains on."""
         return (self.total_steps - self.stepper.step) * self.options.accum_iter
 
     def after_step(self) -> None:
-        """Log, save and stop when it is time. Call it after every optimizer step.
+        """Log, save and stop if it is due. Call this after every optimizer step.
 
         Raises:
-            Interrupted: a stop was requested.
+            Interrupted: A stop was requested.
         """
         self.state.epoch_step += 1
         self.records.after_step()
@@ -235,14 +239,15 @@ class Run:
         self._stop_if(decision == STOP)
 
     def until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches of an evaluation until this process gets a signal. Call `leave_if_stopped` next."""
+        """Yield the batches of an evaluation until this process receives a signal. Call `leave_if_stopped` afterwards.
+        """
         return self._decisions.until_stopped(batches)
 
     def leave_if_stopped(self) -> None:
-        """Stop after an evaluation if that was requested; re-running the command repeats the evaluation.
+        """Stop after an evaluation if a stop was requested; re-running the command repeats the evaluation.
 
         Raises:
-            Interrupted: a stop was requested.
+            Interrupted: A stop was requested.
         """
         stop = self._decisions.is_stop_requested()
         if stop and self.state.epoch < self.options.epochs:  # after the last epoch everything is saved
@@ -260,7 +265,7 @@ class Run:
         """Log the epoch with `values`, start the next one and save.
 
         Raises:
-            Interrupted: a stop was requested.
+            Interrupted: A stop was requested.
         """
         self.records.check()
         self.records.after_epoch(**values)
@@ -271,14 +276,14 @@ class Run:
         if self.processes.main:
             self._saver.save_epoch(state, is_best=self.state.is_best)
         self._decisions.saved()
-        # A signal since the last step must reach all processes even when no step follows.
+        # A signal since the last step must reach all processes even if no step follows.
         self._stop_if(self._decisions.is_stop_requested() and self.state.epoch < self.options.epochs)
 
     def finish(self, **values: Any) -> None:
         """Write result.json with `values`.
 
         Raises:
-            CannotSave: the end of the run is not on disk.
+            CannotSave: The last checkpoint could not be written.
         """
         if not self.processes.main:
             return
@@ -300,7 +305,7 @@ def resolve(options: Options) -> Options:
 
 
 def share_batches(options: RunOptions, samples: Samples, processes: Processes) -> Batches:
-    """Return this process's share of the batches that the (resolved) options ask for."""
+    """Return this process's batches for the resolved options."""
     return Batches(
         samples,
         batch_size=options.batch_size,
@@ -313,13 +318,13 @@ def share_batches(options: RunOptions, samples: Samples, processes: Processes) -
 
 
 def eval_share(options: RunOptions, samples: EvalSamples, processes: Processes, batch_size: int) -> Iterator[Batch]:
-    """Return this process's share of all samples, each once, in batches of `batch_size`."""
+    """Return this process's share of the samples in batches of `batch_size`; each sample is in one share."""
     indices = range(processes.rank, len(samples), processes.world_size)
     return eval_batches(samples, batch_size=batch_size, indices=indices, **_loading(options, processes))
 
 
 def _loading(options: RunOptions, processes: Processes) -> dict[str, Any]:
-    """Return how batches are loaded."""
+    """Return the arguments of loaders that the options and the device determine."""
     pin_memory = options.pin_mem and processes.device.type == "cuda"
     return {
         "num_workers": options.num_workers,

@@ -1,4 +1,4 @@
-"""The checkpoint files of a run: written with retries, named for the epoch and for the best, old ones deleted."""
+"""Write the checkpoint files of a run with retries, link kept epochs and the best epoch, and delete old files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAVE_TRIES = 3
 
 
 class Saver:
-    """Writes the checkpoints of a run. Only the main process uses it."""
+    """Write the checkpoints of a run, in the main process only."""
 
     def __init__(self, folder: RunFolder, options: RunOptions):
         self.folder, self.options = folder, options
@@ -27,10 +27,10 @@ class Saver:
         self.seconds = 0.0  # spent in `save`
 
     def save(self, state: Mapping[str, Any], *also: str) -> None:
-        """Write `last.pth`, and give it further names.
+        """Write `last.pth`, and link it to the names `also`.
 
         Raises:
-            CannotSave: too many saves in a row failed, or another process has acquired the folder.
+            CannotSave: Too many saves in a row failed, or another process has acquired the folder.
         """
         began = time.monotonic()
         if self.folder.lock.lost():
@@ -56,7 +56,7 @@ class Saver:
         self.seconds += time.monotonic() - began
 
     def save_epoch(self, state: Mapping[str, Any], *, is_best: bool) -> None:
-        """Write `last.pth` after an epoch, with the names of a kept epoch and of the best where it has earned them."""
+        """Write `last.pth` after an epoch, and link it as a kept epoch and as the best epoch if it is one."""
         epoch, also = state["epoch"], []
         if epoch % self.options.save_every == 0 or epoch == self.options.epochs:
             also.append(f"epoch-{epoch:04d}.pth")
@@ -66,6 +66,6 @@ class Saver:
         checkpoint.drop_old_epochs(self.folder.checkpoints, self.options.keep)
 
     def name_best(self) -> None:
-        """Name `last.pth` the best; a kill may have come between its save and its second name."""
+        """Link `last.pth` to `best.pth`, because the run may have been killed between the save and the link."""
         checkpoints = self.folder.checkpoints
         link(checkpoints / checkpoint.LAST, checkpoints / checkpoint.BEST, or_copy=True)

@@ -1,4 +1,4 @@
-"""The state of a run: the only place that writes and reads the dictionary of a checkpoint."""
+"""The state of a run. Only this module writes and reads the dictionary of a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainingState:
-    """Everything that a checkpoint holds: what is trained, the position in the data, and the records so far."""
+    """The content of a checkpoint: model and optimizer, the position in the data, and the records so far."""
 
     options: RunOptions
     data: str
@@ -33,16 +33,16 @@ class TrainingState:
     means: Means
     steps_per_epoch: int
     others: Mapping[str, Any]
-    """Further objects with a state_dict, such as a moving average of the weights."""
+    """Other objects with a state_dict, such as a moving average of the weights."""
     epoch: int = 0
     epoch_step: int = 0
     """Optimizer steps done in the current epoch."""
     best: dict[str, Any] = field(default_factory=dict)
-    """Metric, value and epoch (from 0) of the best epoch so far; {} without one."""
+    """Metric, value and epoch (from 0) of the best epoch so far; {} if there is none."""
     last: dict[str, Any] | None = None
     """Metrics of the last finished epoch."""
     problems: dict[str, str] = field(default_factory=dict)
-    """Unreadable images, and why."""
+    """Unreadable images and the reasons."""
 
     @property
     def is_best(self) -> bool:
@@ -90,7 +90,7 @@ class TrainingState:
         """Restore the state that `state_dict` returned, read from `path`.
 
         Raises:
-            CheckpointError: the checkpoint is of another model.
+            CheckpointError: The checkpoint is of another model.
         """
         self._require_same_model(state, path)
         state = self._for_this_batch_size(state)
@@ -99,7 +99,7 @@ class TrainingState:
             {
                 "step": state["step"],
                 "bad": state["bad"],
-                "usual_norm": state.get("usual_norm", 0.0),  # older files lack it
+                "usual_norm": state.get("usual_norm", 0.0),  # not in older files
                 "optimizer": state["optimizer"],
                 "scaler": state["scaler"],
             }
@@ -131,7 +131,7 @@ class TrainingState:
             raise checkpoint.CheckpointError(f"{path} is of another model: {', '.join(different[:5])} differ")
 
     def _for_this_batch_size(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the state; for another total_batch_size, at the step after the same number of images."""
+        """Return the state, with the step converted to another total_batch_size for the same number of images."""
         sampler, now = state["sampler"], self.options.total_batch_size
         if sampler["batch"] == now:
             return state

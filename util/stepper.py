@@ -1,8 +1,8 @@
-"""Turn losses into updates: accumulation, loss scaling, clipping, and skipping of steps that are not finite.
+"""Optimizer steps: gradient accumulation, loss scaling, clipping, and skipping of non-finite updates.
 
-The decision whether to apply an update is made on the device, without synchronisation: a loss that is not finite gives
-NaN gradients, the sum over ranks in DDP spreads them to every rank, the gradient norm detects them, and the fused
-optimizer skips the step. The counters are read at log steps.
+Whether to apply an update is decided on the device, without synchronisation: a non-finite loss results in NaN
+gradients, the all-reduce of DDP propagates them to every rank, the gradient norm detects them, and the fused optimizer
+skips the step. The counters are read at log steps.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-RECENT_STEPS = 32  # micro-batches that a dump contains at most
-USUAL_STEPS = 20  # updates over which the gradient norm is averaged, and before which none counts as a spike
+RECENT_STEPS = 32  # maximum number of micro-batches in a dump
+USUAL_STEPS = 20  # updates over which the gradient norm is averaged; none of the first ones is a spike
 
 
 class Unstable(RuntimeError):
@@ -29,28 +29,28 @@ class Unstable(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where in its training a model is, for the schedules of a method."""
+    """The progress of the training, for the schedules of a method."""
 
     step: int
-    """Optimizer steps done so far, refused ones included."""
+    """Optimizer steps done so far, including skipped ones."""
     total_steps: int
     steps_per_epoch: int
     param_groups: list[dict[str, Any]]
-    """The optimizer's groups; a method with a schedule of its own for weight decay writes to them."""
+    """The optimizer's parameter groups; a method with its own schedule of the weight decay writes to them."""
 
     @property
     def fraction(self) -> float:
-        """Share of the training that is done, from 0 to 1."""
+        """Fraction of the training that is done, from 0 to 1."""
         return self.step / max(1, self.total_steps)
 
     @property
     def epoch(self) -> float:
-        """Epochs done, fractional."""
+        """Epochs done, as a float."""
         return self.step / max(1, self.steps_per_epoch)
 
 
 class Hooks(Protocol):
-    """What a method may do around an optimizer step; see `models_vit.Pretrainer`."""
+    """Methods of a model that are called around an optimizer step; see `models_vit.Pretrainer`."""
 
     def before_step(self, progress: Progress) -> None: ...
 
@@ -60,16 +60,15 @@ class Hooks(Protocol):
 
 
 class Stepper:
-    """Back-propagate the loss of every micro-batch; return True when that completed an optimizer step.
+    """Back-propagate the loss of every micro-batch; return True if that completed an optimizer step.
 
-    An update that would not be finite is refused: weights, optimizer state and the running statistics of batch norms
-    stay as they were, the step number and the learning rate advance, and `bad_steps` counts it. The same applies to an
-    update whose gradient norm exceeds `skip_spikes` times its running mean (0: no limit; not with fp16, where the
-    scaler decides alone).
+    A non-finite update is skipped: weights, optimizer state and the running statistics of batch norms are unchanged,
+    the step number and the learning rate advance, and `bad_steps` counts it. An update whose gradient norm exceeds
+    `skip_spikes` times its running mean is skipped as well (0: no limit; not with fp16, where only the scaler decides).
 
     Args:
         hooks: Called around every step; `before_step` before the forward pass of its first micro-batch,
-            `adjust_gradients` before the gradient norm is taken, `after_update` with a 0-d bool on the device.
+            `adjust_gradients` before the gradient norm is computed, `after_update` with a 0-d bool on the device.
         total_steps: Optimizer steps of the training, for `Progress`.
         steps_per_epoch: Optimizer steps of one epoch, for `Progress`.
     """
@@ -104,10 +103,10 @@ class Stepper:
         self._scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self._decides_on_device = bool(optimizer.defaults.get("fused"))
         self.grad_norm = torch.zeros((), device=device)
-        self.taken = torch.ones((), dtype=torch.bool, device=device)  # whether the last update was not refused
+        self.taken = torch.ones((), dtype=torch.bool, device=device)  # whether the last update was applied
         self._usual_norm = torch.zeros((), device=device)
         self._highest = torch.full((), -torch.inf, device=device)
-        self._bad = torch.zeros(2, dtype=torch.int64, device=device)  # total, consecutive
+        self._bad = torch.zeros(2, dtype=torch.int64, device=device)  # skipped updates: total, consecutive
         self._recent: deque[tuple[int, dict[str, Tensor], Tensor]] = deque(maxlen=RECENT_STEPS)
 
     @property
@@ -119,8 +118,8 @@ class Stepper:
     def micro_step(self) -> Iterator[None]:
         """Return a context for forward pass and loss of a micro-batch.
 
-        Random numbers of the device (and of NumPy, which mixup uses) are seeded; gradients are exchanged in the last
-        micro-batch of a step only.
+        The random generators of the device and of NumPy (used by mixup) are seeded. Gradients are all-reduced only in
+        the last micro-batch of a step.
         """
         if self._micro == 0:
             self._statistics_before = [buffer.clone() for buffer in self._statistics]
@@ -135,13 +134,16 @@ class Stepper:
             yield
 
     def __call__(self, losses: Mapping[str, Tensor], index: Tensor) -> bool:
-        """Back-propagate `losses["loss"]`; return True if an update was due, made or refused. `index`: the samples."""
+        """Back-propagate `losses["loss"]`; return True if an update was due, applied or skipped.
+
+        `index` contains the indices of the samples, for the dump.
+        """
         loss = losses["loss"]
         self._highest = torch.fmax(self._highest, loss.detach().float())  # NaN is counted separately
         self._recent.append((self.step, {name: value.detach() for name, value in losses.items()}, index))
         if self._micro == 0:
             self.optimizer.zero_grad(set_to_none=True)
-        # A non-finite loss must refuse the update even if all gradients are finite, on any rank.
+        # A non-finite loss on any rank must skip the update even if all gradients are finite.
         seed = torch.where(torch.isfinite(loss.detach()), 1.0 / self.accum, torch.nan).to(loss.dtype)
         self._scaler.scale(loss).backward(seed)
         self._micro += 1
@@ -165,10 +167,10 @@ class Stepper:
             self._scaler.step(self.optimizer)
             self._scaler.update()
         elif self._decides_on_device:
-            # As GradScaler does: a fused step with found_inf = 1 changes nothing.
+            # As in GradScaler: a fused step with found_inf = 1 changes nothing.
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif not bad:  # waits for the device; only for optimizers without a fused form
+        elif not bad:  # synchronises; only for optimizers without a fused implementation
             self.optimizer.step()
         self._bad = torch.stack([self._bad[0] + bad, (self._bad[1] + 1) * bad])
         self.step += 1
@@ -183,7 +185,7 @@ class Stepper:
         return Progress(self.step, self._total_steps, self._steps_per_epoch, self.optimizer.param_groups)
 
     def _refused(self) -> Tensor:
-        """Return whether to refuse the update, as a tensor on the device; the norm is the same on every rank."""
+        """Return whether to skip the update, as a tensor on the device; the norm is the same on every rank."""
         bad, usual = ~torch.isfinite(self.grad_norm), self._usual_norm
         if self.skip_spikes:
             if self.step >= USUAL_STEPS:
@@ -193,18 +195,18 @@ class Stepper:
         return bad
 
     def highest_loss(self) -> float:
-        """Return the highest loss of this process since the last call. Waits for the device."""
+        """Return the highest loss of this process since the last call. Synchronises the device."""
         highest = float(self._highest)
         self._highest = torch.full_like(self._highest, -torch.inf)
         return highest
 
     def bad_steps(self) -> tuple[int, int]:
-        """Return the number of refused updates, in total and consecutive up to now. Waits for the device."""
+        """Return the number of skipped updates, in total and the latest consecutive ones. Synchronises the device."""
         total, in_a_row = self._bad.tolist()
         return total, in_a_row
 
     def recent(self) -> list[dict]:
-        """Return the last micro-batches: step, losses by name, sample indices. Waits for the device."""
+        """Return the last micro-batches: step, losses by name, sample indices. Synchronises the device."""
         return [
             {"step": step, "losses": {name: float(value) for name, value in losses.items()}, "index": index.tolist()}
             for step, losses, index in self._recent
@@ -225,7 +227,7 @@ class Stepper:
         self._usual_norm = torch.tensor(state["usual_norm"], device=self._usual_norm.device)
         asked = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, now in zip(self.optimizer.param_groups, asked, strict=True):  # torch would use those of the file
+        for group, now in zip(self.optimizer.param_groups, asked, strict=True):  # torch loads the file's values
             group.update({name: value for name, value in now.items() if name not in ("params", "lr")})
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
@@ -245,7 +247,7 @@ def seed_micro_step(seed: int, micro_number: int, rank: int) -> None:
 
 
 def names_of_bad_losses(recent: Sequence[Mapping]) -> list[str]:
-    """Return the non-finite losses of the latest micro-batches, parts before their sum."""
+    """Return the names of the non-finite losses of the latest micro-batches, parts before the total."""
     bad: dict[str, None] = {}
     for entry in recent:
         for name, value in entry["losses"].items():

@@ -1,6 +1,6 @@
-"""Work between epochs: every program gives its list of tasks to the loop in programs/training.py.
+"""Tasks between epochs: every program passes its list of tasks to the loop in programs/training.py.
 
-No task changes what is trained: none uses the run's random numbers, and a model is put back into its mode.
+Tasks do not change the training: they do not use the run's random generators, and restore the mode of the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from util.run import Run
 
 
 class EpochTask:
-    """Something to do after every `every` epochs and after the last one; 0: never. All processes do it together."""
+    """A task that all processes run together after every `every` epochs and after the last one; 0: never."""
 
     def __init__(self, run: Run, every: int):
         self.run, self.every = run, every
@@ -34,12 +34,12 @@ class EpochTask:
 
 
 class Pictures(EpochTask):
-    """Pictures in `samples/` and TensorBoard, drawn by the main process.
+    """Images in `samples/` and TensorBoard, drawn by the main process.
 
     Args:
-        name: of the pictures in TensorBoard.
-        prefix: of the files; the number of the epoch follows.
-        draw: writes a picture to a path and returns it as uint8 `[H, W, 3]`; or returns None where there is none.
+        name: Name of the images in TensorBoard.
+        prefix: Prefix of the file names, followed by the number of the epoch.
+        draw: Function that writes an image to a path and returns it as uint8 `[H, W, 3]`, or None if there is none.
     """
 
     def __init__(self, run: Run, every: int, *, name: str, prefix: str, draw: Callable[[Path], Tensor | None]):

@@ -1,4 +1,4 @@
-"""How many CPU threads a training uses."""
+"""Choose the number of CPU threads of a training."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 
-SMALL = 1_000_000  # parameters; operations of smaller models are too short to share among threads
+SMALL = 1_000_000  # parameters; operations of smaller models are too short for several threads
 
 
 def choose_threads(model: nn.Module, device: torch.device) -> None:
     """Use one thread for a small model on a CPU, unless OMP_NUM_THREADS is set; log the number.
 
-    With more threads, tiny operations spend their time on waiting for each other and compete with the processes that
-    load images: ten times slower for a model of 0.1 M parameters on two cores.
+    With several threads, small operations are dominated by synchronisation, and the threads compete with the loading
+    workers: a model of 0.1 M parameters is ten times slower on two cores.
     """
     if device.type != "cpu":
         return

@@ -1,4 +1,4 @@
-"""What a pretraining run measures and draws between epochs: kNN accuracy and reconstructions."""
+"""Tasks of a pretraining run between epochs: kNN accuracy and images of reconstructions."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from util.tasks import EpochTask
 
 log = logging.getLogger(__name__)
 
-BANK_LIMIT = 50_000  # images at most, evenly spaced: a look between epochs must not cost an epoch
+BANK_LIMIT = 50_000  # maximum number of images, evenly spaced, so that the evaluation is shorter than an epoch
 PICTURES = 8
-ROWS = {"pasted": "hidden patches pasted into the original"}  # captions of pictures that their names do not describe
+ROWS = {"pasted": "hidden patches pasted into the original"}  # captions, if they differ from the names
 
 
 def open_validation(options: PretrainOptions, train: Source) -> Source | None:
-    """Open the val split beside the training images; None where there is no such split."""
+    """Open the val split of the training data; None if there is no such split."""
     try:
         return open_split(options, "val", known=train.classes)
     except NoSplit:
@@ -43,9 +43,10 @@ def open_validation(options: PretrainOptions, train: Source) -> Source | None:
 
 
 class OnlineKNN(EpochTask):
-    """Accuracy of the encoder's features by k nearest neighbours, every `knn_every` epochs.
+    """kNN accuracy of the encoder's features, every `knn_every` epochs.
 
-    The val split is classified by the training images; without one, every tenth training image by the others.
+    The training images are the bank, and the val split the queries. Without a val split, every tenth training image is
+    a query, and the others are the bank.
     """
 
     def __init__(self, run: Run, model: nn.Module, options: PretrainOptions, train: Source):
@@ -82,7 +83,7 @@ class OnlineKNN(EpochTask):
         return {"knn_acc1": self.run.processes.broadcast(accuracy)}
 
     def _encode(self, source: Source, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return features and labels of the shares of all processes; a process may have none."""
+        """Return the features and labels of all processes' shares; a share may be empty."""
         processes = self.run.processes
         share = index[processes.rank :: processes.world_size]
         shares = [both for both in processes.gather(self._encode_share(source, share) if share else None) if both]
@@ -104,10 +105,10 @@ class OnlineKNN(EpochTask):
 
 @torch.no_grad()
 def draw_reconstructions(run: Run, model: Any, options: PretrainOptions, source: Source, path: Path) -> Tensor | None:
-    """Write the model's pictures of fixed images, under fixed masks, to `path`.
+    """Draw the model's reconstructions of fixed images with fixed masks, and write them to `path`.
 
     Returns:
-        The picture, uint8 `[H, W, 3]`; None where what the model predicts is no picture.
+        The image, uint8 `[H, W, 3]`; None if the model does not predict pixels.
     """
     samples = EvalSamples(source, eval_transform(options.input_size), mean=options.mean, std=options.std)
     count = min(PICTURES, len(source))
@@ -133,7 +134,7 @@ def draw_reconstructions(run: Run, model: Any, options: PretrainOptions, source:
 
 
 def written(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
-    """Add the caption to a picture, write it to `path` if possible, and return it as uint8 `[H, W, 3]`."""
+    """Add the caption to an image, write it to `path` if possible, and return it as uint8 `[H, W, 3]`."""
     picture = with_caption(sheet_HWC, caption)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,7 @@ def written(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
 
 
 def contact_sheet(rows: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Arrange rows of normalised images `[N, C, H, W]` in a uint8 picture `[H', W', 3]`; small images are enlarged."""
+    """Arrange rows of normalised images `[N, C, H, W]` in one uint8 image `[H', W', 3]`; small images are enlarged."""
     images = torch.cat(list(rows))
     pixels = images * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
     channels = pixels.shape[1]
@@ -157,7 +158,7 @@ def contact_sheet(rows: Sequence[Tensor], mean: Sequence[float], std: Sequence[f
 
 
 def with_caption(sheet_HWC: Tensor, caption: str) -> Any:
-    """Add a line of text under a picture, wrapped if it does not fit."""
+    """Add a line of text below an image, wrapped if it does not fit."""
     height, width, _ = sheet_HWC.shape
     lines = textwrap.wrap(caption, max(20, width // 6), break_long_words=False)
     picture = Image.new("RGB", (width, height + 14 * len(lines) + 4), "white")

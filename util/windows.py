@@ -1,4 +1,4 @@
-"""Sliding windows: predictions for images of any size by a model that was trained on crops.
+"""Sliding windows: predict images of any size with a model that was trained on crops.
 
 N images   C channels   K classes   H W rows and columns of an image
 """
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Windows:
-    """How an image of any size is cut into the inputs of a model that was trained on crops.
+    """How an image of any size is split into the inputs of a model that was trained on crops.
 
-    crop    rows and columns of a window; None: the image is one window, padded to whole patches
-    stride  pixels between two windows, down and across
-    patch   side of a patch
-    flip    average with the prediction for the mirror image
-    batch   windows at a time
+    crop    rows and columns of a window; None: the image is one window, padded to a multiple of the patch size
+    stride  pixels between the starts of two windows, down and across
+    patch   patch size
+    flip    average with the prediction for the flipped image
+    batch   windows per forward pass
     """
 
     crop: tuple[int, int] | None
@@ -43,14 +43,14 @@ def predict(model: nn.Module, images: Tensor, windows: Windows, size: Sequence[i
     """Compute the scores `[N, K, *size]` of the classes at each pixel; the highest score is the prediction.
 
     Scores are logits, averaged over the windows that contain a pixel. With `flip` they are probabilities, averaged over
-    the image and its mirror image, as in mmsegmentation.
+    the image and the flipped image, as in mmsegmentation.
 
     Args:
-        model: returns logits at any resolution as the first of its outputs.
-        images: normalised, `[N, C, H, W]`; where smaller than a window, they are padded with the mean colour on the
-            right and below.
-        windows: how the images are cut into the inputs of the model.
-        size: rows and columns to which logits are resized, before they become probabilities; default: H, W.
+        model: Returns logits at any resolution as its first output.
+        images: Normalised images `[N, C, H, W]`. If they are smaller than a window, they are padded with the mean
+            colour on the right and below.
+        windows: How the images are split into the inputs of the model.
+        size: Rows and columns to which logits are resized before the softmax; default: H, W.
     """
     if windows.flip:
         once = replace(windows, flip=False)

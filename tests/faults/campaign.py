@@ -1,13 +1,15 @@
-"""Kill real training processes over and over, and hold where they end against runs that nobody disturbed.
+"""Kill training processes at random points, resume them, and compare the results with uninterrupted runs.
 
     python -m tests.faults.campaign --kills 100 --seed 0
 
-Pretraining (with NoR-MAE, and with DINO's views, teacher and centre), fine-tuning and linear probes of a small model on
-few images are killed (SIGKILL) a few times each, at
-places and moments drawn from the seed, with and without loading workers and with several intervals of saving, and
-started again with the same command. A kill is survived when the run it struck ends with the weights, the optimizer's
-state, every step's loss and every accuracy of the undisturbed run, bit for bit; when the newest checkpoint loaded after
-the kill; when no more steps were done again than lie between two saves; and when no line of the records was lost.
+Pretraining (NoR-MAE, and DINO with its views, teacher and centre), fine-tuning and linear probes of a small model on a
+few images are killed (SIGKILL) several times each and restarted with the same command. The seed determines where and
+when each process is killed, the number of loading workers, and the interval between checkpoints. A kill is survived if
+
+* the run ends with exactly the weights, optimizer state, losses and accuracies of the uninterrupted run;
+* the newest checkpoint loads after the kill;
+* no more steps are repeated than lie between two checkpoints;
+* no line of the records is lost.
 """
 
 from __future__ import annotations
@@ -39,17 +41,20 @@ DINO = "--out_dim 32 --head_hidden_dim 16 --head_bottleneck_dim 8 --local_crops 
 SAVE_STEPS = (1, 2, 3)
 KILLS_A_RUN = (3, 8)  # at least and at most
 MINUTE = 60.0
-LAUNCHER_SECONDS = 10.0  # after which a launcher ends those that wait for a dead process
+LAUNCHER_SECONDS = 10.0  # the launcher kills the remaining processes so long after the first one exited
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is killed: a program, its arguments, its number of processes, and the end of its undisturbed run."""
+    """A training job to kill: a program, its arguments, its number of processes, and its uninterrupted run.
+
+    `reference` is the folder of the uninterrupted run, `seconds` its duration.
+    """
 
     door: str
     words: Sequence[object]
     processes: int
-    whole: Path
+    reference: Path
     seconds: float
     method: str = ""
 
@@ -61,13 +66,13 @@ class Subject:
     def start(self, folder: Path, *words: object, fault: Callable[[], None] | None = None) -> list[Training]:
         if self.processes > 1:
             return start_ranks(self.processes, folder, *self.words, *words, door=self.door)
-        tiny = not self.method  # or these options are among its words
+        tiny = not self.method  # with a method, `words` already contain the options of the tiny model
         return [Training(folder, *self.words, *words, door=self.door, tiny=tiny, fault=fault)]
 
 
 @dataclass
 class Kill:
-    """One injected fault and its cost. `survived` is known when the run has ended."""
+    """One injected fault and its cost. `survived` is set when the run has ended."""
 
     subject: str
     where: str
@@ -82,77 +87,79 @@ class Kill:
 
 
 @dataclass
-class Blow:
-    """How a life is to end: a fault that the process carries, or what is done to it from outside."""
+class Fault:
+    """How a process is killed: by a fault injected into it (`injected`), or by a signal from outside (`kill`)."""
 
     where: str
-    fault: Callable[[], None] | None = None
-    strike: Callable[[list[Training]], None] | None = None
+    injected: Callable[[], None] | None = None
+    kill: Callable[[list[Training]], None] | None = None
 
 
-def draw(chance: random.Random, subject: Subject, at: int) -> Blow:
-    """A place and a moment for a run that stands at step `at`."""
+def draw(chance: random.Random, subject: Subject, at: int) -> Fault:
+    """Draw a fault for a run that has reached step `at`."""
     if subject.processes > 1:
-        return Blow("one of two processes", strike=partial(after_step, chance, at))
+        return Fault("one of two processes", kill=partial(after_step, chance, at))
     left = subject.seconds * (1 - at / LAST_STEP[subject.door])
-    places: dict[str, Callable[[], Blow]] = {
-        "a random moment": lambda: Blow("", strike=partial(after_seconds, chance.uniform(0, left))),
-        "a random step": lambda: Blow("", strike=partial(after_step, chance, at)),
-        "inside a save": lambda: Blow("", partial(inject.killed_inside_save, chance.randint(1, 3), chance.random())),
-        "at a rename": lambda: Blow("", partial(inject.killed_at_rename, chance.randint(1, 8), chance.random() < 0.5)),
-        "inside an evaluation": lambda: Blow(
+    places: dict[str, Callable[[], Fault]] = {
+        "a random moment": lambda: Fault("", kill=partial(after_seconds, chance.uniform(0, left))),
+        "a random step": lambda: Fault("", kill=partial(after_step, chance, at)),
+        "inside a save": lambda: Fault("", partial(inject.killed_inside_save, chance.randint(1, 3), chance.random())),
+        "at a rename": lambda: Fault("", partial(inject.killed_at_rename, chance.randint(1, 8), chance.random() < 0.5)),
+        "inside an evaluation": lambda: Fault(
             "", partial(inject.signals_inside_evaluation, chance.randint(1, 3), signal.SIGKILL)
         ),
-        "before a line of the records": lambda: Blow("", partial(inject.killed_before_line, chance.randint(1, 6))),
-        "inside a line of the records": lambda: Blow("", partial(inject.killed_inside_line, chance.randint(1, 6))),
+        "before a line of the records": lambda: Fault("", partial(inject.killed_before_line, chance.randint(1, 6))),
+        "inside a line of the records": lambda: Fault("", partial(inject.killed_inside_line, chance.randint(1, 6))),
     }
     where = chance.choice(list(places))
     return dataclasses.replace(places[where](), where=where)
 
 
 def after_seconds(seconds: float, processes: list[Training]) -> None:
+    """Kill the first process after `seconds`."""
     time.sleep(seconds)
-    with contextlib.suppress(ProcessLookupError):  # it was over before
+    with contextlib.suppress(ProcessLookupError):  # it has already exited
         processes[0].send(signal.SIGKILL)
 
 
 def after_step(chance: random.Random, at: int, processes: list[Training]) -> None:
-    """A few steps on, and somewhere within the step that follows."""
+    """Kill one of the processes within a step, 1 to 5 steps after step `at`."""
     victim = chance.choice(processes)
     if processes[0].reaches(at + chance.randint(1, 5)):
         after_seconds(chance.uniform(0, 0.03), [victim])
 
 
-def as_a_launcher(lives: list[Training]) -> None:
-    """Wait for the end of all processes; those that still wait for a dead one after a while are ended."""
+def wait_as_launcher(processes: list[Training]) -> None:
+    """Wait until all processes have exited; as a launcher does, kill those that outlive the first one for too long."""
     deadline = time.monotonic() + MINUTE
-    while not all(life.is_over for life in lives):
-        if any(life.is_over for life in lives):
+    while not all(process.is_over for process in processes):
+        if any(process.is_over for process in processes):
             deadline = min(deadline, time.monotonic() + LAUNCHER_SECONDS)
         if time.monotonic() > deadline:
-            for life in lives:
-                after_seconds(0, [life])
+            for process in processes:
+                after_seconds(0, [process])
         time.sleep(0.02)
 
 
 def kept_step(folder: Path) -> int:
-    """The step of the newest checkpoint, which must load; 0 where there is none yet."""
+    """Load the newest checkpoint and return its step; 0 if there is no checkpoint yet."""
     return final(folder)["step"] if (folder / "checkpoints" / "last.pth").exists() else 0
 
 
 def epochs(folder: Path) -> dict[int, dict[str, Any]]:
-    """What log.txt says of each epoch, whichever start of the run wrote it last."""
+    """Return the record of each epoch in log.txt; the last one where an epoch was logged several times."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return {line["epoch"]: {name: value for name, value in line.items() if name != "run_id"} for line in lines}
 
 
 def complete_lines(folder: Path) -> str:
+    """Return the lines of metrics.jsonl without an incomplete last line."""
     path = folder / "metrics.jsonl"
     return path.read_text().rpartition("\n")[0] if path.exists() else ""
 
 
 class Campaign:
-    """Runs that are killed until enough blows have struck."""
+    """Start, kill and resume training runs until a number of kills is reached."""
 
     def __init__(self, folder: Path, seed: int, say: Callable[[str], None]):
         self.folder, self.say = folder, say
@@ -162,113 +169,114 @@ class Campaign:
         self.subjects = self._subjects()
 
     def _subjects(self) -> list[Subject]:
-        """The undisturbed runs. Pretraining evaluates nearest neighbours after every epoch."""
+        """Run each job without interruption. Pretraining evaluates nearest neighbours after every epoch."""
         plain = few()
         doors = {PRETRAIN: [*plain, "--knn_every", 1]}
-        trained = ["--init_from", self.folder / "whole" / f"{PRETRAIN}1" / "checkpoints" / "last.pth"]
+        trained = ["--init_from", self.folder / "reference" / f"{PRETRAIN}1" / "checkpoints" / "last.pth"]
         doors[FINETUNE] = [*plain, *CLASSIFIER, *trained, "--ema", 0.9]
         doors[PROBE] = [*plain, *CLASSIFIER, *trained]
         dino = [*tiny_for("dino"), *doors[PRETRAIN], "--method", "dino", *DINO]
-        finish(self.folder / "first", *plain)  # so that no other waits for its imports
+        finish(self.folder / "first", *plain)  # imports everything, so that the durations below do not include it
         found = []
         kinds = [(door, doors[door], processes, "") for door, processes in PROGRAMS] + [(PRETRAIN, dino, 1, "DINO")]
         for door, words, processes, method in kinds:
-            whole = self.folder / "whole" / f"{door}{processes}{method}"
-            subject = Subject(door, words, processes, whole, 0.0, method)
+            reference = self.folder / "reference" / f"{door}{processes}{method}"
+            subject = Subject(door, words, processes, reference, 0.0, method)
             began = time.monotonic()
-            codes = [process.wait() for process in subject.start(whole)]
+            codes = [process.wait() for process in subject.start(reference)]
             assert codes == [0] * processes, codes
             found.append(dataclasses.replace(subject, seconds=time.monotonic() - began))
-            self.say(f"undisturbed: {found[-1].name}, {found[-1].seconds:.1f} s")
+            self.say(f"uninterrupted: {found[-1].name}, {found[-1].seconds:.1f} s")
         return found
 
     def resume(self, kills: int) -> None:
-        """Kill runs until there were `kills` kills: mostly pretraining and fine-tuning, in turn one of the others."""
+        """Run jobs until there were `kills` kills: pretraining, fine-tuning, and one of the others, in turn."""
         pretrain, finetune, *others = self.subjects
         while len(self.kills) < kills:
             other = others[(self.runs // 3) % len(others)]
             self.run([pretrain, finetune, other][self.runs % 3], kills - len(self.kills))
 
     def run(self, subject: Subject, most: int) -> None:
-        """One run from its start to its end, killed on the way as often as `most` allows."""
+        """Run a job to its end, kill it at most `most` times on the way, and compare its end with the reference."""
         self.runs += 1
         folder = self.folder / f"run{self.runs}"
-        struck: list[Kill] = []
+        kills: list[Kill] = []
         try:
             for _ in range(min(most, self.chance.randint(*KILLS_A_RUN))):
-                kill = self.live(subject, folder)
-                if kill is None:  # the run ended before the blow
+                kill = self.kill_once(subject, folder)
+                if kill is None:  # the run ended before the kill
                     break
-                struck.append(kill)
-            self.bring_to_an_end(subject, folder)
+                kills.append(kill)
+            self.finish_and_compare(subject, folder)
         except (AssertionError, ValueError) as error:  # ValueError: a checkpoint that does not load
-            struck = struck or [Kill(subject.name, "the first start", self.runs, 0, 0, 0, 0, 0.0)]
-            for kill in struck:
+            kills = kills or [Kill(subject.name, "the first start", self.runs, 0, 0, 0, 0, 0.0)]
+            for kill in kills:
                 kill.trouble = str(error)[:2000] or "another end"
         else:
-            for kill in struck:
+            for kill in kills:
                 kill.survived = True
-        self.kills += struck
-        self.say(f"run {self.runs}, {subject.name}: {len(struck)} kills; {len(self.kills)} in all")
+        self.kills += kills
+        self.say(f"run {self.runs}, {subject.name}: {len(kills)} kills; {len(self.kills)} in all")
 
-    def live(self, subject: Subject, folder: Path) -> Kill | None:
-        """One life of a process and its end; None when it reached the end of the run."""
+    def kill_once(self, subject: Subject, folder: Path) -> Kill | None:
+        """Start or resume the job and kill it once. Return None if it finished before."""
         workers = self.chance.choice([0, 0, 2]) if subject.processes == 1 else 0
         save_steps = self.chance.choice(SAVE_STEPS)
         kept, before = kept_step(folder), complete_lines(folder)
-        blow = draw(self.chance, subject, max([kept, *losses(folder)]))
+        fault = draw(self.chance, subject, max([kept, *losses(folder)]))
         began = time.time()
-        lives = subject.start(folder, "--num_workers", workers, "--save_steps", save_steps, fault=blow.fault)
-        if blow.strike is not None:
-            blow.strike(lives)
-            as_a_launcher(lives)
-        codes = [life.wait(MINUTE) for life in lives]
+        processes = subject.start(folder, "--num_workers", workers, "--save_steps", save_steps, fault=fault.injected)
+        if fault.kill is not None:
+            fault.kill(processes)
+            wait_as_launcher(processes)
+        codes = [process.wait(MINUTE) for process in processes]
         if codes == [0] * len(codes):
             return None
-        said = "\n".join(life.said for life in lives)
-        assert -signal.SIGKILL in codes, f"ended with {codes}: {said}"
+        output = "\n".join(process.said for process in processes)
+        assert -signal.SIGKILL in codes, f"ended with {codes}: {output}"
         ended = time.time()
         assert complete_lines(folder).startswith(before), "a line of the records was lost"
-        again = kept_step(folder)  # loads, or says why not
-        assert again >= kept, f"a checkpoint of step {kept} was there, now {again}"
-        mine = [line["step"] for line in metrics(folder)[before.count("\n") + bool(before) :]]
-        done = max([again, *mine])
-        assert done - again <= save_steps, f"{done - again} steps to do again, saved every {save_steps}"
+        saved = kept_step(folder)
+        assert saved >= kept, f"the checkpoint of step {kept} was replaced by one of step {saved}"
+        new_steps = [line["step"] for line in metrics(folder)[before.count("\n") + bool(before) :]]
+        done = max([saved, *new_steps])
+        assert done - saved <= save_steps, f"{done - saved} steps to repeat, saved every {save_steps}"
         last = folder / "checkpoints" / "last.pth"
         since = max(began, last.stat().st_mtime) if last.exists() else began
-        return Kill(subject.name, blow.where, self.runs, workers, save_steps, done, again, max(0.0, ended - since))
+        return Kill(subject.name, fault.where, self.runs, workers, save_steps, done, saved, max(0.0, ended - since))
 
-    def bring_to_an_end(self, subject: Subject, folder: Path) -> None:
-        lives = subject.start(folder, "--num_workers", self.chance.choice([0, 2]) if subject.processes == 1 else 0)
-        codes = [life.wait(MINUTE) for life in lives]
-        assert codes == [0] * len(codes), f"ended with {codes}: {lives[0].said}"
-        whole = subject.whole
-        assert_same_end(whole, folder)
-        averages = [final(path).get("ema", {}) for path in (whole, folder)]
-        assert all(bool((value == averages[1][name]).all()) for name, value in averages[0].items()), "another average"
+    def finish_and_compare(self, subject: Subject, folder: Path) -> None:
+        """Resume the job, let it finish, and assert that it ends exactly like the uninterrupted run."""
+        processes = subject.start(folder, "--num_workers", self.chance.choice([0, 2]) if subject.processes == 1 else 0)
+        codes = [process.wait(MINUTE) for process in processes]
+        assert codes == [0] * len(codes), f"ended with {codes}: {processes[0].said}"
+        reference = subject.reference
+        assert_same_end(reference, folder)
+        averages = [final(path).get("ema", {}) for path in (reference, folder)]
+        assert all(bool((value == averages[1][name]).all()) for name, value in averages[0].items()), "EMA differs"
         assert sorted(losses(folder)) == list(range(1, LAST_STEP[subject.door] + 1)), "steps are missing"
-        assert losses(folder) == losses(whole), "losses differ"
-        assert epochs(folder) == epochs(whole), "an epoch's figures differ"
-        figures = [json.loads((path / "result.json").read_text()) for path in (whole, folder)]
+        assert losses(folder) == losses(reference), "losses differ"
+        assert epochs(folder) == epochs(reference), "the metrics of an epoch differ"
+        results = [json.loads((path / "result.json").read_text()) for path in (reference, folder)]
         for name in ("accuracy", "best", "steps", "images_seen", "bad_steps"):
-            assert figures[0].get(name) == figures[1].get(name), f"{name} differs"
+            assert results[0].get(name) == results[1].get(name), f"{name} differs"
 
 
 def summary(kills: Sequence[Kill]) -> list[dict[str, Any]]:
-    """A row for each place of the blow, and one for all."""
+    """Return one row for each value of `where`, and a last row for all kills."""
     rows = []
     for place in [*sorted({kill.where for kill in kills}), "all"]:
-        mine = [kill for kill in kills if place in (kill.where, "all")]
+        chosen = [kill for kill in kills if place in (kill.where, "all")]
         rows.append(
             {
                 "where": place,
-                "injected": len(mine),
-                "by_subject": {name: sum(kill.subject == name for kill in mine) for name in subjects_of(kills)},
-                "with_workers": sum(kill.workers > 0 for kill in mine),
-                "survived": sum(kill.survived for kill in mine),
-                "most_steps_done_again": max(kill.steps_done - kill.steps_kept for kill in mine),
-                "median_seconds_lost": statistics.median(kill.seconds_lost for kill in mine),
-                "most_seconds_lost": max(kill.seconds_lost for kill in mine),
+                "injected": len(chosen),
+                "by_subject": {name: sum(kill.subject == name for kill in chosen) for name in subjects_of(kills)},
+                "with_workers": sum(kill.workers > 0 for kill in chosen),
+                "survived": sum(kill.survived for kill in chosen),
+                "most_steps_done_again": max(kill.steps_done - kill.steps_kept for kill in chosen),
+                "median_seconds_lost": statistics.median(kill.seconds_lost for kill in chosen),
+                "most_seconds_lost": max(kill.seconds_lost for kill in chosen),
             }
         )
     return rows
@@ -296,7 +304,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def campaign(kills: int, seed: int) -> dict[str, Any]:
-    """The record of a whole campaign."""
+    """Run a campaign and return its record."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         done = Campaign(Path(folder), seed, progress)
@@ -310,9 +318,7 @@ def campaign(kills: int, seed: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = parser(
-        __doc__, kills=(100, "how many blows must strike"), seed=(0, "decides places and moments of the blows")
-    )
+    words = parser(__doc__, kills=(100, "number of kills"), seed=(0, "seed of the places and times of the kills"))
     given = words.parse_args(argv)
     found = campaign(given.kills, given.seed)
     publish("kills_cpu", found, markdown, setting={"kills": given.kills, "seed": given.seed}, output=given.output)

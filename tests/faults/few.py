@@ -1,4 +1,4 @@
-"""A few small images, for runs that are over in a second."""
+"""A dataset of a few small images, for runs of about one second."""
 
 import functools
 import tempfile
@@ -10,11 +10,11 @@ from PIL import Image
 EPOCHS = 3
 STEPS_PER_EPOCH = {"main_pretrain": 7, "main_finetune": 7, "main_linprobe": 7}
 LAST_STEP = {door: EPOCHS * steps for door, steps in STEPS_PER_EPOCH.items()}
-CLASSIFIER = ["--holdout", 0.2]  # fewer than the smallest holdout, so that the 12 test images choose the best epoch
+CLASSIFIER = ["--holdout", 0.2]  # too few images to hold out: the best epoch is chosen on the 12 test images
 
 
 def few(*more):
-    """Arguments of a run on 60 images of three classes, with 12 test images, and `more` arguments."""
+    """Return the arguments of a run on 60 images of three classes, with 12 test images, followed by `more`."""
     words = f"--dataset folder --total_batch_size 8 --epochs {EPOCHS} --data_path".split()
     return [*words, Path(_images().name), *more]
 

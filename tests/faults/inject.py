@@ -1,4 +1,4 @@
-"""Faults to put into a training process before it begins: `Training(..., fault=partial(FAULT, ...))`."""
+"""Faults that a test injects into a training process before it starts: `Training(..., fault=partial(FAULT, ...))`."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ from util.stepper import Stepper
 
 
 def count_calls(owner, name, act):
-    """Call `act(number, original, *arguments)` in the place of `owner.name`; the first call has number 1."""
+    """Replace `owner.name` by `act(number, original, *arguments)`; `number` counts the calls from 1."""
     original = getattr(owner, name)
     calls = 0
 
@@ -34,7 +34,7 @@ def count_calls(owner, name, act):
 
 
 def full_disk(first, last, number=errno.ENOSPC):
-    """Saves `first` to `last` end after some bytes: no space is left, or another number of an error."""
+    """Let saves number `first` to `last` fail after some bytes, with ENOSPC or another `errno` value."""
 
     def act(now, original, state, file):
         if first <= now <= last:
@@ -46,7 +46,7 @@ def full_disk(first, last, number=errno.ENOSPC):
 
 
 def full_device(first, last):
-    """Saves `first` to `last` go to a device that is full, and fail in the way that torch makes of it."""
+    """Write saves number `first` to `last` to /dev/full, so that `torch.save` raises its own error."""
 
     def act(now, original, state, file):
         if first <= now <= last:
@@ -58,7 +58,7 @@ def full_device(first, last):
 
 
 def read_only_folder():
-    """The run's folder is on a file system that cannot be written."""
+    """Let the run folder appear to be on a read-only file system."""
 
     def act(number, original, path, *arguments, **named):
         if os.path.basename(path) == LOCK:
@@ -69,7 +69,7 @@ def read_only_folder():
 
 
 def signal_inside_save(number, which):
-    """This process gets a signal in the middle of its save with this number."""
+    """Send this process the signal `which` in the middle of save number `number`."""
 
     def act(now, original, state, file):
         if now == number:
@@ -84,7 +84,7 @@ def signal_inside_save(number, which):
 
 
 def killed_inside_save(number, share):
-    """SIGKILL when that share of a save's bytes is written."""
+    """Kill this process when the fraction `share` of the bytes of save number `number` is written."""
 
     def act(now, original, state, file):
         if now == number:
@@ -99,7 +99,7 @@ def killed_inside_save(number, share):
 
 
 def killed_at_rename(number, after):
-    """SIGKILL just before, or just `after`, a file is renamed into its place."""
+    """Kill this process just before, or just `after`, the call number `number` of `os.replace`."""
 
     def act(now, original, *arguments):
         if now == number and not after:
@@ -112,7 +112,7 @@ def killed_at_rename(number, after):
 
 
 def signals_inside_evaluation(number, *which):
-    """Signals at the first batch of the evaluation, or of the nearest neighbours, with this number."""
+    """Send signals at the first batch of evaluation number `number`; the kNN evaluation has two: bank and queries."""
 
     def act(now, original, *arguments, **named):
         for position, batch in enumerate(original(*arguments, **named)):
@@ -125,6 +125,8 @@ def signals_inside_evaluation(number, *which):
 
 
 def signals_inside_step(number, *which):
+    """Send signals to this process at the start of step number `number`."""
+
     def act(now, original, *arguments):
         if now == number:
             send_to_self(*which)
@@ -134,7 +136,7 @@ def signals_inside_step(number, *which):
 
 
 def signals_before_training(*which):
-    """Signals while the data is being opened."""
+    """Send signals to this process while it opens the data."""
 
     def act(now, original, *arguments):
         send_to_self(*which)
@@ -149,7 +151,7 @@ def send_to_self(*which):
 
 
 def loss_spike(at, times, count=1):
-    """Multiply the losses of `count` micro-batches from number `at` on."""
+    """Multiply the losses of `count` micro-batches by `times`, starting with micro-batch number `at`."""
 
     def act(number, original, stepper, losses, index):
         if at <= number < at + count:
@@ -160,12 +162,12 @@ def loss_spike(at, times, count=1):
 
 
 def impatient_loader():
-    """Look for dead workers every fifth of a second."""
+    """Let the loader check for exited workers every 0.2 seconds."""
     _MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)
 
 
 def bad_losses(first, last, gradient=False):
-    """The losses of micro-batches `first` to `last` are NaN; with `gradient`, only what is propagated back."""
+    """Set the losses of micro-batches `first` to `last` to NaN; with `gradient`, only their gradients."""
 
     def act(number, original, stepper, losses, index):
         if first <= number <= last:
@@ -180,6 +182,8 @@ def bad_losses(first, last, gradient=False):
 
 
 def out_of_memory(at):
+    """Raise an out-of-memory error at micro-batch number `at`."""
+
     def act(number, original, *arguments):
         if number == at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -194,12 +198,12 @@ def bad_losses_and_full_disk():
 
 
 def killed_before_line(number):
-    """SIGKILL between the update and its line in the records."""
+    """Kill this process after update number `number`, before its line is written to the records."""
     count_calls(RunLog, "step", lambda now, original, *a: _kill() if now == number else original(*a))
 
 
 def killed_inside_line(number):
-    """SIGKILL when half of a line is written."""
+    """Kill this process when half of line number `number` is written."""
 
     def act(now, original, lines, values):
         if now == number:
@@ -216,6 +220,8 @@ def _kill():
 
 
 def broken_tensorboard():
+    """Let TensorBoard fail after five values."""
+
     def act(number, original, *arguments, **named):
         if number > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -225,16 +231,17 @@ def broken_tensorboard():
 
 
 def missing_tensorboard():
+    """Let the import of TensorBoard fail."""
     sys.modules["torch.utils.tensorboard"] = None
 
 
 def jumping_clock():
-    """The clock goes back a day at every look."""
+    """Let `time.time` go back by one day at every call."""
     count_calls(time, "time", lambda number, original: original() - 86_400 * number)
 
 
 def signal_at_loader_start(which):
-    """A signal while workers are being started."""
+    """Send a signal to this process while it starts its workers."""
 
     def act(number, original, *arguments, **named):
         os.kill(os.getpid(), which)
@@ -244,7 +251,7 @@ def signal_at_loader_start(which):
 
 
 def interrupted_twice_inside_save(number):
-    """Two Ctrl-C in the middle of a save."""
+    """Send SIGINT (Ctrl-C) twice in the middle of save number `number`."""
 
     def act(now, original, state, file):
         if now == number:

@@ -1,4 +1,4 @@
-"""A folder with every kind of odd and broken image in it, trained on by the program."""
+"""Training on a folder that contains unusual and invalid image files."""
 
 import io
 import struct
@@ -15,30 +15,33 @@ WORDS = "--dataset folder --in_chans 3 --total_batch_size 13 --epochs 1 --save_s
 
 
 def picture(seed=0, shape=SIZE, dtype=np.uint8):
+    """Return random pixels."""
     return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, endpoint=True).astype(dtype)
 
 
 def encoded(image, kind, **how):
+    """Return the bytes of an image file."""
     file = io.BytesIO()
     image.save(file, kind, **how)
     return file.getvalue()
 
 
 def enormous():
-    """A PNG whose header says 30000 x 30000."""
+    """Return a PNG file whose header declares 30000 x 30000 pixels."""
     data = encoded(Image.fromarray(picture()), "PNG")
     header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + data[24:29]
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
 def turned():
+    """Return EXIF data that declares a rotation by 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
 
 
 COLOUR = Image.fromarray(picture(1))
-ODD = {  # strange, and readable
+ODD = {  # unusual, but valid
     "a PNG named.JPEG": encoded(COLOUR, "PNG"),
     "cmyk.jpg": encoded(COLOUR.convert("CMYK"), "JPEG"),
     "palette.png": encoded(COLOUR.convert("P"), "PNG", transparency=0),
@@ -68,17 +71,18 @@ def folder(tmp_path_factory):
     for name, data in (ODD | BROKEN).items():
         (path / name).write_bytes(data)
     (path / "link.jpg").symlink_to("nowhere.jpg")
-    (path / "folder.jpg").mkdir()  # a folder whose name ends like an image's
+    (path / "folder.jpg").mkdir()  # a folder with the extension of an image
     return path
 
 
 def listed(run):
+    """Return the file names in bad_images.txt with the reasons."""
     lines = (run / "bad_images.txt").read_text().splitlines()
     return {line.split("\t")[0].rpartition("/")[2]: line.split("\t")[1] for line in lines}
 
 
 def test_every_kind_of_image_is_used_or_replaced_and_listed_by_any_loader(folder, tmp_path):
-    """56 images in 4 steps of 13 leave 4 out of the epoch: what is listed is broken, and no more than that."""
+    """An epoch has 4 steps of 13 images and leaves out 4 of 56: up to 3 invalid files may not be listed."""
     words = [*WORDS, "--data_path", folder, "--max_bad_fraction", 0.2]
     for name, workers in (("here", 0), ("worker", 1)):
         said = finish(tmp_path / name, *words, "--num_workers", workers)

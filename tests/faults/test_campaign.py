@@ -1,4 +1,4 @@
-"""Runs that are killed again and again: a few blows always, a hundred with `-m slow`."""
+"""The kill campaign: six kills in every test run, a hundred with `-m slow`."""
 
 import dataclasses
 
@@ -10,6 +10,7 @@ from tests.faults.campaign import Campaign, Kill
 
 
 def run(folder, kills, seed):
+    """Run a campaign and assert that every kill is survived."""
     said = []
     found = Campaign(folder, seed, said.append)
     found.resume(kills)

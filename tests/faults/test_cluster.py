@@ -1,4 +1,4 @@
-"""torchrun on two nodes, for which two agents stand: one is lost and comes back. And torchrun that is asked to stop."""
+"""torchrun with two agents on one machine, as on two nodes: one is lost and restarted. torchrun that is terminated."""
 
 import json
 import os
@@ -20,9 +20,10 @@ STEPS = LAST_STEP["main_pretrain"]
 
 
 def torchrun(folder, words, *place):
+    """Start pretraining under torchrun with the launcher's arguments `place`."""
     command = [sys.executable, "-m", "torch.distributed.run", *place, "main_pretrain.py", *TINY]
     command += ["--output_dir", folder, "--save_steps", 1, *words]
-    # Without the last (torch 2.14), the node that stayed does not tell a new one where to meet the second time.
+    # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE (torch 2.14), the second rendezvous with a restarted node fails.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(
         [str(word) for word in command],
@@ -34,6 +35,7 @@ def torchrun(folder, words, *place):
 
 
 def wait_for_step(folder, step, *agents):
+    """Wait until the step is logged; all agents must still be running."""
     deadline = time.monotonic() + 120
     while not any(line["step"] >= step for line in metrics(folder)):
         for agent in agents:
@@ -43,6 +45,7 @@ def wait_for_step(folder, step, *agents):
 
 
 def ended(*agents):
+    """Wait for the agents and assert that their exit codes are 0."""
     said = [agent.communicate(timeout=180)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0] * len(agents), "\n-----\n".join(text[-4000:] for text in said)
 
@@ -56,7 +59,7 @@ def assert_equals_an_undisturbed_run(folder, words, tmp_path):
 
 
 def test_a_node_that_is_lost_and_comes_back_ends_in_the_same_curve(tmp_path):
-    """The agent and the worker of the second node are killed. The agent of the first waits for it, and both resume."""
+    """The second node's agent and worker are killed; the first node's agent waits for a new one, and both resume."""
     folder, words = tmp_path / "run", few()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,8 +77,8 @@ def test_a_node_that_is_lost_and_comes_back_ends_in_the_same_curve(tmp_path):
     kept = final(folder)["step"]
     again = torchrun(folder, words, *goes)
     ended(first, again)
-    assert 3 <= kept < STEPS, "it was killed on the way"
-    assert len(json.loads((folder / "environment.json").read_text())) >= 2, "it was started twice"
+    assert 3 <= kept < STEPS, "killed before the end"
+    assert len(json.loads((folder / "environment.json").read_text())) >= 2, "started twice"
     assert_equals_an_undisturbed_run(folder, words, tmp_path)
 
 
@@ -88,6 +91,6 @@ def test_torchrun_that_is_asked_to_stop_saves_and_resumes_later(tmp_path):
     launcher.communicate(timeout=120)
     assert launcher.returncode != 0
     assert 3 <= final(folder)["step"] == metrics(folder)[-1]["step"] < STEPS
-    assert not (folder / "run.lock").exists(), "the processes left in order"
+    assert not (folder / "run.lock").exists(), "the lock was released"
     ended(torchrun(folder, words, *place))
     assert_equals_an_undisturbed_run(folder, words, tmp_path)

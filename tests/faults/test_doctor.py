@@ -1,4 +1,4 @@
-"""The doctor's findings against rooms of known size, and its estimate against arithmetic."""
+"""The doctor's checks with known amounts of free space, and its estimate of time and price."""
 
 import shutil
 from collections import namedtuple
@@ -30,7 +30,7 @@ def options():
 
 @pytest.fixture
 def free(monkeypatch):
-    """Set how much is free everywhere."""
+    """Return a function that sets the free space of every file system."""
 
     def set_free(amount):
         monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, amount))
@@ -51,7 +51,7 @@ def test_a_healthy_machine_gets_an_estimate_and_nothing_is_written(tmp_path, cap
 
 
 def test_time_and_price_are_the_arithmetic_of_the_measurement(options):
-    """5 updates of 4 x 90 s are half an hour; two devices for 3 an hour each make 3, and 3 epochs 9."""
+    """An epoch of 5 updates of 4 x 90 s takes 0.5 h; two devices at 3 an hour cost 3 an epoch and 9 for 3 epochs."""
     lines = list(doctor.estimate(options, 5, Measured(seconds=90.0, waiting=0.25, memory=3 * 10**9), 2, 3.0))
     assert "64 images x 2 processes, 25% of it waiting" in lines[0]
     assert lines[1].startswith("3.00 GB")
@@ -60,7 +60,7 @@ def test_time_and_price_are_the_arithmetic_of_the_measurement(options):
     assert "3.00 an epoch, 9.00 the run" in lines[4]
 
 
-def test_packages_are_held_against_the_list(tmp_path):
+def test_packages_are_compared_with_the_requirements(tmp_path):
     pins = tmp_path / "requirements.txt"
     pins.write_text("# pins\ntorch==0.1\nno-such-package-anywhere==1.0\n")
     found = [finding for finding in doctor.packages(pins) if finding.what == "packages"]
@@ -68,14 +68,14 @@ def test_packages_are_held_against_the_list(tmp_path):
     assert "no-such-package-anywhere" in found[0].said and "tested with 0.1" in found[1].said
 
 
-def test_a_package_that_only_an_option_needs_is_looked_for(monkeypatch):
+def test_a_package_that_only_an_option_needs_is_checked(monkeypatch):
     options = main_pretrain.parse_options([*DOORS["main_pretrain"], "--export", "timm", "onnx"])
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
     found = next(finding for finding in doctor.examine(options, 1, 1, None) if "onnx" in str(finding))
     assert found.verdict == WRONG and "--export onnx needs onnx: run" in found.said
 
 
-def test_unreadable_images_are_found_and_weighed(tmp_path):
+def test_unreadable_images_are_counted_and_compared_with_the_limit(tmp_path):
     for number in range(10):
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "5.png").write_text("not an image")
@@ -86,7 +86,7 @@ def test_unreadable_images_are_found_and_weighed(tmp_path):
 
 
 def test_shared_memory_must_hold_what_workers_have_ready(options, free):
-    """2 processes x 3 workers x 2 batches x 64 images of 8 x 8 bytes and 16 floats of noise, one row of it."""
+    """2 processes x 3 workers x 2 batches x 64 images of 8 x 8 bytes with 16 float32 values of noise."""
     image = doctor.plan_of(resolve(options), 2, CPU).image_bytes
     needed = 2 * 3 * 2 * 64 * (8 * 8 + 4 * 16)
     for amount, verdict in ((needed, WRONG), (needed + 1, DOUBTFUL), (2 * needed + 1, GOOD)):
@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
 
 
 def test_a_classifier_is_sampled_as_it_will_be_trained(tmp_path, capsys):
-    """Erasing returns floats, a moving average is a second set of weights, SGD has one moment, the best is kept."""
+    """Random erasing returns floats, the EMA is a second set of weights, SGD has one buffer, the best is kept."""
     words = [*DOORS["main_finetune"], "--batch_size", "64", "--num_workers", "1", "--ema", "0.9", "--optimizer", "sgd"]
     plan = doctor.plan_of(resolve(main_finetune.parse_options(words)), 1, CPU)
     weights = sum(value.numel() for value in plan.model.state_dict().values())
@@ -130,7 +130,7 @@ def test_a_classifier_is_sampled_as_it_will_be_trained(tmp_path, capsys):
 
 
 def test_a_segmenter_is_sampled_as_it_will_be_trained(tmp_path, capsys):
-    """Crops of 16 x 16 in colour with masks of 16 bits; batch norm's statistics are saved, too. 36 steps: 3 epochs."""
+    """RGB crops of 16 x 16 with 16-bit masks; batch norm statistics are saved too. 36 steps are 3 epochs."""
     words = [*DOORS["main_segment"], "--data_path", "scenes", "--total_batch_size", "16", "--steps", "36"]
     plan = doctor.plan_of(resolve(main_segment.parse_options(words)), 1, CPU)
     whole = sum(value.numel() * value.element_size() for value in plan.model.state_dict().values())
@@ -179,7 +179,7 @@ def test_bad_input_is_reported_as_by_the_run(capsys):
         assert told in capsys.readouterr().err
 
 
-def test_memory_that_does_not_suffice_is_advice_and_no_traceback(monkeypatch, capsys):
+def test_out_of_memory_is_reported_with_advice_and_no_traceback(monkeypatch, capsys):
     def full(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -189,7 +189,7 @@ def test_memory_that_does_not_suffice_is_advice_and_no_traceback(monkeypatch, ca
 
 
 @pytest.mark.gpu
-def test_gpus_are_named_and_add_up_together():
+def test_gpus_are_named_and_nccl_is_checked():
     found = list(doctor.devices(torch.device("cuda"), 1))
     assert [finding.what for finding in found] == ["GPU", "NCCL"]
     assert {finding.verdict for finding in found} == {GOOD}

@@ -1,4 +1,4 @@
-"""One run in a folder at a time: a live holder is respected, a dead one does not block."""
+"""The run lock: only one process runs in a folder; the lock of an exited process does not block."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ def short_wait(monkeypatch):
 
 
 def hold(folder, ready):
-    """Hold the lock, with a child process that outlives this one, as a worker of a loader does for a while."""
+    """Hold the lock and start a child process that outlives this one, as a loading worker may."""
     RunLock(folder).acquire()
     child = context.Process(target=time.sleep, args=(60,))
     child.start()
@@ -35,7 +35,7 @@ def hold(folder, ready):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds the lock of `tmp_path`, and the process id of its child."""
+    """Start a process that holds the lock of `tmp_path`; yield it and the process id of its child."""
     ready = context.Queue()
     process = context.Process(target=hold, args=(tmp_path, ready))
     process.start()
@@ -93,7 +93,7 @@ def test_a_lock_file_of_an_exited_process_does_not_block(tmp_path, left):
 
 
 def test_another_machine_that_acquired_the_folder_is_noticed_and_its_file_left_alone(tmp_path):
-    """As on a file system whose locks reach no other machine."""
+    """On some file systems, locks are not visible to other machines."""
     held = RunLock(tmp_path)
     held.acquire()
     (tmp_path / lock.NAME).unlink()
@@ -116,7 +116,7 @@ def test_of_many_that_start_together_one_wins(tmp_path):
         except FolderInUse:
             results.put("refused")
 
-    (tmp_path / lock.NAME).write_text('{"pid": 1}')  # left behind: all of them try to replace it
+    (tmp_path / lock.NAME).write_text('{"pid": 1}')  # a stale file: all processes try to replace it
     processes = [context.Process(target=contend) for _ in range(6)]
     for process in processes:
         process.start()
@@ -158,7 +158,7 @@ def test_a_second_start_is_refused_and_the_first_continues(tmp_path):
 
 
 def test_a_run_whose_folder_was_taken_over_stops_without_saving(tmp_path):
-    """It was suspended so long that another machine resumed the run."""
+    """As after a long suspension during which another machine resumed the run."""
     folder = tmp_path / "run"
     training = Training(folder, *few("--epochs", 400, "--save_steps", 5))
     training.wait_for_step(2)
@@ -180,7 +180,7 @@ def test_a_kill_does_not_block_the_next_start_and_a_refusal_leaves_no_lock(tmp_p
     assert not (folder / lock.NAME).exists()
     assert "is finished" in finish(folder, *words)
     assert not (folder / lock.NAME).exists()
-    assert "is finished" in finish(folder, *words, fault=inject.read_only_folder), "nothing need be written"
+    assert "is finished" in finish(folder, *words, fault=inject.read_only_folder), "nothing has to be written"
     refused = Training(folder, *words, "--overwrite", fault=inject.read_only_folder)
     assert refused.wait() == 2 and "cannot be created or written (Read-only file system)" in refused.said
     assert (folder / "result.json").exists()

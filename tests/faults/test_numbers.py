@@ -1,4 +1,4 @@
-"""Numbers that are not finite, once and for good; images and batches at the edge."""
+"""Losses and gradients that are not finite or jump; constant images, batches of one, and lack of memory."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def bad_steps(folder):
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
 def test_one_bad_step_is_left_out_and_counted(tmp_path, gradient):
-    """The third update does not happen: what follows is computed with the weights of the second."""
+    """The third update is skipped: the fourth step uses the weights after the second."""
     folder = tmp_path / "run"
     finish(folder, *ONE, fault=partial(inject.bad_losses, 3, 3, gradient=gradient))
     assert bad_steps(folder) == [0, 0, 1, 1, 1, 1, 1]
@@ -41,7 +41,7 @@ def test_fewer_bad_steps_in_a_row_than_allowed_do_not_stop(tmp_path):
 
 
 def test_a_loss_that_jumps_is_reported_and_trained_on(tmp_path):
-    """Twenty times the loss in the second of two micro-batches of step 9: 10.5 times, says the step's line."""
+    """20 times the loss in one of the two micro-batches of step 9: the mean loss is 10.5 times the usual."""
     words = few("--batch_size", 4)
     said = finish(tmp_path / "run", *words, fault=partial(inject.loss_spike, 18, 20))
     told = [line for line in said.splitlines() if "times the usual" in line]
@@ -75,7 +75,7 @@ def test_gradients_that_stay_bad_stop_with_3_and_say_that_losses_are_finite(tmp_
 
 @pytest.mark.parametrize("shade", [0, 127, 255])
 def test_images_of_one_colour_in_batches_of_one_train(tmp_path, shade):
-    """Every patch has no variance, and every neighbour is equally close."""
+    """All patches have zero variance, and all neighbours are equally close."""
     (tmp_path / "images").mkdir()
     for number in range(3):
         pixels = np.full((8, 8), shade, dtype=np.uint8)

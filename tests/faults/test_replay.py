@@ -1,4 +1,4 @@
-"""A dumped bad batch is repeated, and the place where its numbers stop being finite is reported."""
+"""`tools.replay`: repeat the batch of a dump and report where its values become non-finite."""
 
 import json
 import math
@@ -18,7 +18,7 @@ WORDS = few("--epochs", 1, "--max_bad_steps", 2)
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory):
-    """Of a run whose losses are NaN from its third step on, with two micro-batches a step."""
+    """The dump of a run whose losses are NaN from the third step on, with two micro-batches per step."""
     folder = tmp_path_factory.mktemp("bad") / "run"
     training = Training(folder, *WORDS, "--batch_size", 4, fault=partial(inject.bad_losses, 5, 1000))
     assert training.wait() == 3, training.said
@@ -28,13 +28,14 @@ def dump(tmp_path_factory):
 
 
 def run(capsys, *words):
+    """Return the exit code and the output of the tool."""
     code = replay.main([str(word) for word in words])
     said = capsys.readouterr()
     return code, said.out + said.err
 
 
 def changed(dump, tmp_path, **changes):
-    """A copy of the dump whose named weights are filled with a number."""
+    """Copy the dump, fill the named weights with a value, and return the path of the copy."""
     (tmp_path / dump.name).write_text(dump.read_text())
     state = checkpoint.load(dump.with_suffix(".pth"))
     for name, value in changes.items():
@@ -43,8 +44,8 @@ def changed(dump, tmp_path, **changes):
     return tmp_path / dump.name
 
 
-def test_the_batch_is_the_runs_to_the_last_mask(dump):
-    """Losses of the replayed micro-batches are those that the run had: its NaN was put there from outside."""
+def test_the_replayed_batch_has_the_losses_of_the_run(dump):
+    """The reconstruction losses are equal; the NaN in the run's total loss was injected."""
     again = replay.Replay(dump, device="cpu", amp="", data_path="")
     with torch.no_grad():
         losses = [again.model(b.images, b.labels, noise=b.noise) for _, b in again.micro_batches()]
@@ -103,7 +104,7 @@ def test_a_term_whose_weight_is_too_large_is_named(tmp_path, capsys):
 
 
 def test_a_classifiers_batch_is_mixed_again_as_it_was(tmp_path, capsys):
-    """Images, mixing and drop path are the run's; what was put into its gradients from outside is missing."""
+    """Images, mixing and drop path equal the run's; the NaN injected into its gradients is absent."""
     fault = partial(inject.bad_losses, 3, 1000, gradient=True)
     words = few(*CLASSIFIER, "--batch_size", 4, "--max_bad_steps", 2)
     training = Training(tmp_path / "run", *words, door="main_finetune", fault=fault)

@@ -1,4 +1,4 @@
-"""Saves that fail, are interrupted, or find no folder; signals at bad moments; records that are cut short."""
+"""Saves that fail, are interrupted, or find no folder; signals at critical points; incomplete records."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ ONE = few("--epochs", 1, "--save_steps", 1)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An undisturbed run."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     finish(folder, *ONE)
     return folder
@@ -39,7 +39,7 @@ def test_other_failures_of_the_disk_are_tried_again_too(tmp_path, number):
 
 
 def test_a_device_that_is_really_full_costs_a_save_and_no_step(whole, tmp_path):
-    """What torch makes of a write that fails within its archive is the error of the disk."""
+    """The error that torch raises for a failed write is reported as the error of the disk."""
     said = finish(tmp_path / "run", *ONE, fault=partial(inject.full_device, 2, 4))
     assert said.count("No space left on device") == 3 and "not saved; training continues with" in said
     assert_same_end(whole, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Faults in one of several processes, and other numbers of them on the way."""
+"""Faults in one of several processes, and resuming with another number of processes."""
 
 import signal
 import time
@@ -13,7 +13,7 @@ from tests.runs import Training, final, finish, losses, metrics, start_ranks
 
 
 def test_a_bad_loss_of_one_process_leaves_the_update_out_in_all(tmp_path):
-    """Rank 1 alone has it, rank 0 writes: its weights do not take part in the update either."""
+    """Only rank 1 has a bad loss; rank 0, which writes the checkpoint, skips the update as well."""
     ranks = start_ranks(2, tmp_path / "run", *few(), "--epochs", 1, faults={1: partial(inject.bad_losses, 3, 3)})
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
     assert [line["bad_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 1, 1, 1, 1]
@@ -39,7 +39,7 @@ def test_a_signal_inside_the_evaluation_of_one_process_abandons_that_of_all(tmp_
     assert [rank.wait() for rank in ranks] == [75, 75], ranks[0].said
     state = final(tmp_path / "run")
     assert (state["epoch"], state["sampler"]["offset"]) == (0, STEPS_PER_EPOCH["main_finetune"])
-    assert not (tmp_path / "run" / "log.txt").exists(), "figures of some images only are nobody's"
+    assert not (tmp_path / "run" / "log.txt").exists(), "metrics of an incomplete evaluation are not logged"
 
 
 def test_more_processes_with_fewer_images_each_resume_with_the_same_losses(tmp_path):

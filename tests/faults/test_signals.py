@@ -1,4 +1,4 @@
-"""Signals at every moment of a run: before the first step, inside a step, inside an evaluation; and a second Ctrl-C."""
+"""Signals before the first step, inside a step and inside an evaluation; and a second Ctrl-C."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ STEPS = STEPS_PER_EPOCH[FINETUNE]
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """By program."""
+    """The arguments of each program."""
     trained = ["--init_from", tmp_path_factory.mktemp("whole") / PRETRAIN / "checkpoints" / "last.pth"]
     return {
         PRETRAIN: few("--knn_every", 1),
@@ -27,7 +27,7 @@ def words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(words):
-    """The folder of undisturbed runs by program."""
+    """A folder with an uninterrupted run of each program."""
     folder = words[PROBE][-1].parent.parent.parent
     for door in (PRETRAIN, FINETUNE, PROBE):
         finish(folder / door, *words[door], door=door)
@@ -44,7 +44,7 @@ def result(folder):
 
 
 def assert_same_run(whole, folder):
-    """Weights, losses and the figures of every epoch."""
+    """Assert that weights, losses and the metrics of every epoch are equal."""
     assert_same_end(whole, folder)
     assert losses(folder) == losses(whole)
     assert epochs(folder) == epochs(whole)
@@ -52,7 +52,7 @@ def assert_same_run(whole, folder):
 
 
 def test_a_signal_inside_an_evaluation_abandons_it_and_it_is_begun_again(whole, words, tmp_path):
-    """The epoch's steps are done and saved, its figures are not written: they would be of some images only."""
+    """The epoch's steps are saved; its metrics are not logged, because the evaluation is incomplete."""
     folder = tmp_path / "run"
     fault = partial(inject.signals_inside_evaluation, 2, signal.SIGTERM)
     training = Training(folder, *words[FINETUNE], door=FINETUNE, fault=fault)
@@ -65,7 +65,7 @@ def test_a_signal_inside_an_evaluation_abandons_it_and_it_is_begun_again(whole, 
 
 
 def test_a_signal_inside_the_last_evaluation_leaves_the_last_weights_as_they_are(whole, words, tmp_path):
-    """The fifth is that of the best epoch: its weights are in the model then, and must not be saved as the last."""
+    """The fifth evaluation is of the best epoch: the model holds its weights, which must not be saved as the last."""
     folder = tmp_path / "run"
     fault = partial(inject.signals_inside_evaluation, 5, signal.SIGUSR1)
     training = Training(folder, *words[FINETUNE], door=FINETUNE, fault=fault)
@@ -76,7 +76,7 @@ def test_a_signal_inside_the_last_evaluation_leaves_the_last_weights_as_they_are
     assert_same_run(whole / FINETUNE, folder)
 
 
-def test_a_signal_while_neighbours_are_counted_is_heard_after_them(whole, words, tmp_path):
+def test_a_signal_during_the_knn_evaluation_is_handled_after_it(whole, words, tmp_path):
     folder = tmp_path / "run"
     fault = partial(inject.signals_inside_evaluation, 1, signal.SIGTERM)
     training = Training(folder, *words[PRETRAIN], fault=fault)
@@ -88,7 +88,7 @@ def test_a_signal_while_neighbours_are_counted_is_heard_after_them(whole, words,
 
 @pytest.mark.parametrize(("door", "number"), [(FINETUNE, 2), (PRETRAIN, 3)])
 def test_a_second_interrupt_inside_an_evaluation_leaves_at_once(whole, words, tmp_path, door, number):
-    """That of the second epoch; counting neighbours goes through two sets of images."""
+    """In the evaluation of the second epoch; the kNN evaluation reads two sets of images."""
     folder = tmp_path / "run"
     fault = partial(inject.signals_inside_evaluation, number, signal.SIGINT, signal.SIGINT)
     training = Training(folder, *words[door], door=door, fault=fault)

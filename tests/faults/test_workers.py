@@ -1,4 +1,4 @@
-"""Data loading workers that hang: noticed, replaced where they were, and an error with advice when it happens again."""
+"""Data loading workers that hang or exit: they are replaced without losing a batch; the second time is an error."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from tests.runs import Training, assert_same_end, finish, losses
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Look for dead workers every 0.2 seconds instead of every 5."""
+    """Check for exited workers every 0.2 seconds instead of every 5."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
@@ -30,6 +30,7 @@ def make_batches(transform=None, num_workers=2, **more):
 
 
 def stop(batches, number=0):
+    """Suspend a worker and return its process id."""
     pid = batches._loader._processes[number].pid
     os.kill(pid, signal.SIGSTOP)
     return pid
@@ -92,7 +93,7 @@ def test_a_run_whose_worker_hangs_or_is_killed_ends_like_an_uninterrupted_one(tm
     training = Training(
         tmp_path / "run", *words, "--num_workers", 2, "--worker_timeout", 2, fault=inject.impatient_loader
     )
-    for step, number in ((2, signal.SIGSTOP), (16, signal.SIGKILL)):  # noticed in two epochs: once in each is forgiven
+    for step, number in ((2, signal.SIGSTOP), (16, signal.SIGKILL)):  # one loss in each of two epochs is allowed
         training.wait_for_step(step)
         os.kill(training.workers()[0], number)
     assert training.wait() == 0, training.said
