@@ -1,4 +1,4 @@
-"""A classifier's objective, for the epochs of `engine_pretrain`, and its evaluation: after epochs, and at the end."""
+"""The objective of a classifier, for `engine_pretrain.train_one_epoch`, and its evaluation."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from util.distributed import Processes
 from util.evaluation import Evaluation
 from util.run import Run
 
-MOST_CONFUSED = 100  # classes of which a confusion matrix is kept
+MOST_CONFUSED = 100  # maximum number of classes for which a confusion matrix is returned
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Learning from the predictions of a trained classifier, beside the labels.
+    """Distillation from a trained classifier, in addition to the labels.
 
-    The loss is (1 - weight) x that of the labels + weight x this one's: with `soft` labels
-    T^2 KL(softmax(teacher / T) || softmax(student / T)), with `hard` ones the cross-entropy of the teacher's class.
+    The total loss is (1 - weight) x label loss + weight x distillation loss. The latter is
+    T^2 KL(softmax(teacher / T) || softmax(student / T)) for `soft` labels, and the cross-entropy with the class that
+    the teacher predicts for `hard` labels.
     """
 
     teacher: Callable[[Tensor], Tensor]
-    """From images to logits `[N, C]`, without gradient."""
+    """Function from images to logits `[N, C]`, without gradient."""
     weight: float = 0.5
     temperature: float = 1.0
     labels: Literal["soft", "hard"] = "soft"
 
     def loss(self, logits_NC: Tensor, images: Tensor) -> Tensor:
-        """Compute the loss of the student's logits, those of its distillation token if it has one, in float32."""
+        """Compute the loss in float32 for the student's logits (of its distillation token if it has one)."""
         teacher_NC = self.teacher(images).float()
         if self.labels == "hard":
             return F.cross_entropy(logits_NC.float(), teacher_NC.argmax(dim=1))
@@ -47,13 +48,13 @@ class Distillation:
 
 
 class Objective(nn.Module):
-    """`(images, labels) -> {"loss"}`: cross-entropy with smoothed labels, over batches mixed by mixup or cutmix.
+    """`(images, labels) -> {"loss"}`: cross-entropy with label smoothing, for batches mixed by mixup or cutmix.
 
     With `class_weights` w the loss is sum(w_k p_k (-log q_k)) / sum(w_k p_k) over images and classes, for targets p and
     predictions q; smoothing as in `torch.nn.CrossEntropyLoss`.
-    A model that returns two sets of logits has a distillation token: the labels are for the first, the distillation for
-    the second. `prepare` comes before the model, for features of a frozen encoder. Mixing draws from NumPy's global
-    generator, which the stepper seeds at every step; it needs batches of an even number of images.
+    A model with a distillation token returns two sets of logits: the labels are used for the first, the distillation
+    for the second. `prepare` is applied to the images before the model, for features of a frozen encoder. Mixing uses
+    NumPy's global generator, which the stepper seeds at every step; it needs batches of an even number of images.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Objective(nn.Module):
         return {"loss": (1 - share) * loss + share * part, "label": loss, "distillation": part}
 
     def _mixed_loss(self, logits_NC: Tensor, targets_NC: Tensor) -> Tensor:
-        """Compute the loss for a distribution over the classes; torch divides by N, also with class weights."""
+        """Compute the loss for target distributions over the classes; torch divides by N even with class weights."""
         weights = self._weights_on(logits_NC.device)
         loss = F.cross_entropy(logits_NC, targets_NC, weight=weights)
         return loss if weights is None else loss * len(targets_NC) / (targets_NC * weights).sum()
@@ -104,7 +105,7 @@ class Objective(nn.Module):
         return self.class_weights
 
     def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits that learn from labels and those that learn from the teacher, which may be the same."""
+        """Return the logits for the label loss and those for the distillation loss, which may be the same."""
         logits = self.model(images if self.prepare is None else self.prepare(images))
         return logits if isinstance(logits, tuple) else (logits, logits)
 
@@ -121,21 +122,21 @@ def evaluate(
     """Evaluate a classifier on the images of all processes, each image once.
 
     Args:
-        model: From images to logits.
+        model: Function from images to logits.
         batches: This process's share of the images, in batches of any size.
         classes: Number of classes.
         processes: The processes that evaluate together.
         autocast: Context of the forward pass.
 
     Returns:
-        `acc1` and, for more than five classes, `acc5` in percent; `mean_class_acc`, the mean over the classes that have
-        images; `loss`; the number of `images`; for at most 100 classes `confusion`, the number of images of each true
-        class (row) that were given each class (column).
+        `acc1` and, for more than five classes, `acc5` in percent; `mean_class_acc`, the mean accuracy of the classes
+        that have images; `loss`; the number of `images`; for at most 100 classes `confusion`, the number of images by
+        true class (row) and predicted class (column).
     """
     was_training = model.training
     model.eval()
     device = processes.device
-    table_3C = torch.zeros(3, classes, dtype=torch.int64, device=device)  # of each class: images, right, right in five
+    table_3C = torch.zeros(3, classes, dtype=torch.int64, device=device)  # per class: images, top-1 and top-5 hits
     confusion_CC = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     loss = torch.zeros((), device=device)
     for batch in batches:
@@ -177,7 +178,10 @@ def describe(figures: Mapping[str, float]) -> str:
 def make_evaluation(
     options: ClassifierOptions, run: Run, model: nn.Module, found: Splits, batches: Callable[[str], Iterable[Batch]]
 ) -> Evaluation:
-    """Make the evaluation of a classifier. `batches` gives this process's share of the images "choice" or "test"."""
+    """Create the evaluation of a classifier.
+
+    `batches` returns this process's share of the validation images ("choice") or the test images ("test").
+    """
 
     def measure(images: str) -> dict[str, float]:
         shown = run.until_stopped(batches(images))

@@ -1,4 +1,4 @@
-"""One epoch of any pretraining objective: named losses in, means out."""
+"""Train one epoch of any objective that returns named losses."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def train_one_epoch(
     note: Callable[[list[tuple[str, str]]], None],
     after_step: Callable[[], None],
 ) -> None:
-    """Train on every batch once; `means` takes in each named loss.
+    """Train on every batch once, and add the named losses to `means`.
 
-    `model(images, labels, noise=noise)` returns a dict of scalars with `loss`. `note` hears of unreadable images,
-    `after_step` is called when an optimizer step has ended. Nothing here waits for the device.
+    `model(images, labels, noise=noise)` returns a dict of scalars with `loss`. `note` is called with unreadable images,
+    `after_step` after each optimizer step. The device is not synchronised.
     """
     model.train()
     for batch in batches:

@@ -1,7 +1,7 @@
-"""A segmenter's objective for the epochs of `engine_pretrain`, its evaluation, and its predictions for some images.
+"""The objective of a segmenter, for `engine_pretrain.train_one_epoch`, its evaluation, and its predictions.
 
-Metrics come from one confusion matrix, counted on the device and summed over the processes: each pixel of each image
-counts once.
+Metrics are computed from one confusion matrix, which is counted on the device and summed over the processes: each pixel
+of each image counts once.
 
 N images   C channels   K classes   H W image, or its mask
 """
@@ -31,8 +31,8 @@ PICTURES = 6
 class Objective(nn.Module):
     """`(images, masks) -> {"loss", "segmentation", "auxiliary"}`: cross-entropies averaged over all pixels.
 
-    With `class_weights` each pixel counts with the weight of its class.
-    loss = segmentation + weight x auxiliary. Masks are `[N, H, W]`, of the images' size; pixels of IGNORE count as 0.
+    loss = segmentation + weight x auxiliary. Masks are `[N, H, W]`, with the size of the images; the loss of IGNORE
+    pixels is 0. With `class_weights` the loss of each pixel is multiplied by the weight of its class.
     """
 
     def __init__(self, model: nn.Module, *, auxiliary: float, class_weights: Sequence[float] | None = None):
@@ -55,9 +55,9 @@ class Objective(nn.Module):
 def cross_entropy(logits: Tensor, masks: Tensor, weights_K: Tensor | None = None) -> Tensor:
     """Compute the cross-entropy summed over the pixels that have a class, divided by the number of all pixels.
 
-    Pixels of IGNORE count as 0 in the average, as in mmsegmentation (`avg_non_ignore=False`, its default). The loss of
-    a batch is therefore the average of its images' losses, on any number of processes. With `weights_K` each pixel's
-    term is multiplied by the weight of its class, as there.
+    The loss of IGNORE pixels is 0 and included in the average, as in mmsegmentation (`avg_non_ignore=False`, the
+    default). The loss of a batch is therefore the average of the losses of its images, for any number of processes.
+    With `weights_K` the loss of each pixel is multiplied by the weight of its class, also as in mmsegmentation.
     """
     logits = brought_to(logits, masks)
     return F.cross_entropy(logits, masks, weight=weights_K, ignore_index=IGNORE, reduction="sum") / masks.numel()
@@ -79,7 +79,7 @@ def evaluation_samples(options: SegmentOptions, source: Source) -> EvalSamples:
 
 
 def windows_of(options: SegmentOptions, patch: int) -> Windows:
-    """Return the window function for a model with this patch size."""
+    """Return the sliding windows for a model with this patch size."""
     rows, columns = options.input_size
     stride = (options.stride, options.stride) if options.stride else (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
     return Windows(
@@ -97,9 +97,9 @@ def evaluate(
     processes: Processes,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, Any]:
-    """Return the metrics of all pixels of all processes, by class name, and the number of `images`.
+    """Return the metrics over all pixels of all processes, by class name, and the number of `images`.
 
-    Logits are resized to the mask, which may differ in size from the resized image.
+    Logits are resized to the size of the mask, which may differ from that of the resized image.
     """
     was_training = model.training
     model.eval()
@@ -120,7 +120,7 @@ def evaluate(
 
 
 def same_statistics(model: nn.Module, processes: Processes) -> None:
-    """Copy the running statistics of the main process, which are those of checkpoints, to every process."""
+    """Copy the running statistics of the main process, which are saved in checkpoints, to every process."""
     if processes.world_size == 1:
         return
     theirs = processes.broadcast({name: buffer.cpu() for name, buffer in model.named_buffers()})
@@ -138,7 +138,7 @@ def predicted_masks(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Yield for some images a picture `[3, H, W]` between 0 and 1, the mask and the prediction, on the CPU."""
+    """Return the image `[3, H, W]` between 0 and 1, the mask and the prediction of each index, on the CPU."""
     was_training = model.training
     model.eval()
     made = []

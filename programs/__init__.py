@@ -1,7 +1,7 @@
 """The training programs: one module per command, found by the name that every checkpoint stores.
 
-This file does not import torch, so that `--help` and the message for a wrong option do not wait for it; `load` imports
-a program with everything that it needs.
+This file does not import torch, so that `--help` and errors in options are fast; `load` imports a program with
+everything that it needs.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ PLANNED = ("pretrain", "finetune", "segment")  # programs with `make_plan`
 
 
 class Program(Protocol):
-    """What the modules of this package offer to their commands and to tools."""
+    """Interface of the modules of this package, for commands and tools."""
 
     def run(self, options: Any) -> None:
-        """Train, or evaluate where the options ask for it."""
+        """Train, or evaluate if the options request it."""
 
     def make_plan(self, options: Any, processes: Processes, *, reading: Processes | None = None) -> Plan:
-        """Make the parts of a training run; not in `programs.probe`, which trains on stored features.
+        """Create the parts of a training run; not in `programs.probe`, which trains on stored features.
 
         Args:
-            options: resolved, see `util.run.resolve`.
-            processes: the processes that train together.
-            reading: the processes that share the checks of the data; default: `processes`.
+            options: Resolved options, see `util.run.resolve`.
+            processes: The processes that train together.
+            reading: The processes that share the checks of the data; default: `processes`.
         """
 
 
@@ -61,7 +61,7 @@ def load(name: str) -> Program:
 
 
 def read_options(name: str, stored: Mapping[str, Any]) -> Any:
-    """Read the options of the program `name` that a checkpoint stores, also those of an earlier version."""
+    """Read the options that a checkpoint of the program `name` stores, also those of an earlier version."""
     if name == "pretrain":
         import methods
 
@@ -70,10 +70,10 @@ def read_options(name: str, stored: Mapping[str, Any]) -> Any:
 
 
 def parse_options(name: str, argv: Sequence[str]) -> Any:
-    """Parse the command line of the program `name`; torch is imported only where a checkpoint must be read.
+    """Parse the command line of the program `name`; torch is imported only if a checkpoint must be read.
 
     Raises:
-        ValueError: an option is wrong, or the checkpoint that it names cannot be read.
+        ValueError: An option is wrong, or the checkpoint that it names cannot be read.
     """
     schema = PROGRAMS[name]
     if name == "pretrain":
@@ -84,7 +84,7 @@ def parse_options(name: str, argv: Sequence[str]) -> Any:
 
 
 def _inherit(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that are taken over from the checkpoint named in `given`."""
+    """Return the options that are inherited from the checkpoint named in `given`."""
     if not {"init_from", "eval"} & given.keys():
         return {}
     from util import checkpoint
@@ -93,10 +93,10 @@ def _inherit(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, An
 
 
 def front_door(parse_options: Callable[[Sequence[str]], Any], name: str, argv: Sequence[str] | None = None) -> int:
-    """Parse the options, then import and run the program `name`; returns the exit code.
+    """Parse the options, then import and run the program `name`; return the exit code.
 
-    Exit codes: 0 done or nothing left to do, 2 wrong input, 3 too many updates that are not finite, 4 checkpoints
-    cannot be written, 5 done but an export failed, 75 stopped by a signal and to be started again.
+    Exit codes: 0 finished or nothing to do, 2 invalid input, 3 too many non-finite updates, 4 checkpoints cannot be
+    written, 5 finished but an export failed, 75 stopped by a signal and to be started again.
     """
     main = os.environ.get("RANK", "0") == "0"
     try:

@@ -1,4 +1,4 @@
-"""Fine-tuning: train a classifier end to end, or evaluate one."""
+"""Fine-tuning: train a classifier end to end, or evaluate a trained one."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ log = logging.getLogger("finetune")
 
 
 def require_pairs(options: FinetuneOptions) -> None:
-    """Raise ValueError if (resolved) batches for mixup have an odd number of images."""
+    """Raise ValueError if mixup is used with an odd (resolved) batch size."""
     if options.mixes and options.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
 
 
 def load_teacher(options: FinetuneOptions, device: torch.device) -> tuple[FinetuneOptions, Distillation | None]:
-    """Load the classifier `distill_from`; return the options with its digest. None where there is none."""
+    """Load the classifier `distill_from`; return the options with its digest, and the distillation (None without)."""
     if not options.distill_from:
         return options, None
     weights, made_with = checkpoint.load_model(options.distill_from, averaged=True)
@@ -75,7 +75,7 @@ def load_teacher(options: FinetuneOptions, device: torch.device) -> tuple[Finetu
 def objective_of(
     options: FinetuneOptions, model: nn.Module, train: Source, distillation: Distillation | None = None
 ) -> Objective:
-    """Build the loss for the training images `train`, whose labels may decide the weights of the classes."""
+    """Create the objective. The class weights may be computed from the labels of the training images `train`."""
     return Objective(
         model,
         classes=options.num_classes,
@@ -112,7 +112,7 @@ def training_images(options: FinetuneOptions, source: Source) -> TrainSamples:
 
 
 def make_optimizer(options: FinetuneOptions, model: Classifier, device: torch.device) -> torch.optim.Optimizer:
-    """Make the optimizer, and log the learning rate of each layer."""
+    """Create the optimizer, and log the learning rate of each layer."""
     lr, groups = layer_groups(options, model)
     if options.optimizer == "sgd":
         return optim.sgd(groups, lr, device=device)
@@ -120,7 +120,7 @@ def make_optimizer(options: FinetuneOptions, model: Classifier, device: torch.de
 
 
 def prepared(options: FinetuneOptions) -> str:
-    """Describe how the images of `image_batches` are prepared."""
+    """Describe the preprocessing of `image_batches`."""
     return describe_eval_crop(options.input_size, classifier_crop_share(options.input_size), options.eval_crop)
 
 
@@ -136,7 +136,7 @@ def run(options: FinetuneOptions) -> None:
 
 
 def evaluate_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
-    """Print the accuracy of a checkpoint on the test images; nothing is written."""
+    """Log the accuracy of a checkpoint on the test images; no files are written."""
     path = checkpoint.evaluated_checkpoint(vars(options))
     test = splits.open_test(options, splits.read_classes(checkpoint.run_of(Path(path))))
     classes = max(len(test.classes or []), options.num_classes)

@@ -1,4 +1,4 @@
-"""What a program trains: the parts that its run, `tools.doctor` and `tools.replay` have in common."""
+"""The parts of a training run that the program, `tools.doctor` and `tools.replay` share."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from util.distributed import Processes
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, its training images and how they meet, before a run's folder is opened. Nothing is loaded or moved."""
+    """Model, training images and objective of a run, before its folder is opened.
+
+    No checkpoint is loaded, and the model is not moved to the device.
+    """
 
     options: Any
-    """The program's, with what the data decide, such as the number of classes."""
+    """Options of the program, completed with values that depend on the data, such as the number of classes."""
     processes: Processes
     source: Source
     """The training images."""
     model: Any
-    """The module that a checkpoint holds, as it is initialised."""
+    """The model that checkpoints contain, initialised."""
     make_batches: Callable[[Processes], Batches]
-    """A process's share of the training batches."""
+    """Function that returns a process's share of the training batches."""
     make_objective: Callable[[nn.Module], nn.Module]
-    """From the model, or a wrapper of it, to the module that returns named losses for a batch."""
+    """Function from the model, or a wrapper of it, to the module that returns named losses for a batch."""
     make_optimizer: Callable[[torch.device], torch.optim.Optimizer]
-    """For the model on its device."""
+    """Function that creates the optimizer when the model is on its device."""
     image_bytes: int
-    """Size of one sample as a worker process hands it over."""
+    """Bytes of one sample that a worker process returns."""
     splits: Any = None
     """Training, validation and test images of the programs that evaluate."""
 
     @cached_property
     def batches(self) -> Batches:
-        """The share of the process that plans."""
+        """Return the training batches of this process."""
         return self.make_batches(self.processes)

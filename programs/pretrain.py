@@ -1,4 +1,4 @@
-"""Pretraining: model, images, optimizer and run, then one epoch after another."""
+"""Pretraining: create model, data, optimizer and run, and train all epochs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from util.watch import OnlineKNN, draw_reconstructions, open_validation
 
 log = logging.getLogger("pretrain")
 
-FEW_UPDATES = 500  # fewer optimizer steps in a run are reported at its start
+FEW_UPDATES = 500  # a run with fewer optimizer steps logs a warning at its start
 
 
 def build_model(options: PretrainOptions) -> Pretrainer:
@@ -63,7 +63,7 @@ def open_images(options: PretrainOptions, model: Pretrainer, split: str = "train
 
 
 def settle(options: PretrainOptions, model: Pretrainer, source: Source) -> PretrainOptions:
-    """Return the options with what the data, and the checkpoints that were read, decide."""
+    """Return the options, completed with values from the data and from checkpoints that were read."""
     if source.classes is not None:
         model.prepare(methods.load_pretrained, len(source.classes))
     for path, made_with in model.helpers.items():
@@ -72,7 +72,7 @@ def settle(options: PretrainOptions, model: Pretrainer, source: Source) -> Pretr
 
 
 def require_same_statistics(options: PretrainOptions, path: str, made_with: Mapping[str, Any]) -> None:
-    """Raise ValueError if a frozen network was trained with images normalised in another way."""
+    """Raise ValueError if a frozen network was trained with another normalisation of images."""
     if not {"in_chans", "mean", "std"} <= made_with.keys():
         return
     own = pixel_statistics(options.in_chans, options.mean, options.std)
@@ -123,7 +123,7 @@ def make_batches(options: PretrainOptions, model: Pretrainer, source: Source, pr
 
 
 def make_optimizer(options: PretrainOptions, model: Pretrainer, device: torch.device) -> torch.optim.AdamW:
-    """Create AdamW with the coefficients and the groups of the model."""
+    """Create AdamW with the betas and the parameter groups of the model."""
     lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
     return optim.adamw(optim.pretrain_groups(model, options.weight_decay), lr, betas=model.betas, device=device)
 
@@ -136,7 +136,7 @@ def announce(
     step: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Log what will be trained and the loss of a constant prediction; return both for result.json."""
+    """Log a summary of the training and the loss of a constant prediction; return both for result.json."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = [
         f"{name} {getattr(options, name)}" for name in ("embed_dim", "depth", "num_heads") if getattr(options, name)
@@ -188,7 +188,7 @@ def announce(
 
 
 def conclude(options: PretrainOptions, facts: Mapping[str, Any], last: Mapping[str, Any], folder: Path) -> None:
-    """Warn about a run that learned nothing, and name the commands that usually follow."""
+    """Log a warning if the run learned nothing, and the commands that usually follow."""
     constant, loss = facts.get("constant_loss"), last.get(f"train_{facts.get('constant_loss_of')}")
     if constant is not None and loss is not None and loss >= constant:
         log.warning(

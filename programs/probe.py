@@ -1,7 +1,7 @@
-"""Linear probing: a linear classifier on the features of a frozen encoder, and k nearest neighbours.
+"""Linear probing: train a linear classifier on the features of a frozen encoder, and evaluate k nearest neighbours.
 
-Every image is encoded once and the classifier is trained on the stored features. With `--augment`, MAE's protocol,
-each epoch encodes new crops. The checkpoints hold only the linear classifier.
+Every image is encoded once and the classifier is trained on the stored features. With `--augment` (MAE's protocol) each
+epoch encodes new crops. The checkpoints contain only the linear classifier.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FEW_IMAGES, MAE_BLR = 100_000, 0.1
 
 
 def load_encoder(options: ProbeOptions) -> tuple[Classifier, str]:
-    """Load the encoder, frozen, with its last norm and without a head; return it and the pooling of its method."""
+    """Load the frozen encoder with its last norm and without a head; return it and the pooling of its method."""
     model = models_classifier.build(num_classes=0, global_pool="token", **encoder_arguments(options))
     weights, made_with = methods.load_pretrained(options.init_from)
     report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
@@ -50,10 +50,10 @@ def load_encoder(options: ProbeOptions) -> tuple[Classifier, str]:
 
 
 class Features:
-    """The features of every split, encoded once, the work shared among the processes.
+    """The features of every split, encoded once, in parallel by all processes.
 
-    The linear layer has the pooling of the options, nearest neighbours have `knn_pool`; if the two differ, both come
-    from the same pass.
+    The linear layer uses the pooling of the options, nearest neighbours use `knn_pool`; if they differ, both are
+    computed in the same pass.
     """
 
     def __init__(self, options: ProbeOptions, encoder: Classifier, run: Run, found: Splits, knn_pool: str):
@@ -93,7 +93,7 @@ class Features:
             yield samples.__getitems__([(0, index) for index in mine[start : start + 1024]])
 
     def knn(self) -> float:
-        """Return the accuracy in percent on the test images, with the pooling of the pretraining method."""
+        """Return the kNN accuracy in percent on the test images, with the pooling of the pretraining method."""
         (_, bank_labels), (_, labels) = self.of["train"], self.of["test"]
         bank, queries = (self._pooled(name, self.knn_pool) for name in ("train", "test"))
         return 100 * knn_accuracy(bank, bank_labels, queries, labels)

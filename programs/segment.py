@@ -1,4 +1,4 @@
-"""Segmentation: train UPerNet on a vision transformer, or evaluate a segmenter."""
+"""Segmentation: train UPerNet on a vision transformer, or evaluate a trained segmenter."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def norms_together(processes: Processes) -> bool:
 
 
 def require_several(options: SegmentOptions, processes: Processes) -> None:
-    """Raise ValueError if batch norm would get a single image of a (resolved) batch."""
+    """Raise ValueError if a (resolved) batch for batch norm would be a single image."""
     if options.batch_size == 1 and not norms_together(processes):
         raise ValueError("batch_size 1: batch norm compares the images of a batch; it needs at least 2 on a device")
 
@@ -93,19 +93,19 @@ def image_batches(options: SegmentOptions, source: Source, processes: Processes)
 
 
 def make_optimizer(options: SegmentOptions, model: Segmenter, device: torch.device) -> torch.optim.Optimizer:
-    """Make the optimizer, and log the learning rate of each layer."""
+    """Create the optimizer, and log the learning rate of each layer."""
     lr, groups = layer_groups(options, model)
     return optim.adamw(groups, lr, betas=(0.9, 0.999), device=device)
 
 
 def objective_of(options: SegmentOptions, model: nn.Module, train: Source) -> Objective:
-    """Build the loss for the training images `train`, whose masks may decide the weights of the classes."""
+    """Create the objective. The class weights may be computed from the masks of the training images `train`."""
     weights = pixel_weights(options.class_weights, train, options.num_workers)
     return Objective(model, auxiliary=options.auxiliary, class_weights=weights)
 
 
 def settle(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentOptions:
-    """Return the options completed by the data: the number of classes, and the epochs for the given steps."""
+    """Return the options, completed with the number of classes, and the epochs for the given steps."""
     per_epoch = batches.steps_per_epoch
     epochs = math.ceil(options.steps / per_epoch) if options.steps else options.epochs
     warmup = options.warmup_steps / per_epoch if options.warmup_steps else options.warmup_epochs
@@ -119,7 +119,7 @@ def run(options: SegmentOptions) -> None:
 
 
 def evaluate_checkpoint(options: SegmentOptions, processes: Processes) -> None:
-    """Print the metrics of a checkpoint on the test images; nothing is written."""
+    """Log the metrics of a checkpoint on the test images; no files are written."""
     test = masks.open_test(options, processes)
     names = test.classes or []
     path = checkpoint.evaluated_checkpoint(vars(options))
@@ -211,7 +211,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
 
 
 def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, path: Path) -> Tensor:
-    """Draw the predicted masks of the same few test images, beside the true ones."""
+    """Draw the predicted and true masks of a few fixed test images."""
     count = min(PICTURES, len(found.test))
     index = [number * len(found.test) // count for number in range(count)]
     made = predicted_masks(

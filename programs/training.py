@@ -1,4 +1,4 @@
-"""The loop that all programs share: train an epoch, do the tasks that are due, save; evaluate at the end."""
+"""The training loop of all programs: train an epoch, run the tasks that are due, save; evaluate at the end."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def train_epochs(
     *,
     after_update: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Train all epochs that are left.
+    """Train all remaining epochs.
 
     Args:
-        run: prepared and entered.
-        objective: returns named losses for a batch.
-        batches: this process's share of the training images.
-        tasks: done between epochs, in this order.
-        after_update: called after every optimizer step, before it is logged and saved.
+        run: The run, after `run.prepare`, in its context (`with run:`).
+        objective: Module that returns named losses for a batch.
+        batches: This process's share of the training images.
+        tasks: Tasks between epochs, in this order.
+        after_update: Called after every optimizer step, before it is logged and saved.
 
     Returns:
         Entries of result.json.

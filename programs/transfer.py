@@ -1,4 +1,4 @@
-"""What fine-tuning and segmentation share: a pretrained encoder, layer-wise learning rates, training or evaluation."""
+"""Functions shared by fine-tuning and segmentation: pretrained encoders, layer-wise learning rates, evaluation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def name_next_steps(folder: Path) -> None:
 
 
 def train_or_evaluate(options: Options, train: Work[Options], evaluate: Work[Options]) -> None:
-    """Train or evaluate, as the (resolved) options ask, together with the other processes."""
+    """Train or evaluate, according to the (resolved) options, together with the other processes."""
     torch.manual_seed(options.seed)
     with distributed.start(options.device) as processes:
         talk(processes.main)
@@ -41,7 +41,7 @@ def train_or_evaluate(options: Options, train: Work[Options], evaluate: Work[Opt
 
 
 def encoder_arguments(options: EncoderOptions) -> dict[str, Any]:
-    """Return the options that decide the encoder, as arguments of `build` of a classifier or a segmenter."""
+    """Return the options that define the encoder, as arguments of `build` of a classifier or a segmenter."""
     names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "grad_checkpointing")
     return {name: getattr(options, name) for name in names}
 
@@ -62,7 +62,7 @@ def load_initial_weights(
 
 
 def warn_of_pooling(global_pool: str, made_with: Mapping[str, Any]) -> None:
-    """Warn if features are averages of patch tokens, and the method of the pretraining trained the class token."""
+    """Log a warning if patch tokens are averaged, but the pretraining method trained the class token."""
     if global_pool == "avg" and methods.feature_pool(made_with) == "token":
         log.warning(
             "%s trains the class token, and global_pool avg uses the average of the patch tokens: --global_pool token "
@@ -72,7 +72,7 @@ def warn_of_pooling(global_pool: str, made_with: Mapping[str, Any]) -> None:
 
 
 def layer_groups(options: TransferOptions, model: Classifier) -> tuple[float, list[dict[str, Any]]]:
-    """Return the learning rate and the parameter groups, and log the rate of each layer."""
+    """Return the learning rate and the parameter groups, and log the learning rate of each layer."""
     lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
     groups = optim.finetune_groups(model, options.weight_decay, options.layer_decay)
     for scale, parts in models_classifier.layers_of(model, groups):
@@ -81,7 +81,7 @@ def layer_groups(options: TransferOptions, model: Classifier) -> tuple[float, li
 
 
 def autocast(options: TransferOptions, processes: Processes) -> Callable[[], AbstractContextManager]:
-    """Return the context of mixed precision for an evaluation without a run."""
+    """Return the autocast context for an evaluation without a run."""
     return precision.autocast(precision.resolve_amp(options.amp, processes.device), processes.device)
 
 

@@ -1,1 +1,1 @@
-"""Things done to finished or future runs; each file is a command."""
+"""Command-line tools for finished and future runs: `python -m tools.NAME`."""

@@ -1,7 +1,7 @@
 """Facts about an exported model: for programs (`facts`, export.json) and as a model card (`readme`, README.md).
 
-Exports are given to others, so they contain nothing about the machine that trained them: options of kind machine are
-left out, and paths are reduced to file names.
+Exports are shared with others. Therefore they contain nothing about the machine that trained the model: options of kind
+machine are left out, and paths are reduced to file names.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def readme(encoder: Encoder, facts: Mapping[str, Any], *, library: str, usage: s
 
 
 def licence(encoder: Encoder) -> str:
-    """Return what is known about the licence of the weights."""
+    """Return a text about the licence of the weights."""
     published = "The weights published with MAE and NoR-MAE are under CC BY-NC 4.0"
     if not encoder.options:
         return (

@@ -35,7 +35,7 @@ PIXELS_NOTE = (
 
 
 def kind_of(folder: Path) -> str:
-    """Return which of `KINDS` the run in `folder` is, or "" if its options are not stored."""
+    """Return the kind (see `KINDS`) of the run in `folder`, or "" if its options are not stored."""
     path = folder / "options.yaml"
     options = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "from_scratch" not in options:  # only main_linprobe.py has no such option
@@ -45,7 +45,7 @@ def kind_of(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """The result of a classifier. Accuracies are in %, and `None` where there is none."""
+    """The result of a classifier. Accuracies are in %, or None if they are not available."""
 
     kind: str
     run: str
@@ -58,7 +58,7 @@ class Row:
     images_seen: int | None
 
     def cells(self) -> tuple[str, ...]:
-        """Return the cells under `HEADER`."""
+        """Return the cells in the order of `HEADER`."""
         kind = self.kind + (" (mean per class)" if self.metric == "mean_class_acc" else "")
         best = "" if self.best is None else f"{self.best:.2f}"
         counts = ("" if count is None else f"{count:,}" for count in (self.labels, self.updates, self.images_seen))
@@ -66,7 +66,7 @@ class Row:
 
 
 def read_classifier(folder: Path) -> Iterator[Row]:
-    """Read the result of a run of main_finetune.py or main_linprobe.py; a probe also has one of nearest neighbours."""
+    """Yield the results of a run of main_finetune.py or main_linprobe.py; a probe also has a kNN result."""
     result = json.loads((folder / "result.json").read_text())
     metric, accuracy = result["metric"], result["accuracy"]
     labels = len((folder / "images_train.txt").read_text().splitlines())
@@ -104,7 +104,7 @@ def gain_of_pretraining(rows: Iterable[Row]) -> tuple[float, str] | None:
 
 
 def pixels_note(accuracy: Mapping[str, float]) -> str:
-    """Return why raw pixels can be better than an encoder, if they are, or ""."""
+    """Return an explanation if raw pixels are better than an encoder, otherwise ""."""
     raw, encoder = accuracy.get("raw pixels"), accuracy.get("pretrained encoder")
     return PIXELS_NOTE if raw is not None and encoder is not None and raw > encoder else ""
 
@@ -132,7 +132,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(folders: Sequence[Path]) -> str:
-    """Return Markdown: the classifiers, then nearest neighbours; raise ValueError if there is no classifier."""
+    """Return Markdown tables of the classifiers and of nearest neighbours. Raises ValueError without classifiers."""
     rows = rows_below(folders)
     if not rows:
         raise ValueError(f"no finished classifier in {', '.join(map(str, folders))}: a run of main_finetune.py has one")

@@ -1,4 +1,4 @@
-"""What the commands of this package have in common."""
+"""Error handling shared by the commands of this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Main = Callable[[Sequence[str] | None], int]
 
 
 def reports_errors(main: Main) -> Callable[..., int]:
-    """Decorate the `main` of a command: wrong input (ValueError, OSError) is one line on stderr, and exit code 2."""
+    """Decorate the `main` of a command: ValueError and OSError become one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def reporting(argv: Sequence[str] | None = None) -> int:

@@ -51,9 +51,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 log = logging.getLogger("doctor")
 
 GOOD, DOUBTFUL, WRONG = "ok", "doubtful", "WRONG"
-LOOKED_AT = 64  # images
+LOOKED_AT = 64  # images that are read
 WARM_UP = 2  # batches before the measurement
-PREFETCHED = 2  # batches that each worker holds ready in shared memory
+PREFETCHED = 2  # batches that each worker keeps in shared memory
 GB = 1e9
 SHARED_MEMORY = Path("/dev/shm")
 EXIT_WRONG = 1
@@ -61,7 +61,7 @@ COMMANDS = {"main_pretrain.py": "pretrain", "main_finetune.py": "finetune", "mai
 
 
 def plan_of(options: RunOptions, processes: int, device: torch.device) -> Plan:
-    """Make the plan of the first of `processes` processes, which checks all data itself; its model is on the device."""
+    """Create the plan of rank 0 of `processes`; this process checks all data itself. The model is on the device."""
     alone, first = Processes(0, 1, 0, device), Processes(0, processes, 0, device)
     plan = programs.load(options.PROGRAM).make_plan(options, first, reading=alone)
     plan.model.to(device)
@@ -73,14 +73,14 @@ def learned(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_bytes(plan: Plan, optimizer: torch.optim.Optimizer) -> int:
-    """Return the size of a checkpoint: weights, their moving average if there is one, moments of the optimizer."""
+    """Return the size of a checkpoint: weights, their moving average if there is one, and optimizer state."""
     averaged = bool(getattr(plan.options, "ema", 0))
     moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
     return bytes_of(plan.model.state_dict()) * (1 + averaged) + moments * bytes_of(learned(plan.model))
 
 
 def checkpoint_files(options: RunOptions) -> int:
-    """Return the maximum number of checkpoint files: those kept, the last two, one being written, and the best."""
+    """Return the maximum number of checkpoint files: kept epochs, the last two, the one being written, and the best."""
     return options.keep + (3 if options.PROGRAM == "pretrain" else 4)
 
 
@@ -99,7 +99,7 @@ class Finding:
 
 
 def packages(requirements: Path = PROJECT / "requirements.txt") -> Iterator[Finding]:
-    """Compare installed versions with the pinned ones, and check two packages that may fail although installed."""
+    """Compare installed versions with the pinned ones, and test two packages that may fail although installed."""
     missing, other = [], []
     pinned = re.findall(r"^([\w.-]+)==(\S+)$", requirements.read_text(), re.MULTILINE)
     for name, wanted in pinned:
@@ -126,7 +126,7 @@ def packages(requirements: Path = PROJECT / "requirements.txt") -> Iterator[Find
 
 
 def images(source: Source, max_bad_fraction: float) -> Finding:
-    """Count the images and check that some of them can be read, with their masks if they have any."""
+    """Count the images, and check that a sample of them can be read, with their masks if they have any."""
     indices = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
     bad, masked, began = [], False, time.monotonic()
     for index in indices:
@@ -142,7 +142,7 @@ def images(source: Source, max_bad_fraction: float) -> Finding:
     said += f"; {len(indices) - len(bad)} of {len(indices)} {what}, {1000 * each:.1f} ms each"
     if not bad:
         return Finding(GOOD, "images", said)
-    # The sample is small: what training accepts of all images is doubtful, not wrong.
+    # The sample is small: a fraction that training accepts is reported as doubtful, not as wrong.
     allowed = max(allowed_bad(max_bad_fraction, len(source)), allowed_bad(max_bad_fraction, len(indices)))
     verdict = DOUBTFUL if len(bad) <= allowed else WRONG
     return Finding(verdict, "images", f"{said}; not read: {'; '.join(bad[:3])}")
@@ -199,7 +199,7 @@ def devices(device: torch.device, processes: int) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of some micro-batches: seconds for each, the share spent waiting for images, and the peak of memory in bytes."""
+    """Seconds per micro-batch, the fraction of time spent waiting for images, and peak memory in bytes."""
 
     seconds: float
     waiting: float
@@ -230,7 +230,7 @@ def train_a_little(plan: Plan, optimizer: torch.optim.Optimizer, device: torch.d
             note=lambda problems: None,
             after_step=lambda: None,
         )
-        stepper.bad_steps()  # waits for the device
+        stepper.bad_steps()  # synchronises the device
         return time.monotonic() - began
 
     train(WARM_UP)
@@ -270,7 +270,7 @@ def duration(hours: float) -> str:
 
 
 def examine(options: RunOptions, processes: int, batches: int, price: float | None) -> Iterator[Finding | str]:
-    """Yield every finding as it is made, then the estimate. ValueError for options that the run would refuse."""
+    """Yield every finding, then the estimate. Raises ValueError for options with which a run would not start."""
     mean, std = pixel_statistics(options.in_chans, options.mean, options.std)
     options = replace(resolve_batch(options, processes), mean=mean, std=std)
     device = pick_device(options.device)

@@ -4,16 +4,16 @@
     python -m tools.embed output/mine PHOTOS --split val --output val.npz
     python -m tools.embed output/finetune/checkpoints/best.pth PHOTOS      # a classifier's features and logits
 
-The file holds, in the order of the images:
+The file contains, in the order of the images:
 
-    features  float32 [n, D]   of a pretrained encoder the average of the patch tokens after the last norm (of MoCo-v3
-                               and DINO the class token), as in all evaluations of this project; of a classifier,
+    features  float32 [n, D]   for a pretrained encoder, the average of the patch tokens after the last norm (the class
+                               token for MoCo-v3 and DINO), as in all evaluations of this project; for a classifier,
                                the input of its head
-    names     [n]              each image's path, relative to the folder
+    names     [n]              path of each image, relative to the folder
     labels    int64 [n]        and `classes`, their names, if there is a folder for each class
-    logits    float32 [n, C]   of a classifier; `logit_classes`: class names, if the run folder has them
+    logits    float32 [n, C]   for a classifier; `logit_classes`: class names, if the run folder has them
 
-Images that cannot be read are left out and named in the log.
+Images that cannot be read are left out and logged.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def embed(
     num_workers: int = 0,
     eval_crop: str = "",
 ) -> dict[str, np.ndarray]:
-    """Compute the arrays that are written to the file, by name. `eval_crop` "" is that of the encoder's run."""
+    """Compute the arrays of the file, by name. `eval_crop` "": the value of the encoder's run."""
     encoder.model.to(device)
     mean, std = encoder.statistics
     transform = eval_transform(encoder.image_shape[1:], encoder.crop_share, eval_crop or encoder.eval_crop)

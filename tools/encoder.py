@@ -1,9 +1,10 @@
-"""Load the vision transformer in any trained model, with the facts that are needed to use it.
+"""Load the vision transformer of any trained model, with the facts that are needed to use it.
 
-A run or a checkpoint of this project, pretrained or fine-tuned, or a file of another MAE becomes a timm
-VisionTransformer. The weights determine all sizes except two: the number of attention heads, and rows and columns of
-patches, of which only the product is known. Both come from the options of the run. Weights of other programs have no
-options, and a wrong number of heads would not be detected, so it must be given unless the width determines it.
+The encoder of a run or a checkpoint of this project, pretrained or fine-tuned, or of a file of another MAE, is loaded
+as a timm VisionTransformer. The weights determine all sizes except the number of attention heads, and the rows and
+columns of patches, of which only the product is known. Both are read from the options of the run. Weights of other
+programs have no options, and a wrong number of heads would not be detected, so it must be given unless the width
+determines it.
 
 N images   L patches   D channels   C H W image
 """
@@ -44,11 +45,11 @@ from util import checkpoint
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-5  # of the largest value, where that exceeds 1
+TOLERANCE = 1e-5  # relative to the largest value if that exceeds 1
 ARCHITECTURES = {size: f"vit_{size}_patch16_224" for size in SIZES} | {"huge": "vit_huge_patch14_224"}
 DISTILLED = "deit_base_distilled_patch16_224"
-DISTILLATION = ("dist_token", "head_dist.weight", "head_dist.bias")  # what it has beyond a plain encoder
-DECODER = ("decoder_", "mask_token")  # how the names of MAE's decoder begin
+DISTILLATION = ("dist_token", "head_dist.weight", "head_dist.bias")  # weights that only distilled models have
+DECODER = ("decoder_", "mask_token")  # prefixes of the names of MAE's decoder
 
 
 class Mismatch(ValueError):
@@ -57,18 +58,18 @@ class Mismatch(ValueError):
 
 @dataclass(frozen=True)
 class Encoder:
-    """A trained encoder, perhaps with a classifier, and where it comes from."""
+    """A trained encoder, optionally with a classification head, and its origin."""
 
     model: Any
-    """A VisionTransformer. On the CPU, float32, in eval mode. Its head is the identity where there is no classifier."""
+    """VisionTransformer in float32 and eval mode on the CPU; its head is the identity if there is no classifier."""
     architecture: str
-    """timm's name of the model that is this one, once it is given the arguments."""
+    """timm's name of the model; with the arguments it creates this model."""
     arguments: dict[str, Any]
     statistics: tuple[tuple[float, ...], ...]
-    """Mean and deviation of each channel, on a scale of 0 to 1, that its images are normalised with."""
+    """Mean and standard deviation of each channel for normalisation, on a scale of 0 to 1."""
     checkpoint: Path
     options: Mapping[str, Any]
-    """The run's; empty for weights of another program."""
+    """Options of the run; empty for weights of another program."""
     updates: int | None = None
     program: str = ""
     """The program that trained it; empty for weights of another project."""
@@ -79,7 +80,7 @@ class Encoder:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images."""
+        """Channels, height and width of the input images."""
         return (self.arguments["in_chans"], *self.arguments["img_size"])
 
     @property
@@ -89,7 +90,7 @@ class Encoder:
 
     @property
     def class_names(self) -> list[str]:
-        """In the order of the logits; empty where they are not known."""
+        """Class names in the order of the logits; empty if they are unknown."""
         names = read_classes(self.run) if self.options else []
         return names if len(names) == self.classes else []
 
@@ -106,31 +107,31 @@ class Encoder:
 
     @property
     def method(self) -> str:
-        """How it was trained, in a word or two."""
+        """Short description of the training method."""
         names = {"pretrain": self.options.get("method", ""), "finetune": "fine-tuning"}
         return names.get(self.program, "another program's")
 
     @property
     def run(self) -> Path:
-        """The folder of its run, or the one in which its checkpoint lies."""
+        """The folder of the run, or the folder that contains the checkpoint."""
         return checkpoint.run_of(self.checkpoint)
 
     @property
     def crop_share(self) -> float:
-        """How much of an image's short side evaluation shows."""
+        """Share of an image's short side that the centre crop of evaluation keeps."""
         return classifier_crop_share(self.image_shape[1:]) if self.classes else CROP_SHARE
 
     @property
     def eval_crop(self) -> str:
-        """How its run evaluated images of the input size, as `data.images.eval_transform` takes it."""
+        """How the run evaluated images of the input size; see `data.images.eval_transform`."""
         return self.options.get("eval_crop", "keep_size")
 
     @torch.inference_mode()
     def answers(self, images: Tensor) -> dict[str, Tensor]:
         """Return the outputs for normalised images `[N, C, H, W]`.
 
-        `tokens` `[N, 1 + L, D]` after the last norm if there is one before the pooling, `features` `[N, D]` and, of a
-        classifier, `logits`.
+        They are `tokens` `[N, 1 + L, D]`, after the last norm if it is before the pooling, `features` `[N, D]`, and
+        `logits` if there is a classifier.
         """
         tokens = self.model.forward_features(images)
         features = self.model.forward_head(tokens, pre_logits=True)
@@ -138,12 +139,12 @@ class Encoder:
         return answers | {"logits": self.model.forward_head(tokens)} if self.classes else answers
 
     def probe(self, count: int = 2) -> Tensor:
-        """Return fixed images of noise, to compare outputs on."""
+        """Return fixed noise images on which outputs are compared."""
         return torch.randn(count, *self.image_shape, generator=torch.Generator().manual_seed(0))
 
     def at_size(self, input_size: tuple[int, int]) -> Encoder:
-        """Return the encoder for images of another height and width: positions are resampled, as in MAE."""
-        patch_grid(input_size, self.arguments["patch_size"])  # refuses sizes that the patches do not fill
+        """Return the encoder for images of another height and width; the position embedding is resampled as in MAE."""
+        patch_grid(input_size, self.arguments["patch_size"])  # raises ValueError if the size is not divisible
         arguments = self.arguments | {"img_size": input_size}
         model = _create(self.architecture, arguments)
         load_matching(model, self.model.state_dict(), grid=self.model.patch_embed.grid_size)
@@ -155,10 +156,10 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
 
     Args:
         input_size: Image size; by default that of the training.
-        num_heads: Attention heads, for weights of other programs, which do not contain the number.
+        num_heads: Number of attention heads, for weights of other programs, which do not contain it.
 
     Raises:
-        ValueError: There is no plain encoder.
+        ValueError: If there is no plain encoder.
     """
     file = checkpoint.file_of(path)
     weights, options = checkpoint.load_model(file, averaged=True)
@@ -184,7 +185,7 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
 
 
 def _as_trained(options: Mapping[str, Any], weights: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
-    """Return the outputs of the model that the run itself built, for `encoder.probe()`."""
+    """Return the outputs of the model as the run builds it, for `encoder.probe()`."""
     if encoder.program == "pretrain":
         pretrainer = methods.from_options(options)
         pretrainer.load_state_dict(weights)
@@ -202,7 +203,7 @@ def _as_trained(options: Mapping[str, Any], weights: Mapping[str, Tensor], encod
 
 
 def compare(encoder: Encoder, found: Mapping[str, Tensor], what: str) -> dict[str, float]:
-    """Return the largest difference of each output for `encoder.probe()`; raise `Mismatch` if it exceeds rounding."""
+    """Return the largest difference of each output for `encoder.probe()`. Raises `Mismatch` if it exceeds rounding."""
     differences = {}
     for name, expected in encoder.answers(encoder.probe()).items():
         if name not in found:
@@ -360,10 +361,10 @@ def load_encoder(
         path: A run folder, a checkpoint (of this project, MAE, NoR-MAE or timm), or a folder that
             `python -m tools.export timm` wrote.
         input_size: Pixels of the images: one side, or height and width; by default those of training.
-        num_heads: Attention heads, for checkpoints of other programs that do not determine them.
+        num_heads: Number of attention heads, for checkpoints of other programs that do not determine it.
 
     Returns:
-        The model, on the CPU in evaluation mode, and a callable from an image to a tensor `[C, H, W]`.
+        The model, on the CPU in evaluation mode, and a callable that converts an image to a tensor `[C, H, W]`.
 
     Raises:
         ValueError: There is no plain vision transformer at `path`, or its number of heads is unknown.

@@ -1,8 +1,8 @@
-"""Export a trained segmenter: an ONNX graph, or a PyTorch program that needs nothing of this project.
+"""Export a trained segmenter as an ONNX graph, or as a PyTorch program that does not depend on this project.
 
 Both take normalised images of one size (the crop of training, or a window of evaluation) and return logits of that
-size. export.json holds what a user must know: classes, mean and deviation, size, and the stride of the windows by which
-larger images are covered.
+size. export.json contains what is needed to use them: classes, mean and standard deviation, size, and the stride of
+sliding windows for larger images.
 
 N images   K classes   H W rows and columns of a window
 """
@@ -28,7 +28,7 @@ FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 
 
 class Graph(nn.Module):
-    """Normalised images `[N, C, H, W]` of one size to logits `[N, K, H, W]`."""
+    """Compute logits `[N, K, H, W]` for normalised images `[N, C, H, W]` of one size."""
 
     def __init__(self, trained: Trained, size: tuple[int, int]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Graph(nn.Module):
 
 
 def describe(trained: Trained, name: str) -> dict[str, Any]:
-    """Return what is written to export.json."""
+    """Return the content of export.json."""
     options, (mean, std) = trained.options, trained.statistics
     rows, columns = options.input_size
     stride = windows_of(options, trained.model.patch).stride
@@ -69,7 +69,7 @@ def describe(trained: Trained, name: str) -> dict[str, Any]:
 def write_onnx(
     graph: nn.Module, images: Tensor, about: Mapping[str, Any], path: Path, outputs: Sequence[str] = ("logits",)
 ) -> None:
-    """Write a graph for any number of images of one size, with `about` as its metadata."""
+    """Write an ONNX graph for any batch size and a fixed image size, with `about` as its metadata."""
     program = torch.onnx.export(
         graph,
         (images,),
@@ -90,7 +90,7 @@ def write_torch(graph: Graph, images: Tensor, about: Mapping[str, Any], path: Pa
 
 
 def read(name: str, path: Path) -> Callable[[Tensor], Tensor]:
-    """Load an exported file with the library that it is for."""
+    """Load an exported file with the library of its format."""
     if name == "torch":
         return torch.export.load(path).module()
     import onnxruntime
@@ -100,7 +100,7 @@ def read(name: str, path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def usage(name: str) -> str:
-    """Return how to use the folder, in five lines."""
+    """Return an example of using the exported files, in five lines."""
     if name == "torch":
         load, run = 'model = torch.export.load("FOLDER/model.pt2").module()', "model(images)"
         library = "torch"
@@ -121,7 +121,7 @@ def check(graph: Graph, name: str, path: Path) -> float:
     """Compute the largest difference between the logits of the file, loaded again, and those of the model.
 
     Raises:
-        Mismatch: If it is more than rounding.
+        Mismatch: If it exceeds rounding errors.
     """
     rows, columns = graph.size
     channels = graph.model.patch_embed.proj.in_channels
@@ -138,7 +138,7 @@ def export(name: str, trained: Trained, output: Path) -> str:
     """Write a segmenter to a new or empty folder, check it, and return a summary.
 
     Raises:
-        ValueError: If the format is not one of a segmenter's, or the folder is not empty.
+        ValueError: If segmenters cannot be exported to this format, or the folder is not empty.
         Mismatch: If the check failed; the folder is removed.
     """
     if name not in FORMATS:

@@ -1,4 +1,4 @@
-"""Load what a user gives to a tool: the model and data of a run or a checkpoint."""
+"""Load the model and data of the run or checkpoint that is the argument of a tool."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def source(trained: Trained, split: str, data_path: str = "", known: Sequence[st
     """Open a split of the run's own data, or of another data path.
 
     Args:
-        known: Classes of the training images, for another split.
+        known: Classes of the training images, if another split is opened.
     """
     options = trained.options
     how: dict[str, Any] = {

@@ -49,10 +49,10 @@ def untrained(options: Mapping[str, Any]) -> nn.Module:
 
 
 def splits(trained: Trained, data_path: str, group_by: str = "") -> tuple[Source, Source, str]:
-    """Open the bank (train) and the queries (val) with the same labels; say what the queries are.
+    """Open the bank (train) and the queries (val) with the same classes; also return a description of the queries.
 
-    Without labelled validation images, a tenth of each class's training images are the queries; the encoder has seen
-    them without their labels.
+    Without labelled validation images, 10% of the training images of each class are the queries; the encoder was
+    trained on them without their labels.
 
     Raises:
         ValueError: The training images have no labels.

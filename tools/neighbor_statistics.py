@@ -1,4 +1,4 @@
-"""Measure what an autoencoder makes of closest neighbours: does its encoder separate them, do its predictions agree?
+"""Measure how an autoencoder treats closest neighbours: does its encoder separate them, do its predictions agree?
 
     python -m tools.neighbor_statistics output/nor --data_path IMAGES --output_dir output/nor/neighbors
 
@@ -7,7 +7,7 @@ they do not depend on the model). `result.json` contains means over images:
 
     separation        share of the variance of the encoded tokens between groups of patches with the same CNP, corrected
                       for chance (tools/figures/separation.py)
-    cosine_companion  cosine of a visible patch and its own CNP, after the encoder
+    cosine_companion  cosine of a visible patch and its CNP, after the encoder
     cosine_other      cosine of a visible patch and the CNPs of others
     cosine_visible    cosine of two different visible patches
     agreement         correlation of the two predictions of a patch: from the visible patches, and from their CNPs as

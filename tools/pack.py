@@ -6,7 +6,7 @@
     python -m tools.pack IMAGENET --output PACK --size 0 --quality 0  # copy the files unchanged
     python main_pretrain.py --data_path PACK ...
 
-    python -m tools.pack --verify PACK     # check every hash, and the files of the source if it is there
+    python -m tools.pack --verify PACK     # check every hash, and the files of the source if it exists
     python -m tools.pack --detach PACK     # forget the source, which may then change or be deleted
 
 All splits are packed. An interrupted command resumes when it is run again.
@@ -48,7 +48,7 @@ from util.logging import talk
 
 log = logging.getLogger("pack")
 
-SHARDS = 64  # approximate number, so that work is shared and little is lost on interruption
+SHARDS = 64  # approximate number, for parallel work and little loss on interruption
 SHARD_IMAGES = (256, 8192)
 
 
@@ -128,7 +128,7 @@ def pack(given: argparse.Namespace) -> None:
             log.info("the split val is not packed: %s", error)
             continue
         classes, value_range = source.classes, list(source.value_range)
-        if value_range:  # the same for all splits, and for images that are later compared with this pack
+        if value_range:  # used for all splits, and stored for images that are later used together with this pack
             origin["value_range"] = value_range
         pack_split(given.output / split, source, origin, recipe, given.num_workers, given.max_bad_fraction)
 
@@ -187,7 +187,7 @@ def pack_split(
 
 
 def prepare(folder: Path, source: Source, plan: dict[str, Any], recipe: Recipe) -> Packing:
-    """Prepare a new folder, or one with the same plan; raise ValueError for any other."""
+    """Prepare a new folder, or one with the same plan. Raises ValueError for other folders."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / PLAN).is_file():
         known = read_plan(folder)
@@ -247,7 +247,7 @@ def _begin(packing: Packing) -> None:
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent process has exited; a waiting worker would not notice otherwise."""
+    """Exit when the parent process exits; a waiting worker would not detect this otherwise."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -273,7 +273,7 @@ def folders_of(source: Source) -> dict[str, int]:
     return folders
 
 
-# ---- packs that are there -------------------------------------------------------------------------------------------
+# ---- existing packs -------------------------------------------------------------------------------------------------
 
 
 def packs_below(folder: str | Path) -> list[Path]:
@@ -288,7 +288,7 @@ def packs_in(folder: Path) -> list[Path]:
 
 
 def verify(folder: Path) -> None:
-    """Raise ValueError unless every hash matches and the source, if it exists, has the same images, sizes and times."""
+    """Verify a pack. Raises ValueError for a wrong hash, or if the source, if it exists, has changed."""
     (folder / VERIFIED).unlink(missing_ok=True)
     stored = open_pack(folder)
     origin = stored.manifest["source"]

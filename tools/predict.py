@@ -4,12 +4,12 @@
     python -m tools.predict output/finetune a.jpg b.jpg              # a classifier: predictions.csv
     python -m tools.predict output/finetune/checkpoints/best.pth PHOTOS MORE/c.png --output DIR
 
-IMAGES are files and folders, which are searched at all depths. A segmenter writes for each image a mask of its size, a
-PNG file whose palette shows the classes and whose numbers are theirs, from 0 on, and the image under these colours;
-classes.csv lists numbers, names and colours. A classifier writes a row for each image: its file, the class with the
-highest probability, and the probabilities of all classes. Images are prepared as the run evaluated its own, with its
-`value_range`; EXIF orientation is applied, so that masks lie as viewers show the images. Files that cannot be read are
-listed in bad_images.txt and named at the end.
+IMAGES are files and folders, which are searched recursively. A segmenter writes for each image a mask of the same size
+(a PNG file of class indices from 0, with a palette) and the image overlaid with the colours of the classes;
+classes.csv lists indices, names and colours. A classifier writes a row for each image: its file, the class with the
+highest probability, and the probabilities of all classes. Images are preprocessed as in the evaluation of the run, with
+its `value_range`. EXIF orientation is applied, so that masks match the images as viewers show them. Files that cannot
+be read are listed in bad_images.txt and reported at the end.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ MASKS, OVERLAYS, CLASSES, TABLE, BAD = "masks", "overlays", "classes.csv", "pred
 
 
 def find_images(paths: Sequence[str], output: Path) -> dict[str, str]:
-    """Find the image files that `paths` name.
+    """Find the image files in `paths`.
 
     Args:
-        paths: Image files, and folders that are searched at all depths.
+        paths: Image files, and folders that are searched recursively.
         output: A folder that is left out of the search.
 
     Returns:
-        The file of each image by the name of its results: its path below the folder given, or its file's name.
+        The file of each image by the name of its results: the path relative to the folder, or the file name.
 
     Raises:
-        ValueError: For a path that does not exist, a folder without images, or two images of one name.
+        ValueError: For a path that does not exist, a folder without images, or two images with the same name.
     """
     found: dict[str, str] = {}
     stems: dict[str, str] = {}
@@ -107,7 +107,7 @@ def _read(paths: Sequence[str], channels: int, number: int) -> np.ndarray:
 
 
 def write_mask(mask_HW: Tensor, classes: int, path: Path) -> None:
-    """Write class numbers `[H, W]` as a PNG file with a palette; of more than 256 classes as a grey one of 16 bits."""
+    """Write class indices `[H, W]` as a PNG file with a palette, or as 16-bit grey for more than 256 classes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if classes > 256:
         Image.fromarray(mask_HW.numpy().astype(np.uint16)).save(path)
@@ -152,7 +152,7 @@ def classify(
     """Compute class probabilities.
 
     Returns:
-        The numbers of the images that can be read, and float32 `[n, K]`.
+        The indices of the readable images, and the probabilities float32 `[n, K]`.
     """
     encoder.model.to(device)
     mean, std = encoder.statistics
@@ -175,7 +175,7 @@ def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def write_classes(encoder: Encoder, source: Source, numbers: list[int], shares_NK: np.ndarray, path: Path) -> None:
-    """Write each image's file, most probable class, its probability, and the probability of every class."""
+    """Write the file, the most probable class with its probability, and all probabilities of each image."""
     names = encoder.class_names or [str(number) for number in range(encoder.classes)]
     rows = [
         (source.names[number], names[shares.argmax()], f"{shares.max():.6f}", *(f"{share:.6f}" for share in shares))
@@ -193,7 +193,7 @@ def predict(
     """Write the predictions of a run's model for images, and return a summary.
 
     Raises:
-        ValueError: If the model predicts no classes, or the images or the output folder cannot be used.
+        ValueError: If the model does not predict classes, or the images or the output folder cannot be used.
     """
     file = checkpoint.file_of(model)
     weights, made_with = checkpoint.load_model(file, averaged=True)

@@ -1,4 +1,4 @@
-"""What a run folder holds: options, epochs, steps, results, as the reports read them."""
+"""Read the records of a run folder for reports: options, epochs, steps, results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from options import FinetuneOptions, ProbeOptions, SegmentOptions, to_dict
 
 @dataclass(frozen=True)
 class RunRecords:
-    """A run folder: records of epochs and of steps, each once and in order."""
+    """The records of a run folder; each epoch and step once, in order."""
 
     name: str
     folder: Path
@@ -28,19 +28,19 @@ class RunRecords:
     result: Mapping[str, Any] | None
     knn: Mapping[str, Any] | None
     starts: Sequence[Mapping[str, Any]]
-    """What each start of the run ran on."""
+    """Environment of each start of the run."""
 
     def values(self, key: str) -> list[float]:
-        """Return a value of all epochs that have it."""
+        """Return the values of `key` of all epochs that have it."""
         return [record[key] for record in self.epochs if is_number(record.get(key))]
 
     def last(self, key: str) -> float | None:
-        """Return the newest value of an epoch."""
+        """Return the latest value of `key`; None if no epoch has it."""
         return next(iter(self.values(key)[::-1]), None)
 
     @property
     def accuracies(self) -> list[str]:
-        """Names of the epochs' values that are accuracies."""
+        """Return the names of the epoch values that are accuracies."""
         return list(dict.fromkeys(name for record in self.epochs for name in record if "acc" in name))
 
     @property
@@ -54,9 +54,9 @@ def is_number(value: object) -> bool:
 
 
 def read_records(path: Path, key: str) -> list[dict[str, Any]]:
-    """Return the JSON lines of a file, one for each value of `key`, in its order.
+    """Return the JSON lines of a file, one for each value of `key`, in the order of `key`.
 
-    A resumed run writes again what it computed again: the later line is kept. An incomplete last line is dropped.
+    A resumed run repeats the lines of repeated steps: the later line is kept. An incomplete last line is dropped.
     """
     if not path.exists():
         return []
@@ -104,7 +104,7 @@ def schema_of(options: Mapping[str, Any]) -> Any:
 
 
 def defaults_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of the program that stored `options`; of a method's terms, the terms' defaults."""
+    """Return the defaults of the program that stored `options`, including those of the method's terms."""
     defaults = to_dict(schema_of(options)())
     if options.get("method") in methods.METHODS:
         brought = methods.preset(options["method"])
@@ -116,5 +116,5 @@ def defaults_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def machine_options(options: Mapping[str, Any]) -> set[str]:
-    """Return the names of the options that do not change what a run computes."""
+    """Return the names of the options that do not change the results of a run."""
     return {field.name for field in dataclasses.fields(schema_of(options)) if field.metadata["kind"] == "machine"}

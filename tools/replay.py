@@ -2,9 +2,9 @@
 
     python -m tools.replay output/nor/debug/bad-step-00001234.json
 
-A run that stops because its updates were not finite writes its weights and the indices of its last batches. The last
-step is repeated with the same images, masks and random numbers, on a CPU or a GPU. The weights are checked first, then
-the outputs of all modules in the order of their computation, the losses, and the gradients.
+A run that stops because its updates were not finite writes a dump of its weights and the indices of its last batches.
+This tool repeats the last step with the same images, masks and random numbers, on a CPU or a GPU. It checks the weights
+first, then the outputs of all modules in the order of computation, the losses, and the gradients.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Replay:
         self.model.to(self.device).train()
 
     def micro_batches(self) -> Iterator[tuple[str, Batch]]:
-        """Yield the batches of the last step of every process; raise ValueError if the data has changed."""
+        """Yield the batches of the last step of every process. Raises ValueError if the data has changed."""
         for rank, newest in enumerate(self.ranks):
             batches = self._plan.make_batches(Processes(rank, len(self.ranks), 0, self.device))
             step, accum = newest["step"], self.options.accum_iter
@@ -71,7 +71,7 @@ class Replay:
                     f"the images of step {step} are not those of the run: "
                     f"{len(self.source)} images in {self.options.data_path}; give the data of the run with --data_path"
                 )
-            if hasattr(self.model, "before_step"):  # values that follow a schedule, such as DINO's temperature
+            if hasattr(self.model, "before_step"):  # scheduled values, such as DINO's temperature
                 total = batches.steps_per_epoch * self.options.epochs
                 self.model.before_step(Progress(step, total, batches.steps_per_epoch, []))
             for number, batch in enumerate(found):
@@ -79,7 +79,7 @@ class Replay:
                 yield f"step {step}, process {rank}, micro-batch {number}", batch.to(self.device)
 
     def findings(self, batch: Batch) -> list[str]:
-        """Repeat the step with a batch; return what is not finite, in the order of computation."""
+        """Repeat the step with a batch; return messages about non-finite values, in the order of computation."""
         if bad := [name for name, value in self.model.state_dict().items() if not _finite(value)]:
             return [f"weights are not finite before the step: {', '.join(bad[:5])}"]
         self.model.zero_grad(set_to_none=True)
@@ -108,7 +108,7 @@ class Replay:
 
 
 class _Watch:
-    """Record the module whose output is the first that is not finite; inner modules come before outer ones."""
+    """Record the first module whose output is not finite; inner modules are checked before outer ones."""
 
     def __init__(self, model: nn.Module):
         self.model, self.first = model, ""

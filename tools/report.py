@@ -3,8 +3,8 @@
     python -m tools.report output/quickstart                     # report.html in that folder
     python -m tools.report output/mae output/nor --output report   # compare runs, in the folder `report`
 
-It reads options.yaml, environment.json, log.txt, metrics.jsonl, result.json, the pictures in samples/ and figures/ and,
-where tools.knn was run, knn.json. Running and interrupted runs are reported as far as they have come.
+It reads options.yaml, environment.json, log.txt, metrics.jsonl, result.json, the images in samples/ and figures/, and
+knn.json of tools.knn if it exists. Unfinished runs are reported up to their current state.
 Updates and images seen are listed beside every metric, because runs that saw different amounts of data cannot be
 compared by their metrics alone.
 """
@@ -46,7 +46,7 @@ STEP_CURVES = ("lr", "grad_norm", "images_per_s", "data_wait")
 NO_CURVE = ("run_id", "epoch", "step", "train_lr")
 
 
-# ---- figures in a table ---------------------------------------------------------------------------------------------
+# ---- table ----------------------------------------------------------------------------------------------------------
 
 
 def _number(value: float | None, pattern: str) -> str:
@@ -63,7 +63,7 @@ def peak_lr(options: Mapping[str, Any]) -> float | None:
 
 
 def row(run: RunRecords) -> dict[str, str]:
-    """Return the row of a run."""
+    """Return the table row of a run."""
     options = run.options
     done = f"{len(run.epochs)} of {options.get('epochs', '?')}"
     speeds = sorted(record["images_per_s"] for record in run.steps if is_number(record.get("images_per_s")))
@@ -91,7 +91,7 @@ def row(run: RunRecords) -> dict[str, str]:
 
 
 def test_metrics(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the test metrics in result.json; pretraining has none."""
+    """Return the test metrics of result.json; empty for pretraining."""
     cells = {}
     for epoch, figures in result.get("accuracy", {}).items():
         cells[f"{epoch} epoch, test {result['metric']} %"] = f"{figures[result['metric']]:.2f}"
@@ -118,7 +118,7 @@ def table(runs: Sequence[RunRecords]) -> str:
 
 
 def panels_of(runs: Sequence[RunRecords]) -> list[tuple[str, str]]:
-    """Return the names of the curves, and whether they are over epochs or steps; epoch means come first."""
+    """Return the name of each curve with `epochs` or `steps`, its x axis; curves over epochs are first."""
     of_epochs = [
         name
         for name in dict.fromkeys(name for run in runs for record in run.epochs for name in record)
@@ -130,7 +130,7 @@ def panels_of(runs: Sequence[RunRecords]) -> list[tuple[str, str]]:
 
 
 def page(runs: Sequence[RunRecords]) -> str:
-    """Return the report as HTML; it needs no other file."""
+    """Return the report as self-contained HTML."""
     panels, titles = panels_of(runs), TITLES
     if ("train_reconstruction", "epochs") in panels:
         titles = TITLES | {"train_loss": "loss: reconstruction + weighted terms"}

@@ -1,6 +1,6 @@
-"""The HTML page of a report: results first, then curves, pictures, options. One file that works offline.
+"""Create the HTML page of a report: results, curves, images and options, in one file that works offline.
 
-Curves are SVG; a few lines of JavaScript show the values under the pointer. Without JavaScript they stay readable.
+Curves are SVG; JavaScript shows the values under the pointer. Without JavaScript the curves are still readable.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tools import classifiers
 from tools.figures.style import COLORS
 from tools.records import RunRecords, defaults_of, is_number, machine_options
 
-POINTS = 400  # of a curve at most
-SAMPLES = 3  # of a run's pictures of reconstructions: the newest, the middle one, the first
+POINTS = 400  # maximum number of points of a curve
+SAMPLES = 3  # images of reconstructions per run: the newest, the middle one, the first
 CAPTIONS = {
     "reconstruction": "Reconstruction. Hidden patches should continue what the visible ones show. Blurred texture is "
     "normal; blocks without structure mean that the model has not learned.",
@@ -115,7 +115,7 @@ document.querySelectorAll('.chart').forEach(chart => {
 
 
 def cell(value: object) -> str:
-    """Escape a value for HTML; what is not text is shown as JSON."""
+    """Format a value for HTML: text is escaped, other values are shown as JSON."""
     return html.escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
@@ -130,13 +130,13 @@ def html_table(header: Sequence[str], rows: Iterable[tuple[Sequence[object], boo
 
 
 def embedded(data: bytes, kind: str, caption: str, name: str) -> str:
-    """Return a picture as part of the page."""
+    """Return an image embedded in HTML."""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return f'<figure><img src="{source}" alt="{cell(name)}"><figcaption>{cell(caption)}</figcaption></figure>\n'
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested options by dotted name."""
+    """Flatten nested options to dotted names."""
     result: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping) and value:
@@ -151,7 +151,7 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Series:
-    """A curve, perhaps the mean of several runs with their standard deviation as a band."""
+    """A curve; for several runs, their mean with the standard deviation as a band."""
 
     name: str
     x: Sequence[float]
@@ -160,7 +160,7 @@ class Series:
 
 
 def thinned(series: Series) -> Series:
-    """Keep at most `POINTS` points, the last one included."""
+    """Reduce a curve to at most `POINTS` points, including the last one."""
     step = -(-len(series.x) // POINTS) or 1
     keep = sorted({*range(0, len(series.x), step), len(series.x) - 1})
     x, y, deviation = ([values[i] for i in keep] if values else [] for values in (series.x, series.y, series.deviation))
@@ -176,7 +176,7 @@ def dash(number: int) -> str:
 
 
 def chart(title: str, axis: str, all_series: Sequence[Series]) -> str:
-    """Return a chart of all series, each in the colour of its place; empty where there is no point."""
+    """Return a chart of all series, with colours by their order; empty if there are no points."""
     shown = [(number, thinned(series)) for number, series in enumerate(all_series) if series.x]
     if not shown:
         return ""
@@ -231,7 +231,7 @@ def chart(title: str, axis: str, all_series: Sequence[Series]) -> str:
 
 
 def legend(names: Sequence[str]) -> str:
-    """Return the key to colours and dashes."""
+    """Return the legend of colours and dashes."""
     marks = (
         f'<span><svg width="30" height="8"><line x1="0" x2="30" y1="4" y2="4" stroke="{color(number)}" '
         f'stroke-width="2" stroke-dasharray="{dash(number)}"/></svg>{cell(name)}</span>'
@@ -245,13 +245,13 @@ def legend(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only."""
+    """Runs that differ only in their seed."""
 
     name: str
     runs: Sequence[RunRecords]
 
     def series(self, key: str, records: str) -> Series:
-        """Return the mean over the runs of a value at the epochs or steps that all of them have."""
+        """Return the mean of a value over the runs, at the epochs or steps that all of them have."""
         axis, first = ("epoch", 1) if records == "epochs" else ("step", 0)
         each = [
             {record[axis] + first: record[key] for record in getattr(run, records) if is_number(record.get(key))}
@@ -264,7 +264,7 @@ class Group:
 
 
 def grouped(runs: Sequence[RunRecords]) -> list[Group]:
-    """Group the runs by everything that their options decide but the seed."""
+    """Group the runs by all options that affect the results, except the seed."""
     found: dict[str, list[RunRecords]] = {}
     for run in runs:
         ignored = machine_options(run.options) | {"seed"}
@@ -278,13 +278,13 @@ def grouped(runs: Sequence[RunRecords]) -> list[Group]:
 
 
 def common_name(runs: Sequence[RunRecords]) -> str:
-    """Return what the names of the runs have in common, or the first run's name."""
+    """Return the common part of the names of the runs, or the first name."""
     names = [re.sub(r"[-_]?(seed)?[-_]?\d+$", "", run.name) for run in runs]
     return names[0] if names[0] and len(set(names)) == 1 else str(runs[0].options.get("method") or runs[0].name)
 
 
 def mean_and_deviation(values: Sequence[float], pattern: str) -> str:
-    """Return `mean ± standard deviation`, or the one value."""
+    """Return `mean ± standard deviation`, or the value itself if there is only one."""
     mean = format(statistics.fmean(values), pattern)
     return f"{mean} ± {format(statistics.stdev(values), pattern)}" if len(values) > 1 else mean
 
@@ -398,7 +398,7 @@ def classes_section(run: RunRecords) -> str:
 
 
 def pictures_of(run: RunRecords) -> list[Path]:
-    """Return the run's pictures: reconstructions first (newest, middle, first), then figures."""
+    """Return the image files of the run: reconstructions (newest, middle, first), then figures."""
     samples = sorted((run.folder / "samples").glob("*.png"))[::-1]
     if len(samples) > SAMPLES:
         samples = [samples[round(n * (len(samples) - 1) / (SAMPLES - 1))] for n in range(SAMPLES)]
@@ -406,7 +406,7 @@ def pictures_of(run: RunRecords) -> list[Path]:
 
 
 def caption_of(path: Path) -> str:
-    """Return a caption for a picture."""
+    """Return the caption of an image."""
     if epoch := re.fullmatch(r"recon_e(\d+)", path.stem):
         return (
             f"Epoch {int(epoch[1])}. Rows: original, visible patches, reconstruction, hidden patches pasted into the "
@@ -452,11 +452,11 @@ def page(
     panels: Sequence[tuple[str, str]],
     titles: Mapping[str, str],
 ) -> str:
-    """Return the report as HTML; it needs no other file.
+    """Return the report as self-contained HTML.
 
     Args:
         runs: The runs.
-        rows: For each run, its numbers by name.
+        rows: Values by name for each run.
         panels: Names of the values to draw, each with `epochs` or `steps`.
         titles: Titles of the values.
     """

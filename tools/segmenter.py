@@ -1,4 +1,4 @@
-"""A trained segmenter as the tools use it: its model, the options of its run, and predictions for single images.
+"""Load a trained segmenter for tools: the model, the options of its run, and predictions for single images.
 
 N images   C channels   K classes   H W rows and columns of an image
 """
@@ -24,7 +24,7 @@ from util.windows import predict
 
 @dataclass(frozen=True)
 class Trained:
-    """A segmenter in eval mode, the resolved options of its run, and where it comes from."""
+    """A segmenter in eval mode, the resolved options of its run, and its origin."""
 
     model: models_upernet.Segmenter
     options: SegmentOptions
@@ -34,12 +34,12 @@ class Trained:
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], ...]:
-        """Mean and deviation of each channel, on a scale of 0 to 1, that images are normalised with."""
+        """Mean and standard deviation of each channel for normalisation, on a scale of 0 to 1."""
         return pixel_statistics(self.options.in_chans, self.options.mean, self.options.std)
 
     @property
     def run(self) -> Path:
-        """Folder of its run, or the one in which its checkpoint lies."""
+        """The folder of the run, or the folder that contains the checkpoint."""
         return checkpoint.run_of(self.checkpoint)
 
     def normalised(self, image_HWC: np.ndarray) -> Tensor:

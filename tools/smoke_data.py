@@ -1,7 +1,7 @@
-"""Tiny data for smoke tests: digits enlarged to 64 pixels as image folders, transfer sets in their own layouts.
+"""Create tiny data for smoke tests: digits enlarged to 64 pixels, as image folders and in the layouts of transfer sets.
 
-Every data set has the layout of torchvision. torchvision verifies the files of CIFAR-10, CIFAR-100 and Flowers by their
-hashes, so a program that is to read tiny ones instead is started through this module:
+The layouts are those of torchvision. torchvision verifies the files of CIFAR-10, CIFAR-100 and Flowers by their hashes,
+so a program that should read tiny files instead is started through this module:
 
     python -m tools.smoke_data main_finetune.py --dataset torch/cifar10 ...
 """
@@ -114,7 +114,7 @@ def caltech(root: Path, images: list[list[Image.Image]]) -> None:
 
 
 def cifar(root: Path, images: list[list[Image.Image]], folder: str, files: Sequence[str], meta: str, fine: str) -> None:
-    """Pickled batches: rows of red, then green, then blue pixels. The training images are distributed over `files`."""
+    """Write pickled batches: rows of red, then green, then blue pixels. Training images are split over `files`."""
     rows, base = splits(images), root / folder
     base.mkdir(parents=True)
     pixels = [np.asarray(image.resize((CIFAR_SIDE, CIFAR_SIDE))).transpose(2, 0, 1).ravel() for *_, image in rows]
@@ -180,7 +180,7 @@ KNOWN_BY_HASH = ("torch/cifar10", "torch/cifar100", "torch/flowers102")
 
 
 def opener(dataset: str) -> tuple[str, ...]:
-    """Return the arguments before a program's own that let it open the tiny files of a data set."""
+    """Return the arguments to put before a program's own so that it can open the tiny files of a data set."""
     return ("-m", "tools.smoke_data") if dataset in KNOWN_BY_HASH else ()
 
 
@@ -203,14 +203,14 @@ def write(root: Path, sets: Iterable[str]) -> None:
     missing = [(name, root / folder_of(name)) for name in ("", *sorted(sets)) if not (root / folder_of(name)).exists()]
     images = pictures() if missing else []
     for name, folder in missing:
-        part = folder.with_name(f"{folder.name}.part")  # a complete folder only
+        part = folder.with_name(f"{folder.name}.part")  # so that `folder` exists only when it is complete
         shutil.rmtree(part, ignore_errors=True)
         LAYOUTS[name](part, images) if name else folders(part, images)
         part.rename(folder)
 
 
 def folder_of(name: str) -> str:
-    """Return the folder of a data set, or of the images to pretrain on."""
+    """Return the folder of a data set, or of the pretraining images."""
     return name.replace("/", "_") or "digits"
 
 

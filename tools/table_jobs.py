@@ -1,7 +1,7 @@
-"""Run the jobs of a table: each once, after its dependencies, several at a time, within a time limit.
+"""Run the jobs of a table: each once, after its dependencies, several in parallel, within a time limit.
 
-A job is a program of the project. A stopped job has saved a checkpoint and resumes later, so stopping all of them, by a
-signal or at the time limit, loses no work.
+A job is a program of the project. A stopped job saves a checkpoint and resumes later, so no work is lost if all jobs
+are stopped by a signal or at the time limit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Job:
 
 
 def command(job: Job, nproc: int) -> list[str]:
-    """Return the command for the shell, in the project folder."""
+    """Return the shell command, relative to the project folder."""
     if nproc > 1 and job.words[0].startswith("main_"):
         return ["torchrun", "--standalone", "--nproc_per_node", str(nproc), *job.words]
     return ["python", *job.words]
@@ -62,7 +62,7 @@ class Program(Protocol):
 
 
 class Process:
-    """A command in its own process. Its output goes to the given file, or to that of this process."""
+    """A command in its own process. Its output is written to the given file, or to that of this process."""
 
     def __init__(self, words: Sequence[str], said: Path | None):
         programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
@@ -79,7 +79,7 @@ class Process:
 
 
 class Fork:
-    """The same as a fork of a process that has imported everything, which is much faster for tiny runs."""
+    """The same in a fork of a process that has imported everything, which is much faster for tiny runs."""
 
     def __init__(self, words: Sequence[str], said: Path | None):
         assert words[0] == "python"
@@ -132,7 +132,7 @@ def say(text: str) -> None:
 
 
 class Stop:
-    """Whether a stop was requested, by a signal or by the time limit; programs are notified once."""
+    """Track whether a stop was requested by a signal or by the time limit; programs are notified once."""
 
     def __init__(self, seconds: float):
         self.deadline = time.monotonic() + seconds if seconds else float("inf")
@@ -140,10 +140,10 @@ class Stop:
 
     def by_signal(self, number: int, frame: object) -> None:
         self.asked = True
-        self._told |= number == signal.SIGINT  # the terminal sends Ctrl-C to them
+        self._told |= number == signal.SIGINT  # the terminal sends Ctrl-C to them too
 
     def tell(self, running: Sequence[Program]) -> None:
-        """Ask running jobs once to save and exit, when the time is up."""
+        """Send running jobs one signal to save and exit when a stop is requested."""
         if not self.asked and time.monotonic() > self.deadline:
             say("time limit reached: running jobs save and exit")
             self.asked = True
@@ -172,7 +172,7 @@ def run(
     at_once: int = 1,
     minutes: float = 0,
 ) -> int:
-    """Run the jobs that are not finished; a failed job only stops those that need it. Return the exit code.
+    """Run the jobs that are not finished and return the exit code; a failed job only stops those that depend on it.
 
     Up to `at_once` jobs run in parallel, with logs in `root/logs`. After `minutes` (0: no limit) they save and exit.
     """
@@ -222,7 +222,7 @@ def _title(job: Job, jobs: Sequence[Job], root: Path) -> str:
 
 
 def _name(job: Job, root: Path) -> Path:
-    """Return the path of the run folder inside `root`; for a job without one, that of its file."""
+    """Return the path of the run folder relative to `root`; for a job without run folder, that of its file."""
     return (job.done.parent if job.done.name == "result.json" else job.done).relative_to(root)
 
 

@@ -1,6 +1,6 @@
-"""Report a table: the paper's number, ours, their difference, and the details of our runs.
+"""Report a table: the paper's results, ours, the differences, and the details of our runs.
 
-The report is Markdown with a plot. Everything is read from run folders; missing runs are shown as "not run".
+The report is Markdown with a plot. All results are read from run folders; missing runs are shown as "not run".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import methods
 from tools.figures.style import BLUE, VERMILION, grid_lines, house_style, save
 from util import checkpoint
 
-BATCH = 4096  # images per step for which the paper states memory
+BATCH = 4096  # images per step for which the paper reports memory
 NOT_RUN, UNFINISHED = "not run", "not finished"
 
 
@@ -57,15 +57,15 @@ class Line:
     labels: tuple[str, ...]
     paper: float | None
     state: str = ""
-    """Why we have no number."""
+    """Reason why we have no result."""
     values: list[float] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     place: Runs | Bill | None = None
-    """Where our runs are expected."""
+    """Folders of our runs."""
 
     @property
     def name(self) -> str:
-        """The labels as one word: `vit-tiny-mae-200`."""
+        """The labels as one name: `vit-tiny-mae-200`."""
         return named(self.labels)
 
     @property
@@ -79,7 +79,7 @@ class Line:
 
 
 def measured(labels: tuple[str, ...], paper: float | None, cited: str, place: Runs | Bill | None) -> Line:
-    """Return the row of one number of the paper, with our runs at `place`."""
+    """Return the row for a result of the paper, with our runs at `place`."""
     if place is None:
         return Line(labels, paper, f"cited: {cited}")
     line = _of_bill(labels, paper, place) if isinstance(place, Bill) else _of_runs(labels, paper, place)
@@ -155,13 +155,13 @@ def facts_of_run(folder: Path, prefix: str) -> dict[str, str]:
 
 
 def short_commit(described: str) -> str:
-    """Shorten the output of `git describe`; a mark for changed files is kept."""
+    """Shorten the output of `git describe`; the mark for uncommitted changes is kept."""
     commit, dash, dirty = described.partition("-")
     return commit[:10] + dash + dirty
 
 
 def data_of(folder: Path) -> str:
-    """Return the first digits of the fingerprint of the training images, from a checkpoint."""
+    """Return the first digits of the training images' fingerprint, from a checkpoint."""
     path = folder / "checkpoints" / checkpoint.LAST
     return checkpoint.load(path)["data"][:12] if path.exists() else ""
 
@@ -207,7 +207,7 @@ def rows_to_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(title: str, columns: Sequence[str], lines: Sequence[Line], note: str, source: str) -> str:
-    """Return the report: numbers, then details of the runs."""
+    """Return the report: results, then details of the runs."""
     numbers = [[*line.labels, number(line.paper), ours(line), difference(line)] for line in lines]
     text = f"# {title}\n\n"
     if note:
@@ -222,7 +222,7 @@ def markdown(title: str, columns: Sequence[str], lines: Sequence[Line], note: st
 
 
 def picture(title: str, lines: Sequence[Line], source: str) -> Figure:
-    """Plot the numbers of `source` as rings and ours as squares with standard deviation; one panel per unit."""
+    """Plot the results of `source` as rings and ours as squares with standard deviation; one panel per unit."""
     panels: dict[str, list[Line]] = {}
     for line in lines:
         panels.setdefault(line.place.measure if isinstance(line.place, Bill) else "%", []).append(line)
@@ -249,7 +249,7 @@ def picture(title: str, lines: Sequence[Line], source: str) -> Figure:
 def write(
     path: Path, title: str, columns: Sequence[str], lines: Sequence[Line], note: str = "", source: str = "paper"
 ) -> None:
-    """Write the report and its plot. `source` names the published numbers."""
+    """Write the report and its plot. `source` is the name of the published results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{markdown(title, columns, lines, note, source)}\n![{source} and ours]({path.stem}.png)\n")
     with house_style():

@@ -1,4 +1,4 @@
-"""Run the paper's tables: pretrain, fine-tune or profile what a table needs, and report the paper's numbers and ours.
+"""Run the paper's tables: pretrain, fine-tune or profile their models, and report the paper's results and ours.
 
     DATA=IMAGENET bash scripts/table1.sh --dry-run        # print the commands
     DATA=IMAGENET NPROC=8 bash scripts/table1.sh          # skip finished runs, resume interrupted ones
@@ -6,7 +6,7 @@
     bash scripts/table1.sh --report                       # only the report
 
 configs/tables.yaml contains the tables; `scripts/table.sh` lists the variables. The folder of a run depends on its
-options, not on the table: rows that several tables share are trained once.
+options, not on the table: rows that are in several tables are trained once.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ TABLES = PROJECT / "configs" / "tables.yaml"
 
 ACCURACY = "accuracy"
 BILL_MEASURES = ("GB", "minutes", "price")
-WARMUP = 0.2  # share of the epochs, as 40 of 200 in the paper, if EPOCHS is given
-FINETUNE_WARMUP = 0.05  # as 5 of 100 in the paper, if FINETUNE_EPOCHS is given
-UNPACKED = {"torch/cifar10": "cifar-10-batches-py", "torch/cifar100": "cifar-100-python"}  # folders of torchvision's
+WARMUP = 0.2  # fraction of the epochs if EPOCHS is given; 40 of 200 in the paper
+FINETUNE_WARMUP = 0.05  # the same if FINETUNE_EPOCHS is given; 5 of 100 in the paper
+UNPACKED = {"torch/cifar10": "cifar-10-batches-py", "torch/cifar100": "cifar-100-python"}  # torchvision's folders
 
-SEGMENTED = "ade20k"  # the set that main_segment.py is for
+SEGMENTED = "ade20k"  # the data set of main_segment.py
 
 SMOKE_RUN = {
     "total_batch_size": 8,
@@ -52,7 +52,7 @@ SMOKE_RUN = {
 }
 SMOKE_MODEL = {"input_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 2}
 SMOKE_DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
-SMOKE_VIEWS = {  # of the methods with several views
+SMOKE_VIEWS = {  # options of the methods with several views
     "proj_hidden_dim": 32,
     "proj_dim": 16,
     "out_dim": 64,
@@ -86,12 +86,12 @@ class Setting:
 
     @property
     def root(self) -> Path:
-        """Folder of the runs; smoke tests have their own."""
+        """Folder of the runs; smoke tests have a separate one."""
         return self.out / "smoke" if self.smoke else self.out
 
 
 def setting_of(given: Mapping[str, str]) -> Setting:
-    """Read the settings from environment variables; raise ValueError for an invalid one."""
+    """Read the settings from environment variables. Raises ValueError for invalid values."""
 
     def number(name: str, default: int, least: int = 0) -> int:
         text = given.get(name) or str(default)
@@ -141,26 +141,26 @@ def read_recipe(name: str) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: the paper's numbers by metric, and the runs for ours."""
+    """A row of a table: the paper's results by metric, and the runs for ours."""
 
     labels: tuple[str, ...]
     paper: Mapping[str, float | None]
     cited: Mapping[str, str]
-    """Why we have no number for a metric."""
+    """Reasons why we have no result, by metric."""
     recipe: str = ""
     set: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = ""
     needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Of an option that takes a run, such as `tokenizer`, that run's recipe and, in turn, what it needs."""
+    """For an option whose value is a run, such as `tokenizer`: the recipe of that run and, recursively, its needs."""
     finetune: str = ""
     finetune_all: Mapping[str, Any] = field(default_factory=dict)
-    """Options of fine-tuning in every row of the table, in addition to the recipe,"""
+    """Options of fine-tuning in every row of the table, in addition to the recipe."""
     finetune_set: Mapping[str, Any] = field(default_factory=dict)
-    """and in this row."""
+    """Options of fine-tuning in this row."""
     dataset: str = ""
-    """Data set to pretrain on, if DATA is a folder of torchvision."""
+    """Data set for pretraining, if DATA is a folder of torchvision."""
     sets: Mapping[str, str] = field(default_factory=dict)
-    """Data set of a metric, if it is not that of pretraining."""
+    """Data set of a metric, if it differs from that of pretraining."""
     bill: str = ""
 
     @property
@@ -178,7 +178,7 @@ class Row:
         return self.options["model"].split("_")[2]
 
     def helpers(self) -> dict[str, Row]:
-        """Return the runs that must be trained before this one, by the option that names them."""
+        """Return the runs that must be trained before this one, by the option that uses them."""
         return {
             option: replace(self, set={}, teacher="", **{"needs": {}, **said}) for option, said in self.needs.items()
         }
@@ -195,7 +195,7 @@ class Table:
     columns: tuple[str, ...]
     note: str
     source: str
-    """Source of the published numbers."""
+    """Source of the published results."""
     rows: tuple[Row, ...]
 
 
@@ -228,7 +228,7 @@ def _row(table: Mapping[str, Any], said: Mapping[str, Any]) -> Row:
 
 
 def with_options(name: str, options: Mapping[str, Any]) -> str:
-    """Return a name with the differences: `mae_vit_tiny_in100-epochs1000`."""
+    """Append options to a name: `mae_vit_tiny_in100-epochs1000`."""
     return "-".join([name, *(f"{option.split('.')[-1]}{_text(value)}" for option, value in options.items())])
 
 
@@ -329,7 +329,7 @@ class Plan:
         return Job((*program, *words), folder / "result.json", (pretrained / "result.json",))
 
     def _with_helpers(self, row: Row, seed: int) -> list[Job]:
-        """Return the pretraining of a row, after that of everything it needs."""
+        """Return the pretraining job of a row, after the jobs on which it depends."""
         before = [job for helper in row.helpers().values() for job in self._with_helpers(helper, seed)]
         return [*before, self.pretrain_job(row, seed)]
 
@@ -343,7 +343,7 @@ class Plan:
         """Return the jobs of the rows, each once, ordered by their dependencies."""
         found: list[Job] = []
         rows = list(rows)
-        for seed in self.setting.seeds:  # all rows with one seed come before any row with two
+        for seed in self.setting.seeds:  # all rows with the first seed are run before the second seed
             for row in rows:
                 if row.bill:
                     found.append(self.bill_job(row))
@@ -355,7 +355,7 @@ class Plan:
 
 
 def matching(names: Sequence[str], asked: Sequence[str], what: str) -> list[str]:
-    """Return the names that match the patterns of ROWS, or all without one.
+    """Return the names that match the patterns of ROWS, or all names if there are no patterns.
 
     Args:
         what: The table, for the error.
@@ -371,13 +371,13 @@ def matching(names: Sequence[str], asked: Sequence[str], what: str) -> list[str]
 
 
 def chosen(table: Table, asked: Sequence[str]) -> list[Row]:
-    """Return the rows that match ROWS (`vit-tiny-*`), or all; raise ValueError for a pattern without a match."""
+    """Return the rows that match ROWS (`vit-tiny-*`), or all. Raises ValueError for a pattern without a match."""
     names = matching([row.name for row in table.rows], asked, f"table {table.number}")
     return [row for row in table.rows if row.name in names]
 
 
 def check(rows: Sequence[Row], setting: Setting) -> None:
-    """Raise ValueError if a variable is missing, before any work."""
+    """Raise ValueError if an environment variable is missing, before jobs are started."""
     if setting.smoke:
         return
     trained = [row for row in rows if not row.bill and row.measures()]
@@ -400,7 +400,7 @@ def check(rows: Sequence[Row], setting: Setting) -> None:
 def run_jobs(jobs: Sequence[Job], setting: Setting, minutes: float, *, short: bool = False) -> int:
     """Run the jobs that are not finished, at most for `minutes` (0: no limit). Return the exit code.
 
-    `short`: the jobs take minutes on a CPU core, so that the seconds of importing libraries are worth saving.
+    `short`: the jobs take only minutes on a CPU core, so they are forked from a process that has imported everything.
     """
     quick = (setting.smoke or short) and setting.nproc == 1
     start: Callable[..., table_jobs.Program] = table_jobs.Fork if quick else table_jobs.Process
@@ -408,7 +408,7 @@ def run_jobs(jobs: Sequence[Job], setting: Setting, minutes: float, *, short: bo
 
 
 def show(jobs: Sequence[Job], setting: Setting) -> None:
-    """Return the commands, one per line; finished ones as comments."""
+    """Print the commands, one per line; those of finished jobs as comments."""
     say(f"cd {shlex.quote(str(PROJECT))}")
     for job in jobs:
         finished = "# finished: " if job.done.exists() else ""

@@ -4,10 +4,10 @@
     python -m tools.tokenizer kmeans PHOTOS --output output/features.pth --encoder output/dino --tokens 100
     python main_pretrain.py --method cluster_mim --tokenizer output/patches.pth --data_path PHOTOS
 
-Images are resized and cut at the centre as for evaluation, and normalised. scikit-learn's MiniBatchKMeans sees each
-batch of them once per epoch, in an order drawn from the seed; no more than a batch is in memory. Every minute the state
-is written to OUTPUT.partial, from which the same command resumes. The finished file holds the centres, the encoder
-where there is one, a hash of the names of the images, and how many patches each centre has.
+Images are resized, centre-cropped as for evaluation, and normalised. scikit-learn's MiniBatchKMeans is fitted on each
+batch once per epoch, in an order drawn from the seed; only one batch is in memory. Every minute the state is written to
+OUTPUT.partial, from which the same command resumes. The finished file contains the centres, the encoder if there is
+one, a hash of the names of the images, and the number of patches of each centre.
 
 Tokenizers with a decoder are trained: `python main_pretrain.py --method vq_tokenizer`.
 """
@@ -41,7 +41,7 @@ from util.logging import talk
 log = logging.getLogger(__name__)
 
 SAVE_SECONDS, LOG_SECONDS = 60.0, 10.0
-COUNTED = 10_000  # images, evenly spaced, of which tokens are counted at the end
+COUNTED = 10_000  # maximum number of images, evenly spaced, whose tokens are counted at the end
 
 
 # ---- the state of a fit ----------------------------------------------------------------------------------------------
@@ -62,13 +62,13 @@ def state_of(kmeans: MiniBatchKMeans) -> dict[str, Any]:
             value = torch.from_numpy(value)
         elif isinstance(value, np.generic):
             value = value.item()
-        if name != "labels_":  # of the last batch, and needed by nothing
+        if name != "labels_":  # labels of the last batch, which are not needed
             state[name] = value
     return state
 
 
 def restored(state: Mapping[str, Any]) -> MiniBatchKMeans:
-    """Return the estimator with a state of `state_of`."""
+    """Create the estimator from a state that `state_of` returned."""
     kmeans = MiniBatchKMeans()
     for name, value in state.items():
         if isinstance(value, dict):
@@ -91,11 +91,11 @@ class Fit:
 
     Args:
         source: The images.
-        tokenizer: Says what of an image is clustered.
-        options: What decides the result; a fit does not resume with others.
+        tokenizer: Computes the vectors of an image that are clustered.
+        options: Options that affect the result; a fit does not resume with other values.
         partial: File of the state.
         batch_size: Images per batch.
-        device: Where the encoder runs.
+        device: Device of the encoder.
         num_workers: Processes that load images.
     """
 
@@ -123,7 +123,7 @@ class Fit:
         self.epoch = self.batch = 0
 
     def resume(self) -> None:
-        """Take the state in the partial file, if there is one. Raises ValueError where it is of another fit."""
+        """Load the state from the partial file, if it exists. Raises ValueError if it is of another fit."""
         if not self.partial.is_file():
             return
         state = checkpoint.load(self.partial)
@@ -156,7 +156,7 @@ class Fit:
         return vectors.flatten(0, 1).float().cpu().numpy()
 
     def run(self) -> None:
-        """Fit to the end, saving on the way."""
+        """Run the fit to the end, and save its state regularly."""
         count = math.ceil(len(self.source) / self.batch_size)
         saved = logged = time.monotonic()
         while self.epoch < self.options["epochs"]:
@@ -185,7 +185,7 @@ class Fit:
             saved = time.monotonic()
 
     def finished(self) -> dict[str, Any]:
-        """Return the finished file's content, with the tokens of up to 10,000 images counted."""
+        """Return the content of the finished file, with the token counts of up to 10,000 images."""
         centers = torch.from_numpy(np.ascontiguousarray(self.kmeans.cluster_centers_)).float()
         encoder = self.tokenizer.encoder
         final = KMeansTokenizer(
@@ -218,7 +218,7 @@ class Fit:
 
 
 def fit_kmeans(words: argparse.Namespace) -> str:
-    """Fit and write; return a line for the user."""
+    """Fit a tokenizer and write it; return a message for the user."""
     sizes = {name: read(getattr(words, name), tuple[int, int], name) for name in ("input_size",)}
     for name, least in (("tokens", 2), ("epochs", 1), ("batch_size", 1), ("patch_size", 1), ("num_workers", 0)):
         if getattr(words, name) < least:

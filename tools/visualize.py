@@ -6,8 +6,8 @@
     python -m tools.visualize reconstruction output/tiny --output picture.pdf
 
 A model is a run folder, a checkpoint, a model's name (random weights), or NAME=FILE (`tools/figures/models.py`).
-Pictures are written as PNG and SVG and added to TensorBoard, in the folder `figures` of the run if one run is shown,
-otherwise of the current folder. A new picture is a file in `tools/figures` and an entry in `PICTURES`.
+Figures are written as PNG and SVG and added to TensorBoard: in the folder `figures` of the run if one run is shown,
+otherwise in `figures` of the current folder. To add a figure, add a file to `tools/figures` and an entry to `PICTURES`.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def load_models(words: argparse.Namespace) -> list[Shown]:
-    """Load the models; raise ValueError unless they have the same image size and channels."""
+    """Load the models. Raises ValueError if they differ in image size or channels."""
     norm_pix_loss = getattr(words, "norm_pix_loss", False)
     how = {"device": words.device, "seed": words.seed, "input_size": words.input_size, "norm_pix_loss": norm_pix_loss}
     found = [models.load(word, **how) for word in words.models]
@@ -149,7 +149,7 @@ def mask_ratio_of(words: argparse.Namespace, found: Sequence[Shown]) -> float:
 
 
 def of_subject(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
-    """Draw a picture of models and images."""
+    """Draw a figure of models and images."""
     picture = PICTURES[words.picture]
     source, listed = open_images(words.images, found)
     numbers = chosen(source, words.count or (None if listed else picture.count), words.seed)
@@ -180,7 +180,7 @@ def of_stream(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
 
 
 def draw(words: argparse.Namespace) -> list[Path]:
-    """Draw the requested picture; return the written files."""
+    """Draw the requested figure; return the written files."""
     home, updates = Path("output") / "figures", 0
     for path in words.output:
         style.kind_of(path)  # before any work is done

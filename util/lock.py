@@ -69,7 +69,7 @@ class RunLock:
         os.pwrite(handle, json.dumps(holder).encode(), 0)
 
     def lost(self) -> bool:
-        """Return whether another process has overwritten the lock file. If the file is missing, the lock is not lost."""
+        """Return whether another process has overwritten the lock file; False if the file is missing."""
         holder = _read(self.path) if self._token else {}
         return bool(holder) and holder.get("token") != self._token
 

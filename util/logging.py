@@ -137,8 +137,8 @@ def _drop_partial_line(path: Path) -> None:
 class RunLog:
     """Log files of a run folder; for the main process only.
 
-    Files get every record. The terminal gets a progress bar, and text at most every `SECONDS_BETWEEN_LINES`, so that a
-    run of many short epochs does not fill the screen.
+    All records are written to the files. The terminal shows a progress bar, and text at most every
+    `SECONDS_BETWEEN_LINES`, so that a run of many short epochs does not fill the screen.
     """
 
     def __init__(

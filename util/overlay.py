@@ -26,8 +26,7 @@ TILE = 160  # pixels of an image's long side on a sheet
 
 @functools.cache
 def colours(classes: int) -> Tensor:
-    """Return a fixed colour for each class, uint8 `[K + 1, 3]`; the last row (index -1) is for pixels without a class.
-    """
+    """Return a fixed colour for each class, uint8 `[K + 1, 3]`; the last row (index -1) is for no class."""
     rows = [colorsys.hsv_to_rgb(GOLDEN * k % 1, *SHADES[k % len(SHADES)]) for k in range(classes)]
     return torch.tensor([*([round(255 * part) for part in row] for row in rows), NO_CLASS], dtype=torch.uint8)
 

@@ -10,7 +10,10 @@ import torch
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """Resolve `auto`: bf16 on GPUs that support it, fp16 on other GPUs, else `none`. Raises ValueError if unsupported.
+    """Resolve `auto`: bf16 on GPUs that support it, fp16 on other GPUs, else `none`.
+
+    Raises:
+        ValueError: If the device does not support the precision.
     """
     if amp == "auto":
         if device.type != "cuda":

@@ -239,8 +239,7 @@ class Run:
         self._stop_if(decision == STOP)
 
     def until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches of an evaluation until this process receives a signal. Call `leave_if_stopped` afterwards.
-        """
+        """Yield the batches of an evaluation until this process receives a signal. Call `leave_if_stopped` after it."""
         return self._decisions.until_stopped(batches)
 
     def leave_if_stopped(self) -> None:

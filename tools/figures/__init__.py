@@ -1,1 +1,1 @@
-"""One module per picture: a function from a `Subject` (models and images) to a figure, and its computations."""
+"""One module per figure: its computations, and a function that draws it for a `Subject` (models and images)."""

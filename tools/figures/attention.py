@@ -2,8 +2,8 @@
 
 *Distance* is the mean distance in pixels between a patch and the patches it attends to, weighted by attention, as in
 Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; attention to the class token is left out and the rest
-made to sum to one. *Entropy*, in bits, is of a patch's attention over all tokens. Heads that all look everywhere
-(distance and entropy at the dashed line of uniform attention) have not learned where to look.
+normalised to sum to one. *Entropy*, in bits, is that of a patch's attention over all tokens. If distance and entropy of
+all heads are at the dashed lines of uniform attention, the model has not learned local attention.
 
 N images   L patches   T tokens, of the class and patches   H heads
 """
@@ -30,7 +30,7 @@ PARTS = ("qkv", "q_norm", "k_norm", "num_heads", "scale")
 def head_attention(block: Any, x: Tensor) -> Iterator[Tensor]:
     """Yield the attention `[N, T, T]` of each head of a timm block, given the input `[N, T, D]` of the block.
 
-    One head at a time, because one head of 3,137 tokens needs 39 MB per image.
+    It computes one head at a time, because one head of 3,137 tokens needs 39 MB per image.
     """
     attention: Any = getattr(block, "attn", None)
     missing = [part for part in PARTS if not hasattr(attention, part)]

@@ -2,8 +2,8 @@
 
 *Token similarity* is the mean cosine between two different patch tokens of an image: 1 means that every patch is
 encoded to the same vector. *Effective rank* is exp of the entropy of the singular values, scaled to sum to one, of all
-patch tokens minus their mean (Roy and Vetterli, "The effective rank", EUSIPCO 2007): 1 means a single direction, the
-number of channels that all directions count the same.
+patch tokens minus their mean (Roy and Vetterli, "The effective rank", EUSIPCO 2007): 1 means a single direction; the
+maximum, the number of channels, means that the variance is the same in all directions.
 
 N images   L patches   D channels
 """
@@ -26,7 +26,7 @@ WIDTH = 7.0
 def token_similarity(tokens: Tensor) -> Tensor:
     """Return the mean cosine between two different tokens of each image: tokens `[N, L, D]` -> `[N]`.
 
-    The squared length of the sum of unit vectors is the sum of all their cosines, so no L x L matrix is needed.
+    The squared norm of the sum of unit vectors equals the sum of all their cosines, so no L x L matrix is needed.
     """
     L = tokens.shape[1]
     unit = F.normalize(tokens.double(), dim=-1)

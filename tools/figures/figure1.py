@@ -14,7 +14,7 @@ from tools.figures.subject import Subject
 def figure1(subject: Subject) -> Figure:
     """Draw Figure 1: closest neighbours of an image (top), and the tokens of each model in a plane (bottom)."""
     one = replace(subject, pixels=subject.pixels[:1], names=subject.names[:1])
-    # Both halves show the same neighbours, selected as for the lower one, independent of the model.
+    # Both halves show the same neighbours, selected as in the lower half, independent of the model.
     one = replace(one, similarity=separation.similarity_of(one))
     top = replace(one, models=one.models[:1])
     below_width, below = separation.size_of(one)
@@ -24,7 +24,7 @@ def figure1(subject: Subject) -> Figure:
     upper, lower = figure.subfigures(2, 1, height_ratios=[above, below], squeeze=False).flat
     neighbors.draw(upper, top)
     separation.draw(lower, one)
-    # The model only matters if neighbours are selected by embeddings.
+    # The neighbours depend on the model only if they are selected by embeddings.
     note(upper, neighbors.sentences(top)[one.similarity == "pixels" :], width)
     note(lower, separation.sentences(one), width)
     return figure

@@ -21,7 +21,7 @@ from tools.figures.subject import chosen
 from util.distributed import Processes, pick_device
 from util.overlay import colours, overlay
 
-MOST_NAMES = 24  # in the legend, those with the most pixels
+MOST_NAMES = 24  # maximum number of classes in the legend: those with the most pixels
 
 
 def figure9(

@@ -66,7 +66,7 @@ class Shown:
 
     @property
     def num_patches(self) -> int:
-        """L."""
+        """Number of patches L."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -91,7 +91,7 @@ class Shown:
         return embedded, embedded if table is None else embedded + table[:, -self.num_patches :]
 
     def _with_prefix(self, tokens: Tensor) -> Tensor:
-        """Concatenate class and register tokens, with positions, and these patches."""
+        """Concatenate class and register tokens, with positions, and the patch tokens."""
         model = self.model
         prefix: list[Tensor] = [token for token in (model.cls_token, model.reg_token) if token is not None]
         if not prefix:
@@ -146,7 +146,7 @@ def load(
         hint = nearest(name, known) or "mae_vit_tiny_patch16 or vit_tiny_patch16_224, say"
         raise ValueError(f"{word} is neither a run, nor a checkpoint, nor a model's name; {hint}")
     if input_size and shown.size[1:] != input_size:
-        patch_grid(input_size, shown.patch[0])  # refuses sizes that the patch size does not divide
+        patch_grid(input_size, shown.patch[0])  # raises ValueError if the size is not divisible
         shown.model.set_input_size(input_size)
     return shown
 
@@ -164,7 +164,7 @@ def _of_run(path: Path, device: str) -> Shown:
     if checkpoint.program_of(state) == "pretrain":
         trained = given.load(path, device)
         model, about, updates = trained.model, options["method"], trained.updates
-        if trained.model.encoder_prefix:  # the features are those of another encoder than the trained one
+        if trained.model.encoder_prefix:  # features are computed by another encoder than the trained one
             model = encoder.load(file).model
     else:
         found = encoder.load(file)
@@ -213,7 +213,7 @@ def _by_name(
     if file:
         report = load_from_run(model, weights, {})
         log.info("%s: %s", file, report)
-        about = f"weights of {Path(file).name}, {_heads(model)} heads"  # a file does not record it
+        about = f"weights of {Path(file).name}, {_heads(model)} heads"  # the file does not contain it
         decoder_trained = not any(missing.startswith("decoder_") for missing in report.missing)
     else:
         log.info("%s: %s; nothing is downloaded, trained weights are given as %s=FILE", name, about, name)

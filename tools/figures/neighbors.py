@@ -1,4 +1,4 @@
-"""Closest neighbour patches: arrows to them, shared ones, and an image of these patches alone.
+"""Closest neighbour patches: arrows to them, shared neighbours, and an image of these patches only.
 
 Figures 1 (top), 2 and 4 of Meng et al., "Closest Neighbors are Harmful for Lightweight Masked Auto-encoders", CVPR
 2025. The companion (CNP) of a visible patch is the one of its 3, 5 or 8 neighbours with the highest cosine similarity.
@@ -22,12 +22,12 @@ from tools.figures.style import BLACK, BLUE, VERMILION, note, picture, short_nam
 from tools.figures.subject import SPACES, Similarity, Subject, compared, only_patches
 
 WIDTH = 7.0
-FINE = 28  # columns of patches beyond which borders round arrows and companions would hide what is in them
+FINE = 28  # with more columns of patches, borders of arrows and companions would hide the patches and are left out
 COLUMNS = ("input", "visible patches", "their closest neighbours", "these neighbours alone")
 
 
 def similarity_of(subject: Subject) -> Similarity:
-    """Return the default for comparison, that of the released program."""
+    """Return the default similarity, that of the released program."""
     return subject.similarity or "embed_pos"
 
 
@@ -40,7 +40,7 @@ def frame(patch: int, columns: int, size: tuple[int, int]) -> Rectangle:
 
 
 def outline_companions(axis: Any, companions: Sequence[int], columns: int, size: tuple[int, int]) -> None:
-    """Draw borders: thick and solid for shared companions, thin and dashed for others if patches are large enough."""
+    """Draw borders: thick and solid for shared companions; thin and dashed for others if patches are large enough."""
     pointers, thin = Counter(companions), min(1.0, 14 / columns)
     shared = [frame(patch, columns, size) for patch, count in pointers.items() if count > 1]
     alone = [frame(patch, columns, size) for patch, count in pointers.items() if count == 1]
@@ -194,7 +194,7 @@ def closeup(subject: Subject) -> Figure:
                 border.set(edgecolor=color, linewidth=2.2, path_effects=[withStroke(linewidth=4, foreground=around_it)])
                 axis.add_patch(border)
             for neighbor, cosine in zip(table[patch].tolist(), around[number, patch].tolist(), strict=True):
-                if neighbor == rows * columns:  # over the border
+                if neighbor == rows * columns:  # outside the image
                     continue
                 y, x = divmod(neighbor, columns)
                 text = axis.text((x + 0.5) * size[1], (y + 0.5) * size[0], f"{cosine:.3f}".replace("0.", "."))

@@ -24,7 +24,7 @@ UNDONE = (
 
 
 def autoencoder(shown: Shown) -> MaskedImageModel:
-    """Return the model; raise ValueError if it cannot reconstruct."""
+    """Return the model. Raises ValueError if it cannot reconstruct images."""
     if not isinstance(shown.model, MaskedImageModel):
         raise ValueError(f"{shown.label} is an encoder without a decoder, which cannot reconstruct")
     if not shown.decoder_trained:

@@ -21,7 +21,7 @@ WIDTH = 7.0
 
 
 def relation_of(run: RunRecords) -> str:
-    """Return a label: the relation and weight of the run, or that it has none."""
+    """Return a label: the relation and weight of the run, or that it has no relation."""
     term: Mapping[str, Any] | None = (run.options.get("terms") or {}).get("neighbor")
     if term is None:
         return f"no neighbour term ({run.options.get('method')})"

@@ -1,15 +1,15 @@
-"""How well an encoder separates different closest neighbours: its tokens in a plane, and a score.
+"""Separation of different closest neighbours by an encoder: its tokens in a plane, and a score.
 
 Figures 1 (bottom), 7 and 8 of the NoR-MAE paper. An image is encoded twice, once from its visible patches and once
-from their closest neighbours (CNPs). The tokens of both are scaled to unit length, and their two principal components
-make the plane.
+from their closest neighbours (CNPs). The tokens of both are scaled to unit length, and plotted in the plane of their
+first two principal components.
 
-*Separation* is the share of the tokens' variance that lies between groups, corrected for chance. A group is one CNP
-and the visible patches whose closest neighbour it is, so every group has two members at least. With n tokens in k
-groups it is 1 - (within / (n - k)) / (total / (n - 1)): 1 if a patch and its CNP are encoded to the same vector and
-other CNPs are not, 0 on average for random groups. It is computed in all dimensions, and also reported for the plane.
-The silhouette score is not used, because it compares with the nearest other group only, so it decreases with the number
-of groups and depends on the patch size; its chance level is not 0; and its cost is quadratic in the tokens.
+*Separation* is the share of the tokens' variance between groups, corrected for chance. A group is a CNP and the visible
+patches whose closest neighbour it is, so every group has at least two members. With n tokens in k groups it is
+1 - (within / (n - k)) / (total / (n - 1)): 1 if a patch and its CNP are encoded to the same vector and other CNPs are
+not, 0 on average for random groups. It is computed in all dimensions, and also reported for the plane. The silhouette
+score is not used: it compares only with the nearest other group, so it decreases with the number of groups and depends
+on the patch size; its chance level is not 0; and its cost is quadratic in the number of tokens.
 
 Neighbouring patches are similar before any training, in pixels and in position. Compare a trained model with one that
 has random weights: the difference is the effect of training.
@@ -35,24 +35,24 @@ from tools.figures.subject import SPACES, Similarity, Subject
 
 log = logging.getLogger(__name__)
 
-PANEL = 2.35  # inches
-WIDEST = 4  # models in a row
+PANEL = 2.35  # size of a panel in inches
+WIDEST = 4  # maximum number of models in a row
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of one image under one model, on the CPU."""
+    """Tokens of one image, encoded by one model, on the CPU."""
 
     visible: Tensor
-    """`[V, D]` encoded from the visible patches, of unit length."""
+    """Tokens `[V, D]` encoded from the visible patches, with unit length."""
     companions: Tensor
-    """`[V, D]` encoded from their closest neighbours, one for each visible patch."""
+    """Tokens `[V, D]` encoded from their closest neighbours, one for each visible patch."""
     ids: Tensor
-    """`[V]` which patch each companion is."""
+    """Patch index of each companion, `[V]`."""
 
 
 def similarity_of(subject: Subject) -> Similarity:
-    """Return the default, pixels, for which the neighbours do not depend on the models."""
+    """Return the default similarity, pixels, with which the neighbours do not depend on the models."""
     return subject.similarity or "pixels"
 
 
@@ -75,7 +75,7 @@ def encode(subject: Subject, shown: Shown) -> list[Encoded]:
 def pca(features: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
     """Return coordinates `[n, components]` of features `[n, D]` on their principal axes, and the share of variance.
 
-    Computed in float64; the sign of an axis is such that its largest entry is positive.
+    Computed in float64; the sign of each axis is chosen so that its largest entry is positive.
     """
     centred = features.double() - features.double().mean(dim=0)
     variance, axes = torch.linalg.eigh(centred.T @ centred / (len(features) - 1))

@@ -1,7 +1,7 @@
 """Similarity of patches and their closest neighbours: a histogram over any number of images.
 
-Figure 3 of the NoR-MAE paper. The crop matters (a crop of a small part of an image has flatter patches), and so does
-what is compared, so the figure states both.
+Figure 3 of the NoR-MAE paper. The result depends on the crop (patches of a small crop have less contrast) and on what
+is compared, so the figure states both.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Histogram:
     high: float = -np.inf
 
     def add(self, similarities: Tensor) -> None:
-        """Add similarities, which may exceed 1 by rounding."""
+        """Add similarities; rounding errors above 1 are allowed."""
         values = similarities.double().flatten().cpu().numpy()
         self.counts += np.histogram(values.clip(-1, 1), bins=BINS, range=(-1, 1))[0]
         self.total += float(values.sum())
@@ -55,7 +55,7 @@ class Histogram:
 
     @property
     def share_alike(self) -> float:
-        """Share of similarities that are at least ALIKE."""
+        """Return the share of similarities that are at least ALIKE."""
         return self.alike / self.size
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Histogram:
 
 
 class RandomCrops(EvalSamples):
-    """Random crops of pretraining, seeded by the seed and the index of the image."""
+    """Random crops as in pretraining, seeded by the seed and the index of the image."""
 
     def __init__(self, source: Source, transform: Transform, *, mean: Sequence[float], std: Sequence[float], seed: int):
         super().__init__(source, transform, mean=mean, std=std)
@@ -85,7 +85,7 @@ CROPS: dict[str, str] = {
 
 
 def crops(source: Source, shown: Shown, crop: str, seed: int) -> EvalSamples:
-    """Return the images as the model receives them."""
+    """Return the images with the preprocessing of the model."""
     (mean, std), size = shown.statistics, shown.size[1:]
     if crop == "random":
         return RandomCrops(source, pretrain_transform(size), mean=mean, std=std, seed=seed)

@@ -1,7 +1,7 @@
 """Style of all figures, and output as PNG, SVG or PDF and to TensorBoard.
 
-The colours are those of Okabe and Ito, which colour-blind readers can distinguish. No figure relies on colour alone:
-shape, dash, edge or label differ too, so that figures can be printed in grey.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish. No figure relies on colour only:
+shapes, dashes, edges or labels differ too, so that figures can be printed in grey.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 FORMATS = ("png", "svg", "pdf")
 DPI = 300
-SCREEN_DPI = 150  # of what goes to TensorBoard and into a page
+SCREEN_DPI = 150  # resolution of figures in TensorBoard and in reports
 SETTINGS: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -43,7 +43,7 @@ SETTINGS: dict[Any, Any] = {
     "axes.linewidth": 0.6,
     "lines.linewidth": 1.3,
     "legend.frameon": False,
-    "pdf.fonttype": 42,  # text stays text
+    "pdf.fonttype": 42,  # TrueType: text can be selected and edited
     "svg.hashsalt": "nor-mae",  # reproducible files
 }
 
@@ -64,7 +64,7 @@ def line_of(number: int) -> dict[str, Any]:
 
 
 def curve_of(number: int, points: int) -> dict[str, Any]:
-    """Return `line_of` with a marker at the end, so that curves of one point do not differ in colour only."""
+    """Return `line_of` with a marker at the last point, so that curves of one point differ not only in colour."""
     marker = MARKERS[number % len(MARKERS)]
     return line_of(number) | {"marker": marker, "markersize": 3.5, "markevery": (max(0, points - 1), 1)}
 
@@ -105,7 +105,7 @@ def note(figure: Any, sentences: Sequence[str], width_inches: float) -> None:
 
 
 def kind_of(path: Path) -> str:
-    """Return the format of a file name by its suffix; raise ValueError for an unsupported one."""
+    """Return the format of a file by its suffix. Raises ValueError if it is not supported."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise ValueError(f"{path}: a figure is written as {', '.join(f'.{name}' for name in FORMATS)}")
@@ -113,7 +113,7 @@ def kind_of(path: Path) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure; the suffix decides the format."""
+    """Write the figure in the format of the suffix."""
     kind = kind_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)

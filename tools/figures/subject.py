@@ -50,19 +50,19 @@ class Subject:
     seed: int = 0
     mask_ratio: float = 0.75
     similarity: Similarity | None = None
-    """What is compared to find closest neighbours; None: the default of the figure."""
+    """Similarity by which closest neighbours are found; None: the default of the figure."""
     cnp: Literal["closest", "released"] = "closest"
 
     @property
     def only(self) -> Shown:
-        """The model of a figure that shows one."""
+        """The model of a figure that shows a single model."""
         if len(self.models) > 1:
             raise ValueError(f"this figure shows one model; found {', '.join(shown.label for shown in self.models)}")
         return self.models[0]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches. Raises ValueError unless all models have the same, which shared masks need."""
+        """Rows and columns of patches. Raises ValueError if they differ between models, which share the mask."""
         grids = {shown.label: shown.grid for shown in self.models}
         if len(set(grids.values())) > 1:
             found = ", ".join(f"{label} {rows} x {columns}" for label, (rows, columns) in grids.items())
@@ -71,7 +71,7 @@ class Subject:
 
     @functools.cached_property
     def noise(self) -> Tensor:
-        """Noise `[N, L]`, of which the smallest values are visible; it depends on the seed only."""
+        """Noise `[N, L]`; patches with the smallest values are visible. It depends only on the seed."""
         rows, columns = self.grid
         return torch.rand(len(self.pixels), rows * columns, generator=torch.Generator().manual_seed(self.seed))
 
@@ -105,7 +105,7 @@ class Subject:
 
     @torch.inference_mode()
     def neighbors(self, shown: Shown, similarity: Similarity) -> tuple[Tensor, Tensor]:
-        """Return the companion of every patch `[N, L]` and the cosine similarity of the two `[N, L]`, on the CPU."""
+        """Return the companion of every patch `[N, L]` and their cosine similarity `[N, L]`, on the CPU."""
         tokens = compared(shown, shown.normalized(self.pixels), similarity)
         if self.cnp == "released":
             companions = released_neighbors(tokens, shown.grid)
@@ -124,7 +124,7 @@ class Subject:
 
 
 def compared(shown: Shown, images: Tensor, similarity: Similarity) -> Tensor:
-    """Return the values `[N, L, ...]` by which neighbours are compared, of normalised images."""
+    """Return the values `[N, L, ...]` of normalised images by which neighbours are compared."""
     if similarity == "pixels":
         return patchify(images, shown.patch[0])
     embedded, with_position = shown.embed(images)
