@@ -136,7 +136,7 @@ def run(options: FinetuneOptions) -> None:
 
 
 def evaluate_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
-    """Log the accuracy of a checkpoint on the test images; no files are written."""
+    """Log the accuracy of a checkpoint on the test images, and print it as JSON; no files are written."""
     path = checkpoint.evaluated_checkpoint(vars(options))
     test = splits.open_test(options, splits.read_classes(checkpoint.run_of(Path(path))))
     classes = max(len(test.classes or []), options.num_classes)

@@ -119,7 +119,7 @@ def run(options: SegmentOptions) -> None:
 
 
 def evaluate_checkpoint(options: SegmentOptions, processes: Processes) -> None:
-    """Log the metrics of a checkpoint on the test images; no files are written."""
+    """Log the metrics of a checkpoint on the test images, and print them as JSON; no files are written."""
     test = masks.open_test(options, processes)
     names = test.classes or []
     path = checkpoint.evaluated_checkpoint(vars(options))

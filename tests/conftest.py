@@ -1,4 +1,4 @@
-"""What several test files need made once."""
+"""Fixtures that several test files use."""
 
 import signal
 
@@ -11,7 +11,7 @@ from util.distributed import STOP_SIGNALS
 
 @pytest.fixture(autouse=True)
 def signals_mean_the_same_afterwards():
-    """Processes that a later test starts would inherit what this one left."""
+    """Assert that a test restores the signal handlers, which processes of later tests would inherit."""
     watched = (*STOP_SIGNALS, signal.SIGCHLD)
     before = {number: signal.getsignal(number) for number in watched}
     yield
@@ -23,7 +23,7 @@ def signals_mean_the_same_afterwards():
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory):
-    """A checkpoint of pretraining, with a decoder."""
+    """Return a checkpoint of pretraining, with a decoder."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     finish(folder, "--epochs", "1")
     return folder / "checkpoints" / "last.pth"
@@ -31,7 +31,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A checkpoint of another project: nothing is inherited from it."""
+    """Return a checkpoint of another project, from which no options are inherited."""
     path = tmp_path_factory.mktemp("weights") / "theirs.pth"
     torch.save({"model": {"cls_token": torch.zeros(1)}}, path)
     return str(path)

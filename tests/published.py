@@ -1,4 +1,4 @@
-"""Outputs of the published programs, where a folder of them is at hand: NOR_MAE_VECTORS names it."""
+"""Reference outputs of the published programs, if NOR_MAE_VECTORS is set to a folder that contains them."""
 
 import os
 from pathlib import Path
@@ -16,12 +16,12 @@ needs_vectors = pytest.mark.skipif(not FOLDER, reason="NOR_MAE_VECTORS names no 
 
 
 def read(name):
-    """The arrays of one file, as tensors."""
+    """Return the arrays of one file as tensors."""
     return {key: torch.as_tensor(value) for key, value in np.load(Path(FOLDER, f"{name}.npz")).items()}
 
 
 def model_of(vectors, **terms):
-    """The model that the arrays come from, with their weights, and what its position tables were before."""
+    """Return the model with the weights of the arrays, and its position tables before these were loaded."""
     size, patch, dim, depth, heads, *decoder = vectors["cfg"].tolist()
     norm_pix_loss, mask_ratio = bool(vectors["norm_pix_loss"]), float(vectors["mask_ratio"])
     names = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
@@ -33,7 +33,7 @@ def model_of(vectors, **terms):
 
 
 def assert_as_published(found, model, vectors):
-    """What was found by name, and every gradient that the arrays hold, within 1e-5; how many these were."""
+    """Assert that the results `found`, and all gradients in the arrays, agree within 1e-5; return their number."""
     found = found | {f"grad:{name}": p.grad for name, p in model.named_parameters() if f"grad:{name}" in vectors}
     for name, value in found.items():
         assert (value - vectors[name]).norm() <= 1e-5 * vectors[name].norm(), name

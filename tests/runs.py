@@ -1,6 +1,6 @@
-"""Start real training processes cheaply: a server process has imported everything, each run is a fork of it.
+"""Start real training processes quickly: each run is a fork of a server process that has imported everything.
 
-A run is then a real process, which a test can kill or signal, at a tenth of a second instead of five seconds each.
+A run is a real process, which a test can kill or send signals to. It starts in 0.1 seconds instead of 5.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ LIGHT = ["--aa", "", *"--hflip 0 --min_scale 0.6 --reprob 0.25 --drop_path 0.1".
 
 
 def tiny_for(method: str) -> list[str]:
-    """Of `TINY` the options that the method has, with patches that HOG's cells fill where it predicts HOG."""
+    """Return the options in `TINY` that the method has; for HOG targets, with a suitable patch size."""
     optional = {f"--{option.name}" for entry in methods.METHODS.values() for option in fields(entry.options)}
     optional -= {f"--{name}" for name in methods.own_options(method)}
     chosen, skipping = [], False
@@ -56,7 +56,7 @@ def tiny_for(method: str) -> list[str]:
     return chosen
 
 
-DOORS = {  # by program: the first options of every run
+DOORS = {  # the first options of every run, by program
     "main_pretrain": TINY,
     "main_finetune": [*TINY_CLASSIFIER, *LIGHT],
     "main_linprobe": TINY_CLASSIFIER,
@@ -65,7 +65,7 @@ DOORS = {  # by program: the first options of every run
 
 
 def _run(door: str, argv: list[str], said: str, environment: dict[str, str], fault: Callable[[], None] | None) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a process that was started plainly
+    multiprocessing.set_start_method("fork", force=True)  # for loading workers, as without a forkserver
     main = importlib.import_module(door).main
     os.environ |= environment
     if fault is not None:
@@ -76,9 +76,13 @@ def _run(door: str, argv: list[str], said: str, environment: dict[str, str], fau
 
 
 class Training:
-    """One process that runs a program on the digits with a tiny model; `words` follow those options.
+    """One process that runs a program on the digits with a tiny model.
 
-    `tiny=False` leaves those options out. `environment` is what torchrun would have set, for one rank of several.
+    Args:
+        words: Arguments after the options of the tiny model.
+        tiny: Whether to pass the options of the tiny model.
+        environment: Environment variables, as torchrun sets them for one rank of several.
+        fault: Function that is called in the process before the program starts, see tests/faults/inject.py.
     """
 
     def __init__(
@@ -102,11 +106,11 @@ class Training:
         os.kill(self._process.pid, number)
 
     def workers(self) -> list[int]:
-        """The process ids of those that load its images."""
+        """Return the process ids of the loading workers."""
         return children(self._process.pid)
 
     def wait_for_step(self, step: int, seconds: float = 300) -> None:
-        """Until the step's line stands in metrics.jsonl."""
+        """Wait until metrics.jsonl contains the step."""
         deadline = time.monotonic() + seconds
         while not any(line["step"] >= step for line in metrics(self.folder)):
             assert self._process.is_alive(), f"ended before step {step}: {self.said}"
@@ -114,7 +118,7 @@ class Training:
             time.sleep(0.002)
 
     def reaches(self, step: int) -> bool:
-        """Wait for the step's line; False when the process ended before."""
+        """Wait until metrics.jsonl contains the step; return False if the process exits before."""
         while not any(line["step"] >= step for line in metrics(self.folder)):
             if self.is_over:
                 return False
@@ -126,13 +130,13 @@ class Training:
         return not self._process.is_alive()
 
     def wait(self, seconds: float = 300) -> int:
-        """The exit code; negative for a signal."""
+        """Wait for the process and return its exit code; negative for a signal."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running after {seconds} s: {self.said}"
         return self._process.exitcode
 
     def kill_at(self, step: int) -> None:
-        """SIGKILL right after the step's line; on a busy machine a run may have finished before."""
+        """Kill the process right after it has logged the step; on a busy machine the run may have finished before."""
         self.wait_for_step(step)
         with contextlib.suppress(ProcessLookupError):
             self.send(signal.SIGKILL)
@@ -140,6 +144,7 @@ class Training:
 
     @property
     def said(self) -> str:
+        """The output of the process on stderr."""
         return self._said.read_text() if self._said.exists() else ""
 
 
@@ -152,7 +157,12 @@ def start_ranks(
     faults: dict[int, Callable[[], None]] | None = None,
     more: dict[str, str] | None = None,
 ) -> list[Training]:
-    """`count` processes that train together as under torchrun; `faults` by rank, `more` environment for all."""
+    """Start `count` processes that train together, as with torchrun.
+
+    Args:
+        faults: See `Training`, by rank.
+        more: Environment variables for all processes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -165,10 +175,10 @@ def start_ranks(
 
 
 def children(of: int) -> list[int]:
-    """The process ids of a process's children."""
+    """Return the process ids of a process's children."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has just exited
             if int(path.read_text().rpartition(")")[2].split()[1]) == of:
                 found.append(int(path.parent.name))
     return sorted(found)
@@ -181,7 +191,7 @@ def finish(
     tiny: bool = True,
     fault: Callable[[], None] | None = None,
 ) -> str:
-    """Run to the end, which must succeed; return the log."""
+    """Run a program to the end, assert that it succeeds, and return its log."""
     training = Training(folder, *words, door=door, tiny=tiny, fault=fault)
     code = training.wait()
     assert code == 0, training.said
@@ -189,7 +199,7 @@ def finish(
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The complete lines of metrics.jsonl so far."""
+    """Return the complete lines of metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -197,7 +207,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """The loss of each step, as logged by the latest start of the run."""
+    """Return the loss of each step, as logged by the latest start of the run."""
     return {line["step"]: line["loss"] for line in metrics(folder)}
 
 
@@ -206,7 +216,7 @@ def final(folder: Path) -> dict:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Weights, optimizer state and step of two runs are equal bit for bit."""
+    """Assert that weights, optimizer state and step of two runs are bit-exactly equal."""
     first, second = final(one), final(other)
     assert (first["epoch"], first["step"]) == (second["epoch"], second["step"])
     assert first["model"].keys() == second["model"].keys()

@@ -1,4 +1,4 @@
-"""A model of few weights for any method of the menu, and a batch for it."""
+"""A small model for any method of the registry, and a batch for it."""
 
 import dataclasses
 import functools
@@ -40,9 +40,9 @@ scratch = tempfile.TemporaryDirectory()
 
 
 def sizes(method, options=SMALL):
-    """Those of the options that the method has: one without a decoder takes no sizes for it.
+    """Return the options that the method has, such as decoder sizes only for a method with a decoder.
 
-    Also what it cannot do without: patches that HOG's cells fill, a tokenizer, a teacher.
+    Required values are added: a patch size that is suitable for HOG, a tokenizer, a teacher.
     """
     own = methods.own_options(method)
     known = ("model", *methods.ENCODER_OVERRIDES, *own)
@@ -60,27 +60,27 @@ def sizes(method, options=SMALL):
 
 
 def direct(model_class, **mixed):
-    """An instance of the class itself; `mixed` holds its arguments and its options."""
+    """Create an instance of the class; `mixed` contains both its arguments and its options."""
     own = {field.name for field in dataclasses.fields(model_class.Options)}
     options = model_class.Options(**{name: value for name, value in mixed.items() if name in own})
     return model_class(**{name: value for name, value in mixed.items() if name not in own}, options=options)
 
 
 def small(method, **changes):
-    """The method's model, always with the same weights; with a teacher where it needs one, and a narrow label head."""
+    """Create the method's model, always with the same weights; with a teacher if required, and a narrow label head."""
     terms = dict(changes.pop("terms", {}))
     for name in METHODS[method].terms:
         if name in ("teacher", "label") and terms.get(name, {}) is not None:
-            heads = 4 if method == "tiny_mim" else 3  # whose heads are the student's additional block's too
+            heads = 4 if method == "tiny_mim" else 3  # the student's additional block has as many heads
             own = {"checkpoint": teacher_checkpoint(heads)} if name == "teacher" else {"hidden": 64}
             terms[name] = own | terms.get(name, {})
-    options = sizes(method) | changes  # may make a checkpoint, with a seed of its own
+    options = sizes(method) | changes  # may create a checkpoint, with another seed
     torch.manual_seed(0)
     return build(method, **options, terms=terms)
 
 
 def options_of(method, model):
-    """What a run with the small model would note."""
+    """Return the options that a run with the small model would store."""
     terms = {name: dict(vars(term.options)) for name, term in model.loss_terms.items()}
     return {"method": method} | sizes(method) | dataclasses.asdict(model.options) | {"terms": terms}
 
@@ -92,7 +92,7 @@ def write_checkpoint(path, model, options):
 
 @functools.cache
 def teacher_checkpoint(num_heads=3):
-    """The path of a checkpoint of a larger MAE, as a run of ours would write it."""
+    """Return the path of a checkpoint of a larger MAE, as a run would write it."""
     torch.manual_seed(1)
     path, sizes = Path(scratch.name) / f"teacher{num_heads}.pth", TEACHER | {"num_heads": num_heads}
     return write_checkpoint(path, build("mae", **sizes), {"method": "mae"} | sizes)
@@ -100,7 +100,7 @@ def teacher_checkpoint(num_heads=3):
 
 @functools.cache
 def tokenizer_checkpoint():
-    """The path of a checkpoint of a VQ tokenizer, as a run of ours would write it."""
+    """Return the path of a checkpoint of a VQ tokenizer, as a run would write it."""
     torch.manual_seed(2)
     path = Path(scratch.name) / "tokenizer.pth"
     model = build("vq_tokenizer", **sizes("vq_tokenizer"))
@@ -108,7 +108,7 @@ def tokenizer_checkpoint():
 
 
 def batch(model, n=4):
-    """Images (a list of views, where the method has several), labels and noise."""
+    """Return images (a list of views if the method uses several), labels and noise."""
     generator = torch.Generator().manual_seed(1)
     sizes = [crop.size for crop in model.views(0.2, 0.5) for _ in range(crop.count)]
     views = [torch.randn(n, model.in_chans, *size, generator=generator) for size in sizes]

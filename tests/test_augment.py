@@ -1,4 +1,4 @@
-"""timm's automatic augmentation as classifiers use it: what its strongest level asks of Pillow."""
+"""timm's automatic augmentation as classifiers use it: Pillow accepts the arguments of its strongest level."""
 
 import random
 
@@ -23,7 +23,7 @@ def test_posterize_keeps_the_highest_bits_and_none_is_black():
 
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "rand-m10-mstd0.5-inc1", "rand-m10-n8-inc1"])
 def test_no_level_of_the_recipes_is_refused(aa):
-    """At level 10 every posterization keeps 0 bits; with 8 of 15 operations an image nearly each image has one."""
+    """At level 10 posterization keeps 0 bits; with 8 of 15 operations per image, it is in nearly every image."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The restated baselines are correct, and the benchmark writes what it measured. Timings are not tested."""
+"""The reimplemented baselines are correct, and the benchmark writes its results. Timings are not tested."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ SIZES = dict(
 
 
 def pair(method, restated, side=5, patch=4, **more):
-    """Our model and the restated one with the same weights, and a batch."""
+    """Return our model, the reimplemented one with the same weights, and a batch."""
     torch.manual_seed(0)
     ours = methods.build(method, model=f"mae_vit_tiny_patch{patch}", input_size=side * patch, **SIZES, **more)
     theirs = restated(img_size=side * patch, patch_size=patch, **SIZES)
@@ -66,7 +66,7 @@ def test_a_restated_step_learns_and_moves_no_position_table():
 
 def test_ratios_are_taken_within_a_round():
     ratios = measure.paired_ratios({"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]})
-    assert ratios["a/b"] == {"median": 2.0, "q1": 2.0, "q3": 2.0}  # pairing removes a drift that hits both
+    assert ratios["a/b"] == {"median": 2.0, "q1": 2.0, "q3": 2.0}  # pairing removes a drift of both
     assert ratios["b/a"]["median"] == 0.5
 
 

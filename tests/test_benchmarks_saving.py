@@ -1,4 +1,4 @@
-"""What a save takes, against the size that a checkpoint must have and the share that follows from its seconds."""
+"""The saving benchmark: the expected size of a checkpoint, and the share of time that follows from its seconds."""
 
 import json
 

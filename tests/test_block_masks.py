@@ -1,4 +1,4 @@
-"""Block-wise masks against the counts of the released generators, and what is hidden under them."""
+"""Block-wise masks compared with the counts of the released generators, and the patches that they hide."""
 
 import pickle
 
@@ -50,7 +50,7 @@ def test_any_grid_gets_a_mask_that_hides_something_and_not_all(grid):
 
 
 def test_a_first_block_is_a_rectangle_within_the_aspects():
-    mask = BlockMask((14, 14), 16, 16)  # one block fills it, if it is of that area
+    mask = BlockMask((14, 14), 16, 16)  # one block of that area fills the grid
     for drawn in draws(mask, 100):
         rows, columns = drawn.reshape(14, 14).nonzero(as_tuple=True)
         height, width = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1

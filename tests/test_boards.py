@@ -1,4 +1,4 @@
-"""Weights & Biases gets the curves of TensorBoard, for one run per run folder, and never stops a run."""
+"""Weights & Biases logs the same curves as TensorBoard, with one run per run folder, and never stops a run."""
 
 import importlib.machinery
 import importlib.util
@@ -35,7 +35,7 @@ class FakeRun:
         self.code = exit_code
 
     def points(self):
-        """(name, step, value) of everything logged."""
+        """Return (name, step, value) of all logged values."""
         found = set()
         for row in self.rows:
             (axis,) = (name for name in row if name.endswith("/step"))
@@ -47,7 +47,7 @@ class FakeRun:
 
 
 def fake_wandb(calls):
-    """A module like wandb: `calls["runs"]` are the runs that were started, `calls["key"]` whether there is a login."""
+    """Return a mock of wandb: `calls["runs"]` are the started runs, `calls["key"]` whether there is a login."""
     module = types.ModuleType("wandb")
     module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     module.Settings = lambda **settings: settings
@@ -155,7 +155,7 @@ def test_a_project_is_a_name_or_entity_and_name(project):
 
 
 def install_fake():
-    """In the process of a run: wandb is a module that writes what it gets to a file when it is closed."""
+    """Replace wandb, in the process of a run, by a module that writes its calls to a file when it is closed."""
     calls = {}
     module = fake_wandb(calls)
     plain = module.init
@@ -185,7 +185,7 @@ def test_of_two_processes_the_main_one_logs(tmp_path):
 
 
 def records_of(path):
-    """The records of a file of wandb: blocks of 32 KiB, each of chunks with checksum, length and type."""
+    """Return the records of a wandb file: blocks of 32 KiB with chunks of checksum, length, type and data."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, parts = path.read_bytes(), 7, b""

@@ -1,4 +1,4 @@
-"""Weights of the classes: against scikit-learn, against a loop over images and pixels, and what is refused."""
+"""Class weights, compared with scikit-learn and with a loop over images and pixels; invalid values."""
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ WEIGHTS = [1.0, 5.0, 0.5]
 
 
 class Fixed(nn.Module):
-    """Returns the given logits."""
+    """Return the given logits."""
 
     def forward(self, images):
         return images

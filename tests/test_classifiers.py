@@ -1,4 +1,4 @@
-"""The table of classifiers: rows, labels and updates as the runs recorded them."""
+"""The table of classifiers: rows, labels and updates are those that the runs have recorded."""
 
 import json
 
@@ -23,7 +23,7 @@ def record(folder, labels, metric="acc1", last=70.0, options=None, **more):
 @pytest.fixture
 def quickstart(tmp_path):
     """Write the results of a pretrained encoder and its classifiers."""
-    (tmp_path / "result.json").write_text(json.dumps({"steps": 9}))  # of pretraining: no classifier
+    (tmp_path / "result.json").write_text(json.dumps({"steps": 9}))  # pretraining, not a classifier
     (tmp_path / "knn.json").write_text(json.dumps({"accuracy": KNN, "protocol": "k = 20"}))
     record(tmp_path / "finetuned", 100, options={"init_from": "last.pth", "from_scratch": False}, last=88.76)
     record(tmp_path / "linprobe", 100, options={"init_from": "last.pth"}, metric="mean_class_acc", knn_acc1=64.4)

@@ -1,4 +1,4 @@
-"""The installed command runs the checkout's programs, and an installation brings nothing else."""
+"""The installed command runs the programs of the checkout, and the installation contains nothing else."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions: resumed to the same weights, and opened by the tools. See tests/fixtures/make.py."""
+"""Checkpoints of earlier versions are resumed to the same weights and opened by tools. See tests/fixtures/make.py."""
 
 import shutil
 from pathlib import Path
@@ -27,7 +27,7 @@ PRETRAINED = [name for name, run in RUNS.items() if run["door"] == "main_pretrai
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_an_earlier_version_resumes_to_the_weights_that_it_would_have_reached(tmp_path, name):
-    """Bit for bit on the recorded processor type and torch version, else up to rounding."""
+    """Bit-exact with the recorded processor type and torch version, else up to rounding."""
     run, folder = RUNS[name], tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     shutil.copy(FIXTURES / f"{name}.pth", folder / "checkpoints/last.pth")

@@ -1,4 +1,4 @@
-"""Without a compiler --compile is a note and no end."""
+"""Without a compiler, --compile is logged and ignored."""
 
 import torch
 

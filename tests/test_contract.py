@@ -1,4 +1,4 @@
-"""A new method is one class and one entry of the registry: it trains, resumes and refuses bad updates as all do."""
+"""A new method is one class and one entry in the registry: it trains, resumes and skips bad updates as all methods."""
 
 import math
 
@@ -47,7 +47,7 @@ VIEWS = {  # options of the methods with several views
     "method", [pytest.param("twin", marks=pytest.mark.slow), pytest.param("moco_v3", marks=pytest.mark.slow), "dino"]
 )
 def test_a_method_with_several_views_resumes_bit_for_bit_after_sigkill(method, tmp_path):
-    """Also between the epochs of which DINO trains its last layer from the second on, so that it has no moments."""
+    """DINO trains its last layer from the second epoch on; before, the optimizer has no moments for it."""
     own = [word for name, value in VIEWS.get(method, {}).items() for word in (f"--{name}", value)]
     words = [*WORDS, "--method", method, *TOYS.get(method, own)]
     finish(tmp_path / "one", *words, tiny=False, fault=toys.register)

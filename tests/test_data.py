@@ -1,4 +1,4 @@
-"""Batches: what they hold, and that nothing but (seed, epoch, position) decides it."""
+"""Batches: their content depends only on (seed, epoch, position)."""
 
 import collections
 import logging
@@ -44,7 +44,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 class Pictures:
-    """A source's `read`: picture i is 12 x 12 random pixels that belong to i; some numbers are unreadable."""
+    """A source's `read`: image i is 12 x 12 random pixels with seed i; some images are unreadable."""
 
     def __init__(self, bad=(), log=None):
         self.bad, self.log = set(bad), log
@@ -135,7 +135,7 @@ def _digits(generator):
 
 
 def greedy(image):
-    """A transform that draws more random numbers than the usual one."""
+    """Transform that draws more random numbers than the usual one."""
     torch.rand(100)
     return pretrain_transform(8)(image)
 
@@ -202,7 +202,7 @@ def test_a_batch_holds_what_it_says():
 
 
 def late_damage(image):
-    """A transform that finds some images broken, as those are that are decoded only where they are cut."""
+    """Transform that fails for some images, as for files that are decoded only when they are cropped."""
     if image[0, 0, 0] % 4 == 0:
         raise BadImage("late.jpg", "broken further down")
     return pretrain_transform(8)(image)
@@ -246,8 +246,8 @@ def test_images_are_normalised_on_the_device_as_mae_does_beforehand():
     pictures = [transforms.ToTensor()(image.permute(1, 2, 0).numpy()) for image in batch.images]
     assert torch.equal(moved.images, torch.stack([normalize(picture) for picture in pictures]))
     assert moved.images.is_contiguous()
-    assert batch.images.dtype == torch.uint8  # the batch itself is left alone
-    assert torch.equal(moved.to("cpu").images, moved.images)  # once normalised is enough
+    assert batch.images.dtype == torch.uint8  # the batch itself is unchanged
+    assert torch.equal(moved.to("cpu").images, moved.images)  # not normalised twice
     assert same(batch, Batch(batch.images, moved.labels, moved.noise, moved.index))
 
 
@@ -412,7 +412,7 @@ def test_workers_stay_from_epoch_to_epoch_and_after_an_abandoned_one(two_workers
     assert_same(two_workers.epoch(1), whole)
     two_workers.close()
     assert all(not os.path.exists(f"/proc/{pid}") for pid in first)
-    assert_same(two_workers.epoch(1), whole)  # they start again when they are needed
+    assert_same(two_workers.epoch(1), whole)  # workers are started again when they are needed
 
 
 def test_workers_ignore_the_signals_that_the_main_process_handles(two_workers):
@@ -429,7 +429,7 @@ def test_workers_ignore_the_signals_that_the_main_process_handles(two_workers):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Look for dead workers every 0.2 seconds instead of every 5."""
+    """Check for exited workers every 0.2 seconds instead of every 5."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
@@ -446,7 +446,7 @@ def test_an_exited_worker_is_replaced_at_its_position(two_workers, caplog, impat
 
 
 def die_slowly():
-    os.closerange(3, 256)  # as the kernel does it: first the pipes are closed, later there is an exit code
+    os.closerange(3, 256)  # as in the kernel: pipes are closed before there is an exit code
     time.sleep(0.3)
 
 
@@ -471,7 +471,7 @@ def test_a_death_does_not_strike_the_main_process_elsewhere(two_workers):
     stream = two_workers.epoch(0)
     next(stream)
     os.kill(workers_of(two_workers)[0].pid, signal.SIGKILL)
-    time.sleep(0.2)  # torch's own handler would raise here
+    time.sleep(0.2)  # torch's handler would raise here
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
 
@@ -577,7 +577,7 @@ def test_evaluation_leaves_unreadable_images_out_and_says_so(caplog):
 )
 def test_how_many_images_may_be_bad(fraction, images, allowed):
     assert allowed_bad(fraction, images) == allowed
-    assert math.ceil(0.07 * 100) == 8  # the rounding that is guarded against
+    assert math.ceil(0.07 * 100) == 8  # the rounding error that must not occur
 
 
 def test_too_few_images_for_a_step_name_a_batch_that_fits():

@@ -1,4 +1,4 @@
-"""Every row of the table in docs/data.md, in miniature."""
+"""Every row of the table of data sets in docs/data.md, with tiny data."""
 
 import logging
 import re
@@ -47,7 +47,7 @@ def test_row(layout, tmp_path, caplog):
 
 
 def several(root, *names, count=40):
-    """So many images in each of these folders."""
+    """Write `count` images to each of the folders."""
     return put(root, *[f"{name}/{number:03d}.png" for name in names for number in range(count)])
 
 
@@ -287,7 +287,7 @@ def _(root, text):
 
 
 def listing(root, *labels, name="train.txt"):
-    """A list with an image for each of these ends of a line."""
+    """Write images and a list of them; each of `labels` is the end of a line."""
     put(root, *[f"{name}-{number}.png" for number in range(len(labels))])
     (root / name).write_text("".join(f"{name}-{number}.png{label}\n" for number, label in enumerate(labels)))
     return root / name
@@ -317,7 +317,7 @@ def _(root, text):
 @row("`PATH 1` ... `PATH 5`, none 0")
 def _(root, text):
     path = listing(root, *[f" {1 + number % 5}" for number in range(200)])
-    assert open_source("auto", str(path)).labels.max() == 5  # pretraining does not look at labels
+    assert open_source("auto", str(path)).labels.max() == 5  # pretraining does not use labels
     refused("labels are 1 to 5 and none is 0. --label_offset 1 makes 1 the first class; --label_offset 0", path)
     found = opened(path, label_offset=1)
     assert found.train.classes == ["1", "2", "3", "4", "5"] and np.bincount(found.test.labels).tolist() == [4] * 5
@@ -380,7 +380,7 @@ def _(root, text):
 
 
 def archive(root, *names, name="a.tar", **texts):
-    """An archive with these members: images, and files of the labels whose text is given by key."""
+    """Write an archive of images, and of label files whose text is given by key."""
     members = {each: png(number) for number, each in enumerate(names)}
     members |= {key.replace("__", "."): text.encode() for key, text in texts.items()}
     shard(root / name, members)

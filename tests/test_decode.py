@@ -1,4 +1,4 @@
-"""JPEG by torchcodec: Pillow's pixels to the last bit, and Pillow itself where torchcodec differs or is missing."""
+"""Decoding JPEG with torchcodec: bit-exactly Pillow's pixels; Pillow is used if torchcodec differs or is missing."""
 
 import io
 import sys
@@ -21,7 +21,7 @@ def reset_decision():
 
 
 def picture(rows, columns, channels=3, seed=0):
-    """Edges, gradients and noise."""
+    """Return an image with edges, gradients and noise."""
     y, x = np.mgrid[:rows, :columns]
     waves = np.stack([127 + 120 * np.sin(x / 5 + y / 9 + channel) for channel in range(channels)], axis=-1)
     noisy = waves + np.random.default_rng(seed).normal(0, 20, waves.shape)
@@ -132,7 +132,7 @@ def test_damage_in_the_middle_ends_as_it_does_with_pillow(monkeypatch):
 
 
 def outcome(data):
-    """The pixels, as bytes, or the error."""
+    """Return the pixels as bytes, or the error."""
     try:
         return images.decode(data, 3, "file").tobytes()
     except images.BadImage as error:

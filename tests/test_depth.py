@@ -1,4 +1,4 @@
-"""One scale for pixel values of more than 8 bits: how it is decided, logged, kept and used."""
+"""The scale of pixel values of more than 8 bits: how it is chosen, logged, stored and used."""
 
 import logging
 
@@ -23,7 +23,7 @@ def ramp(low, high, dtype, size=(8, 16)):
 
 
 def folder(root, arrays):
-    """A folder of .npy files (or .png for uint8 and uint16), one for each array."""
+    """Write a folder of .npy files (or .png for uint8 and uint16), one for each array."""
     root.mkdir(exist_ok=True)
     for number, array in enumerate(arrays):
         if array.dtype == np.uint16 and array.ndim == 2:
@@ -82,7 +82,7 @@ def test_images_without_a_common_scale_are_refused_and_the_option_is_named(tmp_p
 
 
 def test_twelve_bits_in_sixteen_keep_their_grey_levels(tmp_path):
-    """4096 values in order: all 256 grey levels, where a scale of 16 bits would leave 16."""
+    """4096 consecutive values become all 256 grey levels; with a scale of 16 bits they would become 16."""
     values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     source = open_source("folder", folder(tmp_path / "data", [values, values // 2]), in_chans=1)
     found = source.read(0)[..., 0]
@@ -176,7 +176,7 @@ def test_a_checkpoints_range_that_does_not_fit_other_images_is_refused(tmp_path)
 
 
 def test_the_range_of_pretraining_is_used_by_everything_that_follows(tmp_path):
-    """Options, checkpoint, resume, fine-tuning, and the tools, on images that alone would have another range."""
+    """Options, checkpoint, resume, fine-tuning and tools use it for images that alone would have another range."""
     bright, dark = tmp_path / "bright", tmp_path / "dark"
     folder(bright, [ramp(0, 3900, np.uint16)] * 8)
     for name in ("a", "b"):

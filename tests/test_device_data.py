@@ -1,4 +1,4 @@
-"""Batches made in the device's memory: the law of crops, the loader's pixels, samples by their key alone."""
+"""Batches computed on the device: the distribution of crops, pixels equal to the loader's, samples by key."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_resizing_in_parts_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(32, 32), (300, 500), (40, 400), (500, 60)])
 def test_the_law_of_crops_is_torchvisions(shape):
-    """Each coordinate of the boxes, and their area, by the two-sample test of Kolmogorov and Smirnov."""
+    """Two-sample Kolmogorov-Smirnov tests of each coordinate of the boxes and of their area."""
     n = 3000
     drawn = np.random.default_rng(2).random((n, 2 * device_data.ATTEMPTS + 2))
     ours = random_boxes(np.tile(shape, (n, 1)), 0.2, drawn)
@@ -89,7 +89,7 @@ def test_noise_is_uniform_and_without_pattern():
 
 
 def test_random_numbers_are_splitmix64s():
-    """The published algorithm in Python's whole numbers, which do not overflow."""
+    """Compared with the published algorithm in Python's integers, which do not overflow."""
     mask = 2**64 - 1
 
     def splitmix(state, count):
@@ -127,7 +127,7 @@ def test_the_mask_does_not_depend_on_crops_nor_on_further_rows_of_noise():
 
 
 def block(generator):
-    """A mask with one hidden column, as a method may draw it."""
+    """Draw a mask with one hidden column."""
     mask = torch.zeros(1, 6, dtype=torch.bool)
     mask[0, int(torch.randint(6, (), generator=generator))] = True
     return mask

@@ -1,4 +1,4 @@
-"""The demonstration of distillation: its commands, and the table that is made of its results."""
+"""The distillation demo: its commands, and the table of its results."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_the_table_has_mean_and_deviation_over_seeds(tmp_path, monkeypatch, caps
 
 
 def test_the_commands_are_accepted_and_students_differ_by_the_teacher_alone(tmp_path):
-    """With a recorder in place of Python that writes down each command, and a made-up result."""
+    """Python is replaced by a script that records each command and writes a fake result."""
     log, python = tmp_path / "log", tmp_path / "python"
     (tmp_path / "recorder.py").write_text(RECORD.format(log=str(log)))
     python.write_text(RECORDER.format(python=sys.executable, recorder=tmp_path / "recorder.py"))

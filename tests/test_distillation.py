@@ -1,4 +1,4 @@
-"""Each distillation method against loops over images, heads and tokens, gradients included, and teachers of timm's."""
+"""Distillation methods and their gradients, compared with loops over images, heads and tokens; teachers of timm."""
 
 import math
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ V = {"tiny_mim": 20, "proteus": 20, "amd": 1}  # visible patches; else 5
 
 
 def encode(vit, images, ids):
-    """What enters the first block and what every block puts out, for the patches `ids` `[N, V]`."""
+    """Return the input of the first block and the output of every block, for the patches `ids` `[N, V]`."""
     tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
     chosen = torch.stack([row[own] for row, own in zip(tokens, ids, strict=True)])
     states = [torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1), chosen], dim=1)]
@@ -33,7 +33,7 @@ def encode(vit, images, ids):
 
 
 def decode(model, latent, ids):
-    """What every block of the decoder puts out, for all places."""
+    """Return the output of every decoder block, for all patches."""
     embedded = model.decoder_embed(latent)
     rows = []
     for tokens, own in zip(embedded, ids, strict=True):
@@ -46,7 +46,7 @@ def decode(model, latent, ids):
 
 
 def products(x, weight, bias, heads, a, b):
-    """`[image][head][i][j]` = A_i . B_j / sqrt(d), where A and B are rows `a` and `b` of channels of the layer."""
+    """Return `[image][head][i][j]` = A_i . B_j / sqrt(d), where A and B are parts `a` and `b` of the layer's output."""
     channels = x.shape[-1]
     found = []
     for image in x:
@@ -65,7 +65,7 @@ def attention_of(block, x, a=0, b=1):
 
 
 def mean_squared(pairs):
-    """Of pairs of vectors: over all of their values."""
+    """Return the mean squared difference over all values of pairs of vectors."""
     total = count = 0
     for ours, theirs in pairs:
         total, count = total + ((ours - theirs) ** 2).sum(), count + len(ours)
@@ -77,7 +77,7 @@ def token_pairs(ours, theirs):
 
 
 def through_heads(term, student, teacher):
-    """The mean squared difference of logits, the student's through a convolution over heads."""
+    """Return the mean squared difference of logits, after a convolution over heads for the student's."""
     weight, bias = term.head.weight[:, :, 0, 0], term.head.bias
     total = count = 0
     for ours, theirs in zip(student, teacher, strict=True):
@@ -90,7 +90,7 @@ def through_heads(term, student, teacher):
 
 
 def divergence(student, teacher):
-    """The mean over images, heads and rows of KL(softmax(teacher) || softmax(student))."""
+    """Return the mean over images, heads and rows of KL(softmax(teacher) || softmax(student))."""
     total = count = 0
     for ours, theirs in zip(student, teacher, strict=True):
         for own_rows, rows in zip(ours, theirs, strict=True):
@@ -101,7 +101,7 @@ def divergence(student, teacher):
 
 
 def jittered(images, numbers, strength):
-    """Images normalised as ImageNet's, with the changes of torchvision in the order of the last three numbers."""
+    """Return images with ImageNet's normalisation, jittered by torchvision in the order of the last three numbers."""
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     rows = []
     for image, row in zip(images, numbers, strict=True):
@@ -114,7 +114,7 @@ def jittered(images, numbers, strength):
 
 
 def reconstruction(model, images, ids, decoded):
-    """The mean squared error over hidden patches of the prediction from the decoder's last block."""
+    """Return the mean squared error over hidden patches of the prediction from the decoder's last block."""
     pred = model.decoder_pred(model.decoder_norm(decoded))[:, 1:]
     error = ((pred - model.target(images)) ** 2).mean(dim=-1)
     hidden = [(n, place) for n, own in enumerate(ids) for place in range(20) if place not in own.tolist()]
@@ -122,7 +122,7 @@ def reconstruction(model, images, ids, decoded):
 
 
 def equations(method, model, teacher, images, noise):
-    """Each part of the method's loss, by name, from its paper's equations."""
+    """Compute each part of the method's loss, by name, from the equations of its paper."""
     order = noise[:, 0].argsort(dim=1)
     ids = order[:, : V.get(method, 5)]
     seen = images if method != "tiny_mim" else jittered(images, noise[:, 1], 0.4)
@@ -203,7 +203,7 @@ def test_a_method_computes_its_equations(method):
     images, _, noise = batch(model, n=2)
     images = images.double()
     if method == "proteus":
-        noise[:, -1, 0] = torch.tensor([0.3, 0.7])  # the first image has replaced patches, the second has none
+        noise[:, -1, 0] = torch.tensor([0.3, 0.7])  # only the first image has masked patches
     found = model(images, noise=noise)
     expected = equations(method, model, teacher, images, noise)
     assert {*expected} == {*found} - {"loss"}
@@ -236,14 +236,14 @@ def test_the_loss_is_zero_where_teacher_and_student_are_equal(method):
     changes = {
         "dmae": {"teacher": equal_blocks},
         "g2sd": {"teacher": {"student_block": 1, "teacher_block": 1}},
-        "amd": {"teacher3": None},  # equal masks leave the generator nothing to do
+        "amd": {"teacher3": None},  # with equal masks the generator has no input
         "tiny_mim": {"teacher": {"teacher_block": 2}, "teacher2": {"teacher_block": 2}},
     }.get(method, {})
     terms = changes | {"teacher": {"checkpoint": path} | changes.get("teacher", {})}
     if method == "amd":
         terms["teacher2"] = {}
     own = dict(options)
-    if method in ("d2_mae", "tiny_mim"):  # the additional block stands for the teacher's second
+    if method in ("d2_mae", "tiny_mim"):  # the additional block corresponds to the teacher's second
         own["depth"] = 1
     if method == "g2sd":
         own["decoder_depth"] = 1
@@ -265,7 +265,7 @@ def test_the_loss_is_zero_where_teacher_and_student_are_equal(method):
             torch.nn.LayerNorm(12, eps=1e-6, elementwise_affine=False) if method == "g2sd" else torch.nn.Identity()
         )
     images, _, noise = batch(model)
-    if method == "proteus":  # every patch alike, so that the replacing token can be equal to what it replaces
+    if method == "proteus":  # equal patches, so that the mask token can be equal to them
         images = images[:, :, :1, :1].expand(-1, -1, 16, 20)[:1]
         noise = noise[:1]
         noise[:, -1, 0] = 0.3
@@ -416,7 +416,7 @@ def test_the_divergence_is_computed_in_float32(dtype):
     model = small("tiny_mim")
     with torch.no_grad():
         for term in model.terms.values():
-            term.qkv.weight.mul_(40)  # softmax values below the smallest number of half precision
+            term.qkv.weight.mul_(40)  # softmax values that underflow in half precision
     images, _, noise = batch(model)
     expected = model(images, noise=noise)["loss"]
     with torch.autocast("cpu", dtype=dtype):
@@ -504,7 +504,7 @@ def timm_file(tmp_path, name):
     torch.manual_seed(4)
     model = timm.create_model(name, pretrained=False, num_classes=0).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # layer scales and registers that matter
+        for parameter in model.parameters():  # so that layer scales and registers have an effect
             parameter.add_(0.02 * torch.randn_like(parameter))
     torch.save(model.state_dict(), tmp_path / f"{name}.pth")
     return model, {"model": name, "checkpoint": str(tmp_path / f"{name}.pth")}
@@ -523,7 +523,7 @@ FEATURES = {"student_tap": "features", "teacher_tap": "features", "teacher_input
     ],
 )
 def test_a_teacher_by_timms_name(tmp_path, name):
-    """Plain with another normalisation; patches of 14, layer scale and registers; rotary positions and registers."""
+    """Another normalisation; patch size 14, layer scale and registers; rotary positions and registers."""
     theirs, options = timm_file(tmp_path, name)
     model = build("dmae", **IMAGE, terms={"teacher": options | FEATURES})
     term, side = model.terms["teacher"], 4 * theirs.patch_embed.patch_size[0]
@@ -541,7 +541,7 @@ def test_a_teacher_by_timms_name(tmp_path, name):
         features = theirs.forward_features(images)
     expected = torch.cat([features[:, :1], features[:, theirs.num_prefix_tokens :]], dim=1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    # the same patches in another order are the same features in that order
+    # permuted patches result in equally permuted features
     network, order = term.teacher.network, torch.stack([torch.randperm(16) for _ in range(2)])
     again = network(view.images, None, order, (("features", 0),))["features 0"]
     for n in range(2):
@@ -560,7 +560,7 @@ def test_a_teacher_by_timms_name(tmp_path, name):
     ],
 )
 def test_attention_of_a_teacher_with_rotary_positions(tmp_path, name):
-    """The logits against a loop over tokens and pairs of channels, and the three parts against timm's own output."""
+    """Compare the logits with a loop over tokens and pairs of channels, and the three parts with timm's output."""
     theirs, options = timm_file(tmp_path, name)
     taps = {"student_tap": "attention", "teacher_tap": "attention", "teacher_input": "full", "teacher_block": 2}
     student = {"adaptor": "heads", "normalize": "none", "distance": "l2", "student_block": 2}
@@ -663,7 +663,7 @@ def test_a_teacher_with_other_patches_gets_the_image_resized():
 
 
 def test_a_run_of_an_older_version_resumes():
-    """An option that did not exist counts as its default."""
+    """An option that did not exist has its default value."""
     import methods
     from options import differences
 

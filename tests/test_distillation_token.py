@@ -1,4 +1,4 @@
-"""DeiT's distillation token: timm's model, the loss of each head, and everything that reads its checkpoints."""
+"""DeiT's distillation token: timm's model, the loss of each head, and all programs that read its checkpoints."""
 
 import csv
 import json
@@ -134,7 +134,7 @@ def test_impossible_combinations_are_refused(words, message):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with a token, taught by a plain classifier."""
+    """Return a run with a distillation token whose teacher is a plain classifier."""
     folder = tmp_path_factory.mktemp("distilled")
     start = [*TINY_CLASSIFIER, *LIGHT, "--lr", "3e-3", "--global_pool", "token"]
     assert main_finetune.main([*start, "--output_dir", str(folder / "teacher")]) == 0

@@ -1,4 +1,4 @@
-"""Several processes are one run: the same losses and weights to rounding, one writer, one decision to stop."""
+"""Runs with several processes: the same losses and weights up to rounding, one writer, a common decision to stop."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def finish_ranks(count, folder, *words, **more):
 
 
 def assert_equal_to_rounding(one, other, rel=2e-5, without_gradient=()):
-    """Losses and weights are equal, but for weights whose gradient is only rounding, which Adam scales up."""
+    """Assert equal losses and weights, except weights whose gradient is only rounding errors, which Adam amplifies."""
     first, second = losses(one), losses(other)
     assert first.keys() == second.keys()
     for step, loss in first.items():
@@ -34,7 +34,7 @@ def assert_equal_to_rounding(one, other, rel=2e-5, without_gradient=()):
         if name in without_gradient:
             continue
         theirs = weights[name]
-        if name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding, which Adam blows up
+        if name.endswith("qkv.bias"):  # the keys' gradient is only rounding errors
             query, _, values = value.chunk(3)
             value, theirs = torch.cat([query, values]), torch.cat([theirs.chunk(3)[0], theirs.chunk(3)[2]])
         torch.testing.assert_close(theirs, value, rtol=1e-3, atol=2e-5, msg=name)

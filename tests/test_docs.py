@@ -1,8 +1,8 @@
 """Documentation: commands parse, examples run, links and names exist, generated pages are current.
 
-Every command line of a `bash` block is parsed by the program that it names, and every `python` block is executed.
-Markers in the line before a block change this: `<!-- test: smoke -->` runs its commands too, on tiny data and models,
-`<!-- test: slow -->` does so among the slow tests, `<!-- test: skip REASON -->` checks nothing.
+Every command line of a `bash` block is parsed by its program, and every `python` block is executed. A marker in the
+line before a block changes this: `<!-- test: smoke -->` also runs its commands, with tiny data and models,
+`<!-- test: slow -->` does this in the slow tests, `<!-- test: skip REASON -->` skips the block.
 """
 
 import argparse
@@ -98,11 +98,11 @@ COMMANDS = [
 
 
 class Parsed(Exception):
-    """Raised in place of running a program whose command line was parsed."""
+    """Raised instead of running a program whose command line was parsed."""
 
 
 def parse_with(module, argv, monkeypatch):
-    """Run the module's own parser, and nothing that follows it."""
+    """Run only the parser of the module."""
     original = argparse.ArgumentParser.parse_known_args
 
     def parse(self, args=None, namespace=None):
@@ -119,7 +119,7 @@ def parse_with(module, argv, monkeypatch):
 
 
 def parse_program(script, argv):
-    """Parse options without reading the checkpoints that they name."""
+    """Parse options without reading checkpoints."""
     name = PROGRAMS[script]
     if name == "pretrain":
         return programs.parse_options(name, argv)
@@ -182,7 +182,7 @@ TINY = {  # appended to the commands of the documentation, so that they take abo
 
 
 def save_folder(root, pictures, suffix):
-    """Write pictures as `root/train/CLASS/*` and `root/val/CLASS/*`."""
+    """Write images as `root/train/CLASS/*` and `root/val/CLASS/*`."""
     for number, group in enumerate(pictures):
         for index, picture in enumerate(group):
             path = root / ("train" if index < 4 else "val") / f"class{number}" / f"{index}{suffix}"
@@ -192,7 +192,7 @@ def save_folder(root, pictures, suffix):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A folder in which the examples find what they name: images, masks, and trained runs under `output`."""
+    """Create a folder with the files that the examples use: images, masks, and trained runs in `output`."""
     folder = tmp_path_factory.mktemp("workspace")
     pictures = [group[:6] for group in smoke_data.pictures()[:3]]
     save_folder(folder / "IMAGENET", pictures, ".JPEG")
@@ -291,7 +291,7 @@ def test_the_options_reference_is_current():
 
 
 def anchors(page):
-    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    """Return the anchors of a page's headings, as GitHub and mkdocs create them."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
@@ -357,7 +357,7 @@ def test_the_notebook_is_stored_with_its_outputs():
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
-    """Its code cells in order, with fewer images and epochs, into another folder."""
+    """Run its code cells in order, with fewer images and epochs, and another output folder."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""tools.doctor and tools.replay on methods of every kind: views, several targets, tokenizers."""
+"""tools.doctor and tools.replay with different kinds of methods: views, several targets, tokenizers."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def options_for(method):
 
 @pytest.mark.parametrize("method", ["moco_v3", "dino", "beit"])
 def test_an_unstable_run_is_replayed(method, tmp_path, capsys):
-    """The dump names a step whose weights or losses are not finite, and so does its repetition."""
+    """Weights or losses are not finite in the dump and when the step is repeated."""
     words = [*options_for(method), "--lr", "1e30", "--warmup_epochs", "0", "--max_bad_steps", "2"]
     training = Training(tmp_path / "run", *words, tiny=False)
     assert training.wait() == 3, training.said

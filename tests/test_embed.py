@@ -1,4 +1,4 @@
-"""Features of a folder: the encoder's own, one for each image that can be read, beside the right name."""
+"""Features of a folder: equal to the encoder's, one for each readable image, with the right name."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def save(file, model, options):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(run folder, its masked autoencoder)."""
+    """Return (run folder, its masked autoencoder)."""
     torch.manual_seed(0)
     options = methods.schema("mae")(
         **SIZES, input_size=(16, 24), decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, method="mae",
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder with a class each for ants and bees; one of five files is no image."""
+    """Create a folder with the classes ants and bees; one of five files is not an image."""
     shades = np.random.default_rng(0)
     for name in ("ant/a.png", "ant/b.png", "bee/c.png", "bee/ü.png"):
         file = tmp_path / "photos" / name
@@ -50,7 +50,7 @@ def photos(tmp_path):
 
 
 def pixels(path):
-    """The file as a model sees it that takes its size."""
+    """Return the normalised pixels of a file that has the input size."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in pixel_statistics(3))
     return (torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1) / 255 - mean) / std
 

@@ -27,7 +27,7 @@ SIZES = dict(model="mae_vit_tiny_patch4", embed_dim=24, depth=2, num_heads=6)
 
 
 def installed(name, *more):
-    """A format (and more values of a case), skipped where its libraries are not installed."""
+    """Return the parameters of a format, skipped if its libraries are not installed."""
     missing = extras.missing_packages(*extras.EXPORT_PACKAGES[name])
     return pytest.param(name, *more, marks=pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"))
 
@@ -37,11 +37,11 @@ SETTLED = {
     "label": {"classes": 3},
     "teacher": {"embed_dim": 24, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2},
 }
-"""Term options as training resolves them."""
+"""Resolved options of the terms."""
 
 
 def lively(model):
-    """The model with weights as large as training makes them, so that every part of it matters."""
+    """Scale the weights to the size of trained ones, so that every part of the model has an effect."""
     with torch.no_grad():
         for name, value in model.named_parameters():
             if not name.endswith("pos_embed"):
@@ -50,7 +50,7 @@ def lively(model):
 
 
 def save_run(folder, model, options, **state):
-    """A run folder as training leaves it."""
+    """Write the run folder of a finished training."""
     (folder / "checkpoints").mkdir(parents=True)
     kept = {"format": checkpoint.FORMAT, "model": model.state_dict(), "options": to_dict(options), "step": 7}
     checkpoint.save(folder / "checkpoints" / "last.pth", kept | state)
@@ -68,7 +68,7 @@ def source(request):
 
 
 def pretrain(source, folder):
-    """(run folder, trained model): a masked autoencoder with terms and all."""
+    """Return (run folder, trained model): a masked autoencoder with all terms."""
     torch.manual_seed(0)
     size, channels = {SQUARES: ((16, 16), 3), RECTANGLES: ((16, 24), 4)}[source]
     mean, std = tuple(0.1 * i + 0.1 for i in range(channels)), (0.3,) * channels
@@ -82,7 +82,7 @@ def pretrain(source, folder):
 
 
 def classifier(folder, pool, **more):
-    """(run folder, trained classifier)."""
+    """Return (run folder, trained classifier)."""
     torch.manual_seed(1)
     options = FinetuneOptions(**SIZES, input_size=(16, 16), num_classes=5, global_pool=pool, total_batch_size=8, aa="")
     model = models_classifier.build(**SIZES, num_classes=5, input_size=(16, 16), global_pool=pool)
@@ -101,13 +101,13 @@ def run_tool(*words):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """source -> what `pretrain` makes of it, made once."""
+    """Return a cached function from a source to the result of `pretrain`."""
     return functools.cache(lambda source: pretrain(source, tmp_path_factory.mktemp("pretrained") / "run"))
 
 
 @pytest.fixture(scope="module")
 def exports(runs, tmp_path_factory):
-    """(source, format) -> the folder of that encoder in that format, written once."""
+    """Return a cached function from (source, format) to the folder of the exported encoder."""
 
     @functools.cache
     def folder(source, name):
@@ -212,7 +212,7 @@ def test_the_average_of_the_weights_is_what_leaves(tmp_path):
 
 
 def test_a_released_mae_gets_the_heads_of_its_width(tmp_path):
-    """As released: names of MAE's, a pickled Namespace beside the weights, no options of ours."""
+    """A file as released: MAE's names, a pickled Namespace besides the weights, no options of this project."""
     sizes = dict(embed_dim=384, depth=1, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     model = methods.build("mae", "mae_vit_small_patch16", **sizes, input_size=32).eval()
     file = tmp_path / "mae_pretrain.pth"
@@ -228,11 +228,11 @@ def test_a_released_mae_gets_the_heads_of_its_width(tmp_path):
     assert "CC BY-NC 4.0" in (tmp_path / "out" / "README.md").read_text()
 
 
-# ---- timm's traps
+# ---- peculiarities of timm
 
 
 def test_timm_gets_the_encoder_alone(pretrained, exported):
-    """A mask_token would make timm read the file as a DINOv2; decoder_* would fail its strict loading."""
+    """With a mask_token, timm would load the file as DINOv2; with decoder_*, its strict loading would fail."""
     model = pretrained[1]
     names = set(load_file(exported("timm") / "model.safetensors"))
     assert names == {name for name in model.state_dict() if not name.startswith(("decoder_", "mask_token", "terms."))}
@@ -285,7 +285,7 @@ def test_a_wrong_head_count_in_timms_folder_is_noticed(pretrained, exported, tmp
 @ON_RECTANGLES
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_a_writer_gets_wrong_is_never_kept(name, pretrained, tmp_path, monkeypatch, capsys):
-    """Each writer is handed the model with half of the heads."""
+    """Each writer receives a model with half the number of heads."""
     right = export.FORMATS[name]
 
     def with_wrong_heads(encoder, folder):
@@ -454,7 +454,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(pretrain
 def test_every_method_has_an_encoder_that_can_leave(method, tmp_path):
     chosen = methods.METHODS[method]
     decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, **NARROW}
-    sizes = SIZES | ({"model": "mae_vit_tiny_patch8"} if method == "maskfeat" else {})  # which HOG's cells fill
+    sizes = SIZES | ({"model": "mae_vit_tiny_patch8"} if method == "maskfeat" else {})  # suitable for HOG's cells
     options = methods.schema(method)(
         **sizes, method=method, input_size=(16, 16), total_batch_size=8,
         **chosen.defaults | {name: value for name, value in decoder.items() if name in methods.own_options(method)},

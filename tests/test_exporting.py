@@ -1,4 +1,4 @@
-"""Runs that export themselves when they are finished; what cannot be exported is refused before training."""
+"""Runs that are exported when they are finished; unsupported exports are refused before training."""
 
 import sys
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ WORDS = {
 
 @pytest.fixture
 def started(monkeypatch):
-    """Run tools.export in this process; the list of its arguments."""
+    """Run tools.export in this process; return the list of its arguments."""
     calls = []
 
     def run(words, cwd):

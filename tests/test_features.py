@@ -1,4 +1,4 @@
-"""Features of a source: the right rows, the right tokens, the model left as it was."""
+"""Features of a source: rows and tokens are correct, and the model is unchanged."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ from util.knn import knn_accuracy
 
 
 class Encoder(nn.Module):
-    """A class token far off, and two patch tokens: the mean of the image's left and of its right half, per channel."""
+    """Return a class token with large values and two patch tokens: the channel means of the left and the right half."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What figures show is what is so: arrows, counts, planes, scores and distances against loops and closed forms."""
+"""The content of figures: arrows, counts, planes, scores and distances, compared with loops and closed forms."""
 
 import math
 
@@ -21,7 +21,7 @@ SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "
 
 
 def shown(model=None, label="small", seed=0, **overrides):
-    """A small model of 6 x 6 patches, fresh unless one is given."""
+    """Return a small model of 6 x 6 patches; a new one unless one is given."""
     if model is None:
         torch.manual_seed(seed)
         sizes = {"input_size": 48, "decoder_num_heads": 2, **SIZES, **overrides}
@@ -30,18 +30,18 @@ def shown(model=None, label="small", seed=0, **overrides):
 
 
 def pixels(count=2, size=48, channels=3, seed=0):
-    """Blurred noise, so that neighbours are alike and no two patches are equal."""
+    """Return blurred noise, so that neighbours are similar and no two patches are equal."""
     noise = torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
     return (255 * F.avg_pool2d(noise, 7, stride=1, padding=3)).to(torch.uint8)
 
 
 def two(*models, **words):
-    """Two images for some models."""
+    """Return a subject of two images and some models."""
     return Subject(models or [shown()], pixels(), ["a.jpg", "b.jpg"], **words)
 
 
 def loop_closest(tokens_LD, rows, columns):
-    """The oracle: one patch at a time, natural borders."""
+    """Reference implementation: one patch at a time, natural borders."""
     answer = []
     for here in range(rows * columns):
         y, x = divmod(here, columns)
@@ -196,7 +196,7 @@ def test_the_closeup_shows_two_patches_with_one_closest_neighbour():
 
 
 def stored(count=5):
-    """A source of images in memory."""
+    """Return a source of images in memory."""
     images = [image.movedim(0, -1).numpy() for image in pixels(count)]
     return Source([f"{number}.png" for number in range(count)], images.__getitem__)
 
@@ -216,7 +216,7 @@ def test_the_streamed_histogram_holds_every_patch_once_and_the_loops_figures():
         assert histogram.mean == pytest.approx(np.mean(oracle), abs=1e-6)
         assert (histogram.low, histogram.high) == pytest.approx((min(oracle), max(oracle)), abs=1e-6)
         expected, _ = np.histogram(oracle, bins=similarity.BINS, range=(-1, 1))
-        assert np.abs(histogram.counts - expected).sum() <= 2  # rounding may carry one over an edge
+        assert np.abs(histogram.counts - expected).sum() <= 2  # rounding may move one value to the next bin
     axes = similarity.similarity(model, found, "centre").axes
     areas = [axis.patches[0].get_data().values.sum() for axis in axes]
     assert areas == pytest.approx([100, 100, 100])
@@ -256,7 +256,7 @@ def test_the_plane_holds_the_variance_that_a_float64_svd_finds(n, d):
 
 
 def loop_separation(features, groups):
-    """The oracle: one token and one group at a time."""
+    """Reference implementation: one token and one group at a time."""
     n, names = len(features), sorted(set(groups))
     middle = np.mean(features, axis=0)
     total = sum(((x - middle) ** 2).sum() for x in features)
@@ -301,7 +301,7 @@ def test_a_shared_companion_counts_once_and_groups_are_a_companion_and_its_patch
     encoded = separation.encode(two(mask_ratio=0.4), shown())[0]
     features, groups = separation.once(encoded)
     distinct = sorted(set(encoded.ids.tolist()))
-    assert len(distinct) < len(encoded.ids)  # some are shared, or the test would show nothing
+    assert len(distinct) < len(encoded.ids)  # some are shared, otherwise nothing is tested
     assert len(features) == len(groups) == len(encoded.ids) + len(distinct)
     for number, patch in enumerate(encoded.ids.tolist()):
         assert distinct[groups[number]] == patch

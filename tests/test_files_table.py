@@ -1,4 +1,4 @@
-"""Every row of the table of image and mask files in docs/data.md, in miniature."""
+"""Every row of the table of image and mask files in docs/data.md, with tiny files."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""Fine-tuning: objective and evaluation against loops, layers against MAE's table, real runs from start to end."""
+"""Fine-tuning: objective and evaluation compared with loops, learning rates of layers with MAE's; complete runs."""
 
 import argparse
 import itertools
@@ -93,7 +93,7 @@ def test_a_new_head_starts_near_zero_and_a_fitting_one_is_kept():
 
 
 def test_from_scratch_the_class_token_is_as_wide_as_maes():
-    """timm 0.3.2, which MAE pins, draws it and the positions with std 0.02; today's timm uses 1e-6."""
+    """timm 0.3.2, which MAE requires, initialises it and the positions with std 0.02; current timm uses 1e-6."""
     torch.manual_seed(0)
     model = models_classifier.build("mae_vit_base_patch16", num_classes=2, input_size=(32, 32), depth=1)
     for drawn in (model.cls_token, model.pos_embed, model.blocks[0].mlp.fc1.weight):
@@ -142,14 +142,14 @@ def test_other_heads_another_size_and_no_encoder_are_refused():
 
 
 def test_mixed_targets_are_smoothed_and_weighted_by_hand():
-    """Mixup with the same coefficient drawn again: soft targets off .1 / C, and cross-entropy summed by a loop."""
+    """Draw mixup's coefficient again, smooth the targets with .1 / C, and sum the cross-entropy in a loop."""
     images, labels = torch.randn(4, 1, 8, 8), torch.tensor([3, 0, 9, 9])
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     objective = Objective(model, classes=10, mixup=0.8, smoothing=0.1)
     np.random.seed(5)
     loss = objective(images.clone(), labels)["loss"]
     np.random.seed(5)
-    np.random.rand()  # whether to mix, with probability 1
+    np.random.rand()  # mixup's draw whether to mix
     share = np.random.beta(0.8, 0.8)
     logits = model(share * images + (1 - share) * images.flip(0)).log_softmax(dim=1)
     expected = 0.0
@@ -324,7 +324,7 @@ def test_a_signal_saves_and_exits_with_75(tmp_path):
 
 
 def test_a_kill_after_the_last_epoch_still_ends_in_a_result(whole, pretrained, tmp_path):
-    """The evaluation at the end is done again."""
+    """The evaluation at the end is repeated."""
     folder, words = tmp_path / "run", ["--init_from", pretrained, "--ema", "0.9"]
     finish(folder, *words, door=DOOR)
     (folder / "result.json").unlink()
@@ -421,14 +421,14 @@ def test_steps_end_a_run_within_an_epoch(tmp_path):
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     assert rates == pytest.approx([rates[0] * 0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)])
     words = ["--steps", "7", "--warmup_epochs", 0, "--min_lr", 0, "--save_steps", 1]
-    Training(tmp_path / "killed", *words, door=DOOR).kill_at(6)  # the first of the epoch that is cut short
+    Training(tmp_path / "killed", *words, door=DOOR).kill_at(6)  # the first step of the incomplete epoch
     finish(tmp_path / "killed", *words, door=DOOR)
     assert_same_end(tmp_path / "run", tmp_path / "killed")
     assert result(tmp_path / "killed")["accuracy"] == result(tmp_path / "run")["accuracy"]
 
 
 def follow_the_average():
-    """In the process of a run: note the head's bias before the first update and after each, beside its average.
+    """Record, in the process of a run, the head's bias before the first and after each update, and its average.
 
     The loss of the third update is not finite.
     """
@@ -496,7 +496,7 @@ def test_eval_reports_the_accuracy_of_training(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_losses_and_accuracies_of_a_plain_one(pretrained, tmp_path):
-    """Without drop path, of which compiled code draws other numbers."""
+    """Without drop path, because compiled code draws other random numbers."""
     words = ["--init_from", pretrained, "--drop_path", 0, "--epochs", 2]
     finish(tmp_path / "plain", *words, door=DOOR)
     finish(tmp_path / "compiled", *words, "--compile", door=DOOR)
@@ -542,7 +542,7 @@ def paint(folder, images=3):
     ],
 )
 def test_an_encoder_of_coloured_images_begins_with_grey_ones(tmp_path, door, data, words):
-    """Where that is asked for; their mean and deviation are the average of the three unless they are given."""
+    """If requested; mean and deviation are the averages over the three channels unless they are given."""
     made_with = SMALL | {"model": "mae_vit_tiny_patch2", "in_chans": 3, "mean": [0.2, 0.4, 0.9], "std": [0.3, 0.2, 0.1]}
     weights = classifier(0, in_chans=3).state_dict()
     weights = {

@@ -1,4 +1,4 @@
-"""Recipes of classifiers: each runs as its header says, holds only what differs, and has its source's settings."""
+"""Recipes of classifiers: the command in the header runs, and options differ from the defaults and match the source."""
 
 import shlex
 from dataclasses import fields
@@ -47,7 +47,7 @@ def test_the_headers_command_runs_this_recipe(path, weights):
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_a_recipe_holds_only_what_differs(path, options):
-    """Beside the model, which it may name."""
+    """Except for the model, which it may contain in any case."""
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     defaults = {field.name: default_of(field) for field in fields(DOORS[path.parent.name][1])}
     resolved = options(f"{path.parent.name}/{path.stem}")

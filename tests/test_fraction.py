@@ -1,4 +1,4 @@
-"""The neighbor term on a share of the images: mean, variance and cost, whatever the size of a batch."""
+"""The neighbor term on a share of the images: mean, variance and cost, for any batch size."""
 
 import itertools
 
@@ -18,7 +18,7 @@ SIZES = dict(
     decoder_num_heads=2,
     norm_pix_loss=True,
 )
-N, ROW = 5, 1  # images, and the row of noise that decides which of them
+N, ROW = 5, 1  # images, and the row of noise that selects some of them
 DECIDED = {
     "paper": {},
     "released": {"cnp": "released"},
@@ -44,7 +44,7 @@ def batch():
 
 
 def term_and_gradient(model, images, noise):
-    """The term, and its gradient in one long vector."""
+    """Return the term, and its gradient as one vector."""
     value = model(images, noise=noise)["neighbor"]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(value, learned, allow_unused=True)
@@ -52,7 +52,7 @@ def term_and_gradient(model, images, noise):
 
 
 def noise_for(model, noise, chosen):
-    """The batch's noise, with the row of the fraction such that exactly the images `chosen` have the smallest."""
+    """Return the noise of the batch; in the row of the fraction, only the images `chosen` have small values."""
     rows = noise[:, : model.noise_rows].clone()
     rows[:, -1] = torch.tensor([0.1 if image in chosen else 0.9 for image in range(N)])[:, None]
     return rows
@@ -73,7 +73,7 @@ def test_the_mean_over_all_choices_is_the_whole_term(options):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_the_variance_is_what_the_option_says(k):
-    """(1/k - 1/N) times the variance between images, of drawing without replacement."""
+    """(1/k - 1/N) times the variance between images, for drawing without replacement."""
     images, noise = batch()
     some, whole = built(k / N), built(1.0)
     one_by_one = torch.stack([whole(images[n : n + 1], noise=noise[n : n + 1, 0])["neighbor"] for n in range(N)])
@@ -136,7 +136,7 @@ def test_one_image_takes_the_second_pass():
 
 
 def numbered(model, images, noise):
-    """The view of a forward pass, with the number of each image for its label."""
+    """Return the view of a forward pass in which the label of each image is its index."""
     view = model.observe(images, noise=noise)
     view.labels = torch.arange(len(images))
     return view

@@ -1,4 +1,4 @@
-"""What only a GPU can show. `bash scripts/test.sh -m gpu` on a machine that has one."""
+"""Tests that need a GPU: `bash scripts/test.sh -m gpu`."""
 
 import pytest
 import torch

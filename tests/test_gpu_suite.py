@@ -1,4 +1,4 @@
-"""The suite for a GPU: what it reports before it starts, and all of it with tiny models on a CPU."""
+"""The GPU suite: its report before it starts, and a complete run with tiny models on a CPU."""
 
 import os
 import subprocess

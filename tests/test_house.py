@@ -1,4 +1,4 @@
-"""The plan of the house: who imports whom, and a few rules that no linter knows."""
+"""The structure of the project: which module may import which, and a few rules that linters do not check."""
 
 import ast
 import functools
@@ -31,7 +31,8 @@ def module_name(path):
 
 MODULES = {module_name(path): path for path in SOURCES}
 
-# What a module of each room may import from this project. The first pattern that fits a module's name is its room.
+# What the modules of each group ("room") may import from this project. The first pattern that matches a module's name
+# is its group.
 BELOW = r"(util|data|options)(\.\w+)?"
 ROOMS = [
     (r"nor_mae(\.\w+)?", r"nor_mae(\.\w+)?"),
@@ -73,7 +74,7 @@ def trees():
 
 
 def imported(tree):
-    """Names of all modules that a file imports, inside functions too."""
+    """Yield the names of all modules that a file imports, also inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

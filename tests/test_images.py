@@ -1,4 +1,4 @@
-"""Reading one image: every kind of file that a folder may hold, and the crops."""
+"""Reading one image: all kinds of files, and crops."""
 
 import io
 import math
@@ -34,7 +34,7 @@ def write(path, picture, **options):
 
 
 def png16(path, values_HW):
-    """A greyscale PNG of 16 bits, byte by byte: no library decides what it means."""
+    """Write a 16-bit greyscale PNG byte by byte, independent of libraries."""
     return write_png16(path, values_HW[..., None], 0)
 
 
@@ -147,7 +147,7 @@ def test_sixteen_bit_colour_is_scaled_too(tmp_path):
 
 @pytest.mark.parametrize(("bands", "channels"), [(3, 3), (3, 1), (3, 4), (4, 3), (4, 4), (2, 1), (2, 3), (2, 4)])
 def test_colour_png_of_sixteen_bits_keeps_them_all(tmp_path, bands, channels):
-    """Pillow would drop the lower eight. Grey with transparency and colours, with and without transparency."""
+    """Pillow would drop the lower 8 bits. Grey with transparency, and colours with and without transparency."""
     values = np.arange(4 * 6 * bands, dtype=np.uint16).reshape(4, 6, bands) * 30
     path = tmp_path / "a.png"
     write_png16(path, values, {2: 4, 3: 2, 4: 6}[bands])
@@ -195,13 +195,13 @@ def tagged(path, picture, orientation, **options):
      ("png", "I;16", 1)],
 )  # fmt: skip
 def test_exif_orientation_is_applied_in_every_format(tmp_path, suffix, mode, channels, orientation):
-    """As Pillow's exif_transpose, which is another program's reading of the standard."""
+    """Compared with Pillow's exif_transpose, an independent implementation of the standard."""
     if mode == "I;16":
         picture = Image.fromarray(np.arange(60, dtype=np.uint16).reshape(6, 10) * 1000)
     else:
         picture = Image.fromarray(smooth(16, 24)).convert(mode)
     path = tagged(tmp_path / f"a.{suffix}", picture, orientation, **({"lossless": True} if suffix == "webp" else {}))
-    with Image.open(io.BytesIO(Path(path).read_bytes())) as opened:  # from a file, Pillow maps TIFF pixels unturned
+    with Image.open(io.BytesIO(Path(path).read_bytes())) as opened:  # from a file, Pillow would not turn TIFF
         turned = ImageOps.exif_transpose(opened)
         expected = turned if mode == "I;16" else turned.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
     found = read_image(path, channels)
@@ -300,7 +300,7 @@ def jpeg_bytes():
 
 
 def png_bomb():
-    """A few bytes that claim to be 30000 x 30000 pixels."""
+    """Return a few bytes of a PNG file that declares 30000 x 30000 pixels."""
     stream = io.BytesIO()
     Image.new("1", (1, 1)).save(stream, "PNG")
     data = stream.getvalue()
@@ -326,7 +326,7 @@ def test_files_that_are_no_image_are_bad_with_a_reason(tmp_path, data, reason):
     with pytest.raises(BadImage, match=reason) as error:
         read_image(str(path))
     assert error.value.path == str(path) and error.value.reason
-    assert "0x" not in error.value.reason  # reasons are compared between runs: no addresses
+    assert "0x" not in error.value.reason  # no memory addresses, because reasons are compared between runs
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -341,14 +341,14 @@ def test_files_that_are_not_there(tmp_path):
 
 
 def smooth(rows, columns, channels=3):
-    """A photograph-like image: low frequencies only."""
+    """Return an image similar to a photograph: low frequencies only."""
     small = torch.rand(1, channels, 6, 6, generator=torch.Generator().manual_seed(0))
     large = torch.nn.functional.interpolate(small, (rows, columns), mode="bicubic").clamp(0, 1)
     return (large[0].permute(1, 2, 0) * 255).byte().numpy()
 
 
 def assert_close_to_pillows(found, expected):
-    """Equal but for rounding: a crop that lies one pixel off differs by a level on average."""
+    """Assert equality up to rounding; a crop shifted by one pixel would differ by one level on average."""
     difference = (found.int() - expected.int()).abs().float()
     assert found.shape == expected.shape and difference.max() <= 3 and difference.mean() < 0.1
 

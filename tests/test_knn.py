@@ -1,4 +1,4 @@
-"""k nearest neighbours against a loop that anybody can read."""
+"""k nearest neighbours, compared with a simple loop."""
 
 import collections
 import math
@@ -11,7 +11,7 @@ from util.knn import knn_accuracy, knn_predict
 
 
 def loop_predict(bank, labels, queries, k, temperature):
-    """The oracle: one query at a time, similarities and votes as plain numbers."""
+    """Reference implementation: one query at a time, similarities and votes as Python numbers."""
     answers = []
     for query in queries.tolist():
         similarities = []
@@ -30,7 +30,7 @@ def data(bank=60, queries=40, channels=5, classes=4, seed=0):
     centres = torch.randn(classes, channels, generator=generator)
     bank_labels = torch.randint(classes, (bank,), generator=generator)
     query_labels = torch.randint(classes, (queries,), generator=generator)
-    scale = torch.rand(bank, 1, generator=generator) * 10 + 0.1  # lengths must not matter
+    scale = torch.rand(bank, 1, generator=generator) * 10 + 0.1  # lengths must have no effect
     noisy = centres[bank_labels] + 1.5 * torch.randn(bank, channels, generator=generator)
     return (
         scale * noisy,

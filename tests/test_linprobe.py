@@ -1,4 +1,4 @@
-"""Linear probing: LARS and the head against MAE's rules, features in order, real runs from start to end."""
+"""Linear probing: LARS and the head compared with MAE's, the order of features, and complete runs."""
 
 import json
 
@@ -17,7 +17,7 @@ DOOR = "main_linprobe"
 
 
 def test_lars_is_maes():
-    """Matrices: g x .001 |p| / |g|; vectors: g as it is. Then momentum .9, by a loop over five steps."""
+    """Matrices: g x .001 |p| / |g|; vectors: g unchanged. Then momentum .9, in a loop over five steps."""
     torch.manual_seed(0)
     model = nn.Linear(5, 3).double()
     optimizer = optim.lars(model, 0.7, weight_decay=0.0)
@@ -96,7 +96,7 @@ def test_a_killed_probe_ends_like_an_uninterrupted_one(pretrained, tmp_path, wor
 
 
 def test_two_ranks_have_the_features_and_neighbours_of_one(whole, pretrained, tmp_path):
-    """Batch normalisation sees each rank's own half, as in MAE, so losses agree only roughly."""
+    """Batch norm uses each rank's half of the batch, as in MAE, so losses agree only approximately."""
     words = ["--init_from", pretrained, "--lr", 20, "--epochs", 12]
     ranks = start_ranks(2, tmp_path / "two", *words, door=DOOR)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
@@ -106,7 +106,7 @@ def test_two_ranks_have_the_features_and_neighbours_of_one(whole, pretrained, tm
 
 
 def test_neighbours_have_the_pooling_of_the_pretraining_method(tmp_path):
-    """Of DINO the class token, whatever the linear layer reads; averages for it are warned of."""
+    """For DINO the class token, independent of the linear layer's input; averages for the latter are warned about."""
     sizes = {
         "input_size": (8, 8),
         "in_chans": 1,

@@ -22,7 +22,7 @@ RUN = "--total_batch_size 4 --epochs 1 --warmup_epochs 0 --num_workers 0 --devic
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Six images in folders of two classes, one of the encoder's size."""
+    """Create six images in folders of two classes; one has the encoder's size."""
     folder = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     for number in range(6):
@@ -50,7 +50,7 @@ def classifier(tmp_path_factory, photos, run):
 
 
 def features(path, photos, **options):
-    """Pooled features of the training images in the order of their names."""
+    """Return pooled features of the training images in the order of their names."""
     model, transform = load_encoder(path, **options)
     files = sorted((photos / "train").rglob("*.png"))
     with torch.inference_mode():
@@ -66,7 +66,7 @@ def test_the_features_are_those_of_embed(which, photos, tmp_path, request):
 
 
 def test_the_features_are_the_mean_patch_token_after_the_norm(run, photos):
-    """Against the run's own model and a transform written out by hand, on an image that needs no resizing."""
+    """Compared with the run's model and a separate transform, on an image that needs no resizing."""
     image = np.random.default_rng(1).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in pixel_statistics(3))
     by_hand = (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std

@@ -1,4 +1,4 @@
-"""Records of a run: JSON lines that survive a kill, curves under their names."""
+"""Logs of a run: JSON lines that survive a kill, and the names of curves."""
 
 import json
 import logging
@@ -43,14 +43,14 @@ def test_curves_have_plain_names_and_the_values_given(tmp_path):
 
 
 def test_the_log_file_takes_any_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # the test runner's own take no such names
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's handlers do not support such names
     with log_file(tmp_path / "train.log"):
         logging.getLogger("test").warning("K\u00e4se and \udcff.jpg")
     assert "Käse and \\udcff.jpg" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
 def test_the_log_file_begins_with_earlier_messages(tmp_path, monkeypatch):
-    """And with nothing of an attempt that was refused before it had a file."""
+    """Messages of an earlier attempt that was refused before it had a file are not included."""
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", root.level)

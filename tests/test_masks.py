@@ -1,4 +1,4 @@
-"""Images with masks: layouts, numbers in files of every kind, splits, scenes; and what is refused before training."""
+"""Images with masks: layouts, values in all kinds of files, splits, scenes; and errors before training."""
 
 import hashlib
 
@@ -28,7 +28,7 @@ def save(path, array, mode=None):
 
 
 def paint(root, split="", count=4, size=(10, 14), masks="masks", start=0, suffix=".jpg"):
-    """Pairs whose masks hold the numbers 0 to 2, in `images/split` and `masks/split`."""
+    """Write pairs whose masks contain the values 0 to 2, in `images/split` and `masks/split`."""
     for number in range(start, start + count):
         drawn = np.random.default_rng(number)
         save(root / "images" / split / f"{number}{suffix}", drawn.integers(0, 255, (*size, 3), dtype=np.uint8))
@@ -45,7 +45,7 @@ def opened(root, **changes):
     return masks.open_splits(options(root, **changes), ALONE)
 
 
-# ---- numbers in files
+# ---- values in files
 
 
 def test_numbers_are_read_from_files_of_every_kind(tmp_path):
@@ -66,7 +66,7 @@ def test_numbers_are_read_from_files_of_every_kind(tmp_path):
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_grey_png_of_few_bits_keeps_its_numbers(tmp_path, bits):
-    """Pillow spreads them over 0 to 255. Pillow writes no such file, so this one is made of its parts."""
+    """Pillow scales them to 0..255 when it reads them, and cannot write such files, so the file is written by hand."""
     import struct
     import zlib
 
@@ -108,11 +108,11 @@ def test_numbers_become_classes_as_ade20k_counts_them():
         ade.classes_of(np.array([[151]], np.uint8))
 
 
-# ---- what values stand for
+# ---- mapping of values
 
 
 def binary(root, values=(0, 255), count=4, names=("ground", "tumour"), split="", size=(10, 14), area=0.3):
-    """Pairs whose masks hold the values, the later ones in a share of the pixels."""
+    """Write pairs whose masks contain the values; all but the first fill the share `area` of the pixels."""
     for number in range(count):
         drawn = np.random.default_rng(number)
         save(root / "images" / split / f"{number}.png", drawn.integers(0, 255, (*size, 3), dtype=np.uint8))
@@ -127,7 +127,7 @@ def binary(root, values=(0, 255), count=4, names=("ground", "tumour"), split="",
 
 
 def test_masks_of_0_and_255_are_refused_with_the_ways_out(tmp_path):
-    """Taken as stored, every 255 would be ignored, and a model that says 0 everywhere would have 100%."""
+    """Without a mapping, 255 would be ignored, and predicting 0 everywhere would be correct for 100%."""
     root = binary(tmp_path)
     words = (
         r"nothing can be learned\. 255 fills 30\.0% .* ignored, while the class tumour \(value 1\) is in none of the 4"
@@ -298,9 +298,9 @@ def tag(path, orientation, **options):
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 @pytest.mark.parametrize("size", [(12, 12), (8, 12)])
 def test_a_tagged_photograph_and_an_upright_mask_fit(tmp_path, orientation, size, caplog):
-    """The image says which pixel it is; the mask was drawn on the image as viewers show it."""
+    """The value of a pixel of the image is its position; the mask was drawn on the image after EXIF orientation."""
     numbers = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size) % 3
-    stored = {1: numbers, 3: np.rot90(numbers, 2), 6: np.rot90(numbers)}[orientation]  # what the tag turns back
+    stored = {1: numbers, 3: np.rot90(numbers, 2), 6: np.rot90(numbers)}[orientation]  # before EXIF orientation
     for number in range(4):
         save(tmp_path / "images" / f"{number}.png", np.repeat(stored[..., None], 3, -1))
         save(tmp_path / "masks" / f"{number}.png", numbers)
@@ -328,7 +328,7 @@ def test_a_mask_that_lies_as_the_pixels_are_stored_is_refused_naming_the_tag(tmp
 
 
 def test_splits_of_folders(tmp_path):
-    """val is the test set and a random share of train selects; with test beside it, val selects."""
+    """val is the test set, and a share of train selects the best epoch; if there is a test split, val selects it."""
     root = paint(paint(tmp_path / "two", "train", 10), "val", 3, start=50)
     found = opened(root, holdout=0.2)
     assert [len(part) for part in (found.train, found.choice, found.test)] == [8, 2, 3]
@@ -363,7 +363,7 @@ def test_without_splits_a_seeded_share_is_the_test_set(tmp_path):
 
 
 def test_ade20k_as_it_is_unpacked(tmp_path):
-    """Also from the parent folder of ADEChallengeData2016; 0 is no class, and the names are known."""
+    """Also from the parent folder of ADEChallengeData2016; 0 is not a class, and class names are known."""
     root = tmp_path / "ADEChallengeData2016"
     for split in ("training", "validation"):
         paint(root, split, 3, masks="annotations")
@@ -397,7 +397,7 @@ def test_masks_without_images_are_reported_and_left_out(tmp_path, caplog):
 
 
 def broken(root, what):
-    """A folder with one thing wrong."""
+    """Write a folder with one error."""
     paint(root, "train"), paint(root, "val")
     mask = root / "masks" / "train" / "1.png"
     if what == "no mask":
@@ -478,7 +478,7 @@ def test_unchecked_a_bad_mask_is_an_unreadable_image(tmp_path):
 
 
 def test_processes_share_the_check_and_all_hear_of_it(tmp_path):
-    """Each checks every second mask; both report what one finds."""
+    """Each process checks every second mask; both report the errors of one."""
     looked = []
 
     class Pretend(Processes):

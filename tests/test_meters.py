@@ -1,4 +1,4 @@
-"""Means against plain arithmetic."""
+"""Means, compared with plain arithmetic."""
 
 import math
 

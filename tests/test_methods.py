@@ -1,4 +1,4 @@
-"""What every method of the menu promises, asked of each of them, and how a model is asked for."""
+"""The contract of methods, tested for every method of the registry, and building of models."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def method(request):
 
 @pytest.fixture(params=MASKED)
 def masked(request):
-    """A method that hides patches and predicts a target for them."""
+    """Return a method that hides patches and predicts a target for them."""
     return request.param
 
 
@@ -55,7 +55,7 @@ def test_adamw_has_the_coefficients_of_the_releases(names, betas):
 
 
 def test_every_method_reaches_the_encoder(method):
-    """Each weight gets a gradient (DistributedDataParallel waits for every one), the encoder's from each term too."""
+    """Each weight has a gradient, which DistributedDataParallel requires; encoder weights have one from each term."""
     model = small(method)
     images, labels, noise = batch(model)
     losses = model(images, labels, noise=noise)
@@ -122,7 +122,7 @@ def test_every_masked_method_tells_its_sizes_and_scales(masked):
 def test_every_method_is_one_graph(method):
     model = small(method)
     images, labels, noise = batch(model)
-    torch.compiler.reset()  # each method is compiled afresh
+    torch.compiler.reset()  # each method is compiled separately
     found = torch.compile(model, fullgraph=True, backend="eager")(images, labels, noise=noise)
     expected = model(images, labels, noise=noise)
     for name, value in expected.items():
@@ -151,12 +151,12 @@ def test_every_method_takes_another_input_size(method):
 
 
 def test_every_method_has_the_encoder_of_plain_mae(method):
-    """And with its decoder all of its state, so that MAE's checkpoints fit, and from one seed the same weights."""
+    """With MAE's decoder, all of its state, so that MAE's checkpoints load; the same seed gives the same weights."""
     model = small(method)
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("terms.")}
     mae = small("mae").state_dict()
     if METHODS[method].model_class() is MaskedAutoencoderViT:
-        # what nothing trains is left out, and a decoder that reads an inner block has a norm of its own
+        # untrained weights are left out, and a decoder whose input is an inner block has its own norm
         mae = {name: value for name, value in mae.items() if model.predicts or name in own}
         assert [name for name in own if not name.startswith("decoder_input_norm")] == list(mae)
         assert not model.predicts or all(torch.equal(own[name], value) for name, value in mae.items())
@@ -165,7 +165,7 @@ def test_every_method_has_the_encoder_of_plain_mae(method):
         assert [name for name in own if name in encoder] == encoder
 
 
-# ---- asking for a model ---------------------------------------------------------------------------------------------
+# ---- building a model -----------------------------------------------------------------------------------------------
 
 
 def test_the_menu():
@@ -250,7 +250,7 @@ def test_what_cannot_be_built_is_refused_with_a_message(ask, message):
 
 
 def resolved(method, **changes):
-    """A run's options: everything spelled out, terms as they were in the end."""
+    """Return the resolved options of a run: all values, with resolved terms."""
     model = small(method, **changes)
     return model, {"method": method, "epochs": 3} | options_of(method, model)
 

@@ -1,6 +1,6 @@
 """Two processes with half the images each have the losses and gradients of one process with all, for every method.
 
-SupMAE alone is left out: its batch norm sees the images of one device, as in the release.
+Only SupMAE is left out: its batch norm uses the images of one device, as in the release.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from tests.runs import context, finish, tiny_for
 from tests.small import CODES, NARROW, batch, small, teacher_checkpoint
 from tests.test_distributed import assert_equal_to_rounding, finish_ranks
 
-# `label` and the masks of `proteus` make a mean over the images of a device.
+# `label` and the masks of `proteus` use a mean over the images of a device.
 SHARED = [name for name, method in METHODS.items() if "label" not in method.terms and name != "proteus"]
 RANKS, IMAGES = 2, 8
 VARIANTS = {
@@ -43,12 +43,12 @@ def losses_and_gradients(model, trained, images, labels, noise):
 
 
 def share_of(tensor, rank):
-    """A rank's part of a tensor, or of each view in a list."""
+    """Return a rank's part of a tensor, or of each view in a list."""
     return [share_of(view, rank) for view in tensor] if isinstance(tensor, list) else tensor.chunk(RANKS)[rank]
 
 
 def one_rank(rank, folder):
-    """Every case in turn, on this rank's half of the images."""
+    """Run every case on this rank's half of the images."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     found = {}
@@ -86,7 +86,7 @@ def test_two_processes_have_the_gradients_of_one(ranks, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in SHARED if name not in ("mae", "nor_mae", "random_asymmetry_mae")])
 def test_a_run_on_two_processes_equals_one(tmp_path, method):
-    """With the program, for what `test_two_processes_equal_one` does not run."""
+    """Run the program, for code that `test_two_processes_equal_one` does not cover."""
     own, narrow = methods.own_options(method), {**NARROW, **CODES, "local_size": 4}
     words = [*tiny_for(method), "--method", method, "--epochs", 1]
     words += [word for name, value in narrow.items() if name in own for word in (f"--{name}", value)]

@@ -1,4 +1,4 @@
-"""The faults that mutation testing makes: which there are, which are left out, and that a fork reports its tests."""
+"""Mutation testing: which mutants are created, which are left out, and results of tests in a forked process."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ def mutation():
 
 
 def changed_lines(mutation, source):
-    """Each mutant's differing lines."""
+    """Return the changed lines of each mutant."""
     found = []
     for mutant in mutation.find_mutants(source):
         lines = zip(source.split("\n"), mutant.apply(source).split("\n"), strict=True)

@@ -1,4 +1,4 @@
-"""Learning rates and parameter groups against MAE's formulas."""
+"""Learning rates and parameter groups, compared with MAE's formulas."""
 
 import math
 
@@ -10,7 +10,7 @@ from util import optim
 
 
 def mae_rate(step, *, rate, min_rate, epochs, warmup, steps_per_epoch):
-    """MAE's schedule: a line over the warm-up, then half a cosine, at the fractional epoch of the step."""
+    """Return the rate of MAE's schedule: linear warm-up, then half a cosine, at the step's fractional epoch."""
     epoch = step / steps_per_epoch
     if epoch < warmup:
         return rate * epoch / warmup
@@ -20,7 +20,7 @@ def mae_rate(step, *, rate, min_rate, epochs, warmup, steps_per_epoch):
 @pytest.mark.parametrize("min_lr", [0.0, 1e-6])
 @pytest.mark.parametrize(("epochs", "warmup"), [(20, 4), (20, 2.5), (7.3, 0.35), (5, 0)])
 def test_every_step_has_the_rate_of_maes_formula(min_lr, epochs, warmup):
-    """Also where the warm-up, or the run, is not a whole number of steps."""
+    """Also if the warm-up, or the run, is not an integer number of steps."""
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([{"params": [weight], "lr_scale": 1.0}], lr=1.2e-3)
     schedule = optim.warmup_cosine(optimizer, epochs=epochs, warmup_epochs=warmup, steps_per_epoch=7, min_lr=min_lr)

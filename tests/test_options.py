@@ -1,4 +1,4 @@
-"""Options: what recipes and flags mean, what is refused and in which words, and that no option is read by nothing."""
+"""Options: recipes and flags, error messages for invalid values, and that every option is used."""
 
 import ast
 import inspect
@@ -447,7 +447,7 @@ def test_help_of_every_program_names_only_options_that_exist(capsys):
 
 
 def test_every_option_of_a_method_is_in_a_group_of_its_own():
-    """The first own option opens a group; without one it would continue the last group of the program's options."""
+    """Without its own section, the first option of a method would be in the program's last group of options."""
     for name in methods.METHODS:
         groups = _sections(methods.schema(name))
         own, program = set(methods.own_options(name)), {field.name for field in fields(methods.PretrainOptions)}
@@ -594,15 +594,15 @@ def test_a_batch_that_does_not_divide_is_refused(given, processes, message):
         resolve_batch(Pretrain(**given), processes)
 
 
-# ---- no option is read by nothing
+# ---- every option is used
 
 
 def unread_options(schema: type) -> set[str]:
-    """Return the options of `schema` that neither the program that names it nor what that imports ever reads.
+    """Return the options of `schema` that neither its program nor an imported module reads.
 
-    Reading is `options.NAME`, also behind another name as in `self.options.NAME`, `getattr(options, "NAME")`, or a
-    tuple `names = ("NAME", ...)` of options that are read in a loop.
-    Writing all options into a file, or comparing them, is not.
+    An option is read by `options.NAME`, also as an attribute as in `self.options.NAME`, by `getattr(options, "NAME")`,
+    or by a tuple `names = ("NAME", ...)` of options that are read in a loop. Writing all options to a file, or
+    comparing them, does not count.
     """
     modules = {".".join(p.relative_to(PROJECT).with_suffix("").parts): p for p in PROJECT.glob("*.py")}
     modules |= {f"{room}.{p.stem}": p for room in ("programs", "util", "data") for p in PROJECT.glob(f"{room}/*.py")}
@@ -622,7 +622,7 @@ def unread_options(schema: type) -> set[str]:
 
 
 def imported_names(tree: ast.AST) -> set[str]:
-    """Every module or name that a file imports, names also with their module: `util`, `data` and `data.loader`."""
+    """Return all modules and names that a file imports, names also with their module: `util`, `data`, `data.loader`."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -33,7 +33,7 @@ def write_image(path, seed, rows=ROWS, columns=COLUMNS):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of 7 and 6 images, and a val split of 2 each; JPEG and PNG."""
+    """Create a folder with two classes of 7 and 6 images, and a val split of 2 each; JPEG and PNG."""
     root = tmp_path / "images"
     for number in range(13):
         write_image(root / "train" / "ab"[number % 2] / f"{number:02d}{'.jpg' if number % 3 else '.png'}", number)
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def logged(monkeypatch):
-    """What the tool logs."""
+    """Return the list of messages that the tool logs."""
     lines = []
     for level in ("info", "warning", "error"):
         monkeypatch.setattr(pack.log, level, lambda text, *words: lines.append(text % words if words else text))

@@ -1,4 +1,4 @@
-"""tools.predict: masks and class tables against the programs' own evaluation, and what is refused."""
+"""tools.predict: masks and class tables compared with the evaluation of the programs, and invalid input."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def segmenter(tmp_path_factory):
     torch.manual_seed(0)
     options = SegmentOptions(**SIZES, input_size=(16, 16), num_classes=3, batch_size=2, short_side=16)
     model = models_upernet.from_options(to_dict(options), 3).eval()
-    torch.nn.init.normal_(model.decode.classify.weight)  # near zero, one class would win everywhere
+    torch.nn.init.normal_(model.decode.classify.weight)  # with small weights, one class would win everywhere
     return save(tmp_path_factory.mktemp("runs") / "segmenter", model, options), model, options
 
 
@@ -59,7 +59,7 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Images of several sizes and kinds at two depths, one that is no image, and one with an EXIF orientation."""
+    """Create images of several sizes and kinds in nested folders, an invalid one, and one with EXIF orientation."""
     drawn = np.random.default_rng(0)
     for name, size in (("a.png", (20, 30)), ("deep/b.jpg", (40, 18)), ("deep/c.png", (16, 16))):
         path = tmp_path / "photos" / name
@@ -135,7 +135,7 @@ def test_the_default_folder_is_the_runs_and_files_are_not_overwritten(classifier
 
 
 def test_more_bits_are_scaled_as_in_training(tmp_path, segmenter, capsys):
-    """A darker picture of 16 bits, which alone would have another range."""
+    """A darker 16-bit image, which alone would have another range."""
     _, model, options = segmenter
     folder = save(tmp_path / "run", model, replace(options, value_range=(0, 4095)))
     values = np.random.default_rng(0).integers(0, 900, (20, 20)).astype(np.uint16)

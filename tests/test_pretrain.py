@@ -1,4 +1,4 @@
-"""The pretraining program: real images in folders, bad input, and what may change without changing the result."""
+"""The pretraining program: images in folders, invalid input, and options that do not change the result."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Recipes: each is what its header says, holds only what differs, divides on any usual machine, and makes a model."""
+"""Recipes: they match their headers, contain only differences, are divisible among usual machines, and build models."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ NAMES = [path.stem for path in RECIPES]
 
 STRENGTH = 0.0384  # of the paper's patch 16: 5e-5 x (P - 1), with P = 768 values of a patch
 
-# What recipes that follow another method's release take from there.
+# Options of recipes that follow the release of another method.
 DMAE = {"norm_pix_loss": False, "decoder_depth": 0, "blr": 1.5e-4, "warmup_epochs": 20, "total_batch_size": 4096}
 BEIT = {
     "lr": 1.5e-3,
@@ -104,7 +104,7 @@ OWN = (
 )  # our settings
 OTHERS = [name for name in NAMES if name.startswith(RELEASED) and name not in OWN]
 
-# Fine-tuning accuracy after 200 epochs of pretraining, as the paper prints it.
+# Fine-tuning accuracy after 200 epochs of pretraining, as printed in the paper.
 PAPER = {
     "Table 1": {"patch2": "83.56", "patch4": "83.58", "patch8": "79.24", "patch32": "74.73"},
     "Table 2": {
@@ -162,7 +162,7 @@ def recipe(name):
 @functools.cache
 def model_of(name):
     options = recipe(name)
-    with torch.device("meta"):  # shapes without numbers
+    with torch.device("meta"):  # shapes without data
         if hasattr(options, "tokenizer"):
             return methods.from_options(to_dict(replace(options, tokens=8192)))
         if options.method.endswith("tokenizer"):
@@ -174,7 +174,7 @@ def model_of(name):
             "depth": 24,
             "num_heads": 16,
             "decoder_embed_dim": 512,
-        }  # of a teacher that is not here
+        }  # of a teacher that is not available
         return methods.from_options(to_dict(replace(options, terms={"teacher": size, "neighbor": None})))
 
 
@@ -208,7 +208,7 @@ def test_the_headers_command_runs_this_recipe(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_a_recipe_holds_only_what_differs(path):
-    """Beside the method and the model, which it always names."""
+    """Except for the method and the model, which it always contains."""
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     defaults, resolved = to_dict(parse_options(["--method", given["method"]])), to_dict(recipe(path.stem))
     assert {"method", "model"} <= set(given)
@@ -270,7 +270,7 @@ def test_the_settings_are_the_papers(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart" and "neighbor" in recipe(name).terms])
 def test_the_strength_of_the_neighbour_term(name):
-    """The literal 5e-5, or what weighs the correlation as much as it does with patch 16."""
+    """The literal 5e-5, or the weight that gives the correlation the same strength as with patch size 16."""
     options, P = recipe(name), model_of(name).patch_pixels
     weight = options.terms["neighbor"]["weight"]
     if options.method == "noa_mae":

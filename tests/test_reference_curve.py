@@ -1,4 +1,4 @@
-"""The quickstart follows its committed curve: what a user sees is what we saw."""
+"""The quickstart reproduces its committed curve."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.runs import Training
 
 PROJECT = Path(__file__).resolve().parent.parent
 CURVE = PROJECT / "configs" / "pretrain" / "quickstart_curve.json"
-TOLERANCE = 0.01  # of the loss; other processors round otherwise, and training amplifies it slowly
+TOLERANCE = 0.01  # of the loss; rounding differs between processors, and training amplifies it slowly
 EPOCHS = 3
 STEPS_PER_EPOCH = 10
 

@@ -1,4 +1,4 @@
-"""--region_decode: the crop's pixels are those of the whole file, and what cannot be cut is decoded whole."""
+"""--region_decode: pixels of the crop equal those of the complete file, which is decoded if no region can be."""
 
 import importlib.util
 import io
@@ -111,7 +111,7 @@ def test_samples_are_the_same_whether_files_are_decoded_whole_or_not(tmp_path):
 def test_a_file_whose_damage_shows_when_it_is_cropped_is_replaced_like_any_other(tmp_path, monkeypatch, works):
     damaged = bytearray(jpeg(picture(60, 80)))
     start = damaged.index(b"\xff\xda")
-    damaged[start + 2 : start + 4] = b"\x00\x00"  # its header is fine as far as the scan, which no decoder can read
+    damaged[start + 2 : start + 4] = b"\x00\x00"  # the header is valid up to the scan, which cannot be decoded
     source = folder_of(tmp_path, jpeg(picture(60, 80, seed=1)), bytes(damaged), jpeg(picture(60, 80, seed=2)))
     if not works:
         monkeypatch.setattr(images, "jpeg_part", lambda *_: None)

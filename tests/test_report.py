@@ -1,4 +1,4 @@
-"""The report shows what the records say, each thing once, also of a run that was cut off or taken up again."""
+"""The report shows the values of the records, each once, also for interrupted and resumed runs."""
 
 import base64
 import html
@@ -84,7 +84,7 @@ def test_figures_that_are_not_finite_are_not_drawn(run):
 
 
 def charts(runs):
-    """By title, the curves in the page of some runs, as (name, x, y)."""
+    """Return the curves in the page of some runs by title, as (name, x, y)."""
     found = re.findall(r'data-series="([^"]+)"><h3>([^<]+)</h3>', report.page(runs))
     return {
         title: [(one["name"], one["x"], one["y"]) for one in json.loads(html.unescape(data))] for data, title in found

@@ -1,4 +1,4 @@
-"""A run's folder and its promises, with real processes: kills, signals, damage, other options."""
+"""Runs in real processes: kills, signals, damaged files, other options."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ LAST_STEP = 3 * STEPS_PER_EPOCH
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """An uninterrupted run."""
+    """Return the folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     finish(folder)
     return folder
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_stepped_back_from(whole, tmp_path, damage):
         data[len(data) // 2] ^= 1
     else:
         data = bytearray(len(data))
-    last.unlink()  # its second name, if it has one, must stay whole
+    last.unlink()  # so that a second hard link is not damaged
     last.write_bytes(data)
     said = finish(folder, "--save_steps", 2)
     assert "previous.pth instead" in said
@@ -339,7 +339,7 @@ def step_is_defective(error):
 
 @pytest.mark.parametrize("error", [KeyError("a key"), ValueError("a value")])
 def test_a_defect_leaves_its_traceback_in_the_log(tmp_path, error):
-    """A ValueError of training itself is no bad input: it has a traceback, too."""
+    """A ValueError of training itself is not invalid input: it has a traceback too."""
     training = Training(tmp_path / "run", fault=functools.partial(step_is_defective, error))
     assert training.wait() == 1
     said = (tmp_path / "run" / "train.log").read_text()

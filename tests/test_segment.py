@@ -1,4 +1,4 @@
-"""Segmentation: figures against a loop over pixels, windows against the whole image, real runs from start to end."""
+"""Segmentation: metrics compared with a loop over pixels, windows with the complete image, and complete runs."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ NAMES = ("ground", "red", "green")
 
 
 class Painter(nn.Module):
-    """Returns fixed logits for each pixel's colour, at full size, in the place of both heads."""
+    """Return fixed logits for each pixel's colour, at full resolution, instead of both heads."""
 
     def __init__(self, classes=4):
         super().__init__()
@@ -108,11 +108,11 @@ def test_a_loss_that_is_not_finite_leaves_no_trace_in_the_running_statistics(sma
     assert not any(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers() if name in before)
 
 
-# ---- figures
+# ---- metrics
 
 
 def test_figures_are_what_a_loop_over_pixels_counts():
-    """Four classes, of which the last is in no mask; images of several sizes, pixels without a class."""
+    """Four classes, the last of which is in no mask; images of several sizes; pixels without a class."""
     torch.manual_seed(1)
     model = Painter()
     windows = Windows(None, (1, 1), 1)
@@ -219,7 +219,7 @@ def test_small_images_are_padded_and_cut_again(small):
 
 @pytest.mark.parametrize("size", [None, (21, 33)])
 def test_flipping_averages_the_probabilities_of_both_views_at_the_size_of_the_mask(small, size):
-    """In mmsegmentation logits are resized, then become probabilities, then are averaged."""
+    """As in mmsegmentation: logits are resized, converted to probabilities, and averaged."""
     images = torch.randn(1, 3, 16, 20)
     how = Windows((16, 16), (10, 10), 4)
     straight, mirrored = predict(small, images, how), predict(small, images.flip(-1), how)
@@ -276,7 +276,7 @@ def test_a_picture_shows_image_truth_and_prediction(tmp_path, small):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """26 training images and 5 test images, 24 x 32: a red and a green box on grey, and pixels without a class."""
+    """Create 26 training and 5 test images, 24 x 32: a red and a green box on grey, and pixels without a class."""
     root = tmp_path_factory.mktemp("data")
     for split, count in (("train", 26), ("val", 5)):
         for kind in ("images", "masks"):
@@ -301,7 +301,7 @@ def true_pixels(data):
 
 
 def finish_alone(folder, *words):
-    """Run to the end, which must succeed, without the first options of every tiny run; return the log."""
+    """Run to the end without the options of the tiny model, assert that it succeeds, and return the log."""
     training = Training(folder, *words, door=DOOR, tiny=False)
     assert training.wait() == 0, training.said
     return training.said
@@ -367,7 +367,7 @@ def test_eval_reports_the_metrics_of_training(whole, data, tmp_path):
 
 
 def test_two_ranks_count_every_pixel_once(data, tmp_path):
-    """Five images for two processes; and one process finds the same figures in their checkpoint."""
+    """Five images for two processes; one process computes the same metrics from their checkpoint."""
     words = ["--data_path", data, "--epochs", 1]
     ranks = start_ranks(2, tmp_path / "two", *words, door=DOOR)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
@@ -521,7 +521,7 @@ def test_ade20k_is_trained_as_published():
 
 @pytest.mark.slow
 def test_the_quickstart_is_far_above_chance(tmp_path):
-    """To say "ground" everywhere has 13%."""
+    """Predicting "ground" everywhere has 13%."""
     finish_alone(tmp_path / "run", "-c", PROJECT / "configs/segment/quickstart.yaml", "--device", "cpu")
     assert result(tmp_path / "run")["accuracy"]["last"]["miou"] > 40
     assert not math.isnan(result(tmp_path / "run")["last"]["train_loss"])

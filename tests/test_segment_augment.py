@@ -1,4 +1,4 @@
-"""The augmentation of images with masks: both move together, and every draw follows from the sample's seed."""
+"""Augmentation of images with masks: both are transformed together, and random numbers depend on the sample's seed."""
 
 import colorsys
 
@@ -24,7 +24,7 @@ MEAN, STD = (0.5, 0.25, 0.1), (0.5, 0.5, 0.5)
 
 
 def coded(rows=40, columns=60, classes=5, seed=0):
-    """A pair whose image says its mask: every class in blocks of 10, red 50 times its number."""
+    """Return a pair whose image encodes the mask: classes in blocks of 10, red is 50 times the class."""
     blocks = np.random.default_rng(seed).integers(0, classes, (rows // 10, columns // 10))
     mask = blocks.repeat(10, 0).repeat(10, 1).astype(np.int16)
     image = np.stack([mask * 50, 255 - mask * 50, np.full_like(mask, 77)], axis=-1).astype(np.uint8)
@@ -38,7 +38,7 @@ def transform(**changes):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_image_and_mask_move_together(seed):
-    """Away from edges, the red channel still tells the class; padding is the mean colour, and no class."""
+    """Away from edges, the red channel still encodes the class; padding has the mean colour and no class."""
     torch.manual_seed(seed)
     image, mask = transform()(coded(seed=seed))
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and mask.shape == (32, 32)
@@ -82,7 +82,7 @@ def test_a_mask_is_resized_by_the_middles_of_pixels():
 
 
 def test_a_crop_that_a_class_fills_is_drawn_again():
-    """Of 249 places 11 hold both classes, and in 7 of those none fills three quarters: ten draws find them often."""
+    """11 of 249 positions contain both classes; in 7 of them no class fills 75%, which ten draws find often."""
     mask = torch.zeros(8, 256, dtype=torch.int16)
     mask[:, 128:132] = 1
     mask[:, 200:] = IGNORE
@@ -110,7 +110,7 @@ def test_saturation_is_hsvs():
 
 
 def test_distortion_stays_within_its_bounds():
-    """Brightness by 32 of 255 and contrast by half are the most; grey stays grey, and other channels are left alone."""
+    """At most 32 of 255 for brightness and 0.5 for contrast; grey remains grey, and other channels are unchanged."""
     grey = torch.full((3, 6, 6), 100, dtype=torch.uint8)
     values = set()
     for seed in range(80):

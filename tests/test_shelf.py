@@ -1,4 +1,4 @@
-"""What lies on a shelf is what was put there, and batches that come by it are those of this process."""
+"""Tensors on a shelf are equal to those that were stored, and batches through it equal those of one process."""
 
 import gc
 import os
@@ -39,7 +39,7 @@ def test_a_place_is_used_again_and_grows():
     large = torch.rand(2**20)
     for number, tensor in enumerate((torch.zeros(60, dtype=torch.uint8), large, TENSORS[2])):
         assert torch.equal(shelf.put(2 * number, [tensor])[0].open(), tensor)
-    assert torch.equal(kept, TENSORS[0])  # what was opened is a copy
+    assert torch.equal(kept, TENSORS[0])  # an opened tensor is a copy
     assert torch.equal(other.open(), torch.ones(3))
 
 

@@ -1,4 +1,4 @@
-"""The Slurm script with stand-ins for Slurm's commands: a signal makes it save, requeue, and resume automatically."""
+"""The Slurm script with mocks of Slurm's commands: after a signal it saves, is requeued, and resumes automatically."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder of commands that do for one task what Slurm's would."""
+    """Create a folder with mocks of Slurm's commands for one task."""
     folder = tmp_path / "bin"
     folder.mkdir()
     srun = '#!/bin/bash\nshift\nexport SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1\nexec "$@"\n'

@@ -19,7 +19,7 @@ from data.sources import IMAGENET100, TORCHVISION, Names, open_source
 
 
 def put(root, *names, size=(4, 3)):
-    """Tiny images, each of its own grey."""
+    """Write tiny images with different grey levels."""
     for shade, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -387,7 +387,7 @@ def test_digits_are_scaled_to_bytes():
 
 
 def fake_cifar(root):
-    """CIFAR-10 as torchvision unpacks it, with ten images."""
+    """Write CIFAR-10 as torchvision unpacks it, with ten images."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     names = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
@@ -495,7 +495,7 @@ def test_webdataset_shards_are_read_in_any_order(tmp_path):
     assert list(source.names) == [f"my-train-00{n}.tar/sample{row}.png" for n in range(2) for row in range(2)]
     assert source.labels.tolist() == [0, 1, 1, 2] and source.classes == ["0", "1", "2"]
     assert [source.read(index)[0, 0, 0] for index in (3, 0, 2)] == [11, 0, 10]
-    assert pickle.loads(pickle.dumps(source)).read(3)[0, 0, 0] == 11  # as a worker that is not forked gets it
+    assert pickle.loads(pickle.dumps(source)).read(3)[0, 0, 0] == 11  # as in a worker that is not forked
     assert open_source("wds", str(tmp_path), "val").read(0)[0, 0, 0] == 99
 
 

@@ -1,4 +1,4 @@
-"""Random splits: whole groups on one side, enough images to choose a best epoch on, and paths with ~."""
+"""Random splits: complete groups, enough images to select the best epoch, and paths with ~."""
 
 import logging
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_no_group_is_on_both_sides_of_any_random_split(tmp_path, options, caplog
     assert all(parts) and sum(map(len, parts)) == len(set.union(*parts))
     assert len(found.choice) >= 20 and len(found.test) >= 20
     assert r"group_by (film\d+)_: 160 images in 8 groups" in caplog.text
-    if options.get("label_share"):  # of the 70 that each class has beside the test images, 35 or more, in whole films
+    if options.get("label_share"):  # of 70 images per class that are not held out, at least 35, in complete films
         kept = len(found.train) + len(found.choice)
         assert kept == 2 * 40
     everything = opened(tmp_path)
@@ -104,7 +104,7 @@ def test_segmentation_keeps_groups_whole(tmp_path, caplog):
     "images, classes, held", [(400, 2, 20), (120, 4, 20), (2000, 2, 40), (60, 3, 15), (12, 3, 3), (2000, 50, 100)]
 )
 def test_best_is_chosen_on_enough_images(images, classes, held, caplog):
-    """2% of them, at least 20 and two of each class, at most a quarter of each class."""
+    """2% of the images, at least 20 and two of each class, at most a quarter of each class."""
     labels = np.arange(images) % classes
     kept, chosen = splits.divide(source_of(map(str, range(images)), labels), 0.02, 0, "", "holdout")
     assert len(chosen) == held and len(kept) == images - held
@@ -167,7 +167,7 @@ def test_the_splits_of_masks_may_be_named_in_capitals(tmp_path, caplog):
 
 
 def test_evaluation_leaves_out_what_its_run_has_trained_on():
-    """The share that was set aside for testing depends on these options, which the checkpoint brings."""
+    """The share that is held out for testing depends on these options, which are inherited from the checkpoint."""
     assert {"test_share", "subset_seed", "group_by", "label_offset"} <= set(FinetuneOptions.INHERITS_EVAL)
 
 
@@ -181,7 +181,7 @@ def test_the_home_folder_is_expanded_for_teachers_and_callers(tmp_path, monkeypa
 
 
 def test_a_run_inside_its_own_data_resumes(tmp_path):
-    """Its pictures and checkpoints are below data_path, and are not part of the data."""
+    """Its images and checkpoints are below data_path, and are not part of the data."""
     several(tmp_path, "photos", count=64)
     words = ["--data_path", tmp_path, "--total_batch_size", 32, "--picture_every", 1]
     run = tmp_path / "runs" / "a"

@@ -1,4 +1,4 @@
-"""The stepper against a plain loop of torch's own calls, and its refusal of updates that are not finite."""
+"""The stepper, compared with a plain loop of torch calls, and skipping of non-finite updates."""
 
 import contextlib
 import copy
@@ -64,7 +64,7 @@ def test_updates_equal_a_plain_loop(accum, clip_grad):
 
 @pytest.mark.parametrize("accum", [1, 3])
 def test_gradients_are_averaged_over_micro_batches(accum):
-    """AdamW's update is the same for a gradient of any scale: SGD's, and the logged norm, are not."""
+    """AdamW's update does not depend on the scale of the gradient; SGD's and the logged norm do."""
     model, _ = make()
     plain = copy.deepcopy(model)
     optimizer = optim.sgd(optim.pretrain_groups(model, 0.0), 1e-1)
@@ -125,7 +125,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_refused():
 
 
 def test_an_update_far_beyond_the_usual_is_left_out():
-    """Held against a loop: the usual norm is a running mean over 20 updates, and the first 20 are never spikes."""
+    """Compared with a loop: the usual norm is a running mean over 20 updates, and the first 20 are never spikes."""
     model, stepper = make(epochs=20, skip_spikes=5.0)
     data = batches(40)
     for number in (3, 30, 31, 36):
@@ -194,7 +194,7 @@ def test_recent_batches_name_what_was_not_finite():
 
 
 class Recorder:
-    """Hooks that note their calls and remove the gradient of one parameter."""
+    """Hooks that record their calls and remove the gradient of one parameter."""
 
     def __init__(self, removed):
         self.calls, self.removed = [], removed
@@ -277,7 +277,7 @@ def test_a_refused_update_leaves_the_running_statistics_of_its_first_micro_batch
 
 
 class Ranks(torch.nn.parallel.DistributedDataParallel):
-    """A model that notes whether gradients would be exchanged, without other processes."""
+    """A model that records whether gradients would be all-reduced, without other processes."""
 
     def __init__(self, module):
         nn.Module.__init__(self)
@@ -312,7 +312,7 @@ def test_the_highest_loss_is_that_since_the_last_question():
 
 
 def test_the_seed_of_a_micro_batch_is_the_one_of_earlier_versions():
-    """Another formula would change the random numbers of a run that is resumed."""
+    """Another formula would change the random numbers of resumed runs."""
     seed_micro_step(3, 5, 2)
     expected = (3 * 1_000_003 + 5) * 65_537 + 2
     assert torch.initial_seed() == expected
@@ -431,7 +431,7 @@ def test_the_counts_and_the_loss_scale_are_restored(fp16):
     bad = torch.full((4, 3), math.nan)
     run(model, stepper, [bad, *batches(1), bad, bad])
     saved = copy.deepcopy(stepper.state_dict())
-    for other_fp16 in (fp16, not fp16):  # another precision starts with a scale of its own
+    for other_fp16 in (fp16, not fp16):  # another precision starts with its own loss scale
         _, other = make(fp16=other_fp16)
         initial = other.state_dict()["scaler"]
         other.load_state_dict(saved)

@@ -1,4 +1,4 @@
-"""The paper's tables: every row parses and makes its model, commands are as documented, reports are correct."""
+"""The paper's tables: every row is parsed and builds a model, commands are as documented, reports are correct."""
 
 import dataclasses
 import functools
@@ -93,7 +93,7 @@ def test_the_papers_numbers(table, name, measure, number):
 
 
 def test_every_number_of_the_paper_is_there():
-    """Table 9 has NoA twice, because the paper does not say its weight."""
+    """Table 9 has NoA twice, because the paper does not state its weight."""
     found = {
         number: sum(value is not None for row in table.rows for value in row.paper.values())
         for number, table in TABLES.items()
@@ -117,12 +117,12 @@ def option_names(words):
 
 @functools.cache
 def builds(words):
-    """Parse a pretraining command as the program does, and make its model without numbers."""
+    """Parse a pretraining command as the program does, and build its model without data."""
     options = main_pretrain.parse_options(words)
     terms = dict(options.terms)
     if "teacher" in terms:
-        terms["teacher"] = {"embed_dim": 1024, "depth": 24, "num_heads": 16}  # of a teacher that is not here
-    tokens = {"tokens": 8192} if hasattr(options, "tokenizer") else {}  # of a tokenizer that is not here
+        terms["teacher"] = {"embed_dim": 1024, "depth": 24, "num_heads": 16}  # of a teacher that is not available
+    tokens = {"tokens": 8192} if hasattr(options, "tokenizer") else {}  # of a tokenizer that is not available
     with torch.device("meta"):
         return options, methods.from_options(to_dict(dataclasses.replace(options, terms=terms, **tokens)))
 
@@ -209,7 +209,7 @@ VARIABLES = (
 
 
 class Pretended:
-    """Replaces a program: the exit codes of started programs, one after another, then 0."""
+    """Mock of a program: its instances exit with the given codes, one after another, then with 0."""
 
     answers: list[int] = []
     started: list[list[str]] = []
@@ -231,7 +231,10 @@ class Pretended:
 
 @pytest.fixture
 def shell(tmp_path, monkeypatch, capsys):
-    """Run the tool with variables; return exit code and output. Programs that it starts are only recorded."""
+    """Return a function that runs the tool with variables, and returns exit code and output.
+
+    Programs that the tool starts are only recorded.
+    """
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
@@ -342,7 +345,7 @@ def test_every_table_has_a_thin_script_and_every_script_a_table():
 
 
 class Slow:
-    """Stands for a program that takes three looks, and ends as one that saved when it is asked to end."""
+    """Mock of a program that runs for three polls, and exits as after a save when it receives a signal."""
 
     running: set[str] = set()
     most = 0
@@ -367,7 +370,7 @@ class Slow:
 
 
 def jobs_in(folder, *names, needs=None):
-    """Jobs of these names; `needs` says which one waits for which."""
+    """Return jobs with these names; `needs` are their dependencies."""
     after = {name: (folder / other,) for name, other in (needs or {}).items()}
     return [Job((name, str(folder / name)), folder / name, after.get(name, ())) for name in names]
 
@@ -422,7 +425,7 @@ def test_a_program_is_a_process_that_can_be_stopped_and_whose_output_is_kept(tmp
         deadline = time.monotonic() + 60
         while (code := program.code()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        program.send(signal.SIGTERM)  # which is no error where nothing is left to hear it
+        program.send(signal.SIGTERM)  # no error if the program has exited
         return code
 
     assert end("good.py", "one", "two") == 3 and (tmp_path / "logs" / "output.txt").read_text() == "one two"
@@ -468,7 +471,7 @@ def test_from_scratch_shares_the_pretraining_and_has_a_folder_of_its_own():
 
 @pytest.mark.parametrize(("classes", "parameters"), [(10, 3_583_306), (100, 3_600_676)])
 def test_eight_blocks_stay_below_the_published_small_model(classes, parameters, monkeypatch):
-    """3.65 M parameters and 0.27 GMAC: counted by hand, and by torch."""
+    """3.65 M parameters and 0.27 GMAC, computed by a formula and by torch."""
     monkeypatch.chdir(PROJECT)
     recipe = f"configs/pretrain/mae_vit_tiny8_cifar{classes}.yaml"
     options = main_pretrain.parse_options(["-c", recipe])
@@ -480,7 +483,7 @@ def test_eight_blocks_stay_below_the_published_small_model(classes, parameters, 
     assert sum(parameter.numel() for parameter in model.parameters()) == by_hand == parameters < 3.65e6
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
-    products = 12 * D * D * T + 2 * T * T * D  # a block's matrices on every token, and every token with every other
+    products = 12 * D * D * T + 2 * T * T * D  # a block's matrices, and attention of all pairs of tokens
     assert counter.get_total_flops() / 2 == (T - 1) * P * D + 8 * products + D * classes < 0.27e9
 
 
@@ -605,10 +608,10 @@ def test_a_picture_has_a_panel_for_each_unit():
 
 
 def test_smoke_data_opens_as_what_it_stands_for(tmp_path, monkeypatch):
-    """All of Table 4's sets in their true layout; the words before a program let the tiny files pass."""
+    """All data sets of Table 4 in their original layouts; the arguments before a program disable hash checks."""
     for known, names in ((CIFAR10, CIFAR), (CIFAR100, CIFAR), (Flowers102, ["_file_dict"])):
         for name in names:
-            monkeypatch.setattr(known, name, getattr(known, name))  # as it was, afterwards
+            monkeypatch.setattr(known, name, getattr(known, name))  # restored afterwards
     sets = TABLES["4"].rows[0].sets.values()
     smoke_data.write(tmp_path, sets)
     assert set(smoke_data.LAYOUTS) == set(sets)
@@ -638,7 +641,7 @@ CIFAR = ["train_list", "test_list", "meta"]
 
 
 def smoke(table, out, *codes, **variables):
-    """Run a table's script in smoke form, as a user would; return its output. `codes` are accepted exit codes, or 0."""
+    """Run a table's script as a smoke test and return its output. `codes` are the accepted exit codes, by default 0."""
     script, extra = f"table{table}", {}
     if not table.isdecimal():
         script = "small_data" if table.startswith("small_data") else "table_nor_explained"
@@ -653,7 +656,7 @@ def smoke(table, out, *codes, **variables):
 
 
 def assert_reported(table, out):
-    """Each row has a number of ours and what made it, or the reason why not; and there is a picture."""
+    """Assert that each row has our result with its details, or the reason why not; and that there is a plot."""
     text = (out / "smoke" / "reports" / f"table_{table}.md").read_text()
     missing = [line for line in text.splitlines() if "| not " in line]
     assert not missing or (table == "10" and all("| accuracy |" in line for line in missing)), "Table 2's are not run"
@@ -665,7 +668,7 @@ def assert_reported(table, out):
 
 
 def test_what_the_neighbour_term_does_in_smoke_form(tmp_path, monkeypatch, capsys):
-    """Cut off on the way, which a very fast machine may miss, and taken up again; then nothing is left."""
+    """Interrupt the jobs (on a very fast machine they may finish before), resume them; then no job is left."""
     cut = smoke("nor_explained", tmp_path, 0, INTERRUPTED, MINUTES="0.25")
     assert "time limit reached" in cut or "[20 of 20]" in cut
     for name in VARIABLES:
@@ -683,7 +686,7 @@ def test_what_the_neighbour_term_does_in_smoke_form(tmp_path, monkeypatch, capsy
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """One folder for all tables: what they share is trained once."""
+    """Return one folder for all tables: shared runs are trained once."""
     return tmp_path_factory.mktemp("tables")
 
 

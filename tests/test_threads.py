@@ -1,4 +1,4 @@
-"""Small models on a CPU get one thread, unless the environment says otherwise."""
+"""Small models on a CPU use one thread, unless OMP_NUM_THREADS is set."""
 
 import pytest
 import torch

@@ -112,7 +112,7 @@ def test_files_that_pillow_reads_need_no_extra_and_keep_their_pixels(tmp_path, m
 
 
 def test_a_folder_of_many_bands_has_one_scale(tmp_path):
-    """Sentinel-2 like: 13 bands of 16 bits, and a brighter file."""
+    """Similar to Sentinel-2: 13 bands of 16 bits, and a brighter file."""
     for number, high in enumerate((4000, 10000)):
         write(tmp_path / f"{number}.tif", values(13, np.uint16, high))
     source = open_source("auto", str(tmp_path), in_chans=13)

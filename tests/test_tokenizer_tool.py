@@ -1,4 +1,4 @@
-"""The k-means tool against scikit-learn on the same batches, and interrupted fits."""
+"""The k-means tool, compared with scikit-learn on the same batches; interrupted fits."""
 
 import math
 
@@ -26,7 +26,7 @@ def fit(output, *words):
 
 
 def patches(index):
-    """Normalised patches of digits, by hand."""
+    """Return normalised patches of digits, computed separately."""
     source = open_source("digits", "", "train", in_chans=1)
     pixels = np.stack([source.read(int(i)) for i in index]).astype(np.float32)[..., 0]
     pixels = (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)

@@ -1,4 +1,4 @@
-"""The tools that open a trained model: right figures from a known model, and words for what they cannot use."""
+"""Tools that open a trained model: correct results for a known model, and messages for unsupported input."""
 
 import json
 
@@ -20,7 +20,7 @@ RUN = "--data_path digits --epochs 1 --warmup_epochs 0 --batch_size 256 --num_wo
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of a few updates on the digits."""
+    """Return a finished run of a few updates on the digits."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     assert main_pretrain.main([*MODEL, *RUN, "--output_dir", str(folder)]) == 0
     return folder
@@ -39,7 +39,7 @@ def test_knn_writes_three_rows_of_held_out_accuracy(run, capsys):
     assert knn.main([str(run), "--device", "cpu"]) == 0
     found = json.loads((run / "knn.json").read_text())
     assert list(found["accuracy"]) == ["raw pixels", "untrained encoder", "pretrained encoder"]
-    assert found["accuracy"]["raw pixels"] > 95  # the digits are easy for pixels; a mix-up of labels or splits is not
+    assert found["accuracy"]["raw pixels"] > 95  # digits are easy for pixels, but not with wrong labels or splits
     assert 20 < found["accuracy"]["pretrained encoder"] < 100
     assert "after 5 updates, 1,280 images seen" in found["protocol"]
     assert f"{found['accuracy']['untrained encoder']:.2f}" in capsys.readouterr().out

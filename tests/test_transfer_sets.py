@@ -1,4 +1,4 @@
-"""Data sets by name, on tiny files in each set's true layout, through torchvision's own classes; splits and subsets."""
+"""Data sets by name: tiny files in the original layouts, read by torchvision's classes; splits and subsets."""
 
 import json
 
@@ -23,7 +23,7 @@ def shades(source):
 
 
 def near(values, expected):
-    """Equal up to what JPEG does to a grey."""
+    """Return whether grey values are equal up to JPEG compression."""
     return np.abs(np.array(values) - expected).max() <= 2
 
 
@@ -88,8 +88,8 @@ def aircraft(root):
     [("flowers102", flowers), ("oxford_iiit_pet", pets), ("dtd", dtd), ("food101", food), ("fgvc_aircraft", aircraft)],
 )
 def test_sets_have_the_splits_of_the_literature(tmp_path, caplog, monkeypatch, name, write):
-    """Training and validation images merged where the literature merges them, the test images for testing."""
-    monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: True)  # it knows the true files by their hash
+    """Training and validation images are merged as in the literature; test images are used for testing."""
+    monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: True)  # it compares hashes
     train_shades, train_labels, test_shades, test_labels = write(tmp_path)
     caplog.set_level("INFO")
     options = FinetuneOptions(dataset=f"torch/{name}", data_path=str(tmp_path), holdout=0.0)

@@ -1,4 +1,4 @@
-"""Views of an image: every operation against Pillow or a loop, and several views through the loader."""
+"""Views of an image: every operation compared with Pillow or a loop, and several views from the loader."""
 
 import logging
 import math
@@ -84,7 +84,7 @@ def test_jitter_is_pillows_enhancement_by_a_factor_near_one(strength, enhance):
 
 
 def test_hue_is_turned_as_in_the_colour_circle():
-    """A pure colour keeps its brightest and darkest channel; a shift by a third exchanges the channels."""
+    """A pure colour keeps its maximum and minimum channel values; a shift by a third permutes the channels."""
     red = torch.tensor([200, 40, 40], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
     shifted = v2.functional.adjust_hue(red, 1 / 3)
     assert (shifted[:, 0, 0].int() - torch.tensor([40, 200, 40])).abs().max() <= 1
@@ -122,7 +122,7 @@ def test_solarize_inverts_the_upper_half():
 
 
 def blur_by_loop(image, sigma):
-    """Every pixel as the weighted mean of its neighbourhood, in two dimensions at once."""
+    """Blur by a loop: every pixel is the weighted mean of its two-dimensional neighbourhood."""
     radius = max(1, math.ceil(3 * sigma))
     offsets = range(-radius, radius + 1)
     C, H, W = image.shape

@@ -1,4 +1,4 @@
-"""The command that draws: any model, any images, files that open, TensorBoard, and words for what cannot be drawn."""
+"""tools.visualize: any model and images, valid files, TensorBoard, and messages for unsupported input."""
 
 import os
 import re
@@ -31,7 +31,7 @@ SMALL = "mae_vit_tiny_patch16"  # with --input_size 64 its 16 patches are quick 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of a few updates on the digits."""
+    """Return a finished run of a few updates on the digits."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     assert main_pretrain.main([*RUN, "--output_dir", str(folder)]) == 0
     return folder
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No connection can be made."""
+    """Let all network connections fail."""
 
     def refuse(*_):
         raise AssertionError("something wanted the network")
@@ -49,14 +49,14 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder of its own to work in."""
+    """Change to an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(style, "DPI", 150)  # a quarter of the pixels
     return tmp_path
 
 
 def assert_opens(path):
-    """The file is a picture of its kind, and not a blank one."""
+    """Assert that the file is a valid image of its format, and not blank."""
     if path.suffix == ".png":
         with Image.open(path) as picture:
             assert picture.width > 600
@@ -75,7 +75,7 @@ def images_in_tensorboard(folder):
     return board.Tags()["images"]
 
 
-# ---- every picture --------------------------------------------------------------------------------------------------
+# ---- every figure ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", visualize.PICTURES)

@@ -1,4 +1,4 @@
-"""Between epochs: the online kNN against the plain one, and pictures that show what they say."""
+"""Tasks between epochs: the online kNN compared with `util.knn`, and the content of images."""
 
 import json
 

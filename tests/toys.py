@@ -1,4 +1,4 @@
-"""Two methods that exist in the tests only: what a new method costs, and that nothing else has to change for it.
+"""Two methods that exist only in the tests. They show the code that a new method needs, and that this is sufficient.
 
 `register` adds them to the registry. A training process calls it before its program starts.
 """
@@ -45,7 +45,7 @@ class TwinOptions(Options):
 
 
 class Twin(Pretrainer):
-    """Two views; the student's feature of one predicts the EMA teacher's feature of the other, after a batch norm."""
+    """Two views: the student's feature of one view predicts the EMA teacher's feature of the other."""
 
     Options = TwinOptions
 

@@ -143,7 +143,7 @@ class Stop:
         self._told |= number == signal.SIGINT  # the terminal sends Ctrl-C to them too
 
     def tell(self, running: Sequence[Program]) -> None:
-        """Send running jobs one signal to save and exit when a stop is requested."""
+        """Ask running jobs, once, to save and exit if a stop was requested or the time limit is reached."""
         if not self.asked and time.monotonic() > self.deadline:
             say("time limit reached: running jobs save and exit")
             self.asked = True

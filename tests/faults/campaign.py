@@ -142,7 +142,7 @@ def wait_as_launcher(processes: list[Training]) -> None:
 
 
 def kept_step(folder: Path) -> int:
-    """Load the newest checkpoint and return its step; 0 if there is no checkpoint yet."""
+    """Load the newest checkpoint and return its step; 0 if no checkpoint exists yet."""
     return final(folder)["step"] if (folder / "checkpoints" / "last.pth").exists() else 0
 
 
