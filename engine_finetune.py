@@ -154,7 +154,7 @@ def evaluate(
     shares = processes.gather((table_3C.cpu(), float(loss), confusion_CC.cpu()))
     table_3C = torch.stack([share[0] for share in shares]).sum(dim=0).double()
     images, right, in_five = table_3C
-    there = images > 0
+    present = images > 0
     top5 = {"acc5": 100 * float(in_five.sum() / images.sum())} if classes > 5 else {}
     confusion: dict[str, Any] = {}
     if classes <= MOST_CONFUSED:
@@ -162,17 +162,17 @@ def evaluate(
     return {
         "acc1": 100 * float(right.sum() / images.sum()),
         **top5,
-        "mean_class_acc": 100 * float((right[there] / images[there]).mean()),
+        "mean_class_acc": 100 * float((right[present] / images[present]).mean()),
         "loss": sum(share[1] for share in shares) / float(images.sum()),
         "images": int(images.sum()),
         **confusion,
     }
 
 
-def describe(figures: Mapping[str, float]) -> str:
+def describe(metrics: Mapping[str, float]) -> str:
     """Return the metrics of `evaluate` as text: `top-1 71.23%, top-5 ...`."""
     names = {"acc1": "top-1", "acc5": "top-5", "mean_class_acc": "mean per class"}
-    return ", ".join(f"{word} {figures[name]:.2f}%" for name, word in names.items() if name in figures)
+    return ", ".join(f"{word} {metrics[name]:.2f}%" for name, word in names.items() if name in metrics)
 
 
 def make_evaluation(

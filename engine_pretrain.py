@@ -35,9 +35,9 @@ def train_one_epoch(
         with stepper.micro_step():
             with autocast():
                 losses = model(batch.images, batch.labels, noise=batch.noise)
-            ended = stepper(losses, batch.index)
+            stepped = stepper(losses, batch.index)
         means.add(losses, weight=len(batch))
         if batch.problems:
             note(batch.problems)
-        if ended:
+        if stepped:
             after_step()

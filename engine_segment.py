@@ -123,9 +123,9 @@ def same_statistics(model: nn.Module, processes: Processes) -> None:
     """Copy the running statistics of the main process, which are saved in checkpoints, to every process."""
     if processes.world_size == 1:
         return
-    theirs = processes.broadcast({name: buffer.cpu() for name, buffer in model.named_buffers()})
+    buffers = processes.broadcast({name: buffer.cpu() for name, buffer in model.named_buffers()})
     for name, buffer in model.named_buffers():
-        buffer.copy_(theirs[name])
+        buffer.copy_(buffers[name])
 
 
 @torch.no_grad()

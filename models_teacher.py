@@ -174,9 +174,9 @@ def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_wit
 def _agreed(options: TeacherOptions, **found: Any) -> TeacherOptions:
     """Set options to the values `found`. Raises ValueError if an option is set to another value."""
     for name, value in found.items():
-        asked = getattr(options, name)
-        if asked and asked != value:
-            raise ValueError(f"{name} is {asked}, and the teacher in checkpoint {options.checkpoint} has {value}")
+        configured = getattr(options, name)
+        if configured and configured != value:
+            raise ValueError(f"{name} is {configured}, and the teacher in checkpoint {options.checkpoint} has {value}")
     return replace(options, **found)
 
 

@@ -209,8 +209,8 @@ def _of_split(images: list[Member], split: str, named: bool) -> list[Member]:
         raise NoSplit(f"no {split} images: the archives are not named after it and hold no folders of splits")
     if split not in splits.values():
         raise NoSplit(f"no {split} images: the archives hold the folders {', '.join(sorted(tops))}")
-    wanted = tuple(f"{shared}{top}/" for top, name in splits.items() if name == split)
-    return [member for member in images if member.name.startswith(wanted)]
+    prefixes = tuple(f"{shared}{top}/" for top, name in splits.items() if name == split)
+    return [member for member in images if member.name.startswith(prefixes)]
 
 
 def _all_share(names: Sequence[str]) -> str:

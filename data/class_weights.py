@@ -25,9 +25,9 @@ def balanced_weights(counts_K: np.ndarray) -> np.ndarray:
     Args:
         counts_K: Images or pixels of each class.
     """
-    there = counts_K > 0
+    present = counts_K > 0
     weights = np.ones(len(counts_K))
-    weights[there] = counts_K.sum() / (there.sum() * counts_K[there])
+    weights[present] = counts_K.sum() / (present.sum() * counts_K[present])
     return weights
 
 

@@ -272,11 +272,11 @@ def _require_room(pictures: Sequence[np.ndarray], n: int, device: torch.device) 
     if not pictures:
         return
     rows, columns = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
-    needed, room = n * rows * columns * pictures[0].shape[2], SHARE_OF_MEMORY * free_bytes(device)
-    if needed > room:
+    needed, available = n * rows * columns * pictures[0].shape[2], SHARE_OF_MEMORY * free_bytes(device)
+    if needed > available:
         raise ValueError(
             f"data_on_device: {n} images, all padded to {rows} x {columns}, take {needed / 1e9:.1f} GB, and "
-            f"{room / 1e9:.1f} GB of {device} may be used for them. Pack them smaller first "
+            f"{available / 1e9:.1f} GB of {device} may be used for them. Pack them smaller first "
             "(tools.pack --size 256), or train from the disk"
         )
 

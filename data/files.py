@@ -97,11 +97,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ValueError: If `folder` is neither new nor empty.
     """
     require_free(folder)
-    growing = temporary_of(folder)  # so that `folder` exists only when it is complete
-    shutil.rmtree(growing, ignore_errors=True)
-    growing.mkdir(parents=True)
+    temporary = temporary_of(folder)  # so that `folder` exists only when it is complete
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        yield growing
-        growing.replace(folder)
+        yield temporary
+        temporary.replace(folder)
     finally:
-        shutil.rmtree(growing, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

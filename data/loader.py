@@ -282,15 +282,15 @@ class TrainSamples(Dataset):
         Alternating between reading and augmenting takes nearly 10% longer, because of CPU cache misses.
         """
         samples: list[Sample] = []
-        begun, waiting = [], 0
+        started, waiting = [], 0
         try:
             for key in keys:
-                begun.append(steps := self._steps(key))
+                started.append(steps := self._steps(key))
                 waiting += _bytes(next(steps))
                 if waiting > AHEAD:
-                    samples += map(_last, begun)
-                    begun, waiting = [], 0
-            samples += map(_last, begun)
+                    samples += map(_last, started)
+                    started, waiting = [], 0
+            samples += map(_last, started)
         except NothingReadable as error:
             return error
         return collate(samples, self.mean, self.std, allocate)
@@ -416,14 +416,14 @@ class Loader:
             batch = next(stream)
             return batch if isinstance(batch, NothingReadable) else batch.opened()
         except Exception as error:  # the type of the error depends on when the worker exited
-            dead = self._dead_workers()
-            if not dead:
+            exited = self._dead_workers()
+            if not exited:
                 raise
             if self._hung:
                 advice = "The usual cause is a file system that does not respond; worker_timeout sets the time limit"
                 raise _WorkersLost("hung", f"no batch for {self.timeout:g} s", advice) from error
             advice = f"try fewer than num_workers {self.num_workers} or a larger /dev/shm"
-            raise _WorkersLost("died", dead, f"The usual cause is insufficient memory: {advice}") from error
+            raise _WorkersLost("died", exited, f"The usual cause is insufficient memory: {advice}") from error
         finally:
             self._waits_since = 0.0
 
@@ -435,10 +435,10 @@ class Loader:
     def _dead_workers(self) -> str:
         """Describe exited workers, waiting up to a second for one that is exiting."""
         closed = wait([process.sentinel for process in self._processes], timeout=1)
-        dead = [process for process in self._processes if process.sentinel in closed]
-        for process in dead:
+        exited = [process for process in self._processes if process.sentinel in closed]
+        for process in exited:
             process.join()  # its pipes close shortly before it has an exit code
-        return ", ".join(f"process {process.pid}, exit code {process.exitcode}" for process in dead)
+        return ", ".join(f"process {process.pid}, exit code {process.exitcode}" for process in exited)
 
     def _from_workers(self, keys: Callable[[int], list], start: int, count: int) -> Iterator[Any]:
         if self._loader is None:

@@ -189,8 +189,8 @@ def _open_folder(options: SegmentOptions) -> _Folder:
         raise ValueError(f"{wrong}: give --data_path FOLDER with {WANTED} in it (or the word `scenes`)")
     if ade and os.path.isdir(inside := os.path.join(root, "ADEChallengeData2016")):
         root = inside
-    there = [name for name in MASK_FOLDERS if os.path.isdir(os.path.join(root, name))]
-    if len(there) != 1 or not os.path.isdir(os.path.join(root, "images")):
+    found = [name for name in MASK_FOLDERS if os.path.isdir(os.path.join(root, name))]
+    if len(found) != 1 or not os.path.isdir(os.path.join(root, "images")):
         raise ValueError(f"{root} must hold {WANTED}; it holds {contents_of(root)} ({some(sorted(os.listdir(root)))})")
     listed = options.class_list or (str(ADE20K) if ade else os.path.join(root, CLASSES))
     if not os.path.isfile(listed):
@@ -209,7 +209,7 @@ def _open_folder(options: SegmentOptions) -> _Folder:
     mapped = f" {coding.values}" if coding.values else ""
     confirmed = ade or options.ignore_label is not None
     selection = f"{digest} {coding}{mapped}"
-    return _Folder(root, there[0], coding, names, options.in_chans, selection, [*options.value_range], confirmed)
+    return _Folder(root, found[0], coding, names, options.in_chans, selection, [*options.value_range], confirmed)
 
 
 # ---- before training -------------------------------------------------------------------------------------------------
@@ -262,9 +262,9 @@ def _check(
     Raises:
         ValueError: If masks are invalid, or their values contradict the class list.
     """
-    mine = range(processes.rank, len(source), processes.world_size)
+    share = range(processes.rank, len(source), processes.world_size)
     with ThreadPoolExecutor(max(1, threads)) as pool:  # decoding releases the GIL
-        found = list(pool.map(lambda n: (n, _look(folder, source.names[n], masks[n])), mine))
+        found = list(pool.map(lambda n: (n, _look(folder, source.names[n], masks[n])), share))
     looks = [look for _, look in sorted(sum(processes.gather(found), []), key=lambda each: each[0])]
     total = Counter[int]()
     for look in looks:
@@ -397,14 +397,14 @@ def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
     a `test`, otherwise on `holdout` of the training images, or with holdout 0 on the test images.
     """
     if _is_scenes(options):
-        whole, test, choice = (_open_scenes(split, options.in_chans) for split in ("train", "val", "val"))
+        pairs, test, choice = (_open_scenes(split, options.in_chans) for split in ("train", "val", "val"))
         both = False
     else:
-        whole, choice, test, both = _open_pairs(options, processes)
-    _settled_classes(options, whole)
-    train, chosen_on = whole, VAL
+        pairs, choice, test, both = _open_pairs(options, processes)
+    _settled_classes(options, pairs)
+    train, chosen_on = pairs, VAL
     if not both and options.holdout:
-        train, choice = _slice(whole, options.holdout, options, "holdout")
+        train, choice = _slice(pairs, options.holdout, options, "holdout")
         chosen_on = HELD_OUT
     elif not both:
         choice, chosen_on = test, TEST
@@ -414,7 +414,7 @@ def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
         log.warning("best is chosen on %d images only: differences between epochs are mostly chance", len(choice))
     log.info(
         "%d training images of %d classes; best is chosen on %d images (%s); %d test images",
-        *(len(train), len(whole.classes or []), len(choice), chosen_on, len(test)),
+        *(len(train), len(pairs.classes or []), len(choice), chosen_on, len(test)),
     )
     return Splits(train, choice, chosen_on, test)
 

@@ -90,9 +90,9 @@ class Shelf:
             return list(tensors)
         parcels = self.parcels(number, tensors)
         for parcel, tensor in zip(parcels, tensors, strict=True):
-            there = self.look(parcel)
-            if there.data_ptr() != tensor.data_ptr():  # else it was created in its place
-                there.copy_(tensor)
+            stored = self.look(parcel)
+            if stored.data_ptr() != tensor.data_ptr():  # else it was created in its place
+                stored.copy_(tensor)
         return parcels
 
     def parcels(self, number: int, tensors: Sequence[Tensor]) -> list[Parcel]:

@@ -532,11 +532,11 @@ def _list_of_split(path: Path, split: str) -> Path:
     word = next((word for word in ("training", "train", "Train", "TRAIN") if word in path.name), "")
     if not word:
         raise NoSplit(f"no {split} images: {path} has no `train` in its name to be replaced by `{split}`")
-    there = [path.with_name(path.name.replace(word, other)) for other in SPLIT_WORDS.get(split, (split,))]
-    there += [path.with_name(path.name.replace(word, split.capitalize()))]
-    found = next((other for other in there if other.is_file()), None)
+    candidates = [path.with_name(path.name.replace(word, other)) for other in SPLIT_WORDS.get(split, (split,))]
+    candidates += [path.with_name(path.name.replace(word, split.capitalize()))]
+    found = next((other for other in candidates if other.is_file()), None)
     if found is None:
-        raise NoSplit(f"no {split} images: there is no list {there[0]}")
+        raise NoSplit(f"no {split} images: there is no list {candidates[0]}")
     return found
 
 
@@ -755,11 +755,11 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
         raise ValueError(f"hfds/{name} needs an optional package: pip install -r requirements/data.txt") from error
     try:
         available = datasets.get_dataset_split_names(name, cache_dir=cache or None)
-        theirs = next((word for word in SPLIT_WORDS.get(split, (split,)) if word in available), None)
-        if theirs is None:
+        name_of_split = next((word for word in SPLIT_WORDS.get(split, (split,)) if word in available), None)
+        if name_of_split is None:
             splits = f"it has the splits {', '.join(available)} and none of them is for {split}"
             raise NoSplit(f"no {split} images in hfds/{name}: {splits}")
-        table = datasets.load_dataset(name, split=theirs, cache_dir=cache or None)
+        table = datasets.load_dataset(name, split=name_of_split, cache_dir=cache or None)
     except NoSplit:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: data set scripts are not supported
@@ -773,11 +773,11 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
     if labels is not None and (unlabelled := int((labels < 0).sum())):
         problem, labels = f"{unlabelled} of {len(labels)} images have the label -1, which means no label", None
     classes = list(table.features[label_key].names) if labels is not None else None
-    names = Names(f"{name}/{theirs}/{index:06d}" for index in range(len(table)))
+    names = Names(f"{name}/{name_of_split}/{index:06d}" for index in range(len(table)))
     table = table.cast_column(image_key, datasets.Image(decode=False)).select_columns(image_key)
     read = functools.partial(_read_hugging_face, table, image_key, names, in_chans)
     source = Source(names, read, labels, classes, read_lazily=functools.partial(read, lazy=True), problem=problem)
-    return _said(source, f"hfds/{name}", f"split {theirs}")
+    return _said(source, f"hfds/{name}", f"split {name_of_split}")
 
 
 def _read_hugging_face(

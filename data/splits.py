@@ -56,16 +56,16 @@ def open_splits(options: ClassifierOptions) -> Splits:
     Raises:
         ValueError: If the images cannot be used for training.
     """
-    whole = _training_images(options)
-    classes = whole.classes or []
+    images = _training_images(options)
+    classes = images.classes or []
     if options.num_classes and len(classes) > options.num_classes:
         raise ValueError(f"num_classes {options.num_classes}: the training images have labels 0 to {len(classes) - 1}")
-    options = replace(options, value_range=whole.value_range)  # of all splits
-    check_groups(whole, options.group_by)
-    val, test = (_evaluation_images(options, split, whole) for split in ("val", "test"))
-    train = whole
+    options = replace(options, value_range=images.value_range)  # of all splits
+    check_groups(images, options.group_by)
+    val, test = (_evaluation_images(options, split, images) for split in ("val", "test"))
+    train = images
     if not val and not test:
-        train, test = divide(whole, options.test_share, options.subset_seed, options.group_by, "test_share")
+        train, test = divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")
     several = groups_of(train, options.group_by)
     small = subset(_labels(train), options.label_share, options.labels_per_class, options.subset_seed, several)
     _warn_of_split_folders(train, small, options, "label_share")
@@ -80,7 +80,7 @@ def open_splits(options: ClassifierOptions) -> Splits:
     log.info(
         "%d of %d labelled training images, %s of each of %d classes; best is chosen by %s on %d images (%s); "
         "%d test images",
-        *(len(train), len(whole), each, len(classes)),
+        *(len(train), len(images), each, len(classes)),
         *(metric(options), len(choice), chosen_on, len(evaluated)),
     )
     return Splits(replace(train, classes=_enough(classes, options.num_classes)), choice, chosen_on, evaluated)
@@ -164,8 +164,8 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
             continue
         found, foreign = match_classes(test.classes or [], trained)
         return like(train, test, split) if found and not foreign else test
-    whole = _training_images(options)
-    return divide(whole, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
+    images = _training_images(options)
+    return divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
 
 
 def _nothing(index: int) -> None:

@@ -146,11 +146,11 @@ def evaluate_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     model.to(processes.device)
     choose_threads(model, processes.device)
     batches = image_batches(options, test, processes)
-    figures = evaluate(model, batches, classes=classes, processes=processes, autocast=autocast(options, processes))
-    log.info("%s on %d test images: %s", path, figures["images"], describe(figures))
+    metrics = evaluate(model, batches, classes=classes, processes=processes, autocast=autocast(options, processes))
+    log.info("%s on %d test images: %s", path, metrics["images"], describe(metrics))
     log.info("evaluation: %s", prepared(options))
     if processes.main:
-        sys.stdout.write(json.dumps({"checkpoint": path, "eval_crop": options.eval_crop, **figures}) + "\n")
+        sys.stdout.write(json.dumps({"checkpoint": path, "eval_crop": options.eval_crop, **metrics}) + "\n")
 
 
 def make_plan(options: FinetuneOptions, processes: Processes, *, reading: Processes | None = None) -> Plan:

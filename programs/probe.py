@@ -88,9 +88,9 @@ class Features:
     def batches(self, name: str) -> Iterator[Batch]:
         """Yield this process's share of a split."""
         samples, processes = self.samples(name), self.run.processes
-        mine = range(processes.rank, len(samples), processes.world_size)
-        for start in range(0, len(mine), 1024):
-            yield samples.__getitems__([(0, index) for index in mine[start : start + 1024]])
+        share = range(processes.rank, len(samples), processes.world_size)
+        for start in range(0, len(share), 1024):
+            yield samples.__getitems__([(0, index) for index in share[start : start + 1024]])
 
     def knn(self) -> float:
         """Return the kNN accuracy in percent on the test images, with the pooling of the pretraining method."""

@@ -128,7 +128,7 @@ def evaluate_checkpoint(options: SegmentOptions, processes: Processes) -> None:
     models_upernet.load_segmenter(model, weights, made_with)
     model.to(processes.device)
     choose_threads(model, processes.device)
-    figures = evaluate(
+    metrics = evaluate(
         model,
         image_batches(options, test, processes),
         names=names,
@@ -136,9 +136,9 @@ def evaluate_checkpoint(options: SegmentOptions, processes: Processes) -> None:
         processes=processes,
         autocast=autocast(options, processes),
     )
-    log.info("%s on %d test images: %s\n%s", path, figures["images"], describe(figures), table(figures))
+    log.info("%s on %d test images: %s\n%s", path, metrics["images"], describe(metrics), table(metrics))
     if processes.main:
-        sys.stdout.write(json.dumps({"checkpoint": path, **figures}) + "\n")
+        sys.stdout.write(json.dumps({"checkpoint": path, **metrics}) + "\n")
 
 
 def make_plan(options: SegmentOptions, processes: Processes, *, reading: Processes | None = None) -> Plan:

@@ -102,21 +102,21 @@ def packages(requirements: Path = PROJECT / "requirements.txt") -> Iterator[Find
     """Compare installed versions with the pinned ones, and test two packages that may fail although installed."""
     missing, other = [], []
     pinned = re.findall(r"^([\w.-]+)==(\S+)$", requirements.read_text(), re.MULTILINE)
-    for name, wanted in pinned:
+    for name, pin in pinned:
         try:
             found = version(name).split("+")[0]
         except PackageNotFoundError:
             missing.append(name)
             continue
-        if found != wanted:
-            other.append(f"{name} {found} (tested with {wanted})")
+        if found != pin:
+            other.append(f"{name} {found} (tested with {pin})")
     if missing:
         yield Finding(WRONG, "packages", f"missing: {', '.join(missing)}; pip install -r {requirements.name}")
     if other:
         yield Finding(DOUBTFUL, "packages", ", ".join(other))
     if not missing and not other:
-        said = f"Python {platform.python_version()}, all {len(pinned)} of {requirements.name} as pinned"
-        yield Finding(GOOD, "packages", said)
+        text = f"Python {platform.python_version()}, all {len(pinned)} of {requirements.name} as pinned"
+        yield Finding(GOOD, "packages", text)
     if torchcodec_jpeg() is None:
         yield Finding(DOUBTFUL, "torchcodec", "cannot be used: JPEG files are decoded by Pillow, more slowly")
     try:
@@ -135,17 +135,17 @@ def images(source: Source, max_bad_fraction: float) -> Finding:
         except BadImage as error:
             bad.append(f"{error.path} ({error.reason})")
     each = (time.monotonic() - began) / len(indices)
-    said = f"{len(source):,} images"
+    text = f"{len(source):,} images"
     if source.classes is not None:
-        said += f" of {len(source.classes)} classes"
+        text += f" of {len(source.classes)} classes"
     what = "read with masks" if masked else "read"
-    said += f"; {len(indices) - len(bad)} of {len(indices)} {what}, {1000 * each:.1f} ms each"
+    text += f"; {len(indices) - len(bad)} of {len(indices)} {what}, {1000 * each:.1f} ms each"
     if not bad:
-        return Finding(GOOD, "images", said)
+        return Finding(GOOD, "images", text)
     # The sample is small: a fraction that training accepts is reported as doubtful, not as wrong.
     allowed = max(allowed_bad(max_bad_fraction, len(source)), allowed_bad(max_bad_fraction, len(indices)))
     verdict = DOUBTFUL if len(bad) <= allowed else WRONG
-    return Finding(verdict, "images", f"{said}; not read: {'; '.join(bad[:3])}")
+    return Finding(verdict, "images", f"{text}; not read: {'; '.join(bad[:3])}")
 
 
 def shared_memory(options: RunOptions, image_bytes: int, processes: int) -> Finding:
@@ -166,14 +166,14 @@ def disk(output_dir: str, checkpoint_bytes: int, checkpoints: int) -> Finding:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         return Finding(WRONG, "disk", f"{place} is not a writable folder; give another --output_dir")
-    said = f"{checkpoints} checkpoints of {checkpoint_bytes / GB:.3f} GB take"
-    return room(checkpoints * checkpoint_bytes, place, "disk", said)
+    text = f"{checkpoints} checkpoints of {checkpoint_bytes / GB:.3f} GB take"
+    return room(checkpoints * checkpoint_bytes, place, "disk", text)
 
 
-def room(needed: int, place: Path, what: str, said: str) -> Finding:
+def room(needed: int, place: Path, what: str, text: str) -> Finding:
     free = shutil.disk_usage(place).free
     verdict = GOOD if free > 2 * needed else DOUBTFUL if free > needed else WRONG
-    return Finding(verdict, what, f"{said} {needed / GB:.3f} GB; {free / GB:.1f} GB are free in {place}")
+    return Finding(verdict, what, f"{text} {needed / GB:.3f} GB; {free / GB:.1f} GB are free in {place}")
 
 
 def devices(device: torch.device, processes: int) -> Iterator[Finding]:
@@ -183,9 +183,9 @@ def devices(device: torch.device, processes: int) -> Iterator[Finding]:
         return
     count = torch.cuda.device_count()
     cards = [torch.cuda.get_device_properties(number) for number in range(count)]
-    said = ", ".join(f"{card.name} with {card.total_memory / GB:.0f} GB" for card in cards)
+    text = ", ".join(f"{card.name} with {card.total_memory / GB:.0f} GB" for card in cards)
     more = "" if processes <= count else f"; {processes} processes need {processes - count} more on other machines"
-    yield Finding(GOOD if processes <= count else DOUBTFUL, "GPU", said + more)
+    yield Finding(GOOD if processes <= count else DOUBTFUL, "GPU", text + more)
     try:
         ones = [torch.ones(1 << 20, device=f"cuda:{number}") for number in range(count)]
         torch.cuda.nccl.all_reduce(ones)

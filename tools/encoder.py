@@ -170,14 +170,14 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
             f"{file} is a segmenter, whose encoder has no last norm; `visualize.py figure9` shows what it predicts"
         )
     encoders = methods.encoder_weights(weights, options)
-    settled = _arguments(file, encoders, options, num_heads)
-    size = next((size for size, known in SIZES.items() if known.embed_dim == settled["embed_dim"]), "tiny")
+    arguments = _arguments(file, encoders, options, num_heads)
+    size = next((size for size, known in SIZES.items() if known.embed_dim == arguments["embed_dim"]), "tiny")
     architecture = DISTILLED if "dist_token" in encoders else ARCHITECTURES[size]
-    model = _create(architecture, settled)
+    model = _create(architecture, arguments)
     _fill(model, encoders, file, ours=bool(options))
     mean, std = options.get("mean", ()), options.get("std", ())
-    statistics = pixel_statistics(settled["in_chans"], mean, std)
-    encoder = Encoder(model, architecture, settled, statistics, file, options)
+    statistics = pixel_statistics(arguments["in_chans"], mean, std)
+    encoder = Encoder(model, architecture, arguments, statistics, file, options)
     if options:
         encoder = replace(encoder, updates=state.get("step"), program=program)
         compare(encoder, _as_trained(options, weights, encoder), f"the model extracted from {file}")
@@ -233,8 +233,8 @@ def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, 
     require_plain_encoder(weights, own=DISTILLATION, where=f"the weights in {file}")
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if missing := [name for name in needed if name not in weights]:
-        there = ", ".join(sorted({name.split(".")[0] for name in weights})[:8])
-        raise ValueError(f"{file} holds no vision transformer: without {', '.join(missing)}; it holds {there}")
+        prefixes = ", ".join(sorted({name.split(".")[0] for name in weights})[:8])
+        raise ValueError(f"{file} holds no vision transformer: without {', '.join(missing)}; it holds {prefixes}")
     width, in_chans, *patch = weights["patch_embed.proj.weight"].shape
     if len(patch) != 2 or patch[0] != patch[1]:
         raise ValueError(f"{file} embeds patches of {patch or 'unknown'} pixels; here they are squares")

@@ -148,17 +148,17 @@ def export(name: str, trained: Trained, output: Path) -> str:
         )
     rows, columns = trained.options.input_size
     about, path = describe(trained, name), output / FILES[name]
-    with new_folder(output) as growing:
+    with new_folder(output) as folder:
         graph = Graph(trained, (rows, columns)).eval()
-        file = growing / FILES[name]
+        file = folder / FILES[name]
         {"onnx": write_onnx, "torch": write_torch}[name](
             graph, torch.zeros(2, trained.options.in_chans, rows, columns), about, file
         )
         about["largest_difference"] = difference = check(graph, name, file)
-        write_json(growing / "export.json", about)
+        write_json(folder / "export.json", about)
         classes = ", ".join(f"{number} {name}" for number, name in enumerate(trained.class_names))
         write_text(
-            growing / "README.md",
+            folder / "README.md",
             f"# A segmenter of {len(trained.class_names)} classes\n\n{trained.options.model} with UPerNet, "
             f"{trained.updates:,} updates. Images of {rows} x {columns} pixels; larger ones are covered by overlapping "
             f"windows (export.json).\n\n```python\n{usage(name)}```\n\nClasses: {classes}\n",

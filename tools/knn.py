@@ -80,7 +80,7 @@ def measure(
     group_by: str = "",
 ) -> dict[str, Any]:
     """Return the accuracy in % of each kind of features, and a description of the protocol."""
-    bank, queries, asked = splits(trained, data_path, group_by)
+    bank, queries, query_images = splits(trained, data_path, group_by)
     mean, std = trained.statistics
     reading: dict[str, Any] = dict(input_size=trained.options["input_size"], mean=mean, std=std)
     eval_crop = eval_crop or trained.options.get("eval_crop", "keep_size")
@@ -103,7 +103,7 @@ def measure(
     seen = trained.updates * trained.options["total_batch_size"]
     protocol = (
         f"{POOLS[pool]} (or all pixels), k = {K}, temperature {TEMPERATURE}. "
-        f"Bank: {len(bank):,} training images, queries: {len(queries):,} {asked} images. "
+        f"Bank: {len(bank):,} training images, queries: {len(queries):,} {query_images} images. "
         f"Images: {describe_eval_crop(tuple(trained.options['input_size']), CROP_SHARE, eval_crop)}. "
         f"{trained.checkpoint.name} after {trained.updates:,} updates, {seen:,} images seen."
     )

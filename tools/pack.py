@@ -211,10 +211,10 @@ def read_plan(folder: Path) -> dict[str, Any]:
 def compare(folder: Path, recipe: dict[str, Any], source: dict[str, Any], plan: dict[str, Any]) -> None:
     """Raise ValueError if the folder was packed with other settings or from other images."""
     rows = [
-        f"{name} {str(there.get(name))[:60]} -> {str(value)[:60]}"
-        for there, now in ((recipe, plan["recipe"]), (source, plan["source"]))
+        f"{name} {str(earlier.get(name))[:60]} -> {str(value)[:60]}"
+        for earlier, now in ((recipe, plan["recipe"]), (source, plan["source"]))
         for name, value in now.items()
-        if there.get(name) != value
+        if earlier.get(name) != value
     ]
     if rows:
         raise ValueError(

@@ -61,12 +61,12 @@ class Replay:
 
     def micro_batches(self) -> Iterator[tuple[str, Batch]]:
         """Yield the batches of the last step of every process. Raises ValueError if the data has changed."""
-        for rank, newest in enumerate(self.ranks):
+        for rank, last in enumerate(self.ranks):
             batches = self._plan.make_batches(Processes(rank, len(self.ranks), 0, self.device))
-            step, accum = newest["step"], self.options.accum_iter
+            step, accum = last["step"], self.options.accum_iter
             epoch, done = divmod(step, batches.steps_per_epoch)
             found = list(islice(batches.epoch(epoch, done), accum))
-            if newest["index"] != found[-1].index.tolist():
+            if last["index"] != found[-1].index.tolist():
                 raise ValueError(
                     f"the images of step {step} are not those of the run: "
                     f"{len(self.source)} images in {self.options.data_path}; give the data of the run with --data_path"

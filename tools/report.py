@@ -93,8 +93,8 @@ def row(run: RunRecords) -> dict[str, str]:
 def test_metrics(result: Mapping[str, Any]) -> dict[str, str]:
     """Return the test metrics of result.json; empty for pretraining."""
     cells = {}
-    for epoch, figures in result.get("accuracy", {}).items():
-        cells[f"{epoch} epoch, test {result['metric']} %"] = f"{figures[result['metric']]:.2f}"
+    for epoch, metrics in result.get("accuracy", {}).items():
+        cells[f"{epoch} epoch, test {result['metric']} %"] = f"{metrics[result['metric']]:.2f}"
     if cells:
         cells["best epoch chosen on"] = result["best_chosen_on"]
     if "knn_acc1" in result:

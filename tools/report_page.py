@@ -294,31 +294,31 @@ def mean_and_deviation(values: Sequence[float], pattern: str) -> str:
 
 def verdict(run: RunRecords) -> list[tuple[str, str]]:
     """Return sentences about the run, each with `good`, `bad` or `plain`."""
-    result, said = run.result or {}, []
-    done, asked = len(run.epochs), run.options.get("epochs", "?")
+    result, texts = run.result or {}, []
+    done, epochs = len(run.epochs), run.options.get("epochs", "?")
     if run.result is None:
-        said.append(("bad", f"Not finished: {done} of {asked} epochs. Re-running the same command resumes the run."))
+        texts.append(("bad", f"Not finished: {done} of {epochs} epochs. Re-running the same command resumes the run."))
     else:
-        said.append(("good", f"Finished: {done} of {asked} epochs."))
+        texts.append(("good", f"Finished: {done} of {epochs} epochs."))
     constant, loss = result.get("constant_loss"), run.last(f"train_{result.get('constant_loss_of', 'loss')}")
     if constant is not None and loss is not None:
         share = f"{loss:.4g}, {100 * loss / constant:.0f}% of the best constant prediction ({constant:.4g})"
         if loss < constant:
-            said.append(("good", f"The loss is {share}: the model uses what it sees."))
+            texts.append(("good", f"The loss is {share}: the model uses what it sees."))
         else:
-            said.append(("bad", f"The loss is {share}: nothing was learned. Train longer or raise --blr."))
+            texts.append(("bad", f"The loss is {share}: nothing was learned. Train longer or raise --blr."))
     if gain := classifiers.gain_of_pretraining(classifiers.rows_below([run.folder])):
-        said.append(("good" if gain[0] > 0 else "bad", gain[1]))
+        texts.append(("good" if gain[0] > 0 else "bad", gain[1]))
     accuracy = (run.knn or {}).get("accuracy", {})
     if {"untrained encoder", "pretrained encoder"} <= accuracy.keys():
         gain = accuracy["pretrained encoder"] - accuracy["untrained encoder"]
         text = f"Nearest neighbours: {accuracy['pretrained encoder']:.2f}% with the pretrained encoder, "
-        said.append(("good" if gain > 0 else "bad", f"{text}{gain:+.2f} points from the untrained one."))
+        texts.append(("good" if gain > 0 else "bad", f"{text}{gain:+.2f} points from the untrained one."))
     if bad := result.get("bad_steps"):
-        said.append(("bad", f"{bad} updates were refused because they were not finite."))
+        texts.append(("bad", f"{bad} updates were refused because they were not finite."))
     if bad := result.get("bad_images"):
-        said.append(("bad", f"{bad} images could not be read and were replaced; they are listed below."))
-    return said
+        texts.append(("bad", f"{bad} images could not be read and were replaced; they are listed below."))
+    return texts
 
 
 def facts(run: RunRecords) -> str:
@@ -466,8 +466,8 @@ def page(
     for run in runs:
         whose = "" if len(runs) == 1 else f"<b>{html.escape(run.name)}</b> · "
         parts.append(f"<p class='lead'>{whose}{html.escape(facts(run))}</p>\n")
-        said = "".join(f"<li class='{kind}'>{html.escape(text)}</li>" for kind, text in verdict(run))
-        parts.append(f"<ul class='verdict'>{said}</ul>\n")
+        items = "".join(f"<li class='{kind}'>{html.escape(text)}</li>" for kind, text in verdict(run))
+        parts.append(f"<ul class='verdict'>{items}</ul>\n")
     parts.append(results_section(runs))
     columns = list(dict.fromkeys(name for cells in rows for name in cells))
     lines = (([name, *(cells.get(name, "") for cells in rows)], False) for name in columns if name != "run")
@@ -513,8 +513,8 @@ def page(
             parts.append(f"{environment_section(run)}</details>\n")
         bad = run.folder / "bad_images.txt"
         if bad.exists():
-            said = html.escape(bad.read_text())
-            parts.append(f"<h2>Images that could not be read{whose}</h2>\n<details><pre>{said}</pre></details>\n")
+            unreadable = html.escape(bad.read_text())
+            parts.append(f"<h2>Images that could not be read{whose}</h2>\n<details><pre>{unreadable}</pre></details>\n")
     head = (
         f"<meta charset='utf-8'>\n<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
         f"<title>{html.escape(names)}</title>\n<style>{STYLE}</style>"

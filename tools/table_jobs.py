@@ -64,9 +64,9 @@ class Program(Protocol):
 class Process:
     """A command in its own process. Its output is written to the given file, or to that of this process."""
 
-    def __init__(self, words: Sequence[str], said: Path | None):
+    def __init__(self, words: Sequence[str], output: Path | None):
         programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-        with _opened(said) as file:
+        with _opened(output) as file:
             self._process = subprocess.Popen(
                 [*programs[words[0]], *words[1:]], cwd=PROJECT, stdout=file, stderr=subprocess.STDOUT if file else None
             )
@@ -81,12 +81,12 @@ class Process:
 class Fork:
     """The same in a fork of a process that has imported everything, which is much faster for tiny runs."""
 
-    def __init__(self, words: Sequence[str], said: Path | None):
+    def __init__(self, words: Sequence[str], output: Path | None):
         assert words[0] == "python"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower with several threads
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self._process = context.Process(target=run_program, args=(words[1:], said))
+        self._process = context.Process(target=run_program, args=(words[1:], output))
         self._process.start()
 
     def code(self) -> int | None:
@@ -98,9 +98,9 @@ class Fork:
             os.kill(self._process.pid, number)
 
 
-def run_program(words: Sequence[str], said: Path | None = None) -> None:
+def run_program(words: Sequence[str], output: Path | None = None) -> None:
     """Run a program of the project in this process, and exit."""
-    with _opened(said) as file:
+    with _opened(output) as file:
         if file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -197,8 +197,8 @@ def run(
                     waiting.remove(job)
                     running[job] = start(words, _said(job, root) if at_once > 1 else None)
             stop.tell(list(running.values()))
-            ended = {job: code for job, program in running.items() if (code := program.code()) is not None}
-            for job, code in ended.items():
+            exited = {job: code for job, program in running.items() if (code := program.code()) is not None}
+            for job, code in exited.items():
                 del running[job]
                 stop.asked |= code == INTERRUPTED
                 if not job.done.exists() and not stop.asked:
@@ -207,7 +207,7 @@ def run(
                     failed.append(job)
             if stop.asked and not running:
                 break
-            if not ended:
+            if not exited:
                 time.sleep(LOOK)
     if stop.asked and not all(job.done.exists() for job in jobs):
         say("stopped; run the same command again to resume")

@@ -169,11 +169,11 @@ def data_of(folder: Path) -> str:
 @functools.cache
 def strength(options: str) -> str:
     """Return the strength of the neighbour term, weight x (P - 1), with a note if its relation has another scale."""
-    said: dict[str, Any] = json.loads(options)
-    if "neighbor" not in (said.get("terms") or {}):
+    stored: dict[str, Any] = json.loads(options)
+    if "neighbor" not in (stored.get("terms") or {}):
         return "-"
     with torch.device("meta"):  # shapes only
-        model: Any = methods.from_options(said)
+        model: Any = methods.from_options(stored)
     term = model.terms["neighbor"]
     if scale := term.scale(model):
         return ", ".join(f"{value:.3g} ({name})" for name, value in scale.items())

@@ -180,7 +180,7 @@ class Row:
     def helpers(self) -> dict[str, Row]:
         """Return the runs that must be trained before this one, by the option that uses them."""
         return {
-            option: replace(self, set={}, teacher="", **{"needs": {}, **said}) for option, said in self.needs.items()
+            option: replace(self, set={}, teacher="", **{"needs": {}, **entry}) for option, entry in self.needs.items()
         }
 
     def measures(self) -> list[str]:
@@ -202,26 +202,26 @@ class Table:
 @functools.cache
 def read_tables(path: Path = TABLES) -> dict[str, Table]:
     """Return all tables of the file by number."""
-    return {number: _table(number, said) for number, said in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+    return {number: _table(number, entry) for number, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
 
 
-def _table(number: str, said: Mapping[str, Any]) -> Table:
-    rows = [_row(said, each) for each in said["rows"]]
-    columns, source = tuple(said["columns"]), said.get("source", "paper")
-    return Table(number, said["title"], columns, said.get("note", ""), source, tuple(rows))
+def _table(number: str, entry: Mapping[str, Any]) -> Table:
+    rows = [_row(entry, each) for each in entry["rows"]]
+    columns, source = tuple(entry["columns"]), entry.get("source", "paper")
+    return Table(number, entry["title"], columns, entry.get("note", ""), source, tuple(rows))
 
 
-def _row(table: Mapping[str, Any], said: Mapping[str, Any]) -> Row:
-    said = dict(said)
-    paper = said.pop("paper")
+def _row(table: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
+    entry = dict(entry)
+    paper = entry.pop("paper")
     paper = paper if isinstance(paper, Mapping) else {ACCURACY: paper}
     cited = dict(table.get("cited_sets", {}))
-    if reason := said.pop("cited", ""):
+    if reason := entry.pop("cited", ""):
         cited = dict.fromkeys(paper, reason)
-    said.setdefault("finetune", table.get("finetune", ""))
+    entry.setdefault("finetune", table.get("finetune", ""))
     shared = {name: table[name] for name in ("sets", "dataset") if name in table}
     shared["finetune_all"] = table.get("finetune_set", {})
-    return Row(labels=tuple(said.pop("row")), paper=paper, cited=cited, **shared, **said)
+    return Row(labels=tuple(entry.pop("row")), paper=paper, cited=cited, **shared, **entry)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------------------
@@ -313,18 +313,18 @@ class Plan:
     def finetune_job(self, row: Row, measure: str, seed: int) -> Job:
         setting, folder = self.setting, self.finetuning(row, measure) / f"seed{seed}"
         pretrained = self.pretraining(row) / f"seed{seed}"
-        door, recipe = "main_finetune.py", f"finetune/{row.finetune}"
+        program_file, recipe = "main_finetune.py", f"finetune/{row.finetune}"
         options: dict[str, Any] = {"model": row.options["model"]} | dict(row.finetune_all) | dict(row.finetune_set)
         changes = self._finetune_epochs() | (SMOKE_RUN if setting.smoke else {})
         if row.sets.get(measure) == SEGMENTED:
-            door, recipe = "main_segment.py", f"segment/{SEGMENTED}"
+            program_file, recipe = "main_segment.py", f"segment/{SEGMENTED}"
             options = {"model": row.options["model"]}
             changes |= {"warmup_steps": 0} if changes else {}  # they would override warmup_epochs
             changes |= {"input_size": SMOKE_MODEL["input_size"]} if setting.smoke else {}
         options |= changes | self._dataset(row, measure)
         options |= {"init_from": pretrained / "checkpoints" / "last.pth", "seed": seed}
         options |= {"data_path": self._data(row.sets.get(measure, "")), "output_dir": folder}
-        words = (door, "-c", f"configs/{recipe}.yaml", *flags(options), *setting.more)
+        words = (program_file, "-c", f"configs/{recipe}.yaml", *flags(options), *setting.more)
         program = smoke_data.opener(row.sets.get(measure, "")) if setting.smoke else ()
         return Job((*program, *words), folder / "result.json", (pretrained / "result.json",))
 

@@ -77,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(dest="picture", required=True, metavar="PICTURE")
 
     def command(name: str, function: Callable) -> argparse.ArgumentParser:
-        said = (function.__doc__ or "").split("\n")[0]
-        made = commands.add_parser(name, help=said, description=said)
+        text = (function.__doc__ or "").split("\n")[0]
+        made = commands.add_parser(name, help=text, description=text)
         made.add_argument(
             "--output", type=Path, nargs="+", default=[], metavar="FILE",
             help=f"files to write, .png, .svg or .pdf (default: figures/{name}.png and .svg)",
@@ -107,13 +107,13 @@ def parser() -> argparse.ArgumentParser:
                 "--mask_ratio", type=float, help="share of masked patches (default: the first model's, or 0.75)"
             )
         if name in ("figure1", "neighbors", "closeup", "separation"):
-            told = "what is compared to find neighbours (default: embed_pos; pixels where models are compared)"
-            made.add_argument("--similarity", choices=get_args(Similarity), help=told)
+            text = "what is compared to find neighbours (default: embed_pos; pixels where models are compared)"
+            made.add_argument("--similarity", choices=get_args(Similarity), help=text)
             released = "closest neighbours, or the selection of the released code (default: closest)"
             made.add_argument("--cnp", choices=["closest", "released"], default="closest", help=released)
         if name == "reconstruction":
-            told = "models given as NAME=FILE were trained with normalised patches"
-            made.add_argument("--norm_pix_loss", action="store_true", help=told)
+            text = "models given as NAME=FILE were trained with normalised patches"
+            made.add_argument("--norm_pix_loss", action="store_true", help=text)
     made = command("similarity", similarity.similarity)
     of_models(made, None)
     made.add_argument("--crop", choices=list(similarity.CROPS), default="centre", help="(default: centre)")
@@ -137,8 +137,8 @@ def load_models(words: argparse.Namespace) -> list[Shown]:
     found = [models.load(word, **how) for word in words.models]
     sizes = {shown.size for shown in found}
     if len(sizes) > 1:
-        said = ", ".join(f"{shown.label} {' x '.join(map(str, shown.size))}" for shown in found)
-        raise ValueError(f"models side by side take the same images; found {said} (--input_size changes a size)")
+        sizes = ", ".join(f"{shown.label} {' x '.join(map(str, shown.size))}" for shown in found)
+        raise ValueError(f"models side by side take the same images; found {sizes} (--input_size changes a size)")
     return found
 
 

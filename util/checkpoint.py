@@ -209,9 +209,9 @@ def inherited(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, A
         # The run's own data, unless other data are given.
         data = () if {"data_path", "data_dir", "dataset"} & given.keys() else ("data_path", "dataset", "class_list")
         return options_of(evaluated_checkpoint(given), *schema.INHERITS_EVAL, *data)
-    own, wanted = options_of(given.get("init_from", ""), *schema.INHERITS), str(given.get("in_chans", ""))
-    if wanted.isdecimal() and int(wanted) != own.get("in_chans", int(wanted)):
-        own |= {name: [sum(own[name]) / len(own[name])] * int(wanted) for name in ("mean", "std") if own.get(name)}
+    own, channels = options_of(given.get("init_from", ""), *schema.INHERITS), str(given.get("in_chans", ""))
+    if channels.isdecimal() and int(channels) != own.get("in_chans", int(channels)):
+        own |= {name: [sum(own[name]) / len(own[name])] * int(channels) for name in ("mean", "std") if own.get(name)}
     return own
 
 

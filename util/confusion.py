@@ -49,15 +49,15 @@ def _number(value: Tensor) -> float | None:
     return None if value.isnan() else float(value)
 
 
-def describe(figures: Mapping[str, Any]) -> str:
+def describe(metrics: Mapping[str, Any]) -> str:
     """Return the metrics of `evaluate` as text: `mIoU 33.54%, ...`."""
     names = {METRIC: "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
-    return ", ".join(f"{word} {figures[name]:.2f}%" for name, word in names.items())
+    return ", ".join(f"{word} {metrics[name]:.2f}%" for name, word in names.items())
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def table(metrics: Mapping[str, Any]) -> str:
     """Return a line for each class: its name, IoU, accuracy and share of the pixels."""
-    rows = figures["per_class"]
+    rows = metrics["per_class"]
     pixels = max(1, sum(row["pixels"] for row in rows.values()))
     width = max(len("class"), *map(len, rows))
     lines = [f"{'class':<{width}}     IoU     acc  pixels"]

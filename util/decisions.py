@@ -41,8 +41,8 @@ class Decisions:
 
     def is_stop_requested(self) -> bool:
         """Return whether any process has received a signal. All processes must call it together."""
-        mine = STOP if self._stop.signal else CONTINUE
-        return STOP in (self._agree.settle(), self._agree(mine), self._agree.settle())
+        request = STOP if self._stop.signal else CONTINUE
+        return STOP in (self._agree.settle(), self._agree(request), self._agree.settle())
 
     def until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches until this process receives a signal."""

@@ -134,8 +134,8 @@ class RunFolder:
             raise ValueError(f"--output_dir {self.path} is a file; give a folder")
         ours = (self.path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
         found = self.path.iterdir() if self.path.is_dir() and not ours else []
-        begun = (LOCK, temporary_of(Path("options.yaml")).name)  # files that a start may leave if it is killed early
-        others = sorted(path.name for path in found if path.name not in begun)
+        leftovers = (LOCK, temporary_of(Path("options.yaml")).name)  # of a start that was killed early
+        others = sorted(path.name for path in found if path.name not in leftovers)
         if others:
             raise ValueError(
                 f"--output_dir {self.path} is not empty and does not contain a run ({', '.join(others[:5])}); "
@@ -157,8 +157,8 @@ class RunFolder:
             try:
                 named = checkpoint.file_of(self.options.resume)
             except CheckpointError as error:
-                there = f"; {self.path} has: {', '.join(map(str, found))}" if found else ""
-                raise ValueError(f"--resume: {error}{there}") from None
+                available = f"; {self.path} has: {', '.join(map(str, found))}" if found else ""
+                raise ValueError(f"--resume: {error}{available}") from None
             if not found or named.resolve().parent == self.checkpoints.resolve():
                 state = checkpoint.load(named)
                 if "sampler" not in state:

@@ -245,8 +245,8 @@ class Records:
         problems = self.state.problems
         before = len(problems)
         if self.processes.world_size > 1:
-            for theirs in self.processes.gather(problems):
-                problems.update(theirs)
+            for gathered in self.processes.gather(problems):
+                problems.update(gathered)
         if not problems:
             return
         path = self.folder / "bad_images.txt"

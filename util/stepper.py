@@ -225,9 +225,9 @@ class Stepper:
         self.step = state["step"]
         self._bad = torch.tensor(state["bad"], dtype=torch.int64, device=self._bad.device)
         self._usual_norm = torch.tensor(state["usual_norm"], device=self._usual_norm.device)
-        asked = [dict(group) for group in self.optimizer.param_groups]
+        configured = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, now in zip(self.optimizer.param_groups, asked, strict=True):  # torch loads the file's values
+        for group, now in zip(self.optimizer.param_groups, configured, strict=True):  # torch loads the file's values
             group.update({name: value for name, value in now.items() if name not in ("params", "lr")})
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])

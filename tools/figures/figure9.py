@@ -30,7 +30,7 @@ def figure9(
     """Plot image, true mask and the prediction of the latest checkpoint of each run, for random test images."""
     processes = Processes(0, 1, 0, pick_device(device))
     shown: list[list[tuple[Tensor, Tensor, Tensor]]] = []
-    said, labels = [], []
+    sentences, labels = [], []
     source: Source | None = None
     for path in runs:
         trained = segmenter.load(path)
@@ -39,8 +39,8 @@ def figure9(
             source = masks.open_test(options, processes)
             numbers = chosen(source, count, seed)
         elif options.num_classes != len(source.classes or []):
-            there = len(source.classes or [])
-            raise ValueError(f"{trained.checkpoint} has {options.num_classes} classes, the first run {there}")
+            classes = len(source.classes or [])
+            raise ValueError(f"{trained.checkpoint} has {options.num_classes} classes, the first run {classes}")
         model = trained.model.to(processes.device)
         windows = windows_of(options, model.patch)
         shown.append(
@@ -54,9 +54,9 @@ def figure9(
             )
         )
         labels.append(trained.run.resolve().name)
-        said.append(f"{labels[-1]}: {options.model}, {trained.updates:,} updates.")
+        sentences.append(f"{labels[-1]}: {options.model}, {trained.updates:,} updates.")
     assert source is not None, "give at least one run"
-    return _drawn(shown, labels, [source.names[number] for number in numbers], source.classes or [], said)
+    return _drawn(shown, labels, [source.names[number] for number in numbers], source.classes or [], sentences)
 
 
 def _drawn(
@@ -64,7 +64,7 @@ def _drawn(
     labels: Sequence[str],
     names: Sequence[str],
     classes: Sequence[str],
-    said: Sequence[str],
+    sentences: Sequence[str],
 ) -> Figure:
     rows, columns = len(names), 2 + len(shown)
     inches = 1.9 * columns
@@ -86,5 +86,5 @@ def _drawn(
     palette = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours(len(classes)).tolist()]
     patches = [Patch(color=palette[number], label=classes[number]) for number in most]
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(inches / 1.3)))
-    note(figure, [*said, "Black: ignored."], inches)
+    note(figure, [*sentences, "Black: ignored."], inches)
     return figure

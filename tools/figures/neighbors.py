@@ -148,15 +148,15 @@ def shared_pair(companions: Sequence[int], columns: int) -> tuple[int, int, int]
     pointers: dict[int, list[int]] = {}
     for patch, companion in enumerate(companions):
         pointers.setdefault(companion, []).append(patch)
-    companion, theirs = max(pointers.items(), key=lambda item: (len(item[1]), -item[0]))
-    if len(theirs) < 2:
+    companion, pointing = max(pointers.items(), key=lambda item: (len(item[1]), -item[0]))
+    if len(pointing) < 2:
         raise ValueError("no two patches of this image share a closest neighbour; show another image")
 
     def distance(pair: tuple[int, int]) -> int:
         (y, x), (other_y, other_x) = divmod(pair[0], columns), divmod(pair[1], columns)
         return (y - other_y) ** 2 + (x - other_x) ** 2
 
-    one, other = max(itertools.combinations(theirs, 2), key=distance)
+    one, other = max(itertools.combinations(pointing, 2), key=distance)
     return companion, one, other
 
 

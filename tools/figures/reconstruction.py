@@ -62,11 +62,11 @@ def reconstruction(subject: Subject) -> Figure:
         axes[0, column].set_title(title)
     for row, name in enumerate(subject.names):
         axes[row, 0].set_ylabel(short_name(name))
-    said = [f"{shown.label}: {shown.about}." for shown in subject.models]
+    sentences = [f"{shown.label}: {shown.about}." for shown in subject.models]
     same = ", the same for all" if len(subject.models) > 1 else ""
-    said.append(f"{subject.mask_ratio:.0%} of the patches hidden{same}.")
-    said += [
+    sentences.append(f"{subject.mask_ratio:.0%} of the patches hidden{same}.")
+    sentences += [
         f"{shown.label} {UNDONE}" for shown in subject.models if getattr(autoencoder(shown).target, "normalize", False)
     ]
-    note(figure, [*said, *subject.channels_note], inches)
+    note(figure, [*sentences, *subject.channels_note], inches)
     return figure

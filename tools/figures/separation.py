@@ -113,9 +113,9 @@ def panel(axis: Any, encoded: Encoded) -> str:
     visible = len(encoded.visible)
     points, companions = plane[:visible], plane[visible:]
     dot = 26 * min(1.0, (49 / visible) ** 0.5)
-    mine = companions[groups[:visible]]
+    own = companions[groups[:visible]]
     axis.plot(
-        torch.stack([points[:, 0], mine[:, 0]]), torch.stack([points[:, 1], mine[:, 1]]),
+        torch.stack([points[:, 0], own[:, 0]]), torch.stack([points[:, 1], own[:, 1]]),
         color="0.6", linewidth=0.6 if visible < 200 else 0.25, zorder=1,
     )  # fmt: skip
     axis.scatter(*companions.T, s=dot, marker="s", color=BLUE, linewidth=0, zorder=2, label="closest neighbours (CNP)")
