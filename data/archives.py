@@ -140,7 +140,7 @@ def _read_headers(shards: Sequence[str]) -> _Index:
     for number, shard in enumerate(shards):
         seen: dict[tuple[str, str], str] = {}
         try:
-            with tarfile.open(shard, "r:") as archive:  # no decompression: only then is an image where its offset says
+            with tarfile.open(shard, "r:") as archive:  # without compression, so that offsets are valid
                 for entry in archive:
                     name = entry.name.removeprefix("./")
                     folders, base = name.split("/")[:-1], name.rpartition("/")[2]

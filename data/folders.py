@@ -24,7 +24,7 @@ IMAGE_FOLDERS = frozenset(("image", "images", "imgs", "img", "jpegimages", "left
 DEEPEST = 4  # maximum depth at which the folders of splits are searched
 
 
-class NoSplit(ValueError):  # noqa: N818 - it says what is missing
+class NoSplit(ValueError):  # noqa: N818 - the name describes the error
     """The data set does not have the requested split, and is otherwise valid."""
 
 

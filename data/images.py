@@ -55,7 +55,7 @@ class Pair(NamedTuple):
 PairTransform = Callable[[Pair], tuple[Tensor, Tensor]]
 
 
-class BadImage(Exception):  # noqa: N818 - it says what the file is
+class BadImage(Exception):  # noqa: N818 - the name describes the error
     """A file that cannot be read as an image: `path` and `reason`."""
 
     def __init__(self, path: str, reason: str):

@@ -60,7 +60,7 @@ class _WorkersLost(Exception):
     """The workers return no more batches. Arguments: what happened, details, and the usual causes."""
 
 
-class NothingReadable(ValueError):  # noqa: N818 - it says what happened
+class NothingReadable(ValueError):  # noqa: N818 - the name describes the error
     """No image can be read: none of `TRIES` in a row, or none at all."""
 
 

@@ -74,7 +74,7 @@ class Processes:
         return boxes  # type: ignore[return-value]
 
 
-class NoDevice(ValueError):  # noqa: N818 - it says what is wrong
+class NoDevice(ValueError):  # noqa: N818 - the name describes the error
     """The device is not available to this process, but perhaps to others."""
 
 

@@ -40,7 +40,7 @@ def lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
     """Create LARS as in MAE: momentum 0.9, and learning rates of matrices, not of biases, scaled by 0.001 x their norm.
 
     Without weight decay, as in MAE's probes, the update equals MAE's. With weight decay it equals timm's, in which the
-    norm of the gradient includes the decay.
+    norm that divides the update includes the decay.
     """
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]

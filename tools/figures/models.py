@@ -55,7 +55,7 @@ class Shown:
     """Mean and standard deviation of each channel for normalisation."""
     device: torch.device
     origin: Origin | None = None
-    """Its run, for a run of this project."""
+    """The run, if the model is from a run of this project."""
     decoder_trained: bool = True
     """Whether the decoder, if any, was trained with the encoder."""
 

@@ -145,7 +145,7 @@ def as_pictures(images: Tensor) -> np.ndarray:
 
 
 def only_patches(picture: np.ndarray, patches: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
-    """Return a picture `[H, W, ...]` with all other patches blank."""
+    """Return an image `[H, W, ...]` in which all other patches are blank."""
     rows, columns = grid
     shown = np.zeros(rows * columns, dtype=bool)
     shown[list(patches)] = True
@@ -162,10 +162,15 @@ def photos(in_chans: int) -> Source:
 
 
 def open_images(paths: Sequence[str], models: Sequence[Shown]) -> tuple[Source, bool]:
-    """Open the images; also return whether they were listed one by one, so that all are shown.
+    """Open the images; also return whether they are individual files, of which all are shown.
 
-    Image files; one folder, list or shard, or `digits`; `photos`; or, without paths, a run's own held-out images, and
-    where there is no run, or its images are gone, the photos. ValueError for anything else.
+    Args:
+        paths: Image files; or one folder, list or shard, `digits` or `photos`; or empty: the held-out images of the
+            first run, or the photos if there is no run or its images no longer exist.
+        models: Models, whose runs may be used.
+
+    Raises:
+        ValueError: If the paths are anything else.
     """
     in_chans = models[0].size[0]
     origin = next((shown.origin for shown in models if shown.origin), None)
@@ -194,7 +199,7 @@ def open_images(paths: Sequence[str], models: Sequence[Shown]) -> tuple[Source, 
 
 
 def _held_out(opened: Callable[[str], Source]) -> Source:
-    """Open the validation split, or else the training images, or the folder itself."""
+    """Open the validation split; if there is none, the training images or the folder itself."""
     try:
         return opened("val")
     except ValueError:
@@ -202,7 +207,7 @@ def _held_out(opened: Callable[[str], Source]) -> Source:
 
 
 def chosen(source: Source, count: int | None, seed: int) -> list[int]:
-    """Draw the indices of `count` images; of all images if there are no more, or `count` is None."""
+    """Draw the indices of `count` images; return all if there are not more, or `count` is None."""
     everything = range(len(source))
     return list(everything) if count is None or count >= len(source) else random.Random(seed).sample(everything, count)
 
@@ -210,5 +215,5 @@ def chosen(source: Source, count: int | None, seed: int) -> list[int]:
 def read_images(source: Source, size: tuple[int, int, int], numbers: Sequence[int]) -> tuple[Tensor, list[str]]:
     """Read centre crops as uint8 `[N, C, H, W]`, and their names."""
     samples = EvalSamples(source, eval_transform(size[1:]), mean=(0.0,) * size[0], std=(1.0,) * size[0])
-    (batch,) = eval_batches(samples, batch_size=len(numbers), indices=numbers)  # all of it: then it says what is bad
+    (batch,) = eval_batches(samples, batch_size=len(numbers), indices=numbers)  # a single batch
     return batch.images, [source.names[number] for number in batch.index.tolist()]
