@@ -83,7 +83,7 @@ def find_banned(path):
 
 
 def files():
-    """Every file with prose, by the place it belongs to (docs/options.md is generated from options/)."""
+    """Yield the place and path of every file with prose, except docs/options.md, which is generated from options/."""
     patterns = ["*.py", "*.md", "*/**/*.py", "docs/**/*.md", "configs/**/*.yaml", "scripts/*.sh", "requirements/*.txt"]
     for path in sorted({path for pattern in patterns for path in PROJECT.glob(pattern)}):
         relative = path.relative_to(PROJECT)
