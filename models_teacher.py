@@ -187,7 +187,7 @@ def build_plain(
     grid: tuple[int, int],
     decoder: bool,
 ) -> VisionTransformer:
-    """Build a plain teacher for images of `grid` patches and load its weights; `decoder`: with its decoder."""
+    """Build a plain teacher, with its decoder if that is compared, for images of `grid` patches; load its weights."""
     patch_size = weights["patch_embed.proj.weight"].shape[-1]
     sizes: dict[str, Any] = {
         "img_size": (grid[0] * patch_size, grid[1] * patch_size),

@@ -80,7 +80,7 @@ class Encoder:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the input images."""
+        """Channels, height and width of the images."""
         return (self.arguments["in_chans"], *self.arguments["img_size"])
 
     @property
@@ -233,8 +233,8 @@ def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, 
     require_plain_encoder(weights, own=DISTILLATION, where=f"the weights in {file}")
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if missing := [name for name in needed if name not in weights]:
-        prefixes = ", ".join(sorted({name.split(".")[0] for name in weights})[:8])
-        raise ValueError(f"{file} holds no vision transformer: without {', '.join(missing)}; it holds {prefixes}")
+        there = ", ".join(sorted({name.split(".")[0] for name in weights})[:8])
+        raise ValueError(f"{file} holds no vision transformer: without {', '.join(missing)}; it holds {there}")
     width, in_chans, *patch = weights["patch_embed.proj.weight"].shape
     if len(patch) != 2 or patch[0] != patch[1]:
         raise ValueError(f"{file} embeds patches of {patch or 'unknown'} pixels; here they are squares")
