@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.small import small
 from util import optim
 
 
@@ -65,3 +66,27 @@ def test_vectors_and_biases_are_not_decayed_tokens_and_matrices_are():
     groups = {group["weight_decay"]: set(map(id, group["params"])) for group in optim.pretrain_groups(model, 0.05)}
     assert groups[0.05] == {id(model.cls_token), id(model.linear.weight)}
     assert groups[0.0] == {id(model.norm.weight), id(model.norm.bias), id(model.linear.bias)}
+
+
+@pytest.mark.parametrize("make", ["cosine", "poly"])
+def test_a_decay_of_one_step_gives_no_warning(make, caplog):
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    if make == "cosine":
+        schedule = optim.warmup_cosine(optimizer, epochs=3, warmup_epochs=2, steps_per_epoch=1, min_lr=0.0)
+    else:
+        schedule = optim.warmup_poly(optimizer, steps=3, warmup_steps=2, power=1.0, min_lr=0.0)
+    schedule.step_update(2)
+    assert optimizer.param_groups[0]["lr"] == 1.0 and not caplog.records
+
+
+def test_a_run_of_an_earlier_version_decays_the_parameters_that_it_did():
+    model = small("simmim")
+    optimizer = torch.optim.AdamW(optim.pretrain_groups(model, 0.05))
+    now = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    optim.restore_groups(optimizer, model, [{"params": list(range(len(group)))} for group in now])
+    assert now == [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    sizes = [len(now[0]) - 1, len(now[1]) + 1]  # the class token was decayed
+    optim.restore_groups(optimizer, model, [{"params": list(range(size))} for size in sizes])
+    plain, decayed = ([id(p) for p in group["params"]] for group in optimizer.param_groups)
+    assert id(model.cls_token) in decayed and [len(plain), len(decayed)] == sizes
+    assert sorted(plain + decayed) == sorted(now[0] + now[1])

@@ -137,8 +137,8 @@ def load_models(words: argparse.Namespace) -> list[Shown]:
     found = [models.load(word, **how) for word in words.models]
     sizes = {shown.size for shown in found}
     if len(sizes) > 1:
-        sizes = ", ".join(f"{shown.label} {' x '.join(map(str, shown.size))}" for shown in found)
-        raise ValueError(f"models side by side take the same images; found {sizes} (--input_size changes a size)")
+        listed = ", ".join(f"{shown.label} {' x '.join(map(str, shown.size))}" for shown in found)
+        raise ValueError(f"models side by side take the same images; found {listed} (--input_size changes a size)")
     return found
 
 
