@@ -113,7 +113,7 @@ def neighbor_similarities(tokens: Tensor, grid: tuple[int, int], border: str) ->
     table_LK, order_LK = neighbor_table(grid, border, tokens.device).sort(dim=-1)
     with without_autocast(tokens):
         unit = F.normalize(at_least_float32(tokens), dim=-1).unflatten(1, grid)
-        similarity = unit.new_full((N, *grid, K), -torch.inf)
+        similarity = unit.new_zeros(N, *grid, K)
         for slot, here, there in neighbor_blocks(grid, border):
             cosine = (unit[here] * unit[there]).sum(dim=-1)
             similarity[(*here, slot)] = cosine

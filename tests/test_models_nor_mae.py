@@ -345,6 +345,25 @@ def test_compiled_relations_and_their_gradients_are_the_plain_ones(relation, nor
     torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(plain, z))
 
 
+@pytest.mark.parametrize(("relation", "normalize"), [*product(models_nor_mae.LINEAR, ("none", "token", "feature"))])
+def test_the_formula_that_compiled_code_uses_agrees(relation, normalize, monkeypatch):
+    """Values and gradients, for another number of tokens than of features."""
+    z, z_cnp = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    z.requires_grad_()
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        value = neighbor_relation(z, z_cnp, relation, normalize)
+        found.append((value, *torch.autograd.grad(value, z)))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"relation": "off_diagonal_squared"}, {"normalize": "feature"}])
+def test_terms_that_are_no_mean_over_images_say_so(changes):
+    term = models_nor_mae.NeighborTerm(models_nor_mae.NeighborOptions(**changes))
+    assert term.images_together == ("ranks" if changes else "")
+
+
 def test_with_standardized_tokens_the_off_diagonal_is_minus_the_trace():
     z, z_cnp = predictions(n=4, tokens=9, pixels=48)
     off, trace = (neighbor_relation(z, z_cnp, relation) for relation in ("off_diagonal", "diagonal"))
