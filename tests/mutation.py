@@ -42,7 +42,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 TESTS: dict[str, str] = {
     "util/stepper": "test_stepper",
     "models_nor_mae": "test_models_nor_mae test_fraction",
-    "models_mae": "test_models_mae test_models_nor_mae test_models_u_mae",
+    "models_mae": "test_models_mae test_models_nor_mae test_models_u_mae test_distillation test_models_moco_v3",
     "models_simmim": "test_models_simmim test_models_maskfeat test_models_beit test_block_masks",
     "models_targets": "test_models_targets test_models_mae test_models_simmim test_models_beit",
     "models_cross_mae": "test_models_cross_mae",
