@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from methods import build
 from models_mae import (
     ENCODER_INPUT,
     MaskedAutoencoderViT,
@@ -240,6 +241,17 @@ def test_checkpointing_blocks_changes_no_gradient():
 
 
 # ---- the model as timm's --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "channels", "heads"),
+    [("tiny_patch16", 192, 12), ("small_patch16", 256, 8), ("base_patch16", 512, 16), ("huge_patch14", 512, 16)],
+)
+def test_default_decoders(model, channels, heads):
+    with torch.device("meta"):
+        made = build("mae", f"mae_vit_{model}")
+    assert made.decoder_embed.out_features == channels
+    assert [block.attn.num_heads for block in made.decoder_blocks] == [heads] * 8
 
 
 @pytest.mark.parametrize(
