@@ -11,6 +11,7 @@ from models_vit import (
     SIZES,
     VisionTransformer,
     attention_heads,
+    encoder_sizes,
     for_channels,
     initialize,
     load_from_run,
@@ -19,6 +20,7 @@ from models_vit import (
     patch_grid,
     position_table,
     require_plain_encoder,
+    set_drop_path,
 )
 
 
@@ -275,3 +277,29 @@ def test_a_deeper_encoder_is_refused_and_an_unknown_number_of_heads_is_reported(
     tiny = vit(embed_dim=192, num_heads=12, depth=1)
     load_from_run(tiny, vit(embed_dim=192, num_heads=3, depth=1).state_dict(), {})
     assert "the model has 12, and encoders of 192 channels have 12 in NoR-MAE and MAE-Lite, 3 in DeiT" in caplog.text
+
+
+def test_sizes_are_the_models_unless_they_are_given():
+    sizes = encoder_sizes("mae_vit_small_patch14", {"depth": 3, "input_size": (28, 42), "num_heads": 0})
+    assert {name: sizes[name] for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth")} == {
+        "img_size": (28, 42),
+        "patch_size": 14,
+        "in_chans": 3,
+        "embed_dim": 384,
+        "depth": 3,
+    }
+    given = {"embed_dim": 64, "num_heads": 4, "mlp_ratio": 2.0, "in_chans": 5}
+    assert encoder_sizes("mae_vit_tiny_patch16", given).items() >= given.items()
+    heads = {size: encoder_sizes(f"mae_vit_{size}_patch16", {})["num_heads"] for size in ("tiny", "small", "base")}
+    assert heads == {"tiny": 12, "small": 6, "base": 12}
+
+
+def test_stochastic_depth_rises_linearly_over_the_blocks_or_is_uniform():
+    def rates(**how):
+        blocks = vit(embed_dim=8, num_heads=2, depth=4).blocks
+        set_drop_path(blocks, **how)
+        return [tuple(getattr(path, "drop_prob", 0.0) for path in (b.drop_path1, b.drop_path2)) for b in blocks]
+
+    assert rates(rate=0.3) == [(pytest.approx(rate), pytest.approx(rate)) for rate in (0, 0.1, 0.2, 0.3)]
+    assert rates(rate=0.3, uniform=True) == [(0.3, 0.3)] * 4
+    assert rates(rate=0.0) == [(0, 0)] * 4
