@@ -292,6 +292,8 @@ def test_sizes_are_the_models_unless_they_are_given():
     assert encoder_sizes("mae_vit_tiny_patch16", given).items() >= given.items()
     heads = {size: encoder_sizes(f"mae_vit_{size}_patch16", {})["num_heads"] for size in ("tiny", "small", "base")}
     assert heads == {"tiny": 12, "small": 6, "base": 12}
+    with pytest.raises(ValueError, match="one side in pixels, or height and width"):
+        encoder_sizes("mae_vit_tiny_patch16", {"input_size": (16, 16, 16)})
 
 
 def test_stochastic_depth_rises_linearly_over_the_blocks_or_is_uniform():
