@@ -229,7 +229,8 @@ METHODS: dict[str, Method] = {
 }
 
 ENCODER_OVERRIDES = (
-    *("input_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "grad_checkpointing", "mean", "std"),
+    *("input_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_stem", "grad_checkpointing"),
+    *("mean", "std"),
 )
 """What `build` accepts for every method, besides `terms` and the method's own options."""
 
@@ -295,10 +296,10 @@ def build(method: str, model: str = "mae_vit_tiny_patch16", **overrides: Any) ->
         method: A key of `METHODS`.
         model: Name of the encoder's size and patch size.
         overrides: `input_size` (pixels of one side, or height and width), `in_chans`, `embed_dim`, `depth`,
-            `num_heads`, `mlp_ratio` (0 or None: the default of the size), `grad_checkpointing`; `mean` and `std` of the
-            channels with which images are normalised, for teachers that expect others; every option that the
-            method declares (see `own_options`); `terms`, `{name: {option: value}}` over the method's own, option by
-            option, or `{name: None}` to remove a term.
+            `num_heads`, `mlp_ratio` (0 or None: the default of the size), `patch_stem` ("linear" or "conv"),
+            `grad_checkpointing`; `mean` and `std` of the channels with which images are normalised, for teachers that
+            expect others; every option that the method declares (see `own_options`); `terms`, `{name: {option: value}}`
+            over the method's own, option by option, or `{name: None}` to remove a term.
 
     Returns:
         The model, on the CPU, with what training needs: checkpoints named in the options are read.
@@ -333,6 +334,8 @@ def _assemble(method: str, model: str, overrides: Mapping[str, Any], terms: Mapp
     more: dict[str, Any] = {"terms": terms} if chosen_class.takes_terms else {}
     if terms and not more:
         raise ValueError(f"the method {method!r} takes no loss terms, found {', '.join(terms)}")
+    if given.get("patch_stem") == "conv" and not chosen_class.takes_conv_stem:
+        raise ValueError(f"patch_stem is conv, and the method {method!r} only works with linear")
     built = chosen_class(**encoder_sizes(model, given), options=options, **more)
     built.set_grad_checkpointing(given.get("grad_checkpointing", False))
     if given.get("mean") and given.get("std"):

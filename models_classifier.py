@@ -19,12 +19,15 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from models_vit import (
+    FIRST_LAYERS,
     SIZES,
     LoadReport,
     VisionTransformer,
     encoder_sizes,
     load_from_run,
     patch_grid,
+    read_patch_size,
+    read_patch_stem,
     renormalization,
 )
 
@@ -97,6 +100,7 @@ def build(
     embed_dim: int = 0,
     depth: int = 0,
     num_heads: int = 0,
+    patch_stem: str = "linear",
     global_pool: Literal["avg", "token"] = "avg",
     drop_path: float = 0.0,
     grad_checkpointing: bool = False,
@@ -108,13 +112,20 @@ def build(
         model: Name as for pretraining, such as `mae_vit_tiny_patch16`.
         num_classes: 0 for no head.
         embed_dim, depth, num_heads: 0 for the sizes of the model.
+        patch_stem: `linear` or `conv`, see `models_vit.PATCH_STEMS`.
         distill_token: Build a `DistilledClassifier`, which needs `global_pool` "token".
 
     Raises:
         ValueError: The name is unknown, or the sizes do not fit together.
     """
     sizes = transformer_sizes(
-        model, input_size=input_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+        model,
+        input_size=input_size,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        patch_stem=patch_stem,
     )
     built = (DistilledClassifier if distill_token else Classifier)(
         **sizes, num_classes=num_classes, global_pool=global_pool, drop_path_rate=drop_path
@@ -235,9 +246,11 @@ def load_teacher(
     Raises:
         ValueError: The weights are not those of a plain ViT with a head for this number of classes.
     """
-    if "patch_embed.proj.weight" not in weights or "head.weight" not in weights:
-        raise ValueError("the weights are not those of a classifier: patch_embed.proj.weight or head.weight is missing")
-    channels, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    first = FIRST_LAYERS[read_patch_stem(weights)]
+    if first not in weights or "head.weight" not in weights:
+        raise ValueError(f"the weights are not those of a classifier: {first} or head.weight is missing")
+    in_chans, channels = weights[first].shape[1], weights["pos_embed"].shape[-1]
+    patch_size = read_patch_size(weights, made_with)
     sizes = {size.embed_dim: name for name, size in SIZES.items()}
     if not made_with and channels not in sizes:
         raise ValueError(f"the encoder has {channels} channels, and its attention heads are not known")
@@ -253,6 +266,7 @@ def load_teacher(
         embed_dim=channels,
         depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
         num_heads=made_with.get("num_heads") or 0,
+        patch_stem=read_patch_stem(weights),
         global_pool="avg" if "fc_norm.weight" in weights else "token",
         distill_token=distill_token,
     )

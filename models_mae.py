@@ -23,6 +23,7 @@ from models_targets import Pixels, Target, patchify, unpatchify
 from models_vit import (
     ENCODER_INPUT,
     Block,
+    ConvPatchEmbed,
     Pretrainer,
     Reader,
     at_least_float32,
@@ -64,7 +65,7 @@ class View:
     noise: Tensor
     """`[N, L]` for the mask or, if terms use noise too, `[N, R, L]` with the mask's row first."""
     tokens: Tensor
-    """`[N, L, D]` embeddings of all patches, with positions."""
+    """`[N, L, D]` embeddings of all patches, with positions; empty if only the visible patches were embedded."""
     ids_keep: Tensor
     ids_restore: Tensor
     mask: Tensor
@@ -95,6 +96,8 @@ class Term(nn.Module):
     """Frozen dataclass with a docstring under each field; `weight` is one of them."""
 
     needs_labels: bool = False
+    reads_tokens: bool = False
+    """Whether the term uses `view.tokens`."""
     reads_features: bool = True
     """Whether the term uses `view.latent`, the encoder's output after its norm."""
     reads_decoder: bool = False
@@ -598,12 +601,25 @@ class MaskedAutoencoderViT(MaskedImageModel):
         """Decode `[N, 1 + V, D]`; return `[N, L, E]` after the decoder's norm, without the class token."""
         return self.decoder_norm(self.decode_blocks(latent, masking, taps)[0])[:, 1:]
 
+    def embed_visible(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        """Embed the patches `ids_keep` only, with their positions: `[N, V, D]`."""
+        self._check_images(images)
+        patches = take(patchify(images, self.patch_size), ids_keep)
+        row = unpatchify(patches, self.patch_size, (1, self.num_visible))
+        positions = take(self.pos_embed[:, 1:].expand(len(images), -1, -1), ids_keep)
+        return self.patch_embed.proj(row).flatten(2).transpose(1, 2) + positions
+
     def observe(self, images: Tensor, labels: Tensor | None = None, *, noise: Tensor | None = None) -> View:
         """Mask, encode, decode and predict."""
         noise = self._complete(noise, images)
-        tokens = self.embed(self.encoder_input(images, noise))
+        seen = self.encoder_input(images, noise)
         masking = random_masking(noise[:, 0], self.num_visible)
-        latent, taps = self.encode_tokens(take(tokens, masking.ids_keep))
+        if isinstance(self.patch_embed, ConvPatchEmbed) and not any(term.reads_tokens for term in self.terms.values()):
+            tokens, visible = seen.new_empty(0), self.embed_visible(seen, masking.ids_keep)
+        else:
+            tokens = self.embed(seen)
+            visible = take(tokens, masking.ids_keep)
+        latent, taps = self.encode_tokens(visible)
         decoded = pred = latent.new_empty(0)
         hidden: dict[int, Tensor] = {}
         if self.decoder_hidden:

@@ -123,6 +123,7 @@ class MoCoV3(Pretrainer):
 
     Options: ClassVar[type] = MoCoV3Options
     options: MoCoV3Options
+    takes_conv_stem: ClassVar[bool] = False  # its patch embedding is a fixed random projection
     feature_pool: ClassVar[Literal["avg", "token"]] = "token"
     images_together = "ranks"
     decays_vectors: ClassVar[bool] = True

@@ -280,7 +280,7 @@ class NeighborTerm(Term):
     Options: ClassVar[type] = NeighborOptions
     options: NeighborOptions
     reads_features = False
-    reads_decoder = reads_prediction = True
+    reads_tokens = reads_decoder = reads_prediction = True
 
     def __init__(self, options: NeighborOptions) -> None:
         super().__init__(options)

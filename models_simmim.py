@@ -103,7 +103,9 @@ class SimMIM(ReplacedViT):
         matrices = [module.weight for module in self.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         for drawn in (self.cls_token, self.mask_token, *matrices):
             nn.init.trunc_normal_(drawn, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        for module in self.patch_embed.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         for number in range(len(self.blocks)):
             for last in ("attn.proj", "mlp.fc2"):
                 self.get_parameter(f"blocks.{number}.{last}.weight").div_(math.sqrt(2 * (number + 1)))

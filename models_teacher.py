@@ -34,6 +34,8 @@ from torch import Tensor, nn
 from models_mae import DECODERS, MaskedAutoencoderViT, MaskedImageModel, Masking, Term, View, block_number
 from models_vit import (
     ENCODER_INPUT,
+    FIRST_LAYERS,
+    PATCH_STEMS,
     Block,
     FrozenNetwork,
     Reader,
@@ -45,6 +47,8 @@ from models_vit import (
     load_matching,
     parse_name,
     patch_grid,
+    read_patch_size,
+    read_patch_stem,
     renormalization,
     require_plain_encoder,
     take,
@@ -138,7 +142,7 @@ def encoder_weights(weights: Mapping[str, Tensor], path: str) -> dict[str, Tenso
     Raises:
         ValueError: If the checkpoint does not contain a plain encoder.
     """
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+    needed = ("cls_token", "pos_embed", FIRST_LAYERS[read_patch_stem(weights)], "blocks.0.attn.qkv.weight")
     missing = [name for name in needed if name not in weights]
     if missing:
         raise ValueError(
@@ -188,11 +192,12 @@ def build_plain(
     decoder: bool,
 ) -> VisionTransformer:
     """Build a plain teacher, with its decoder if that is compared, for images of `grid` patches; load its weights."""
-    patch_size = weights["patch_embed.proj.weight"].shape[-1]
+    patch_size, stem = read_patch_size(weights, trained_with), read_patch_stem(weights)
     sizes: dict[str, Any] = {
         "img_size": (grid[0] * patch_size, grid[1] * patch_size),
         "patch_size": patch_size,
-        "in_chans": weights["patch_embed.proj.weight"].shape[1],
+        "in_chans": weights[FIRST_LAYERS[stem]].shape[1],
+        "embed_layer": PATCH_STEMS[stem],
         "embed_dim": options.embed_dim,
         "depth": options.depth,
         "num_heads": options.num_heads,
@@ -443,6 +448,7 @@ class TeacherTerm(Term):
 
     def __init__(self, options: TeacherOptions) -> None:
         super().__init__(options)
+        self.reads_tokens = options.masked_pass > 0
         self.reads_features = options.student_tap == "features" or options.extra_block
         self.reads_decoder = options.student_tap == "decoder"
         self.noise_rows = int(options.masked_pass > 0) + options.masks_vary

@@ -43,6 +43,7 @@ from models_vit import (
     parse_name,
     patch_grid,
     position_table,
+    read_patch_stem,
     require_plain_encoder,
     require_sizes,
     without_autocast,
@@ -337,6 +338,8 @@ def encoder_from(
     Raises:
         ValueError: If there is no encoder in the checkpoint, or its heads are not known.
     """
+    if read_patch_stem(weights) == "conv":
+        raise ValueError(f"{path} has a convolutional patch stem, which encoders of tokenizers cannot have")
     wanted = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
     missing = [name for name in wanted if name not in weights]
     if missing:
@@ -380,6 +383,7 @@ class Tokenizer(Pretrainer):
 
     Options: ClassVar[type] = TokenizerOptions
     options: TokenizerOptions
+    takes_conv_stem: ClassVar[bool] = False
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)  # BEiT v2's
     decoder_pos_embed: nn.Parameter
     decoder_pred: nn.Module

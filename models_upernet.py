@@ -77,12 +77,19 @@ def build(
     embed_dim: int = 0,
     depth: int = 0,
     num_heads: int = 0,
+    patch_stem: str = "linear",
     drop_path: float = 0.0,
     grad_checkpointing: bool = False,
 ) -> Segmenter:
     """Build a segmenter; sizes of 0 are the model's own. Raises ValueError for an unknown or impossible model."""
     sizes = transformer_sizes(
-        model, input_size=input_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+        model,
+        input_size=input_size,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        patch_stem=patch_stem,
     )
     built = Segmenter(**sizes, classes=num_classes, drop_path_rate=drop_path)
     built.set_grad_checkpointing(grad_checkpointing)
@@ -91,8 +98,8 @@ def build(
 
 def from_options(options: Mapping[str, Any], classes: int) -> Segmenter:
     """Build the model of a run with these options."""
-    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads")
-    return build(num_classes=classes, **{name: options[name] for name in names})
+    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "patch_stem")
+    return build(num_classes=classes, **{name: options[name] for name in names if name in options})
 
 
 def begin_with(model: Segmenter, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:

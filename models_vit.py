@@ -1,6 +1,6 @@
 """The encoder: sizes, patch grids, fixed positions, MAE's initial weights, weights of other models.
 
-All imports from timm (pinned: 1.0.31) are in this file: `VisionTransformer`, its `Block` and `Mlp`,
+All imports from timm (pinned: 1.0.31) are in this file: `VisionTransformer`, its `PatchEmbed`, `Block` and `Mlp`,
 `build_sincos2d_pos_embed` for the position tables, `resample_abs_pos_embed` for other image sizes, `adapt_input_conv`
 for other channels. An encoder is timm's own class, so its state has timm's names, which are MAE's.
 """
@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import torch
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp as Mlp
+from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models import adapt_input_conv
@@ -84,6 +85,9 @@ def encoder_sizes(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `Pretrainer` for a model's name; sizes in `overrides` that are not 0 replace its own."""
     size, patch_size = parse_name(model)
     encoder = SIZES[size]
+    stem = overrides.get("patch_stem") or "linear"
+    if stem not in PATCH_STEMS:
+        raise ValueError(f"unknown patch_stem {stem!r}: it is {' or '.join(PATCH_STEMS)}")
     return {
         "img_size": _height_and_width(overrides.get("input_size") or INPUT_SIZE),
         "patch_size": patch_size,
@@ -92,6 +96,7 @@ def encoder_sizes(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         "depth": overrides.get("depth") or encoder.depth,
         "num_heads": overrides.get("num_heads") or encoder.num_heads,
         "mlp_ratio": overrides.get("mlp_ratio") or 4.0,
+        "embed_layer": PATCH_STEMS[stem],
         "size": size,
     }
 
@@ -137,6 +142,72 @@ def position_table(grid: tuple[int, int], dim: int) -> Tensor:
         raise ValueError(f"sine-cosine positions need a multiple of 4 channels, not {dim}")
     of_row, of_column = build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=True).chunk(2, dim=1)
     return torch.cat([torch.zeros(1, dim), torch.cat([of_column, of_row], dim=1)])[None]
+
+
+class ConvStem(nn.Sequential):
+    """Embed each patch by convolutions that read no other patch, so that hidden patches do not leak into visible ones.
+
+    Two 3 x 3 convolutions of D / 4 channels, each followed by a group norm of one group and GELU, then a convolution
+    over all that is left. Patches are padded with zeros, and the norm is over a single patch. The stride is 2 while the
+    side is more than 4 pixels, so that up to 16 x 16 pixels a patch costs about as much as in one block of the encoder.
+
+    Source: convolutions with norms in place of one linear layer as in Xiao et al., "Early Convolutions Help
+    Transformers See Better", NeurIPS 2021, whose convolutions overlap.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        layers: list[nn.Module] = []
+        width, channels, side = embed_dim // 4, in_chans, patch_size
+        for _ in range(2):
+            stride = 2 if side > 4 else 1
+            layers += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.GroupNorm(1, width), nn.GELU()]
+            channels, side = width, math.ceil(side / stride)
+        super().__init__(*layers, nn.Conv2d(width, embed_dim, side))
+        self.patch_size, self.in_channels = patch_size, in_chans
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed `[N, C, H, W]`; return `[N, D, rows, columns]` of patches."""
+        (N, C, H, W), side = images.shape, self.patch_size
+        cut = images.reshape(N, C, H // side, side, W // side, side)
+        tokens = super().forward(cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, C, side, side))
+        return tokens.reshape(N, H // side, W // side, -1).permute(0, 3, 1, 2)
+
+
+class ConvPatchEmbed(PatchEmbed):
+    """timm's patch embedding with a `ConvStem` in place of the linear layer."""
+
+    def __init__(self, *, patch_size: int, in_chans: int, embed_dim: int, **more: Any) -> None:
+        super().__init__(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **more)
+        self.proj = ConvStem(patch_size, in_chans, embed_dim)  # type: ignore[assignment]
+
+
+PATCH_STEMS: dict[str, type[PatchEmbed]] = {"linear": PatchEmbed, "conv": ConvPatchEmbed}
+FIRST_LAYERS = {"linear": "patch_embed.proj.weight", "conv": "patch_embed.proj.0.weight"}  # `[channels, C, ., .]`
+
+
+def read_patch_stem(weights: Container[str]) -> str:
+    """Return the patch stem of weights, a key of `PATCH_STEMS`."""
+    return "conv" if FIRST_LAYERS["conv"] in weights else "linear"
+
+
+def read_patch_size(weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> int:
+    """Return the side of a patch in pixels.
+
+    Args:
+        weights: Those of an encoder.
+        made_with: Options of the run that wrote them, which the patch size of a convolutional stem is read from.
+
+    Raises:
+        ValueError: The options do not contain the model.
+    """
+    if read_patch_stem(weights) == "linear":
+        return weights[FIRST_LAYERS["linear"]].shape[-1]
+    if "model" not in made_with:
+        raise ValueError(
+            "weights with a convolutional patch stem do not contain the patch size, which is read from the options "
+            "beside them: use the checkpoint that the run wrote"
+        )
+    return parse_name(made_with["model"])[1]
 
 
 def set_drop_path(blocks: nn.Sequential, rate: float, *, uniform: bool = False) -> None:
@@ -191,7 +262,7 @@ def _grouped(names: list[str]) -> str:
 
 
 PLAIN_TENSORS = re.compile(
-    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|(norm|fc_norm)\.(weight|bias)"
+    r"cls_token|pos_embed|patch_embed\.proj\.(\d\.)?(weight|bias)|(norm|fc_norm)\.(weight|bias)"
     r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
 )
 """Names of the tensors that an encoder of this project can have."""
@@ -278,10 +349,15 @@ def load_matching(
         What was loaded, resampled, missing and ignored.
 
     Raises:
-        ValueError: A tensor has another shape, or a part of the encoder is missing.
+        ValueError: A tensor has another shape, a part of the encoder is missing, or the patch stem is another one.
     """
     own = model.state_dict()
     require_plain_encoder(weights, own)
+    if FIRST_LAYERS[theirs := read_patch_stem(weights)] in weights and theirs != read_patch_stem(own):
+        raise ValueError(
+            f"these weights are of an encoder with patch_stem {theirs}, the model has {read_patch_stem(own)}: give "
+            f"--patch_stem {theirs}"
+        )
     missing = [name for name in own if name not in weights]
     gaps = [name for name in missing if name.startswith(("patch_embed.", "blocks.", "cls_token", "pos_embed"))]
     if gaps:
@@ -347,7 +423,7 @@ def for_channels(weights: Mapping[str, Tensor], in_chans: int) -> Mapping[str, T
     As in timm: for one channel the weights of the first layer are summed, so that its output for a grey image is that
     for three equal channels; for other numbers they are repeated in turn, and scaled to outputs of the same size.
     """
-    name = "patch_embed.proj.weight"
+    name = FIRST_LAYERS[read_patch_stem(weights)]
     if name not in weights or weights[name].ndim != 4 or (theirs := weights[name].shape[1]) == in_chans:
         return weights
     how = "summed over them" if in_chans == 1 else f"repeated in turn and multiplied by {theirs}/{in_chans}"
@@ -440,6 +516,7 @@ def plain_encoder(model: "Pretrainer") -> VisionTransformer:
         depth=len(model.blocks),
         num_heads=model.blocks[0].attn.num_heads,  # type: ignore[arg-type, union-attr]
         mlp_ratio=model.mlp_ratio,
+        embed_layer=type(model.patch_embed),
         weight_init="skip",
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
@@ -542,6 +619,7 @@ class Pretrainer(VisionTransformer):
         depth: Blocks of the encoder.
         num_heads: Attention heads of the encoder.
         mlp_ratio: Width of a block's MLP over `embed_dim`.
+        embed_layer: Class of the patch embedding, a value of `PATCH_STEMS`.
         options: An instance of the class's `Options`; None for the defaults.
         size: The model's size, a key of `SIZES`, which decides further default sizes.
 
@@ -558,6 +636,8 @@ class Pretrainer(VisionTransformer):
 
     takes_terms: ClassVar[bool] = False
     """Whether loss terms can be added."""
+    takes_conv_stem: ClassVar[bool] = True
+    """Whether patches can be embedded by a `ConvStem`."""
     feature_pool: ClassVar[Literal["avg", "token"]] = "avg"
     """Features of an image: `avg`, the average of the patch tokens after the last norm; `token`, the class token."""
     encoder_prefix: ClassVar[str] = ""
@@ -585,6 +665,7 @@ class Pretrainer(VisionTransformer):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         *,
+        embed_layer: type[PatchEmbed] = PatchEmbed,
         options: Any = None,
         size: str = "tiny",
     ) -> None:
@@ -602,6 +683,7 @@ class Pretrainer(VisionTransformer):
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
+            embed_layer=embed_layer,
             weight_init="skip",
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )

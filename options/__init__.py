@@ -13,6 +13,7 @@ from options.run import (
     SegmentOptions,
     TransferOptions,
     default_folder,
+    describe_model,
     resolve_batch,
 )
 from options.schema import (

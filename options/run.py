@@ -11,6 +11,7 @@ import datetime
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -31,7 +32,10 @@ SIZES = ("tiny", "small", "base", "large", "huge")
 TORCHRUN = "use torchrun, which starts the processes and sets the rank of each"
 EncoderFormat = Literal["timm", "hf", "onnx"]
 SUBMITIT = "it is an option of MAE's submitit scripts: under Slurm use scripts/slurm.sh"
-ENCODER = ("model", "embed_dim", "depth", "num_heads", "input_size", "in_chans", "value_range", "mean", "std")
+ENCODER = (
+    *("model", "embed_dim", "depth", "num_heads", "patch_stem"),
+    *("input_size", "in_chans", "value_range", "mean", "std"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +268,8 @@ class EncoderOptions(RunOptions):
     """Blocks of the encoder."""
     num_heads: int = shape(0)
     """Attention heads of the encoder."""
+    patch_stem: Literal["linear", "conv"] = shape("linear")
+    """Layers that embed a patch: `linear`, or `conv`, three convolutions that read no pixels of other patches."""
     grad_checkpointing: bool = machine(False)
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -280,6 +286,12 @@ class EncoderOptions(RunOptions):
         object.__setattr__(self, "model", f"mae_vit_{match[1]}_patch{match[2]}")
         self._at_least(0, "embed_dim", "depth", "num_heads")
         self._between(0, 1, "hflip")
+        require(
+            self.patch_stem == "linear" or not {"timm", "hf"} & set(getattr(self, "export", ())),
+            "timm and transformers have no convolutional patch stem: use onnx",
+            "export",
+            "patch_stem",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -644,6 +656,13 @@ def _check_class_weights(words: tuple[str, ...]) -> None:
         weights = [-1.0]
     fine = all(0 <= weight < math.inf for weight in weights) and any(weights)
     require(fine, f"must be one number for each class, or `balanced`, found {' '.join(words)}", "class_weights")
+
+
+def describe_model(options: Mapping[str, Any]) -> str:
+    """Return the model's name, with the options that change its encoder."""
+    names = ("embed_dim", "depth", "num_heads", "patch_stem")
+    changed = [f"{name} {options[name]}" for name in names if options.get(name, 0) not in (0, "linear")]
+    return str(options.get("model", "")) + (f" with {', '.join(changed)}" if changed else "")
 
 
 def default_folder(options: RunOptions) -> str:

@@ -30,7 +30,7 @@ from data.loader import (
 )
 from data.sources import open_split
 from models_vit import Pretrainer, load_from_run
-from options import PretrainOptions, changed, show
+from options import PretrainOptions, changed, describe_model, show
 from programs.plan import Plan
 from programs.training import train_epochs
 from util import distributed, optim
@@ -138,12 +138,9 @@ def announce(
 ) -> dict[str, Any]:
     """Log a summary of the training and the loss of a constant prediction; return both for result.json."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sizes = [
-        f"{name} {getattr(options, name)}" for name in ("embed_dim", "depth", "num_heads") if getattr(options, name)
-    ]
-    model_name = options.model + (f" with {', '.join(sizes)}" if sizes else "")
     log.info(
-        "%s, %s: %.2f M trainable parameters, %d x %d patches", options.method, model_name, weights / 1e6, *model.grid
+        "%s, %s: %.2f M trainable parameters, %d x %d patches",
+        *(options.method, describe_model(vars(options)), weights / 1e6, *model.grid),
     )
     facts: dict[str, Any] = {"images": len(source), "parameters": weights}
     if records.total_steps < FEW_UPDATES:
@@ -200,7 +197,7 @@ def conclude(options: PretrainOptions, facts: Mapping[str, Any], last: Mapping[s
         )
     weights = folder / "checkpoints" / "last.pth"
     log.info("next: python -m tools.report %s", folder)
-    log.info("next: python -m tools.export timm %s", folder)
+    log.info("next: python -m tools.export %s %s", "onnx" if options.patch_stem == "conv" else "timm", folder)
     log.info("next: python main_finetune.py --init_from %s --data_path LABELLED_IMAGES", weights)
 
 

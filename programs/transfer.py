@@ -42,7 +42,7 @@ def train_or_evaluate(options: Options, train: Work[Options], evaluate: Work[Opt
 
 def encoder_arguments(options: EncoderOptions) -> dict[str, Any]:
     """Return the options that decide the encoder, as arguments of `build` of a classifier or a segmenter."""
-    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "grad_checkpointing")
+    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "patch_stem", "grad_checkpointing")
     return {name: getattr(options, name) for name in names}
 
 

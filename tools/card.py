@@ -36,6 +36,7 @@ def facts(encoder: Encoder) -> dict[str, Any]:
     return {
         "model": {
             "patch_size": encoder.arguments["patch_size"],
+            "patch_stem": encoder.patch_stem,
             "embed_dim": encoder.model.embed_dim,
             "depth": len(encoder.model.blocks),
             "num_heads": encoder.heads,
@@ -111,7 +112,8 @@ def readme(encoder: Encoder, facts: Mapping[str, Any], *, library: str, usage: s
     rows = {
         "method": encoder.method,
         "encoder": f"{shape['depth']} blocks of {shape['embed_dim']} channels, {shape['num_heads']} attention heads, "
-        f"patches of {shape['patch_size']} x {shape['patch_size']} pixels",
+        f"patches of {shape['patch_size']} x {shape['patch_size']} pixels"
+        + (", embedded by convolutions within each patch" if shape["patch_stem"] == "conv" else ""),
         "images": _images(encoder),
         "preparation": _preparation(encoder),
         "mean": ", ".join(f"{value:g}" for value in facts["input"]["mean"]),

@@ -33,12 +33,16 @@ from data.images import CROP_SHARE, array_pixels, classifier_crop_share, eval_tr
 from data.loader import pixel_statistics
 from data.splits import read_classes
 from models_vit import (
+    FIRST_LAYERS,
     ONE_WIDTH_TWO_HEADS,
+    PATCH_STEMS,
     SIZES,
     VisionTransformer,
     attention_heads,
     load_matching,
     patch_grid,
+    read_patch_size,
+    read_patch_stem,
     require_plain_encoder,
 )
 from util import checkpoint
@@ -77,6 +81,11 @@ class Encoder:
     @property
     def heads(self) -> int:
         return self.model.blocks[0].attn.num_heads
+
+    @property
+    def patch_stem(self) -> str:
+        """`linear` or `conv`, see `models_vit.PATCH_STEMS`."""
+        return read_patch_stem(self.model.state_dict())
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -191,8 +200,8 @@ def _as_trained(options: Mapping[str, Any], weights: Mapping[str, Tensor], encod
         pretrainer.load_state_dict(weights)
         with torch.inference_mode():
             return {"tokens": pretrainer.eval().encode(encoder.probe())}
-    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "global_pool")
-    sizes = {name: options[name] for name in names}
+    names = ("model", "input_size", "in_chans", "embed_dim", "depth", "num_heads", "patch_stem", "global_pool")
+    sizes = {name: options[name] for name in names if name in options}
     distill_token = options.get("distill_token", False)
     model = models_classifier.build(num_classes=encoder.classes, distill_token=distill_token, **sizes)
     model.load_state_dict(weights)
@@ -231,14 +240,15 @@ def _create(architecture: str, arguments: Mapping[str, Any], *, pretrained: bool
 def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
     """Return the arguments of timm.create_model for these weights."""
     require_plain_encoder(weights, own=DISTILLATION, where=f"the weights in {file}")
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    stem = read_patch_stem(weights)
+    needed = ("cls_token", "pos_embed", FIRST_LAYERS[stem], "blocks.0.mlp.fc1.weight")
     if missing := [name for name in needed if name not in weights]:
         there = ", ".join(sorted({name.split(".")[0] for name in weights})[:8])
         raise ValueError(f"{file} holds no vision transformer: without {', '.join(missing)}; it holds {there}")
-    width, in_chans, *patch = weights["patch_embed.proj.weight"].shape
+    _, in_chans, *patch = weights[FIRST_LAYERS[stem]].shape
     if len(patch) != 2 or patch[0] != patch[1]:
         raise ValueError(f"{file} embeds patches of {patch or 'unknown'} pixels; here they are squares")
-    patch_size = patch[0]
+    patch_size, width = read_patch_size(weights, options), weights["cls_token"].shape[-1]
     positions = weights["pos_embed"].shape[1] - (2 if "dist_token" in weights else 1)
     side = math.isqrt(positions)
     size = options.get("input_size") or (side * patch_size, side * patch_size)
@@ -260,6 +270,8 @@ def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, 
         "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
         "num_heads": _heads(file, width, options, num_heads),
         "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / width,
+        # An export for timm stores the arguments, which a class cannot be one of.
+        **({"embed_layer": PATCH_STEMS[stem]} if stem != "linear" else {}),
     }
 
 

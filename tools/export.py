@@ -342,6 +342,10 @@ def export(name: str, encoder: Encoder, output: Path) -> str:
         ValueError: the encoder has no such format, or the folder is not empty.
         Mismatch: the check failed; the folder is removed.
     """
+    if encoder.patch_stem == "conv" and name != "onnx":
+        raise ValueError(
+            f"{FORMATS[name].library} has no convolutional patch stem, which this encoder has: export it to onnx"
+        )
     with new_folder(output) as growing:
         FORMATS[name].write(encoder, growing)
         differences = check(encoder, name, growing)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_text
+from options import describe_model
 from tools import report_page
 from tools.command import reports_errors
 from tools.records import RunRecords, is_number, read_run
@@ -71,7 +72,7 @@ def row(run: RunRecords) -> dict[str, str]:
     cells = {
         "run": run.name,
         "method": str(options.get("method", "")),
-        "model": report_page.model_name(options),
+        "model": describe_model(options),
         "epochs": done if run.result is not None else f"{done}, unfinished",
         "updates": f"{run.updates:,}",
         "images seen": f"{run.updates * int(options.get('total_batch_size') or 0):,}",

@@ -17,6 +17,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
+from options import describe_model
 from tools import classifiers
 from tools.figures.style import COLORS
 from tools.records import RunRecords, defaults_of, is_number, machine_options
@@ -328,19 +329,13 @@ def facts(run: RunRecords) -> str:
     parts = [
         f"data: {data}" if data else "",
         f"{result['images']:,} images" if is_number(result.get("images")) else "",
-        f"model: {model_name(options)}",
+        f"model: {describe_model(options)}",
         f"{result['parameters'] / 1e6:.2f} M parameters" if is_number(result.get("parameters")) else "",
         f"device: {start['device']}" if start.get("device") else "",
         f"{duration(result['seconds_since_start'])} in the last start" if "seconds_since_start" in result else "",
         f"commit {start['commit'][:10]}" if start.get("commit") else "",
     ]
     return " · ".join(part for part in parts if part)
-
-
-def model_name(options: Mapping[str, Any]) -> str:
-    """Return the model's name, with the sizes that override it."""
-    changed = [f"{name} {options[name]}" for name in ("embed_dim", "depth", "num_heads") if options.get(name)]
-    return str(options.get("model", "")) + (f" with {', '.join(changed)}" if changed else "")
 
 
 def duration(seconds: float) -> str:

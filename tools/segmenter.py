@@ -47,7 +47,7 @@ class Trained:
         image_CHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)
         resized = resize_image(image_CHW, fitted(image_CHW.shape[1:], short_side(self.options)))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.statistics)
-        device = self.model.patch_embed.proj.weight.device
+        device = self.model.decode.classify.weight.device
         return ((resized.float() / 255 - mean) / std)[None].to(device)
 
     @torch.inference_mode()
