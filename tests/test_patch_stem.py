@@ -17,7 +17,7 @@ import models_upernet
 from models_tokenizer import encoder_from
 from models_vit import ConvStem, for_channels, load_from_run, load_matching, read_patch_size
 from options import FinetuneOptions, OptionError, describe_model
-from tests.runs import LIGHT, TINY, TINY_CLASSIFIER, Training, assert_same_end, finish
+from tests.runs import LIGHT, TINY, Training, assert_same_end, finish
 from tests.small import SMALL, batch, options_of, small, write_checkpoint
 from tests.test_export import installed
 from tools import export, knn
@@ -203,6 +203,7 @@ def test_an_encoder_and_a_classifier_with_it_can_be_teachers(tmp_path):
 
 # ---- programs and tools ----------------------------------------------------------------------------------------------
 
+SHORT = "--total_batch_size 256 --epochs 1 --warmup_epochs 0 --num_workers 0 --device cpu".split()
 CONV = ["--method", "mae", "--patch_stem", "conv", "--epochs", "1"]
 
 
@@ -216,8 +217,7 @@ def run(tmp_path_factory):
 def tune(folder, run, *words):
     """Fine-tune from the run on the digits, without naming its sizes."""
     start = ["--init_from", str(run), "--data_path", "digits", *LIGHT, "--output_dir", str(folder)]
-    shape = "--total_batch_size 256 --epochs 1 --warmup_epochs 0 --num_workers 0 --device cpu".split()
-    return main_finetune.main([*start, *shape, *words])
+    return main_finetune.main([*start, *SHORT, *words])
 
 
 def test_the_run_is_described_with_its_stem(run):
@@ -257,8 +257,7 @@ def test_another_stem_than_that_of_the_checkpoint_is_refused(run, tmp_path, caps
 
 def test_probes_and_nearest_neighbours_evaluate_it(run, tmp_path):
     probed = ["--init_from", str(run), "--data_path", "digits", "--output_dir", str(tmp_path / "probe")]
-    shape = "--total_batch_size 256 --epochs 1 --warmup_epochs 0 --num_workers 0 --device cpu".split()
-    assert main_linprobe.main([*probed, *shape]) == 0
+    assert main_linprobe.main([*probed, *SHORT]) == 0
     expected = json.loads((tmp_path / "probe/result.json").read_text())["knn_acc1"]
     assert knn.main([str(run), "--device", "cpu"]) == 0
     found = json.loads((run / "knn.json").read_text())["accuracy"]["pretrained encoder"]
