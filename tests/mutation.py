@@ -57,7 +57,8 @@ TESTS: dict[str, str] = {
     "models_cluster_mim": "test_models_beit",
     "models_upernet": "test_models_upernet",
     "models_classifier": "test_finetune test_linprobe test_distillation_token",
-    "models_vit": "test_models_vit test_models_mae test_models_nor_mae test_models_u_mae test_models_dino test_models_moco_v3 test_models_teacher",
+    "models_vit": "test_models_vit test_models_mae test_models_nor_mae test_models_dino test_models_moco_v3 "
+    "test_models_teacher test_patch_stem",
     "methods": "test_methods",
     "engine_pretrain": "test_stepper test_pretrain",
     "engine_finetune": "test_finetune",
