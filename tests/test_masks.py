@@ -295,12 +295,12 @@ def tag(path, orientation, **options):
         opened_.save(path, exif=exif, **options)
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6])
 @pytest.mark.parametrize("size", [(12, 12), (8, 12)])
 def test_a_tagged_photograph_and_an_upright_mask_fit(tmp_path, orientation, size, caplog):
     """The value of a pixel of the image is its position; the mask was drawn on the image after EXIF orientation."""
     numbers = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size) % 3
-    stored = {1: numbers, 3: np.rot90(numbers, 2), 6: np.rot90(numbers)}[orientation]  # before EXIF orientation
+    stored = {1: numbers, 3: np.rot90(numbers, 2), 5: numbers.T, 6: np.rot90(numbers)}[orientation]  # before EXIF orientation
     for number in range(4):
         save(tmp_path / "images" / f"{number}.png", np.repeat(stored[..., None], 3, -1))
         save(tmp_path / "masks" / f"{number}.png", numbers)
@@ -360,6 +360,23 @@ def test_without_splits_a_seeded_share_is_the_test_set(tmp_path):
     parts = [{*part.names} for part in (found.train, found.choice, found.test)]
     assert list(map(len, parts)) == [6, 1, 3] and len(set.union(*parts)) == 10
     assert [*masks.open_test(options(root, test_share=0.3), ALONE).names] == [*found.test.names]
+
+
+def test_groups_of_images_stay_together(tmp_path):
+    for number, name in enumerate("abcde"):
+        paint(tmp_path, name, 4, start=10 * number)
+    found = opened(tmp_path, test_share=0.2, holdout=0.25, group_by="folder")
+    folders = [{name.split("/")[1] for name in part.names} for part in (found.train, found.choice, found.test)]
+    assert list(map(len, folders)) == [3, 1, 1] and len(set.union(*folders)) == 5
+
+
+def test_images_may_be_arrays(tmp_path):
+    root = paint(tmp_path)
+    for path in sorted((root / "images").iterdir()):
+        np.save(path.with_suffix(".npy"), np.asarray(Image.open(path)))
+        path.unlink()
+    image, mask = opened(root).train.read(0)
+    assert image.shape == (10, 14, 3) and mask.shape == (10, 14)
 
 
 def test_ade20k_as_it_is_unpacked(tmp_path):
@@ -456,6 +473,9 @@ def test_options_that_do_not_fit_the_masks_are_refused(tmp_path):
     root = paint(tmp_path, count=6)
     with pytest.raises(ValueError, match="ignore_label 2 is the number of the class a cat"):
         opened(root, ignore_label=2)
+    with pytest.raises(ValueError, match="ignore_label 0 is the number of the class sky"):
+        opened(root, ignore_label=0)
+    assert opened(root, ignore_label=3).classes == 3  # the number after the last class
     with pytest.raises(ValueError, match="num_classes 7: the class list has 3"):
         opened(root, num_classes=7)
     right = r": give --data_path FOLDER with a folder images, and a folder masks or annotations in it .*`scenes`"
