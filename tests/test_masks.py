@@ -300,7 +300,9 @@ def tag(path, orientation, **options):
 def test_a_tagged_photograph_and_an_upright_mask_fit(tmp_path, orientation, size, caplog):
     """The value of a pixel of the image is its position; the mask was drawn on the image after EXIF orientation."""
     numbers = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size) % 3
-    stored = {1: numbers, 3: np.rot90(numbers, 2), 5: numbers.T, 6: np.rot90(numbers)}[orientation]  # before EXIF orientation
+    stored = {1: numbers, 3: np.rot90(numbers, 2), 5: numbers.T, 6: np.rot90(numbers)}[
+        orientation
+    ]  # before EXIF orientation
     for number in range(4):
         save(tmp_path / "images" / f"{number}.png", np.repeat(stored[..., None], 3, -1))
         save(tmp_path / "masks" / f"{number}.png", numbers)

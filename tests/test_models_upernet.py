@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import models_classifier
 import models_upernet
-from models_upernet import POOLS, UPerHead, tapped_blocks
+from models_upernet import UPerHead, tapped_blocks
 from util import optim
 
 SMALL = dict(input_size=(32, 32), embed_dim=24, depth=4, num_heads=2)
@@ -101,7 +101,7 @@ def test_the_head_is_what_the_paper_draws():
     def up(x, side):
         return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
-    pools = [up(unit(head.pools[i], F.adaptive_avg_pool2d(maps[3], side)), 2) for i, side in enumerate(POOLS)]
+    pools = [up(unit(head.pools[i], F.adaptive_avg_pool2d(maps[3], side)), 2) for i, side in enumerate((1, 2, 3, 6))]
     four = unit(head.pooled, torch.cat([maps[3], *pools], dim=1))
     three = unit(head.lateral[2], maps[2]) + up(four, 4)
     two = unit(head.lateral[1], maps[1]) + up(three, 8)
@@ -176,3 +176,11 @@ def test_the_encoder_inside_begins_a_classifier():
     model = models_classifier.build("mae_vit_tiny_patch8", num_classes=7, **SMALL)
     models_classifier.load_encoder(model, source.state_dict(), {})
     assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+
+
+def test_initial_weights_of_the_heads():
+    model = segmenter()
+    for last in (model.decode.classify, model.auxiliary.classify):
+        assert (last.bias == 0).all() and last.weight.std().item() == pytest.approx(0.01, rel=0.2)
+    layer = model.auxiliary.conv[0]
+    assert layer.weight.std().item() == pytest.approx((2 / (layer.out_channels * 9)) ** 0.5, rel=0.05)
