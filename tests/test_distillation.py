@@ -458,6 +458,27 @@ def test_every_distance_and_normalisation(distance, normalize):
     assert term(model, view).item() == pytest.approx((total / count).item(), rel=1e-4)
 
 
+def test_hidden_tokens_of_decoders_are_compared_in_one_order():
+    model = small("g2sd", terms={"teacher": {"tokens": "hidden"}})
+    images, _, noise = batch(model)
+    view = model.observe(images, noise=noise)
+    L = model.num_patches
+    student, teacher = torch.randn(2, len(images), 1 + L, 3)
+    no_ids = torch.empty(0, dtype=torch.long)
+    ours, theirs = model.terms["teacher"].paired(model, view, student, no_ids, teacher)
+    for n in range(len(images)):
+        hidden = {patch for patch in range(L) if patch not in view.ids_keep[n].tolist()}
+        assert {tuple(row) for row in ours[n].tolist()} == {tuple(student[n, 1 + patch].tolist()) for patch in hidden}
+        places = {tuple(student[n, 1 + patch].tolist()): teacher[n, 1 + patch] for patch in hidden}
+        assert all(torch.equal(row, places[tuple(own)]) for own, row in zip(ours[n].tolist(), theirs[n], strict=True))
+
+
+def test_learned_tokens_of_students_start_as_the_releases_do():
+    for method in ("proteus", "amd"):
+        tokens = {name: p for name, p in small(method).terms.named_parameters() if name.endswith("mask_token")}
+        assert tokens and all(0.005 < token.std() < 0.05 for token in tokens.values())
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -471,6 +492,7 @@ def test_every_distance_and_normalisation(distance, normalize):
         ("dmae", {"temperature": 0}, "temperature is 0; it must be more than 0"),
         ("dmae", {"teacher_input": "superset", "teacher_mask_ratio": 0.9}, "fewer than 5"),
         ("mae_lite_distill", {"adaptor": "none"}, "the student has 2 attention heads and the teacher 3"),
+        ("mae_lite_distill", {"adaptor": "none", "extra_block": True}, "3 heads do not divide 16 channels"),
         ("mae_lite_distill", {"tokens": "class"}, "for attention and relations it can only be 'all'"),
         ("dmae", {"model": "vit_nano"}, "which timm .* does not have"),
         ("dmae", {"model": "resnet18"}, "a teacher is a vision transformer"),
