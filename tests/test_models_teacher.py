@@ -160,6 +160,8 @@ def test_weights_are_known_by_their_digest():
     weights = {"b": torch.ones(2), "a": torch.zeros(3)}
     assert digest_of(weights) == digest_of(dict(reversed(weights.items())))
     assert digest_of(weights) == digest_of({name: value.double() for name, value in weights.items()})
+    assert digest_of({"a": torch.zeros(2, 3)}) != digest_of({"b": torch.zeros(2, 3)})
+    assert digest_of({"a": torch.zeros(2, 3)}) != digest_of({"a": torch.zeros(3, 2)})
     assert digest_of(weights) != digest_of(weights | {"a": torch.tensor([0.0, 1e-30, 0.0])})
 
 
