@@ -432,6 +432,16 @@ class Spy(Term):
         return self.head(view.taps[self.taps[-1]]).mean() + view.labels.float().mean()
 
 
+def test_a_term_trains_the_complete_encoder_unless_it_says_that_it_does_not():
+    spy = Spy(Spy.Options())
+    losses = small(terms={"spy": spy}, reconstruction_weight=0.0)(torch.randn(3, 3, 24, 32), torch.arange(3))
+    torch.testing.assert_close(losses["loss"], 0.5 * losses["spy"])
+    spy = Spy(Spy.Options())
+    spy.reads_features = False
+    with pytest.raises(ValueError, match="no loss uses the encoder's output"):
+        small(terms={"spy": spy}, reconstruction_weight=0.0)
+
+
 def test_a_term_sees_the_pass_and_adds_to_the_loss():
     model = small(terms={"first": Spy(Spy.Options()), "spy": Spy(Spy.Options(weight=2.0))})
     assert model.noise_rows == 5 and model.terms["spy"].noise_row == 3
