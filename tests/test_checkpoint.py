@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+from options import OptionError
 from util import checkpoint
 from util.checkpoint import CheckpointError
 
@@ -165,3 +166,95 @@ def test_a_run_folder_stands_for_its_latest_checkpoint(tmp_path):
     assert checkpoint.load_model(tmp_path)[1] == {"method": "mae"}
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint at"):
         checkpoint.file_of(tmp_path / "nowhere")
+
+
+# ---- what a checkpoint decides --------------------------------------------------------------------------------------
+
+
+class Schema:
+    """The option names that a program inherits."""
+
+    INHERITS = ("model", "in_chans", "mean", "std")
+    INHERITS_EVAL = ("model",)
+
+
+OPTIONS = {"model": "tiny", "in_chans": 3, "mean": [0.1, 0.2, 0.6], "std": [0.5, 0.5, 0.2], "lr": 1.0, "data_path": "D"}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Return the checkpoint of a run folder."""
+    path = tmp_path / "run" / "checkpoints" / "last.pth"
+    path.parent.mkdir(parents=True)
+    checkpoint.save(path, state() | {"options": OPTIONS, "ema": {"weight": torch.full((100,), 7.0)}})
+    return path
+
+
+def test_options_are_inherited_by_name(trained, tmp_path):
+    inherited = checkpoint.inherited
+    assert inherited(Schema, {"init_from": trained}) == {name: OPTIONS[name] for name in Schema.INHERITS}
+    assert inherited(Schema, {}) == {}
+    torch.save({"model": {"weight": torch.ones(2)}}, tmp_path / "foreign.pth")
+    assert inherited(Schema, {"init_from": tmp_path / "foreign.pth"}) == {}
+
+
+@pytest.mark.parametrize(("channels", "mean", "std"), [("1", [0.3], [0.4]), ("2", [0.3, 0.3], [0.4, 0.4])])
+def test_other_channels_have_the_average_statistics(trained, channels, mean, std):
+    found = checkpoint.inherited(Schema, {"init_from": trained, "in_chans": channels})
+    assert found["mean"] == pytest.approx(mean) and found["std"] == pytest.approx(std)
+
+
+def test_equal_channels_keep_their_statistics(trained):
+    assert checkpoint.inherited(Schema, {"init_from": trained, "in_chans": "3"})["mean"] == OPTIONS["mean"]
+
+
+def test_an_evaluation_inherits_the_data_unless_they_are_given(trained):
+    given = {"eval": "true", "resume": trained}
+    assert checkpoint.inherited(Schema, given) == {"model": "tiny", "data_path": "D"}
+    assert checkpoint.inherited(Schema, given | {"data_path": "other"}) == {"model": "tiny"}
+
+
+def test_the_evaluated_checkpoint_is_named_or_in_the_run_folder(trained, tmp_path):
+    evaluated, run = checkpoint.evaluated_checkpoint, trained.parent.parent
+    for given in (
+        {"resume": trained},
+        {"init_from": trained},
+        {"output_dir": run},
+        {"resume": "auto", "init_from": run},
+    ):
+        assert evaluated(given) == str(trained)
+    with pytest.raises(OptionError, match="eval needs a checkpoint or a run folder"):
+        evaluated({})
+    with pytest.raises(OptionError, match="eval needs a checkpoint: .* contains no checkpoint.*name one with --resume"):
+        evaluated({"output_dir": tmp_path})
+
+
+def test_the_average_is_loaded_if_it_is_asked_for(trained):
+    assert checkpoint.load_model(trained)[0]["weight"][0] == 1
+    assert checkpoint.load_model(trained, averaged=True)[0]["weight"][0] == 7
+    assert checkpoint.load_model(trained)[1] == OPTIONS
+    run = trained.parent.parent
+    assert checkpoint.run_of(trained) == run and checkpoint.file_of(run) == trained
+
+
+def test_programs_are_stored_or_follow_from_the_options():
+    assert checkpoint.program_of({"program": "probe", "options": {"method": "mae"}}) == "probe"
+    assert checkpoint.program_of({"options": {"method": "mae"}}) == "pretrain"
+    assert checkpoint.program_of({"options": {"mixup": 0.0}}) == "finetune"
+    assert checkpoint.program_of({"options": {}}) == "probe"
+
+
+def test_damaged_weights_are_refused(trained, tmp_path):
+    content = bytearray(trained.read_bytes())
+    place = content.index(torch.ones(100).numpy().tobytes())
+    content[place] ^= 1
+    (tmp_path / "damaged.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum"):
+        checkpoint.load_model(tmp_path / "damaged.pth")
+
+
+def test_a_save_is_flushed_to_disk(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(number), fsync(number)))
+    checkpoint.save(tmp_path / "last.pth", state())
+    assert synced
