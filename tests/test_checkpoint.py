@@ -194,8 +194,8 @@ def test_options_are_inherited_by_name(trained, tmp_path):
     inherited = checkpoint.inherited
     assert inherited(Schema, {"init_from": trained}) == {name: OPTIONS[name] for name in Schema.INHERITS}
     assert inherited(Schema, {}) == {}
-    torch.save({"model": {"weight": torch.ones(2)}}, tmp_path / "foreign.pth")
-    assert inherited(Schema, {"init_from": tmp_path / "foreign.pth"}) == {}
+    torch.save({"model": {"weight": torch.ones(2)}}, tmp_path / "weights.pth")
+    assert inherited(Schema, {"init_from": tmp_path / "weights.pth"}) == {}
 
 
 @pytest.mark.parametrize(("channels", "mean", "std"), [("1", [0.3], [0.4]), ("2", [0.3, 0.3], [0.4, 0.4])])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import methods
 from models_targets import nearest_center, patchify
 from models_tokenizer import FSQ, EMACodebook, KMeansTokenizer, encoder_from, load_tokenizer
-from models_vit import digest_of
+from models_vit import FrozenNetwork, digest_of
 from tests.runs import Training, assert_same_end, finish, tiny_for
 from tests.small import CODES, batch, options_of, small, teacher_checkpoint, tokenizer_checkpoint, write_checkpoint
 from util import checkpoint
@@ -323,6 +323,11 @@ def test_an_encoder_of_timm_and_of_other_patches_can_teach(tmp_path):
             {"perceptual": 1.0, "perceptual_encoder": "TEACHER", "perceptual_blocks": (5,)},
             "has blocks 1 to 4",
         ),
+        (
+            "vq_tokenizer",
+            {"perceptual": 1.0, "perceptual_encoder": "TEACHER", "perceptual_blocks": (0, 2)},
+            "has blocks 1 to 4",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, method, changes, message):
@@ -333,6 +338,13 @@ def test_what_does_not_fit_is_refused(tmp_path, method, changes, message):
             method,
             **{name: files.get(value, value) if isinstance(value, str) else value for name, value in changes.items()},
         )
+
+
+def test_a_tokenizer_without_its_teacher_computes_no_loss():
+    model = small("vqkd_tokenizer")
+    model.teacher = FrozenNetwork()
+    with pytest.raises(ValueError, match="loaded without its teacher"):
+        model(batch(model)[0])
 
 
 def test_a_tokenizer_comes_back_from_its_file_with_the_digest_of_what_decides_its_tokens(tmp_path):
