@@ -340,6 +340,12 @@ def test_what_does_not_fit_is_refused(tmp_path, method, changes, message):
         )
 
 
+def test_images_of_another_size_are_refused():
+    model = small("vq_tokenizer")
+    with pytest.raises(ValueError, match=r"this model takes \[images, 3"):
+        model(torch.zeros(1, 3, 64, 64))
+
+
 def test_a_tokenizer_without_its_teacher_computes_no_loss():
     model = small("vqkd_tokenizer")
     model.teacher = FrozenNetwork()
