@@ -14,6 +14,7 @@ all. Every mutant that survives is printed as a difference.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import json
 import math
@@ -71,8 +72,9 @@ TESTS: dict[str, str] = {
 }
 """The test files that each module is tried against."""
 
-LEFT_OUT = "compile or graph or two_processes or ranks or published or _run_"
-"""Tests that take long for one module: those that compile, and those that start training processes."""
+WITHOUT_RUNS = "NOR_MAE_TESTS_WITHOUT_RUNS"  # as in tests/runs.py, which cannot be imported here
+LEFT_OUT = "compile or graph or two_processes or ranks or published"
+"""Slow tests: those that compile, and those of several processes. Tests that start programs are skipped, too."""
 
 OPERATORS = [
     *(
@@ -252,11 +254,18 @@ def tests_of(mutant: Mutant, covered: Mapping[str, tuple[float, Sequence[int]]])
     return sorted(reached, key=lambda name: covered[name][0])
 
 
-def try_module(name: str, minutes: float, sample: int, seed: int) -> tuple[int, int, int]:
-    """Try the mutants of a module in the current folder; returns how many were caught, tried and found.
+def lines_in_functions(source: str) -> set[int]:
+    """Return the lines of the bodies of all functions."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    return {line for node in functions for line in range(node.body[0].lineno, (node.end_lineno or 0) + 1)}
 
-    A mutant is tried against the tests that run its line, and against all tests of the module where no test runs it
-    because that happens when the module is imported.
+
+def try_module(name: str, minutes: float, sample: int, seed: int) -> tuple[int, int, int]:
+    """Try the mutants of a module in the current folder; return how many were caught, tried and found.
+
+    A mutant is tried against the tests that run its line; outside of functions, where lines run when the module is
+    imported, against all tests of the module. Mutants in lines of functions that only complete runs of a program reach
+    are counted and not tried.
     """
     path, coverage = Path(f"{name}.py"), Path("coverage.json")
     source = path.read_text(encoding="utf-8")
@@ -269,21 +278,28 @@ def try_module(name: str, minutes: float, sample: int, seed: int) -> tuple[int, 
     usual = sum(seconds for seconds, _ in covered.values())
     began = time.monotonic()
     say(f"{name}: {len(mutants)} mutants, {len(covered)} tests take {usual:.0f} s")
-    caught = tried = 0
-    for mutant in mutants[: sample or None]:
-        if time.monotonic() - began > 60 * minutes:
+    caught = tried = unreached = 0
+    inside = lines_in_functions(source)
+    for mutant in mutants:
+        if time.monotonic() - began > 60 * minutes or sample and tried >= sample:
             break
+        reached = tests_of(mutant, covered)
+        if not reached and mutant.lines.start in inside:
+            unreached += 1
+            continue
         changed = mutant.apply(source)
         path.write_text(changed, encoding="utf-8")
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
             compiled.unlink()  # dated to the second, it may look as new as the source
-        survived = passes(tests_of(mutant, covered) or tests, 3 * usual + 20)
+        survived = passes(reached or tests, 3 * usual + 20)
         tried += 1
         caught += not survived
         if survived:
             say("\n".join(list(difflib.unified_diff(source.split("\n"), changed.split("\n"), name, name, n=1))[2:]))
     path.write_text(source, encoding="utf-8")
-    say(f"{name}: caught {caught} of {tried} tried, {len(mutants)} in all")
+    say(
+        f"{name}: caught {caught} of {tried} tried, {len(mutants)} in all; {unreached} are reached only by complete runs"
+    )
     return caught, tried, len(mutants)
 
 
@@ -315,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if unknown := [name for name in modules if name not in TESTS or not (PROJECT / f"{name}.py").is_file()]:
         parser.error(f"no module {unknown[0]}: there are {', '.join(TESTS)}")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", WITHOUT_RUNS: "1"}
     for library in LIBRARIES.split():
         __import__(library)
     rows = {}

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
 
 import methods
@@ -40,6 +41,7 @@ TINY_SEGMENTER = (
     "--epochs 3 --warmup_epochs 1 --lr 1e-3 --holdout 0.08 --eval_every 1 --num_workers 0 --device cpu --log_every 1 "
     "--save_minutes 0"
 ).split()
+WITHOUT_RUNS = "NOR_MAE_TESTS_WITHOUT_RUNS"  # environment variable: skip tests that start training processes
 LIGHT = ["--aa", "", *"--hflip 0 --min_scale 0.6 --reprob 0.25 --drop_path 0.1".split()]
 
 
@@ -94,6 +96,8 @@ class Training:
         environment: dict[str, str] | None = None,
         fault: Callable[[], None] | None = None,
     ):
+        if WITHOUT_RUNS in os.environ:
+            pytest.skip("starts a training process")
         self.folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         environment = environment or {}

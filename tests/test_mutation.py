@@ -7,6 +7,7 @@ import sys
 import pytest
 from scipy.stats import binomtest
 
+from tests import runs
 from tests.test_house import PROJECT
 
 pytest.importorskip("cosmic_ray", reason="requirements/dev.txt is not installed")
@@ -91,3 +92,16 @@ def test_the_interval_of_a_sample_is_wilsons(mutation):
         assert mutation.interval(caught, 40, 300) == f"{100 * caught / 40:.1f}% [{low:.0f}, {high:.0f}]"
     assert mutation.interval(40, 40, 40) == "100.0%"
     assert mutation.interval(0, 0, 300) == "0.0%"
+
+
+def test_lines_in_functions_are_those_of_their_bodies(mutation):
+    source = (
+        "x = 1\n\n\ndef f(a=2):\n    if a:\n        return 3\n\n\nclass C:\n    y = 4\n\n    def g(self): return 5\n"
+    )
+    assert mutation.lines_in_functions(source) == {5, 6, 12}
+
+
+def test_tests_that_start_programs_can_be_skipped(mutation, monkeypatch, tmp_path):
+    monkeypatch.setenv(mutation.WITHOUT_RUNS, "1")
+    with pytest.raises(pytest.skip.Exception):
+        runs.Training(tmp_path)
