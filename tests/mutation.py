@@ -297,9 +297,7 @@ def try_module(name: str, minutes: float, sample: int, seed: int) -> tuple[int, 
         if survived:
             say("\n".join(list(difflib.unified_diff(source.split("\n"), changed.split("\n"), name, name, n=1))[2:]))
     path.write_text(source, encoding="utf-8")
-    say(
-        f"{name}: caught {caught} of {tried} tried, {len(mutants)} in all; {unreached} are reached only by complete runs"
-    )
+    say(f"{name}: caught {caught} of {tried} tried, {len(mutants)} in all; {unreached} not tried: reached only by runs")
     return caught, tried, len(mutants)
 
 
