@@ -110,6 +110,11 @@ def test_mixed_targets_are_weighted_as_labels_are():
     torch.testing.assert_close(objective._mixed_loss(logits, nn.functional.one_hot(labels, 3).float()), hard)
 
 
+@pytest.mark.parametrize(("given", "mixes"), [({}, False), ({"mixup": 0.5}, True), ({"cutmix": 0.5}, True)])
+def test_images_are_mixed_if_one_of_both_is_given(given, mixes):
+    assert (engine_finetune.Objective(Fixed(), classes=3, **given).mix is not None) == mixes
+
+
 def test_the_segmenters_loss_is_that_of_a_loop():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 3, 4, 5), torch.randint(-1, 3, (2, 4, 5))

@@ -39,6 +39,7 @@ def changed_lines(mutation, source):
         ("x = 1.0 / self.n\n", {"x = 1.0 * self.n", "x = 2.0 / self.n", "x = 0.0 / self.n"}),
         ("if a < b:\n    f(x)\n", {"if a <= b:", "if not a < b:", "pass"}),
         ("self.x = y\n", {"pass"}),
+        ("self.x: int\n", set()),
         ("total += y\n", {"pass"}),
         ("x = y\n", set()),
         ("if bad:\n    raise ValueError(f'{a + 1}')\n", {"if not bad:", "pass"}),
