@@ -297,3 +297,15 @@ def test_a_fine_tuned_checkpoint_is_refused_with_advice(tmp_path):
     checkpoint.save(tmp_path / "last.pth", {"format": checkpoint.FORMAT, "model": {}, "options": {"mixup": 0.8}})
     with pytest.raises(ValueError, match="holds a fine-tuned model. tools.encoder.load_encoder"):
         methods.from_checkpoint(tmp_path / "last.pth")
+
+
+def test_an_option_of_other_methods_is_refused_with_the_first_three_of_them():
+    users = [name for name in METHODS if "decoder_depth" in methods.own_options(name)]
+    assert len(users) > 3 and "dino" not in users
+    named = f"methods that do: {users[0]}, {users[1]}, {users[2]} and {len(users) - 3} more"
+    with pytest.raises(ValueError, match=named):
+        methods.parse_options(["--method", "dino", "--decoder_depth", "2", "--data_path", "x"])
+    users = [name for name in METHODS if "mask_cell" in methods.own_options(name)]
+    assert len(users) <= 3
+    with pytest.raises(ValueError, match=f"methods that do: {', '.join(users)}$"):
+        methods.parse_options(["--method", "dino", "--mask_cell", "2", "--data_path", "x"])
