@@ -265,6 +265,13 @@ def test_a_picture_shows_image_truth_and_prediction(tmp_path, small):
     windows = Windows((16, 16), (10, 10), 4)
     made = predicted_masks(small, samples, [0, 2], windows=windows, device=ALONE.device, autocast=torch.no_grad)
     assert [each[1].shape == each[2].shape == (20, 30) for each in made] == [True, True]
+    state = {name: value.clone() for name, value in small.state_dict().items()}
+    small.train()
+    again = predicted_masks(small, samples, [0, 2], windows=windows, device=ALONE.device, autocast=torch.no_grad)
+    assert small.training, "put back into its mode"
+    assert all(torch.equal(one[2], other[2]) for one, other in zip(made, again, strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
+    small.eval()
     assert torch.equal(made[1][1], torch.from_numpy(read(2).mask_HW))
     sheet = mask_sheet(made, 3, tmp_path / "samples" / "m.png")
     assert sheet.shape[1] == 2 * (TILE + 2) + 2 and sheet.shape[0] > 3 * (TILE + 2)
