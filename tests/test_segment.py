@@ -183,6 +183,14 @@ def small():
     return models_upernet.build("mae_vit_tiny_patch4", num_classes=3, **size).eval()
 
 
+def test_a_model_is_evaluated_in_evaluation_mode_and_put_back(small):
+    batches = list(random_batches(classes=4, sizes=((16, 16), (16, 16))))
+    how = {"names": "abc", "windows": Windows(None, (1, 1), 1), "processes": ALONE, "autocast": torch.no_grad}
+    expected, state = evaluate(small, batches, **how), copy.deepcopy(small.state_dict())
+    assert evaluate(small.train(), batches, **how) == expected
+    assert small.training and all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
+
+
 def test_one_window_is_the_whole_image(small):
     images = torch.randn(2, 3, 16, 16)
     slide, whole = (
