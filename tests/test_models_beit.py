@@ -81,7 +81,19 @@ def test_the_error_is_the_cross_entropy_with_smoothing():
 
 def test_the_layer_made_for_the_tokenizers_tokens_has_initial_weights(method):
     layer = small(method).decoder_pred
-    assert layer.out_features == 24 and (layer.bias == 0).all() and layer.weight.std() > 0
+    assert layer.out_features == 24 and (layer.bias == 0).all()
+    largest, bound = layer.weight.abs().max().item(), math.sqrt(6 / (layer.in_features + 24))
+    if method == "cluster_mim":
+        assert 0.95 * bound < largest <= bound
+    else:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_terms_learn_the_number_of_classes():
+    model = small("cluster_mim", terms={"label": {}})
+    model.prepare(checkpoint.load_model, 7)
+    images, _, _ = batch(model)
+    assert model(images, torch.tensor([0, 3, 5, 6]))["label"].isfinite()
 
 
 def test_other_image_sizes(method):
