@@ -37,7 +37,6 @@ class ReplacedViT(MaskedImageModel):
     """Replace hidden patches by a learned token, encode every place, predict with one linear layer."""
 
     drops_hidden: ClassVar[bool] = False
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def build_decoder(self) -> None:
         """Create the token and the layer that predicts."""
@@ -213,6 +212,7 @@ class BlockMaskedViT(ReplacedViT):
     """
 
     options: BlockMaskOptions
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     smallest_share: ClassVar[float]
     """Smallest drawn area of a block, as a share of the patches to hide."""
 

@@ -185,6 +185,7 @@ def small():
 
 def test_a_model_is_evaluated_in_evaluation_mode_and_put_back(small):
     batches = list(random_batches(classes=4, sizes=((16, 16), (16, 16))))
+    small = copy.deepcopy(small)
     how = {"names": "abc", "windows": Windows(None, (1, 1), 1), "processes": ALONE, "autocast": torch.no_grad}
     expected, state = evaluate(small, batches, **how), copy.deepcopy(small.state_dict())
     assert evaluate(small.train(), batches, **how) == expected

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -261,3 +262,13 @@ def interrupted_twice_inside_save(number):
         original(state, file)
 
     count_calls(torch, "save", act)
+
+
+def first_epoch_is_best(then: Callable[[], None] | None = None) -> None:
+    """Let the first epoch be the best; then call `then`."""
+    from util.run import Run
+
+    save_best = Run.save_best
+    Run.save_best = lambda self, name, value: not self.state.best and save_best(self, name, value)
+    if then:
+        then()

@@ -65,15 +65,17 @@ def test_a_signal_inside_an_evaluation_abandons_it_and_it_is_begun_again(whole, 
 
 
 def test_a_signal_inside_the_last_evaluation_leaves_the_last_weights_as_they_are(whole, words, tmp_path):
-    """The fifth evaluation is of the best epoch: the model holds its weights, which must not be saved as the last."""
-    folder = tmp_path / "run"
-    fault = partial(inject.signals_inside_evaluation, 5, signal.SIGUSR1)
-    training = Training(folder, *words[FINETUNE], door=FINETUNE, fault=fault)
-    assert training.wait() == 75, training.said
-    assert not (folder / "result.json").exists()
-    assert_same_end(whole / FINETUNE, folder)
-    finish(folder, *words[FINETUNE], door=FINETUNE)
-    assert_same_run(whole / FINETUNE, folder)
+    """The fourth evaluation is of the best epoch: the model holds its weights, which must not be saved as the last."""
+    folder, complete = tmp_path / "run", tmp_path / "complete"
+    stop = partial(inject.signals_inside_evaluation, 4, signal.SIGUSR1)
+    for place, then, code in ((complete, None, 0), (folder, stop, 75), (folder, None, 0)):
+        fault = partial(inject.first_epoch_is_best, then)
+        training = Training(place, *words[FINETUNE], door=FINETUNE, fault=fault)
+        assert training.wait() == code, training.said
+        assert_same_end(complete, place)
+        assert (place / "result.json").exists() == (code == 0)
+    assert_same_run(complete, folder)
+    assert result(folder)["accuracy"]["best"] != result(folder)["accuracy"]["last"]
 
 
 def test_a_signal_during_the_knn_evaluation_is_handled_after_it(whole, words, tmp_path):
