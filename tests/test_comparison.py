@@ -1,7 +1,9 @@
 """Comparisons at a fixed budget: what they say, their jobs, their statistics, and a complete run with stand-ins."""
 
+import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -175,7 +177,8 @@ class StandIn:
         else:
             method = options.get("--method", Path(options["-c"]).stem.partition("_vit")[0])
             seconds = {"mae": 3, "simmim": 6, "beit": 5, "vq_tokenizer": 1}[method] * int(options.get("--epochs", 10))
-            score = {"mae": 50, "simmim": 40, "beit": 45, "vq_tokenizer": 0}[method] + ("--blr" in options) * 5
+            octaves = abs(math.log2(float(options.get("--blr", 4e-3)) / 2e-3))
+            score = {"mae": 55, "simmim": 45, "beit": 50, "vq_tokenizer": 0}[method] - 5 * octaves
             found = {"score": score, "images_seen": 100}
             start = {"commit": "abc", "gpus": [], "processor": "a processor", "cpu_seconds": seconds}
             (folder / "environment.json").write_text(json.dumps([start]))
@@ -208,7 +211,7 @@ def test_a_comparison_from_the_sweep_to_the_report(tiny, tmp_path, capsys):
     rows = list(tiny.comparison.rows)
     assert comparison.run(tiny, rows) == 0
     mae, simmim, beit = rows
-    assert tiny.sweep_scores(mae) == {2e-3: 55, 4e-3: 50}
+    assert tiny.sweep_scores(mae) == {1e-3: 50, 2e-3: 55, 4e-3: 50}  # the smallest of two was best: one beyond it
     budgets = {row.name: tiny.budgets(row) for row in rows}
     assert all(each["images"].options["blr"] == 2e-3 for each in budgets.values())
     # 60 s at 3, 6 and 5 s an epoch; the tokenizer takes 10 s of beit's
@@ -225,11 +228,50 @@ def test_a_comparison_from_the_sweep_to_the_report(tiny, tmp_path, capsys):
     text = (tmp_path / "r.md").read_text()
     assert "| mae | 2 | 4 | 100 | 12 | 55.5 ± 0.7 |" in text
     assert "| simmim | -10.0 [-10.0, -10.0], p 0 |" in text
-    assert "| mae | 0.002: 55.0 *, 0.004: 50.0 |" in text
+    assert "| mae | 0.001: 50.0, 0.002: 55.0 *, 0.004: 50.0 |" in text
     assert len(json.loads((tmp_path / "r.json").read_text())["results"]) == len(results)
     assert (tmp_path / "r.png").stat().st_size > 5_000
     capsys.readouterr()
     assert comparison.run(tiny, rows) == 0 and "python" not in capsys.readouterr().out  # nothing is left to do
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sweep_ends_two_rates_beyond_those_of_the_comparison(tiny, monkeypatch, sign):
+    monkeypatch.setattr(tiny, "sweep_score", lambda training: sign * float(training.options["blr"]))
+    found = list(tiny.sweep_trials(tiny.comparison.rows[0]))
+    assert found == ([2e-3, 4e-3, 8e-3, 16e-3] if sign > 0 else [5e-4, 1e-3, 2e-3, 4e-3])
+    monkeypatch.setattr(
+        tiny, "sweep_score", lambda training: {2e-3: 5.0, 4e-3: 7.0}.get(float(training.options["blr"]))
+    )
+    assert list(tiny.sweep_trials(tiny.comparison.rows[0])) == [2e-3, 4e-3, 8e-3]  # the third is not finished
+
+
+def test_a_rate_that_diverges_is_the_worst_and_is_not_tried_again(tiny):
+    mae = tiny.comparison.rows[0]
+    (lower, higher) = tiny.sweep_trials(mae).values()
+    debug = tiny.pretraining(higher, 0) / "debug"
+    debug.mkdir(parents=True)
+    (debug / "bad-step-00000007.json").touch()
+    assert tiny.sweep_score(higher) == 0 and tiny.sweep_score(lower) is None
+    assert [job.done.parent for job in tiny.sweep(mae)] == [
+        tiny.pretraining(lower, 0),
+        tiny.evaluated(lower, 0, "probe", "choice"),
+    ]
+    assert comparison.run(tiny, [mae]) == 0
+    assert tiny.sweep_scores(mae) == {1e-3: 50, 2e-3: 55, 4e-3: 0}
+
+
+def test_a_row_without_time_for_an_epoch_is_not_run_at_equal_compute(tiny, tmp_path, capsys):
+    tiny.comparison = dataclasses.replace(tiny.comparison, seconds=12)
+    rows = [tiny.comparison.rows[0], tiny.comparison.rows[2]]
+    assert comparison.run(tiny, rows) == 0
+    reason = "what it needs takes 10 s of 12"
+    assert f"beit: no run at equal compute: {reason}" in capsys.readouterr().out
+    results = comparison.measured(tiny, rows)
+    assert {(each.row, each.budget) for each in results} == {("mae", "images"), ("mae", "compute"), ("beit", "images")}
+    comparison_report.write(tmp_path / "r.md", tiny.comparison, results, {}, reasons=tiny.reasons(rows))
+    images, compute = (tmp_path / "r.md").read_text().split("## Equal compute")
+    assert "| beit | 2 | 4 |" in images and f"| beit | 0 | not run: {reason} |" in compute
 
 
 def test_another_machine_continues_from_the_records(tiny, tmp_path, capsys):

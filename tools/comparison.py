@@ -36,6 +36,7 @@ from tools.table_report import named
 from tools.tables import SMOKE_DECODER, SMOKE_MODEL, SMOKE_RUN, SMOKE_VIEWS, UNPACKED, Setting, flags
 
 TORCHVISION = {"torch/cifar10": datasets.CIFAR10, "torch/cifar100": datasets.CIFAR100}
+FURTHER = 2  # rates that a sweep tries beyond those of the comparison while the best is at its end
 SMOKE_EVALUATION = {"total_batch_size": 8, "epochs": 1, "warmup_epochs": 0, "eval_every": 1, "device": "cpu"}
 
 
@@ -190,10 +191,27 @@ class Plan:
         return Job(words, folder / "result.json", (encoder / "result.json",))
 
     def sweep_trials(self, row: Row) -> dict[float, Training]:
-        """The trainings of the sweep of a row, by learning rate (blr)."""
-        blr = row.training.options["blr"]
-        rates = [float(f"{factor * float(blr):.4g}") for factor in self.comparison.rates]
-        return {rate: _at_rate(row.training, rate).over(**self.comparison.sweep) for rate in rates}
+        """The trainings of the sweep of a row, by learning rate (blr).
+
+        Those of `rates`; when these are finished and the best is the smallest or the largest, the next one beyond it,
+        and so on until the best has neighbours on both sides, at most `FURTHER` in all.
+        """
+        factors = list(self.comparison.rates)
+        limit = len(factors) + (0 if self.setting.smoke or len(factors) < 2 else FURTHER)
+        while True:
+            blr = float(row.training.options["blr"])
+            rates = [float(f"{factor * blr:.4g}") for factor in factors]
+            trials = {rate: _at_rate(row.training, rate).over(**self.comparison.sweep) for rate in rates}
+            scores = [self.sweep_score(training) for training in trials.values()]
+            if len(factors) >= limit or None in scores:
+                return trials
+            best = scores.index(max(score for score in scores if score is not None))
+            if 0 < best < len(factors) - 1:
+                return trials
+            if best:
+                factors.append(factors[-1] ** 2 / factors[-2])
+            else:
+                factors.insert(0, factors[0] ** 2 / factors[1])
 
     def judge(self) -> str:
         """The evaluation that gives the measure by which a rate is chosen."""
@@ -205,26 +223,35 @@ class Plan:
         return [
             job
             for training in self.sweep_trials(row).values()
+            if not self.diverged(training)
             for job in (*self.pretrain(training, 0), self.evaluate(training, 0, self.judge(), "choice"))
         ]
 
+    def diverged(self, training: Training) -> bool:
+        """Whether a trial of the sweep ended because its losses were no longer finite."""
+        folder = self.pretraining(training, 0)
+        return not (folder / "result.json").exists() and any((folder / "debug").glob("bad-step-*"))
+
+    def sweep_score(self, training: Training) -> float | None:
+        """The measure of a trial on the choice images, 0 if it diverged; None before it is finished."""
+        if self.diverged(training):
+            return 0.0
+        folder = self.evaluated(training, 0, self.judge(), "choice")
+        if not (folder / "result.json").exists():
+            return None
+        return value_at(folder, self.comparison.evaluations[self.judge()].measures[self.comparison.chosen_by])
+
     def sweep_scores(self, row: Row) -> dict[float, float]:
         """The finished part of the sweep: the measure on the choice images by learning rate."""
-        judge = self.judge() if self.comparison.rates else ""
-        found = {}
-        for rate, training in self.sweep_trials(row).items():
-            folder = self.evaluated(training, 0, judge, "choice")
-            if (folder / "result.json").exists():
-                path = self.comparison.evaluations[judge].measures[self.comparison.chosen_by]
-                found[rate] = value_at(folder, path)
-        return found
+        scores = {rate: self.sweep_score(training) for rate, training in self.sweep_trials(row).items()}
+        return {rate: score for rate, score in scores.items() if score is not None}
 
     def settled(self, row: Row) -> Training | None:
         """The training with the best rate of the sweep; None before all of it is finished."""
         if not self.comparison.rates:
             return row.training
         scores = self.sweep_scores(row)
-        if len(scores) < len(self.comparison.rates):
+        if len(scores) < len(self.sweep_trials(row)):
             return None
         return _at_rate(row.training, max(scores, key=lambda rate: scores[rate]))
 
@@ -243,26 +270,41 @@ class Plan:
         times = [time for said in distinct for time in (self.spent(self.pretraining(said, 0)), self.preparing(said))]
         return None if None in times else sum(time for time in times if time is not None)
 
-    def equal_compute(self, row: Row) -> Training | None:
-        """The training whose length fills the budget, from the times of the sweep; None before they are known."""
+    def equal_compute(self, row: Row) -> Training | str | None:
+        """The training whose length fills the budget, from the times of the sweep; None before they are known.
+
+        If there is none, the reason: times that are unknown, or needed runs that leave no time for an epoch.
+        """
         best = self.settled(row)
         if best is None or not self.comparison.seconds:
             return None
-        each = [self.pretraining(training, 0) for training in self.sweep_trials(row).values()]
-        times = [seconds for folder in each if (seconds := self.spent(folder)) is not None]
-        preparing = self.preparing(best)
-        if not times or preparing is None:
+        folders = [self.pretraining(training, 0) for training in self.sweep_trials(row).values()]
+        times = [seconds for folder in folders if (seconds := self.spent(folder)) is not None]
+        if not times:
+            return f"runs were killed whose time is now unknown: {', '.join(str(folder) for folder in folders)}"
+        needed = [self.pretraining(each, 0) for each in best.needs.values() if isinstance(each, Training)]
+        if not all((folder / "result.json").exists() for folder in needed):
             return None
-        per_epoch = statistics.median(times) / self.comparison.sweep["epochs"]
-        left = self.comparison.seconds - preparing
-        epochs = max(1, round(left / per_epoch))
+        preparing = self.preparing(best)
+        if preparing is None:
+            return "a run that it needs was killed, so its time is unknown"
+        epochs = round(
+            (self.comparison.seconds - preparing) / statistics.median(times) * self.comparison.sweep["epochs"]
+        )
+        if epochs < 1:
+            return f"what it needs takes {preparing:.0f} s of {self.comparison.seconds:g}"
         share = float(row.training.options["warmup_epochs"]) / float(row.training.options["epochs"])
         return best.over(epochs=epochs, warmup_epochs=float(f"{share * epochs:.3g}"))
 
     def budgets(self, row: Row) -> dict[str, Training]:
         """The trainings of a row that can be named so far: `images` (equal images) and `compute` (equal compute)."""
         found = {"images": self.settled(row), "compute": self.equal_compute(row)}
-        return {budget: training for budget, training in found.items() if training is not None}
+        return {budget: training for budget, training in found.items() if isinstance(training, Training)}
+
+    def reasons(self, rows: Sequence[Row]) -> dict[str, str]:
+        """Why rows have no training at equal compute, by row."""
+        found = {row.name: self.equal_compute(row) for row in rows}
+        return {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
     def jobs(self, rows: Sequence[Row]) -> list[Job]:
         """All jobs that are known, each once: the sweeps, then every row with one seed before any with two."""
@@ -361,7 +403,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0 if given.report else run(plan, rows)
     path = plan.root / "reports" / f"{comparison.name}.md"
     sweeps = {row.name: plan.sweep_scores(row) for row in rows}
-    comparison_report.write(path, comparison, measured(plan, rows), sweeps, smoke=setting.smoke)
+    comparison_report.write(
+        path, comparison, measured(plan, rows), sweeps, reasons=plan.reasons(rows), smoke=setting.smoke
+    )
     say(f"report: {path}")
     if given.collect:
         given.collect.mkdir(parents=True, exist_ok=True)
@@ -389,10 +433,8 @@ def run(plan: Plan, rows: Sequence[Row]) -> int:
         code = max(code, tables.run_jobs(plan.jobs(rows), setting, left, short=plan.comparison.clock == "cpu"))
         if code == table_jobs.INTERRUPTED:
             break
-    for row in rows:
-        if plan.comparison.seconds and plan.settled(row) and not plan.equal_compute(row):
-            folders = ", ".join(str(plan.pretraining(each, 0)) for each in plan.sweep_trials(row).values())
-            say(f"{row.name}: no run at equal compute, because runs were killed whose time is now unknown: {folders}")
+    for name, reason in plan.reasons(rows).items():
+        say(f"{name}: no run at equal compute: {reason}")
     return code
 
 

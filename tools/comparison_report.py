@@ -147,15 +147,20 @@ def measures_of(comparison: Comparison) -> dict[str, int]:
     return {name: 1 if each.percent else 3 for each in comparison.evaluations.values() for name in each.measures}
 
 
-def of_budget(comparison: Comparison, results: Sequence[Result], budget: str) -> str:
-    """Return the two tables of a budget: accuracies, and differences from the reference."""
+def of_budget(comparison: Comparison, results: Sequence[Result], budget: str, reasons: Mapping[str, str]) -> str:
+    """Return the two tables of a budget: accuracies, and differences from the reference.
+
+    Args:
+        reasons: why rows have no results, by row.
+    """
     measures = measures_of(comparison)
     accuracies, compared = [], []
     found = {measure: differences(results, comparison.reference, budget, measure) for measure in measures}
     for row in comparison.rows:
         mine = [each for each in results if each.row == row.name and each.budget == budget]
         if not mine:
-            accuracies.append([row.name, "0", "not run", *[""] * (2 + len(measures))])
+            why = f"not run: {reasons[row.name]}" if row.name in reasons else "not run"
+            accuracies.append([row.name, "0", why, *[""] * (2 + len(measures))])
             continue
         seconds = [each.total for each in mine if each.total is not None]
         cells = [
@@ -175,7 +180,12 @@ def of_budget(comparison: Comparison, results: Sequence[Result], budget: str) ->
     return text
 
 
-def markdown(comparison: Comparison, results: Sequence[Result], sweeps: Mapping[str, Mapping[float, float]]) -> str:
+def markdown(
+    comparison: Comparison,
+    results: Sequence[Result],
+    sweeps: Mapping[str, Mapping[float, float]],
+    reasons: Mapping[str, str],
+) -> str:
     """Return the report."""
     text = f"# {comparison.title}\n\n{comparison.note}\n\n"
     text += (
@@ -185,7 +195,7 @@ def markdown(comparison: Comparison, results: Sequence[Result], sweeps: Mapping[
     )
     for budget in BUDGETS:
         if any(each.budget == budget for each in results):
-            text += f"\n{of_budget(comparison, results, budget)}"
+            text += f"\n{of_budget(comparison, results, budget, reasons if budget == 'compute' else {})}"
     if any(sweeps.values()):
         rates = [
             [row, ", ".join(f"{rate:g}: {score:.1f}{' *' if score == max(scores.values()) else ''}"
@@ -246,10 +256,16 @@ def write(
     results: Sequence[Result],
     sweeps: Mapping[str, Mapping[float, float]],
     *,
+    reasons: Mapping[str, str] | None = None,
     smoke: bool = False,
 ) -> None:
-    """Write the report, and the plot and the results as JSON beside it."""
-    text = markdown(comparison, results, sweeps)
+    """Write the report, and the plot and the results as JSON beside it.
+
+    Args:
+        sweeps: accuracy of each row on held-out images by learning rate.
+        reasons: why rows have no results at equal compute, by row.
+    """
+    text = markdown(comparison, results, sweeps, reasons or {})
     if smoke:
         text = f"Smoke test: tiny models on a few tiny images. The numbers have no meaning.\n\n{text}"
     path.parent.mkdir(parents=True, exist_ok=True)
