@@ -57,7 +57,7 @@ TESTS: dict[str, str] = {
     "models_tokenizer": "test_models_tokenizer test_tokenizer_tool test_models_beit",
     "models_cluster_mim": "test_models_beit",
     "models_upernet": "test_models_upernet",
-    "models_classifier": "test_finetune test_linprobe test_distillation_token",
+    "models_classifier": "test_models_classifier test_finetune test_linprobe test_distillation_token test_patch_stem",
     "models_vit": "test_models_vit test_models_mae test_models_nor_mae test_models_dino test_models_moco_v3 "
     "test_models_teacher test_patch_stem",
     "methods": "test_methods test_distillation",

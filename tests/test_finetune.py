@@ -188,23 +188,6 @@ def test_predictions_of_a_teacher_are_learned_by_hand(kind):
     assert equal["distillation"].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_a_teacher_gets_its_own_normalisation_and_size():
-    options = {"model": "mae_vit_tiny_patch4", "embed_dim": 16, "depth": 1, "num_heads": 2}
-    teacher = models_classifier.build(num_classes=3, input_size=(16, 16), **options).eval()
-    nn.init.normal_(teacher.head.weight)
-    ours, theirs = ((0.2,) * 3, (0.5,) * 3), ((0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
-    made_with = options | {"input_size": [16, 16], "mean": list(theirs[0]), "std": list(theirs[1])}
-    loaded = models_classifier.load_teacher(teacher.state_dict(), made_with, 3, ours)
-    pixels = torch.rand(2, 3, 16, 16)
-    mean, std = (torch.tensor(values)[:, None, None] for values in theirs)
-    torch.testing.assert_close(loaded((pixels - 0.2) / 0.5), teacher((pixels - mean) / std), rtol=1e-4, atol=1e-5)
-    assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, 3) and not loaded.train().training
-    with pytest.raises(ValueError, match="head for 3 classes, the data"):
-        models_classifier.load_teacher(teacher.state_dict(), made_with, 4, ours)
-    with pytest.raises(ValueError, match="not those of a classifier"):
-        models_classifier.load_teacher({"head.weight": torch.zeros(3, 16)}, {}, 3, ours)
-
-
 def test_evaluation_is_what_a_loop_counts():
     generator = torch.Generator().manual_seed(3)
     logits, labels = torch.randn(53, 8, generator=generator), torch.randint(0, 7, (53,), generator=generator)
