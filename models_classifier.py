@@ -221,7 +221,7 @@ class TeacherClassifier(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `[N, C]`."""
-        if images.shape[1] == 1 and self.classifier.in_chans != 1:
+        if images.shape[1] == 1:
             images = images.expand(-1, self.classifier.in_chans, -1, -1)
         if self.scale is not None and self.shift is not None:
             images = images * self.scale + self.shift

@@ -23,7 +23,7 @@ import programs
 from options import to_dict
 from tools import comparison, comparison_records, comparison_report, given, neighbor_statistics, table_jobs
 from tools.comparison import Plan, chosen
-from tools.comparison_file import Training, read_comparisons
+from tools.comparison_file import Comparison, Evaluation, Row, Training, read_comparisons
 from tools.comparison_report import Result, differences, holm, paired
 from tools.figures import models, separation
 from tools.figures.subject import Subject
@@ -137,6 +137,27 @@ def test_percent_has_one_decimal_and_other_measures_three():
     assert comparison_report.spread([0.8371, 0.8401], 3) == "0.839 ± 0.002"
     difference = comparison_report.Difference(0.0123, -0.001, 0.0256, 0.04, 0.08, 5)
     assert comparison_report.described(difference, 3) == "+0.012 [-0.001, +0.026], within noise, p 0.08"
+
+
+def points(axis):
+    """Mean and both ends of the bar of each row, in the order of drawing."""
+    return [(drawn[0].get_xydata()[0].tolist(), drawn[2][0].get_segments()[0].tolist()) for drawn in axis.containers]
+
+
+def test_the_plot_has_the_mean_and_deviation_of_each_row():
+    measures = Evaluation("main_linprobe.py", {"linear": "accuracy.last.acc1"})
+    rows = tuple(Row(name, Training("mae_vit_cpu_cifar10"), (0, 1)) for name in ("mae", "a", "not run"))
+    plain = Comparison("c", "C", "mae", rows, {"probe": measures}, {})
+    results = [result("mae", 0, 50), result("mae", 1, 52), result("a", 0, 40), result("a", 1, 40.5, preparing=2.0)]
+    (axis,) = comparison_report.picture(plain, results).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["mae", "a"]
+    assert points(axis)[0] == ([51, 0], [pytest.approx([51 - 2**0.5, 0]), pytest.approx([51 + 2**0.5, 0])])
+    assert points(axis)[1][0] == [40.25, 1]
+    timed = dataclasses.replace(plain, seconds=60)
+    (axis,) = comparison_report.picture(timed, [*results, result("mae", 0, 49, budget="compute", seconds=20.0)]).axes
+    assert [point for point, _ in points(axis)] == [[10, 51], [20, 49], [11, 40.25]]
+    assert [drawn[0].get_markerfacecolor() == "none" for drawn in axis.containers] == [False, True, False]
+    assert axis.get_xlabel() == "CPU seconds of pretraining" and axis.get_xscale() == "log"
 
 
 # ---- a complete comparison with programs that only write results -----------------------------------------------------

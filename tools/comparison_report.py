@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from scipy import stats
 
 from tools.comparison_file import Comparison
@@ -213,39 +214,53 @@ def markdown(
 
 
 def picture(comparison: Comparison, results: Sequence[Result]) -> Figure:
-    """Plot each measure against the seconds of the training, with the standard deviation over seeds."""
+    """Plot the mean and standard deviation of each measure over seeds.
+
+    A comparison with a budget of compute is plotted against the seconds of pretraining, another one row by row.
+    """
     measures = measures_of(comparison)
-    figure = Figure(figsize=(3.4 * len(measures), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    finished = [row.name for row in comparison.rows if any(each.row == row.name for each in results)]
+    columns = math.ceil(math.sqrt(len(measures))) if comparison.seconds else min(4, len(measures))
+    lines = math.ceil(len(measures) / columns)
+    size = (
+        (4.2 * columns, 3.4 * lines + 1) if comparison.seconds else (3 * columns, (0.22 * len(finished) + 0.8) * lines)
+    )
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
     handles: dict[str, Any] = {}
-    for axis, measure in zip(axes, measures, strict=True):
-        for number, row in enumerate(comparison.rows):
+    for index, (axis, measure) in enumerate(zip(axes, measures, strict=False)):
+        for number, row in enumerate(finished):
             for budget in BUDGETS:
-                mine = [
-                    each for each in results
-                    if each.row == row.name and each.budget == budget
-                    and measure in each.values and each.total is not None
-                ]  # fmt: skip
-                if not mine:
+                mine = [each for each in results if (each.row, each.budget) == (row, budget) and measure in each.values]
+                seconds = [each.total for each in mine if each.total is not None]
+                if not mine or (comparison.seconds and not seconds):
                     continue
                 values = [each.values[measure] for each in mine]
-                seconds = statistics.mean(each.total or 0.0 for each in mine)
-                handles[row.name] = axis.errorbar(
-                    seconds,
-                    statistics.mean(values),
-                    yerr=statistics.stdev(values) if len(values) > 1 else None,
+                point, bar = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+                handles[row] = axis.errorbar(
+                    *((statistics.mean(seconds), point, bar) if comparison.seconds else (point, number, None, bar)),
                     marker=MARKERS[number // len(COLORS) % len(MARKERS)],
                     color=COLORS[number % len(COLORS)],
-                    mfc="none" if budget == "compute" else None,
+                    markerfacecolor="none" if budget == "compute" else None,
                     capsize=2,
                     linestyle="",
                 )
-        axis.set_xscale("log")
-        axis.set_xlabel(f"{comparison.clock} seconds of pretraining")
-        axis.set_ylabel(f"{measure}, %" if measures[measure] == 1 else measure)
+        name = f"{measure}, %" if measures[measure] == 1 else measure
+        if comparison.seconds:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(LogFormatter())  # 70 and not 7 x 10^1
+            axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+            axis.set_xlabel(f"{comparison.clock.upper()} seconds of pretraining")
+            axis.set_ylabel(name)
+        else:
+            axis.set_yticks(range(len(finished)), finished if index % columns == 0 else [])
+            axis.invert_yaxis()
+            axis.set_xlabel(name)
         grid_lines(axis)
-    figure.suptitle("filled: equal images, hollow: equal compute", fontsize=8)
-    if handles:
+    for axis in axes:
+        axis.set_axis_off()
+    if comparison.seconds:
+        figure.suptitle("filled: equal images, hollow: equal compute", fontsize=8)
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=7, fontsize=7)
     return figure
 
@@ -269,7 +284,7 @@ def write(
     if smoke:
         text = f"Smoke test: tiny models on a few tiny images. The numbers have no meaning.\n\n{text}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{text}\n![accuracy against compute]({path.stem}.png)\n", encoding="utf-8")
+    path.write_text(f"{text}\n![mean and standard deviation over seeds]({path.stem}.png)\n", encoding="utf-8")
     with house_style():
         save(picture(comparison, results), path.with_suffix(".png"))
     rates = {row: {f"{rate:g}": score for rate, score in scores.items()} for row, scores in sweeps.items()}
