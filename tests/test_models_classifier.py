@@ -34,6 +34,10 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_gradient_checkpointing_is_off_unless_asked_for():
+    assert not classifier().grad_checkpointing and classifier(grad_checkpointing=True).grad_checkpointing
+
+
 def test_images_are_normalised_as_the_teachers():
     model, ours = classifier(), ((0.2,) * 3, (0.5,) * 3)
     pixels = torch.rand(2, 3, 16, 16)
