@@ -20,9 +20,9 @@ from data.loader import Batch, EvalSamples, Source, eval_batches
 from data.masks import IGNORE
 from data.segment_augment import eval_transform
 from options import SegmentOptions
-from util.confusion import confusion, figures_of
+from util.confusion import compute_metrics, confusion
 from util.distributed import Processes
-from util.overlay import shown
+from util.overlay import to_rgb
 from util.windows import Windows, predict
 
 PICTURES = 6
@@ -78,7 +78,7 @@ def evaluation_samples(options: SegmentOptions, source: Source) -> EvalSamples:
     return EvalSamples(source, eval_transform(short_side(options)), mean=options.mean, std=options.std)
 
 
-def windows_of(options: SegmentOptions, patch: int) -> Windows:
+def make_windows(options: SegmentOptions, patch: int) -> Windows:
     """Return the sliding windows for a model with this patch size."""
     rows, columns = options.input_size
     stride = (options.stride, options.stride) if options.stride else (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
@@ -116,7 +116,7 @@ def evaluate(
         matrix_KK += confusion(masks, scores.argmax(dim=1), classes)
         images += len(batch)
     model.train(was_training)
-    return figures_of(processes.sum(matrix_KK), names) | {"images": int(processes.sum(images))}
+    return compute_metrics(processes.sum(matrix_KK), names) | {"images": int(processes.sum(images))}
 
 
 def same_statistics(model: nn.Module, processes: Processes) -> None:
@@ -149,6 +149,6 @@ def predicted_masks(
             scores = predict(model, batch.images, windows, batch.labels.shape[-2:])
         classes_HW = scores.argmax(dim=1)[0].cpu()
         image_CHW = brought_to(batch.images, batch.labels)[0]
-        made.append((shown(image_CHW, samples.mean, samples.std), batch.labels[0].cpu(), classes_HW))
+        made.append((to_rgb(image_CHW, samples.mean, samples.std), batch.labels[0].cpu(), classes_HW))
     model.train(was_training)
     return made

@@ -25,7 +25,7 @@ from options.mae import CrossMAEOptions, MAEOptions, SimMIMOptions
 from options.maskfeat import MaskFeatOptions
 from options.moco_v3 import MoCoV3Options
 from options.nor_mae import NeighborOptions
-from options.schema import Options, chosen, compose, default_of, from_dict, parse
+from options.schema import Options, chosen, compose, from_dict, get_default, parse
 from options.sup_mae import LabelOptions
 from options.teacher import TeacherOptions
 from options.tokenizer import VQKDTokenizerOptions, VQTokenizerOptions
@@ -260,7 +260,7 @@ def schema(method: str) -> Any:
             users = [other for other in METHODS if name in own_options(other)]
             more = f" and {len(users) - 3} more" if len(users) > 3 else ""
             message = f"the method {method} does not use it; methods that do: {', '.join(users[:3])}{more}"
-            unused.append((name, message, default_of(option)))
+            unused.append((name, message, get_default(option)))
     own_class: Any = METHODS[method].options
     return compose(own_class, PretrainOptions, unused=tuple(unused), term_options=tuple(term_options().items()))
 
@@ -310,7 +310,7 @@ def build(method: str, model: str = "mae_vit_tiny_patch16", **overrides: Any) ->
     terms = build_terms(method, overrides.get("terms") or {})
     for name, term in terms.items():
         with _named(name):
-            term.settle(load_pretrained)
+            term.read_checkpoints(load_pretrained)
     built = _assemble(method, model, overrides, terms)
     built.prepare(load_pretrained, None)
     return built
@@ -430,7 +430,7 @@ def _trained_class(options: Mapping[str, Any]) -> type[Pretrainer]:
     return METHODS[options["method"]].model_class()
 
 
-def settled(options: PretrainOptions, model: Pretrainer) -> dict[str, Any]:
+def resolved_options(options: PretrainOptions, model: Pretrainer) -> dict[str, Any]:
     """Return the options that building and preparing the model has decided: the method's own, and its terms'."""
     terms = {name: asdict(term.options) for name, term in model.loss_terms.items()}
     return asdict(model.options) | {"terms": options.terms | terms}

@@ -294,7 +294,7 @@ class LinearProbe(nn.Module):
         return self.head(self.norm(features_ND.float()))
 
 
-def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[tuple[float, list[str]]]:
+def list_layers(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[tuple[float, list[str]]]:
     """Return (factor of the learning rate, parts of the model) for each layer, from the stem to the head."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parts: dict[float, dict[str, None]] = {}

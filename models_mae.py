@@ -123,7 +123,7 @@ class Term(nn.Module):
         """Return `images_together` for batches of `batch_size` images per device; a run warns if it is not empty."""
         return self.images_together
 
-    def settle(self, read: Reader) -> None:
+    def read_checkpoints(self, read: Reader) -> None:
         """Read the checkpoints that training needs, and store in the options what depends on them.
 
         Called before `attach`; not called when a trained model is loaded for inference, whose stored options determine

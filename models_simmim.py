@@ -120,10 +120,10 @@ class SimMIM(ReplacedViT):
         if mask_cell < 0 or mask_cell % self.patch_size:
             raise ValueError(f"mask_cell is {mask_cell} pixels, which patches of {self.patch_size} do not fill")
         cells, hidden = self._cells(grid)
-        if not 0 < hidden < cells:
+        if hidden == cells:
             raise ValueError(
                 f"mask_ratio {self.mask_ratio} hides {hidden} of the {cells} cells of {self.cell} x {self.cell} "
-                f"patches: some must be hidden and some not; a smaller mask_cell makes more of them"
+                f"patches: some must stay visible; a smaller mask_cell makes more cells"
             )
 
     def draw_mask(self, noise: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from models_vit import (
     VisionTransformer,
     at_least_float32,
     attention_heads,
-    digest_of,
+    compute_digest,
     initialize,
     load_matching,
     parse_name,
@@ -172,7 +172,7 @@ def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_wit
         raise ValueError(
             f"checkpoint {path} does not contain the teacher's attention heads: give --terms.teacher.num_heads"
         )
-    return _agreed(options, embed_dim=embed_dim, depth=depth, num_heads=heads, digest=digest_of(weights))
+    return _agreed(options, embed_dim=embed_dim, depth=depth, num_heads=heads, digest=compute_digest(weights))
 
 
 def _agreed(options: TeacherOptions, **found: Any) -> TeacherOptions:
@@ -464,7 +464,7 @@ class TeacherTerm(Term):
 
     # ---- building
 
-    def settle(self, read: Reader) -> None:
+    def read_checkpoints(self, read: Reader) -> None:
         if not self.options.checkpoint:
             if self.own_teacher:
                 raise ValueError("no teacher is given: --terms.teacher.checkpoint FILE")
@@ -475,7 +475,7 @@ class TeacherTerm(Term):
                 made = timm_model(self.options.model)
             heads = made.blocks[0].attn.num_heads
             found = {"embed_dim": made.embed_dim, "depth": len(made.blocks), "num_heads": heads}
-            self.options = _agreed(self.options, **found, digest=digest_of(weights))
+            self.options = _agreed(self.options, **found, digest=compute_digest(weights))
             self._weights = dict(weights)
             return
         plain = encoder_weights(weights, self.options.checkpoint)

@@ -36,7 +36,7 @@ from models_vit import (
     Reader,
     VisionTransformer,
     at_least_float32,
-    digest_of,
+    compute_digest,
     encoder_sizes,
     initialize,
     load_matching,
@@ -360,7 +360,7 @@ def encoder_from(
         load_matching(encoder, own, grid=patch_grid(size, patch_size))
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
-    return encoder, digest_of(own)
+    return encoder, compute_digest(own)
 
 
 def require_digest(name: str, expected: str, found: str, path: str) -> None:
@@ -517,7 +517,7 @@ class VQTokenizer(Tokenizer):
             return
         if not options.perceptual_encoder:
             raise ValueError("a perceptual loss needs --perceptual_encoder CHECKPOINT")
-        path = checkpoint_of(options.perceptual_encoder)
+        path = find_checkpoint(options.perceptual_encoder)
         weights, trained_with = read(path)
         encoder, digest = encoder_from(weights, trained_with, path, options.perceptual_heads)
         require_digest("perceptual_digest", options.perceptual_digest, digest, path)
@@ -593,7 +593,7 @@ class VQKDTokenizer(Tokenizer):
             return
         if not options.teacher:
             raise ValueError("vqkd_tokenizer reconstructs the features of a teacher: give --teacher CHECKPOINT")
-        path = checkpoint_of(options.teacher)
+        path = find_checkpoint(options.teacher)
         weights, trained_with = read(path)
         teacher, digest = encoder_from(weights, trained_with, path, options.teacher_heads)
         require_digest("teacher_digest", options.teacher_digest, digest, path)
@@ -689,7 +689,7 @@ TRAINED: dict[str, type[Tokenizer]] = {"vq_tokenizer": VQTokenizer, "vqkd_tokeni
 KMEANS = "kmeans"  # in the place of a method's name
 
 
-def checkpoint_of(path: str) -> str:
+def find_checkpoint(path: str) -> str:
     """Return the path of a checkpoint: the latest one of a run folder, or the given file."""
     inside = Path(path) / "checkpoints" / "last.pth"
     return str(inside) if inside.is_file() else path
@@ -704,7 +704,7 @@ def load_tokenizer(read: Reader, path: str) -> tuple[Any, str, Mapping[str, Any]
     Raises:
         ValueError: If there is no tokenizer.
     """
-    path = checkpoint_of(path)
+    path = find_checkpoint(path)
     weights, made_with = read(path)
     kind = made_with.get("method", "")
     if kind == KMEANS:
@@ -716,7 +716,7 @@ def load_tokenizer(read: Reader, path: str) -> tuple[Any, str, Mapping[str, Any]
             size = {"input_size": (grid[0] * side, grid[1] * side)}
             encoder, _ = encoder_from(own, size, path, made_with["encoder_heads"])
         kmeans = KMeansTokenizer(weights["centers"], made_with["patch_size"], grid, encoder, made_with["cosine"])
-        return kmeans, digest_of(weights), made_with
+        return kmeans, compute_digest(weights), made_with
     if kind not in TRAINED:
         raise ValueError(
             f"{path} is {f'a run of the method {kind}' if kind else 'not a checkpoint of this project'}, not a "
@@ -728,4 +728,4 @@ def load_tokenizer(read: Reader, path: str) -> tuple[Any, str, Mapping[str, Any]
     tokenizer = tokenizer_class(**encoder_sizes(made_with["model"], made_with), options=options)
     tokenizer.load_state_dict(dict(weights))
     decides = {n: w for n, w in weights.items() if not n.startswith(("decoder", "quantizer.usage"))}
-    return tokenizer, digest_of(decides), made_with
+    return tokenizer, compute_digest(decides), made_with

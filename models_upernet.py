@@ -102,7 +102,7 @@ def from_options(options: Mapping[str, Any], classes: int) -> Segmenter:
     return build(num_classes=classes, **{name: options[name] for name in names if name in options})
 
 
-def begin_with(model: Segmenter, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
+def load_pretrained(model: Segmenter, weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> LoadReport:
     """Initialise from the weights of any checkpoint, except the last layers of a segmenter for other classes.
 
     `made_with` and errors as for `models_classifier.load_encoder`.

@@ -489,7 +489,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
-def digest_of(weights: Mapping[str, Tensor]) -> str:
+def compute_digest(weights: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names, shapes and float32 values."""
     found = hashlib.sha256()
     for name in sorted(weights):
@@ -551,8 +551,8 @@ class FrozenNetwork(nn.Module):
     """Container of a network that is used in training but not trained, such as a teacher or a tokenizer.
 
     The network moves with `.to()`, is in evaluation mode, has no gradients and is not part of the state_dict, so
-    checkpoints do not contain it. Store the `digest_of` its weights in the options, so that a run is not resumed with
-    another network.
+    checkpoints do not contain it. Store the digest of its weights (`compute_digest`) in the options, so that a run is
+    not resumed with another network.
     """
 
     def __init__(self, network: nn.Module | None = None) -> None:

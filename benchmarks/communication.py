@@ -30,7 +30,7 @@ from benchmarks.measure import in_turn, parser, progress, publish, quartiles, sp
 from util import optim
 
 
-def seconds_of_a_step(
+def compute_step_seconds(
     model: DistributedDataParallel, optimizer: torch.optim.Optimizer, images: torch.Tensor, exchange: bool
 ) -> float:
     dist.barrier()
@@ -51,7 +51,7 @@ def measure(rank: int, given: argparse.Namespace, meeting: str, output: str) -> 
     model = methods.build(given.method, given.model, decoder_depth=given.decoder_depth, norm_pix_loss=True)
     optimizer = optim.adamw(optim.pretrain_groups(model, 0.05), 1e-4)
     images = torch.randn(given.batch_size, 3, *model.patch_embed.img_size)
-    step = functools.partial(seconds_of_a_step, DistributedDataParallel(model), optimizer, images)
+    step = functools.partial(compute_step_seconds, DistributedDataParallel(model), optimizer, images)
     turns = {"with": functools.partial(step, True), "without": functools.partial(step, False)}
     for warm_up in turns.values():
         warm_up()

@@ -3,7 +3,7 @@
     python -m benchmarks.input IMAGES                       # a folder or a list of images, as for training
     python -m benchmarks.input IMAGES --variants torchvision folder pack256 --num_workers 8
 
-`NAME+plain` passes batches in new shared memory, as a DataLoader does, instead of `data.shelf`.
+`NAME+plain` passes batches in new shared memory, as a DataLoader does, instead of `data.shared_buffers`.
 `torchvision` is the baseline: an ImageFolder's loader, RandomResizedCrop, flip, ToTensor and Normalize, in a DataLoader
 that returns floats. `pillow` is our loader without torchcodec, `folder` our loader, `region` the same with
 --region_decode, `packN` a pack with short side N (`packN+region` with that option), `rawN` one of raw pixels. Our
@@ -118,12 +118,12 @@ def without_torchcodec() -> Iterator[None]:
 @contextlib.contextmanager
 def without_shelf() -> Iterator[None]:
     """Return a context in which new workers pass batches as a DataLoader does."""
-    true = loader.Shelf
-    loader.Shelf = lambda places: true(0)  # type: ignore[assignment, misc]
+    true = loader.SharedBuffers
+    loader.SharedBuffers = lambda places: true(0)  # type: ignore[assignment, misc]
     try:
         yield
     finally:
-        loader.Shelf = true  # type: ignore[misc]
+        loader.SharedBuffers = true  # type: ignore[misc]
 
 
 def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def paired_ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str,
     }
 
 
-def commit_of(checkout: Path) -> str | None:
+def read_commit(checkout: Path) -> str | None:
     """Return the commit of a checkout, marked where files differ from it."""
     answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=checkout, capture_output=True, text=True)
     return answer.stdout.strip() or None
@@ -84,7 +84,7 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": installed("torch", "torchvision", "timm", "numpy", *DECODERS),
-        "commit": commit_of(PROJECT),
+        "commit": read_commit(PROJECT),
     }
 
 

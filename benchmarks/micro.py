@@ -25,10 +25,10 @@ from benchmarks.step import (
     AMP,
     OurStep,
     Setting,
-    clock_of,
+    choose_clock,
+    measure_seconds,
     peak_bytes,
     restated,
-    seconds_of,
     setting_from,
     setting_parser,
 )
@@ -94,11 +94,11 @@ def measure(setting: Setting, say: Callable[[str], None] = progress) -> dict[str
         for work in forms.values():
             for _ in range(max(setting.warmup, 1)):
                 work()
-        turns = {name: functools.partial(seconds_of, work, setting) for name, work in forms.items()}
+        turns = {name: functools.partial(measure_seconds, work, setting) for name, work in forms.items()}
         seconds = in_turn(turns, setting.rounds, setting.seed, say)
         memory = {name: peak_bytes(work, device) for name, work in forms.items()}
         parts[part] = {"seconds": seconds, "ratios": paired_ratios(seconds), "peak_bytes": memory}
-    return {"clock": clock_of(setting)[0], "parts": parts}
+    return {"clock": choose_clock(setting)[0], "parts": parts}
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import progress, publish, quartiles, table, where
-from benchmarks.step import AMP, VARIANTS, Setting, clock_of, measure, setting_from, setting_parser, wait
+from benchmarks.step import AMP, VARIANTS, Setting, choose_clock, measure, setting_from, setting_parser, wait
 
 VIEWS = frozenset(
     "view as_strided expand transpose permute slice select detach alias unsqueeze squeeze split unbind unsafe_view t "
@@ -48,7 +48,7 @@ class BytesMoved(TorchDispatchMode):
 def ceilings(setting: Setting, seconds: float = 1.0) -> dict[str, float]:
     """Return the best rate of a large matrix product (FLOP/s) and of a large copy (bytes/s)."""
     device, dtype = torch.device(setting.device), AMP[setting.amp] or torch.float32
-    _, clock = clock_of(setting)
+    _, clock = choose_clock(setting)
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     large = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
@@ -88,7 +88,7 @@ def moved(setting: Setting, name: str) -> dict[str, float]:
     return found
 
 
-def share_of_roof(setting: Setting, name: str, roof: Mapping[str, float]) -> dict[str, float]:
+def compute_roof_share(setting: Setting, name: str, roof: Mapping[str, float]) -> dict[str, float]:
     """Return for one variant its rate, the bytes of a step, and its shares of the limits."""
     metrics.reset()
     seconds = quartiles(measure(setting, [name], say=progress)["seconds"][name])["median"]
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setting = setting_from(given)
     torch.set_num_threads(setting.threads)
     roof = ceilings(setting)
-    shares = {name: share_of_roof(setting, name, roof) for name in dict.fromkeys(given.variants)}
+    shares = {name: compute_roof_share(setting, name, roof) for name in dict.fromkeys(given.variants)}
     found = {"ceilings": roof, "roofline": shares}
     publish(f"roofline_{setting.file}", found, markdown, setting=asdict(setting), output=given.output)
 

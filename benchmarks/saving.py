@@ -28,7 +28,7 @@ from util import checkpoint
 IMAGENET_IMAGES = 1_281_167
 
 
-def seconds_of(work: Callable[[], object]) -> float:
+def measure_seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -68,9 +68,9 @@ def measure(given: argparse.Namespace, say: Callable[[str], None] = progress) ->
         content = (folder / checkpoint.LAST).read_bytes()
         seconds = in_turn(
             {
-                "step": lambda: seconds_of(train),
-                "save": lambda: seconds_of(save),
-                "bytes": lambda: seconds_of(lambda: write_at_once(content, folder / "plain")),
+                "step": lambda: measure_seconds(train),
+                "save": lambda: measure_seconds(save),
+                "bytes": lambda: measure_seconds(lambda: write_at_once(content, folder / "plain")),
             },
             given.rounds,
             0,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import methods
-from benchmarks.measure import PROJECT, commit_of, in_turn, parser, progress, publish, quartiles, spread, table, where
+from benchmarks.measure import PROJECT, in_turn, parser, progress, publish, quartiles, read_commit, spread, table, where
 from benchmarks.restated_mae import RestatedMAE, RestatedStep
 from benchmarks.restated_nor_mae import RestatedNoRMAE
 from util.distributed import Processes
@@ -185,7 +185,7 @@ VARIANTS: dict[str, Callable[[Setting], Step]] = {
 USUAL = ("restated_mae", "mae", "restated_nor", "nor", "nor_r20")
 
 
-def clock_of(setting: Setting) -> tuple[str, Callable[[], float]]:
+def choose_clock(setting: Setting) -> tuple[str, Callable[[], float]]:
     """Return the clock: CPU time for one CPU thread, which other programs disturb least, otherwise wall time."""
     if setting.device == "cpu" and setting.threads == 1:
         return "CPU time", time.process_time
@@ -197,9 +197,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(work: Callable[[], object], setting: Setting) -> float:
+def measure_seconds(work: Callable[[], object], setting: Setting) -> float:
     """Return the mean time of `setting.steps` steps."""
-    (_, clock), device = clock_of(setting), torch.device(setting.device)
+    (_, clock), device = choose_clock(setting), torch.device(setting.device)
     wait(device)
     began = clock()
     for _ in range(setting.steps):
@@ -253,7 +253,7 @@ def prepared(
 
 
 @contextlib.contextmanager
-def code_of(checkout: Path) -> Iterator[Any]:
+def use_checkout(checkout: Path) -> Iterator[Any]:
     """Context in which this project's modules are those of another checkout; gives its `benchmarks.step`."""
     own = {path.stem for path in PROJECT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
 
@@ -285,17 +285,17 @@ def measure(
     memory: dict[str, int] = {}
     steps = list(prepared(setting, names, say))
     if before:
-        with code_of(before) as other:
+        with use_checkout(before) as other:
             theirs = other.prepared(other.Setting(**asdict(setting)), names, say)
             steps += [(f"before:{name}", step) for name, step in theirs]
     for name, step in steps:
         memory[name] = peak_bytes(step, device)
-        turns[name] = functools.partial(seconds_of, step, setting)
+        turns[name] = functools.partial(measure_seconds, step, setting)
     return {
-        "clock": clock_of(setting)[0],
+        "clock": choose_clock(setting)[0],
         "seconds": in_turn(turns, setting.rounds, setting.seed, say),
         "peak_bytes": memory,
-        **({"before": commit_of(before)} if before else {}),
+        **({"before": read_commit(before)} if before else {}),
     }
 
 

@@ -107,7 +107,7 @@ def read_archive(
         ValueError: The members are ambiguous, or labels are missing or invalid.
     """
     index = _read_headers(shards)
-    index.images = _of_split(_without_masks(index), split, named)
+    index.images = _select_split(_without_masks(index), split, named)
     notes = []
     if index.other:
         kinds = some(counted(index.other), 8)
@@ -197,7 +197,7 @@ def _without_masks(index: _Index) -> list[Member]:
     return kept
 
 
-def _of_split(images: list[Member], split: str, named: bool) -> list[Member]:
+def _select_split(images: list[Member], split: str, named: bool) -> list[Member]:
     """Return the images of the split's folder, where the archives hold a folder for each split; otherwise all."""
     names = sorted(member.name for member in images)
     shared = _all_share(names)
@@ -332,24 +332,26 @@ def find_shards(pattern: str, data_path: str, split: str) -> tuple[list[str], bo
         found = [path for each in _braces(pattern) for path in glob.glob(os.path.join(data_path, each))]
     else:
         found = [*glob.glob(os.path.join(data_path, "*.tar")), *glob.glob(os.path.join(data_path, "*", "*.tar"))]
-        found = [path for path in found if os.path.dirname(path) == data_path.rstrip("/") or _split_of(path, data_path)]
-    ours = [path for path in found if _split_of(path, data_path) == split]
+        found = [
+            path for path in found if os.path.dirname(path) == data_path.rstrip("/") or _read_split(path, data_path)
+        ]
+    ours = [path for path in found if _read_split(path, data_path) == split]
     named = bool(ours)
     if not ours:
-        ours = [path for path in found if (pattern and split == "train") or not _split_of(path, data_path)]
+        ours = [path for path in found if (pattern and split == "train") or not _read_split(path, data_path)]
     if not ours:
         among = f"among {len(found)} named {pattern or '*.tar'}: {some(found)}"
         raise (NoSplit if found and split != "train" else ValueError)(f"no {split} shards in {data_path} {among}")
     return sorted(ours), named
 
 
-def _split_of(path: str, data_path: str) -> str:
+def _read_split(path: str, data_path: str) -> str:
     """Return the split that a shard or its folder is named after; "" where there is none."""
     words = re.split(r"[^a-z]+", os.path.relpath(path, data_path).lower())
-    return next((split for split, names in SPLIT_WORDS.items() if _any_of(names, words)), "")
+    return next((split for split, names in SPLIT_WORDS.items() if _contains_any(names, words)), "")
 
 
-def _any_of(names: Iterable[str], words: Sequence[str]) -> bool:
+def _contains_any(names: Iterable[str], words: Sequence[str]) -> bool:
     return any(name in words for name in names)
 
 

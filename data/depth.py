@@ -110,7 +110,7 @@ def decide(found: Sequence[Values]) -> Range:
         ValueError: If the files have no common scale.
     """
     kinds = {kind: [values for values in found if values.kind == kind] for kind in "if"}
-    ranges = {kind: _range_of(kind, group) for kind, group in kinds.items() if group}
+    ranges = {kind: _choose_range(kind, group) for kind, group in kinds.items() if group}
     if len(set(ranges.values())) > 1:
         integer, floating = kinds["i"][0], kinds["f"][0]
         raise ValueError(
@@ -122,7 +122,7 @@ def decide(found: Sequence[Values]) -> Range:
     return next(iter(ranges.values()))
 
 
-def _range_of(kind: str, group: Sequence[Values]) -> Range:
+def _choose_range(kind: str, group: Sequence[Values]) -> Range:
     low, high = min(values.low for values in group), max(values.high for values in group)
     some = np.concatenate([values.some for values in group])
     for white in WHITES[kind]:

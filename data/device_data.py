@@ -86,7 +86,7 @@ class DeviceSamples:
             drawn = [self.draw_noise(noise_generator(self.seed, epoch, number)) for epoch, number in keys]
             noise = _moved(torch.stack(drawn), self.device)
         elif self.noise_shape is not None:
-            states = _moved(states_of(self.seed, epochs, index, NOISE).view(np.int64), self.device)
+            states = _moved(compute_states(self.seed, epochs, index, NOISE).view(np.int64), self.device)
             noise = uniforms(states, int(np.prod(self.noise_shape))).view(-1, *self.noise_shape)
         problems, self._problems = self._problems, []
         return Batch(
@@ -101,7 +101,7 @@ class DeviceSamples:
 
     def boxes(self, epochs: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the random crops (top, left, rows, columns) `[N, 4]` and whether each is flipped, `[N]`."""
-        states = states_of(self.seed, epochs, index, AUGMENTATION)
+        states = compute_states(self.seed, epochs, index, AUGMENTATION)
         drawn = uniforms(torch.from_numpy(states.view(np.int64)), 2 * ATTEMPTS + 3, torch.float64).numpy()
         return random_boxes(self.sizes[index], self.min_scale, drawn[:, :-1]), drawn[:, -1] < self.hflip
 
@@ -115,7 +115,7 @@ def _moved(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 # ---- random numbers -------------------------------------------------------------------------------------------------
 
 
-def states_of(seed: int, epochs: np.ndarray, index: np.ndarray, stream: int) -> np.ndarray:
+def compute_states(seed: int, epochs: np.ndarray, index: np.ndarray, stream: int) -> np.ndarray:
     """Return the initial random state of each sample in a stream, uint64 `[N]`."""
     epochs_seeds = {epoch: mix(seed, epoch, stream) for epoch in set(epochs.tolist())}
     state = np.array([epochs_seeds[epoch] for epoch in epochs.tolist()], np.uint64) ^ index.astype(np.uint64)

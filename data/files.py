@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 TEMPORARY = ".tmp"
 
 
-def temporary_of(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Return the path of the temporary file beside `path`."""
     return path.with_name(f".{path.name}{TEMPORARY}")
 
@@ -26,7 +26,7 @@ def atomic_write(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
         path: The file to write.
         sync: Flush the file and its folder to disk, so that the write survives a power failure.
     """
-    temporary = temporary_of(path)
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -68,7 +68,7 @@ def link(path: Path, other: Path, *, or_copy: bool) -> bool:
 
     The file must never be written in place. With `or_copy` it is copied if the file system has no hard links.
     """
-    temporary = temporary_of(other)
+    temporary = temporary_path(other)
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
@@ -97,7 +97,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ValueError: If `folder` is neither new nor empty.
     """
     require_free(folder)
-    temporary = temporary_of(folder)  # so that `folder` exists only when it is complete
+    temporary = temporary_path(folder)  # so that `folder` exists only when it is complete
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

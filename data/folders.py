@@ -156,7 +156,7 @@ def holds_images(folder: str) -> bool:
         return any(is_image_name(entry.name) for entry in entries)
 
 
-def contents_of(folder: str) -> str:
+def describe_contents(folder: str) -> str:
     """Describe the content of a folder for an error message."""
     with os.scandir(folder) as entries:
         kinds = Counter("folders" if _is_folder(entry) else Path(entry.name).suffix or "files" for entry in entries)
@@ -218,7 +218,7 @@ def _is_a_class(data_path: str, name: str) -> bool:
     return any(holds_images(os.path.join(data_path, other)) for other in beside)
 
 
-def folder_of_splits(data_path: str) -> str:
+def find_split_folder(data_path: str) -> str:
     """Return the folder that contains the folders of the splits: `data_path`, or the only folder in it, and so on."""
     folder = data_path
     for _ in range(DEEPEST):

@@ -116,7 +116,7 @@ def decode(data: bytes, in_chans: int, name: str, *, lazy: bool = False) -> np.n
         if is_tiff(data) and (in_chans not in PICTURE_MODES or not pillow_reads_tiff(data)):
             return array_pixels(tiff_values(data, in_chans), in_chans)
         if data.startswith(PNG) and data[24:25] == b"\x10" and data[25:26] != b"\0" and in_chans in PICTURE_MODES:
-            return _colours_of_png16(data, in_chans)  # Pillow would drop the lower eight bits
+            return _read_png16_colours(data, in_chans)  # Pillow would drop the lower eight bits
         if data[4:8] == b"ftyp":
             register_heif()
         with Image.open(io.BytesIO(data)) as picture:
@@ -132,7 +132,7 @@ def pillow_reads_tiff(data: bytes) -> bool:
         return False
 
 
-def _colours_of_png16(data: bytes, in_chans: int) -> np.ndarray:
+def _read_png16_colours(data: bytes, in_chans: int) -> np.ndarray:
     """Return uint16 `[H, W, bands]`, upright, of a PNG file of 16 bits in colour, or grey with transparency.
 
     Transparency is dropped unless there are 4 channels.
@@ -155,7 +155,7 @@ def is_uint8_file(path: str) -> bool:
     return start.startswith((START, b"GIF8", b"BM", b"RIFF"))
 
 
-def orientation_of(picture: Image.Image) -> int:
+def read_orientation(picture: Image.Image) -> int:
     """Return the EXIF orientation of a Pillow image, 1 to 8; 1 where it has none, or Pillow has applied it (TIFF)."""
     exif = picture.info.get("exif")
     return 1 if not isinstance(exif, bytes) else orientation_in(exif.removeprefix(EXIF))
@@ -208,14 +208,14 @@ def picture_pixels(picture: Image.Image, in_chans: int) -> np.ndarray:
             "of as many bands"
         )
     if picture.mode == "F" or picture.mode.startswith("I"):
-        return upright(np.asarray(picture)[:, :, None], orientation_of(picture))
+        return upright(np.asarray(picture)[:, :, None], read_orientation(picture))
     original = picture
     if picture.mode in ("P", "PA"):
         picture = picture.convert("RGBA")  # Pillow warns about transparent palettes that are converted to RGB
     elif picture.mode in ("CMYK", "YCbCr"):
         picture = picture.convert("RGB")  # Pillow has no direct conversion to L or RGBA
     array_HWC = np.asarray(picture if picture.mode == mode else picture.convert(mode))
-    return upright(array_HWC.reshape(*array_HWC.shape[:2], in_chans), orientation_of(original))
+    return upright(array_HWC.reshape(*array_HWC.shape[:2], in_chans), read_orientation(original))
 
 
 def array_pixels(array: np.ndarray, in_chans: int) -> np.ndarray:

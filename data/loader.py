@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.decode import torchcodec_jpeg
 from data.images import BadImage, Pair, PairTransform, Transform, eval_transform, pretrain_transform
-from data.shelf import Allocate, Parcel, Shelf, empty
+from data.shared_buffers import Allocate, SharedBuffers, TensorHandle, empty
 from data.sources import Source, open_source
 
 __all__ = [
@@ -158,16 +158,16 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def posted(self, shelf: Shelf, number: int) -> Batch:
+    def to_shared(self, buffers: SharedBuffers, number: int) -> Batch:
         """Put the tensors of batch `number` into shared memory for another process, the images first."""
         tensors: list[Tensor] = []
         self._each(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        parcels: Iterator[Any] = iter(shelf.put(number, tensors))
-        return self._each(lambda _: next(parcels))
+        handles: Iterator[Any] = iter(buffers.put(number, tensors))
+        return self._each(lambda _: next(handles))
 
-    def opened(self) -> Batch:
+    def from_shared(self) -> Batch:
         """Copy the tensors that another process has put into shared memory to this process."""
-        return self._each(lambda tensor: tensor.open() if isinstance(tensor, Parcel) else tensor)
+        return self._each(lambda tensor: tensor.open() if isinstance(tensor, TensorHandle) else tensor)
 
     def _each(self, change: Callable[[Any], Tensor]) -> Batch:
         """Apply `change` to every tensor, in a fixed order: images, labels, noise, index."""
@@ -414,7 +414,7 @@ class Loader:
         self._waits_since = time.monotonic()
         try:
             batch = next(stream)
-            return batch if isinstance(batch, NothingReadable) else batch.opened()
+            return batch if isinstance(batch, NothingReadable) else batch.from_shared()
         except Exception as error:  # the type of the error depends on when the worker exited
             exited = self._dead_workers()
             if not exited:
@@ -445,11 +445,13 @@ class Loader:
             # torch warns about more workers than cores. If decoded JPEG files are waiting, more workers do no harm.
             warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
             self._loader = DataLoader(
-                _Posting(self.samples, Shelf(PREFETCH * self.num_workers + 1)),  # batches in flight, and the newest
+                _SharedBatches(
+                    self.samples, SharedBuffers(PREFETCH * self.num_workers + 1)
+                ),  # batches in flight, and the newest
                 batch_sampler=self._feed,
                 num_workers=self.num_workers,
                 prefetch_factor=PREFETCH,
-                collate_fn=_as_it_is,
+                collate_fn=_identity,
                 pin_memory=self.pin_memory,
                 worker_init_fn=_ignore_signals,
                 persistent_workers=True,
@@ -491,16 +493,16 @@ class _Feed:
         return self.keys
 
 
-class _Posting(Dataset):
+class _SharedBatches(Dataset):
     """The data set of a loader's workers: return the batch of (number, keys) through shared memory."""
 
-    def __init__(self, samples: Samples, shelf: Shelf):
-        self.samples, self.shelf = samples, shelf
+    def __init__(self, samples: Samples, buffers: SharedBuffers):
+        self.samples, self.buffers = samples, buffers
 
     def __getitems__(self, numbered: tuple[int, list]) -> Batch | NothingReadable:
         number, keys = numbered
-        batch = self.samples.__getitems__(keys, self.shelf.allocator(number))
-        return batch if isinstance(batch, NothingReadable) else batch.posted(self.shelf, number)
+        batch = self.samples.__getitems__(keys, self.buffers.allocator(number))
+        return batch if isinstance(batch, NothingReadable) else batch.to_shared(self.buffers, number)
 
 
 def _kill(processes: list[Any]) -> None:
@@ -511,7 +513,7 @@ def _kill(processes: list[Any]) -> None:
     processes.clear()
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data.decode import upright
-from data.images import NUMPY, blamed_on, orientation_of, pillow_reads_tiff
+from data.images import NUMPY, blamed_on, pillow_reads_tiff, read_orientation
 from data.tiff import is_tiff, tiff_values
 from options import SegmentOptions
 
@@ -70,7 +70,7 @@ class Coding:
         ignore = -1 if ignored is None else ignored
         return cls(classes, ignore, options.dataset == "ade20k" or options.reduce_zero_label, values, colours)
 
-    def class_of(self, number: int) -> str:
+    def describe_class(self, number: int) -> str:
         """Describe a stored value: the number of its class, or why it has none."""
         return self.show(self.values[number] if self.values else number + self.reduce_zero)
 
@@ -78,7 +78,7 @@ class Coding:
         """Format a stored value for options and messages."""
         return f"#{value:06x}" if self.colours else str(value)
 
-    def classes_of(self, numbers_HW: np.ndarray) -> np.ndarray:
+    def to_classes(self, numbers_HW: np.ndarray) -> np.ndarray:
         """Return each pixel's class or IGNORE, int16 `[H, W]`.
 
         Raises:
@@ -136,7 +136,7 @@ def read_mask(path: str, colours: bool = False) -> tuple[np.ndarray, str]:
                 )
             picture.load()
             numbers_HW, kind = _numbers(picture, data, colours)
-            return upright(numbers_HW, orientation_of(picture)), kind
+            return upright(numbers_HW, read_orientation(picture)), kind
 
 
 def _numbers(picture: Image.Image, data: bytes, colours: bool) -> tuple[np.ndarray, str]:
@@ -145,7 +145,7 @@ def _numbers(picture: Image.Image, data: bytes, colours: bool) -> tuple[np.ndarr
         red, green, blue = np.asarray(picture.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
         return (red << 16) + (green << 8) + blue, "colour"
     if picture.mode in ("RGB", "RGBA", "LA"):
-        return _grey_of_colours(np.asarray(picture), picture.mode), f"grey in {picture.mode}"
+        return _convert_to_grey(np.asarray(picture), picture.mode), f"grey in {picture.mode}"
     if picture.mode == "F":
         return _whole_numbers(np.asarray(picture)), "float"
     kind = NUMBER_MODES.get(picture.mode)
@@ -154,7 +154,7 @@ def _numbers(picture: Image.Image, data: bytes, colours: bool) -> tuple[np.ndarr
     numbers_HW = np.asarray(picture)
     if kind == "1 bit":
         numbers_HW = numbers_HW.astype(np.uint8)
-    elif kind == "grey" and (bits := _bits_of_grey_png(data)) < 8:
+    elif kind == "grey" and (bits := _read_grey_png_bits(data)) < 8:
         numbers_HW = numbers_HW // (255 // (2**bits - 1))  # Pillow scales 2 and 4 bits to 0..255
     return numbers_HW, kind
 
@@ -165,7 +165,7 @@ NUMBERS_WANTED = (
 )
 
 
-def _grey_of_colours(values_HWC: np.ndarray, mode: str) -> np.ndarray:
+def _convert_to_grey(values_HWC: np.ndarray, mode: str) -> np.ndarray:
     """Convert a mask stored in colour to grey values.
 
     Raises:
@@ -210,7 +210,7 @@ def _whole_numbers(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int32)
 
 
-def _bits_of_grey_png(data: bytes) -> int:
+def _read_grey_png_bits(data: bytes) -> int:
     """Return the bits per pixel of a grey PNG file from its header; 8 for any other file."""
     start, colour_type = GREY_PNG
     return data[24] if data.startswith(start) and data[25] == colour_type else 8

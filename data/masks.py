@@ -27,8 +27,8 @@ from PIL import Image
 
 from data import scenes
 from data.depth import with_range
-from data.folders import contents_of, images_below, some, split_named, visible_folders
-from data.images import BadImage, Pair, blamed_on, orientation_of, read_stored
+from data.folders import describe_contents, images_below, some, split_named, visible_folders
+from data.images import BadImage, Pair, blamed_on, read_orientation, read_stored
 from data.mask_files import IGNORE, MOST_LISTED, Coding, read_mask
 from data.sources import Names, Source, read_class_list
 from data.splits import (
@@ -38,7 +38,7 @@ from data.splits import (
     TEST,
     VAL,
     Splits,
-    groups_of,
+    number_groups,
     take,
     warn_of_split_folders,
     whole_groups,
@@ -80,7 +80,7 @@ def _read_pair(root: str, images: Sequence[str], masks: Sequence[str], coding: C
     path = os.path.join(root, masks[n])
     numbers_HW, _ = read_mask(path, coding.colours)
     with blamed_on(path):
-        mask_HW = coding.classes_of(numbers_HW)
+        mask_HW = coding.to_classes(numbers_HW)
         if mask_HW.shape != image_HWC.shape[:2]:
             raise ValueError(_other_size(mask_HW.shape, image_HWC.shape[:2], 1))
     return Pair(image_HWC, mask_HW)
@@ -178,7 +178,7 @@ def _by_stem(folder: str, what: str, suffixes: tuple[str, ...] = ()) -> dict[str
             raise ValueError(f"{folder} holds {found[stem]} and {name}: which of them is meant?")
         found[stem] = name
     if not found:
-        raise ValueError(f"no {what} in {folder}: it holds {contents_of(folder)}")
+        raise ValueError(f"no {what} in {folder}: it holds {describe_contents(folder)}")
     return found
 
 
@@ -191,7 +191,9 @@ def _open_folder(options: SegmentOptions) -> _Folder:
         root = inside
     found = [name for name in MASK_FOLDERS if os.path.isdir(os.path.join(root, name))]
     if len(found) != 1 or not os.path.isdir(os.path.join(root, "images")):
-        raise ValueError(f"{root} must hold {WANTED}; it holds {contents_of(root)} ({some(sorted(os.listdir(root)))})")
+        raise ValueError(
+            f"{root} must hold {WANTED}; it holds {describe_contents(root)} ({some(sorted(os.listdir(root)))})"
+        )
     listed = options.class_list or (str(ADE20K) if ade else os.path.join(root, CLASSES))
     if not os.path.isfile(listed):
         raise ValueError(
@@ -240,7 +242,7 @@ def _look(folder: _Folder, image: str, mask: str) -> _Look:
         else:
             stored, counts = np.unique(numbers_HW, return_counts=True)
         values = dict(zip(stored.tolist(), counts.tolist(), strict=True))
-        folder.coding.classes_of(stored[None])
+        folder.coding.to_classes(stored[None])
         rows, columns, orientation = _size(os.path.join(folder.root, image)) or (*numbers_HW.shape, 1)
         if (rows, columns) != numbers_HW.shape:
             raise ValueError(_other_size(numbers_HW.shape, (rows, columns), orientation))
@@ -276,7 +278,7 @@ def _check(
         )
     _report(folder, looks, total)
     known = sorted(total)
-    class_of = dict(zip(known, folder.coding.classes_of(np.array([known], np.int32))[0].tolist(), strict=True))
+    class_of = dict(zip(known, folder.coding.to_classes(np.array([known], np.int32))[0].tolist(), strict=True))
     pixels = np.zeros((len(looks), len(folder.names)), np.int64)
     for row, look in zip(pixels, looks, strict=True):
         for value, count in look.values.items():
@@ -319,11 +321,11 @@ def _require_classes(folder: _Folder, masks: int, pixels_K: np.ndarray, total: C
     if not never:
         return
     ignored = total[coding.ignore] / total.total()
-    missing = f"{names[never[0]]} (value {coding.class_of(never[0])})"
+    missing = f"{names[never[0]]} (value {coding.describe_class(never[0])})"
     advice = (
         f"{coding.ignore} fills {100 * ignored:.1f}% of the mask pixels and is ignored, while the class {missing} is "
         f"in none of the {masks} masks in {folder.root}. If {coding.ignore} stands for that class, store "
-        f"{coding.class_of(never[0])} in its place"
+        f"{coding.describe_class(never[0])} in its place"
     )
     stored = sorted({*total, coding.ignore})
     if len(stored) == len(names):
@@ -368,7 +370,7 @@ def _size(path: str) -> tuple[int, int, int] | None:
             rows, columns = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
             return rows, columns, 1
         with Image.open(path) as picture:
-            rows, columns, orientation = picture.height, picture.width, orientation_of(picture)
+            rows, columns, orientation = picture.height, picture.width, read_orientation(picture)
             return (columns, rows, orientation) if orientation > 4 else (rows, columns, orientation)
     except Exception:  # broken files raise many types of errors
         return None
@@ -401,7 +403,7 @@ def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
         both = False
     else:
         pairs, choice, test, both = _open_pairs(options, processes)
-    _settled_classes(options, pairs)
+    _check_classes(options, pairs)
     train, chosen_on = pairs, VAL
     if not both and options.holdout:
         train, choice = _slice(pairs, options.holdout, options, "holdout")
@@ -471,7 +473,7 @@ def _slice(source: Source, share: float, options: SegmentOptions, what: str) -> 
     if len(source) < 2:
         raise ValueError(f"{what}: there is {len(source)} image, which cannot be in two parts")
     count = min(max(1, round(share * len(source))), len(source) - 1)
-    if (groups := groups_of(source, options.group_by)) is not None:
+    if (groups := number_groups(source, options.group_by)) is not None:
         chosen = whole_groups(np.zeros(len(source), np.int64), groups, {0: count}, options.subset_seed, keep=True)
         if not len(chosen):
             raise ValueError(f"{what}: all {len(source)} images are of one group ({options.group_by})")
@@ -482,7 +484,7 @@ def _slice(source: Source, share: float, options: SegmentOptions, what: str) -> 
     return take(source, np.setdiff1d(np.arange(len(source)), chosen)), take(source, chosen)
 
 
-def _settled_classes(options: SegmentOptions, source: Source) -> None:
+def _check_classes(options: SegmentOptions, source: Source) -> None:
     classes = len(source.classes or [])
     if options.num_classes not in (0, classes):
         raise ValueError(f"num_classes {options.num_classes}: the class list has {classes}; leave it out")

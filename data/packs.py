@@ -254,7 +254,7 @@ class Packing:
     def shards(self) -> int:
         return -(-len(self.names) // self.shard_images)
 
-    def images_of(self, shard: int) -> range:
+    def shard_indices(self, shard: int) -> range:
         return range(shard * self.shard_images, min((shard + 1) * self.shard_images, len(self.names)))
 
     def _note(self, shard: int) -> Path:
@@ -276,7 +276,7 @@ class Packing:
         """Write a shard, verify it, and write its note. Return its number of images, including unreadable ones."""
         rows, problems, offset = [], [], 0
         with atomic_write(self.folder / shard_name(shard), sync=True) as target:
-            for image in self.images_of(shard):
+            for image in self.shard_indices(shard):
                 try:
                     stored, height, width, size, time = self._stored(image)
                 except BadImage as error:
@@ -289,7 +289,7 @@ class Packing:
         self._read_back(shard, rows)
         note = {"bytes": offset, "sha256": sha256(self.folder / shard_name(shard)), "rows": rows, "left_out": problems}
         write_json(self._note(shard), note)
-        return len(self.images_of(shard))
+        return len(self.shard_indices(shard))
 
     def _stored(self, image: int) -> tuple[bytes, int, int, int, int]:
         size = time = 0

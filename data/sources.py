@@ -31,8 +31,8 @@ from data.folders import (
     SPLIT_WORDS,
     Found,
     NoSplit,
-    contents_of,
-    folder_of_splits,
+    describe_contents,
+    find_split_folder,
     holds_images,
     images_below,
     label_by_folder,
@@ -292,7 +292,7 @@ def _guess(data_path: str) -> tuple[str, str]:
     return "folder", data_path
 
 
-def _said(source: Source, what: str, why: str) -> Source:
+def _log_source(source: Source, what: str, why: str) -> Source:
     """Log what was found, how it was read and what was left out; return the source."""
     labels = "no labels" if source.labels is None else f"{len(source.classes or [])} classes"
     log.info("data: %s: %d images, %s (%s)", what, len(source), labels, why)
@@ -329,11 +329,11 @@ def _open_folder(wanted: _Wanted) -> Source:
         if names:
             labels, classes, why = label_by_folder(names)
             problem = "" if classes else why
-            notes += _looks_of(classes or [])
+            notes += _describe_names(classes or [])
     if not names:
         heif = f". {HEIF_EXTRA}" if any(found.other[suffix] for suffix in HEIF) else ""
         raise ValueError(
-            f"no images in {root}: it holds {contents_of(root)} (images are .jpg .png .tif .npy ...){heif}"
+            f"no images in {root}: it holds {describe_contents(root)} (images are .jpg .png .tif .npy ...){heif}"
         )
     if heic := sum(found.other[suffix] for suffix in HEIF):
         notes.append(f"{heic} {HEIF_EXTRA}")
@@ -345,7 +345,7 @@ def _open_folder(wanted: _Wanted) -> Source:
     source = Source(
         compact, read, labels, classes, selection, path, read_lazily=lazily, notes=tuple(notes), problem=problem
     )
-    return _said(source, root, why)
+    return _log_source(source, root, why)
 
 
 def _split_folder(data_path: str, split: str) -> tuple[str, list[str]]:
@@ -357,7 +357,7 @@ def _split_folder(data_path: str, split: str) -> tuple[str, list[str]]:
         raise ValueError("no data: give --data_path FOLDER")
     if not os.path.isdir(data_path):
         raise ValueError(f"data_path {data_path} {_no_folder(data_path)}")
-    above = folder_of_splits(data_path)
+    above = find_split_folder(data_path)
     splits = split_folders(above)
     if split in splits:
         root = os.path.join(above, splits[split])
@@ -372,7 +372,7 @@ def _split_folder(data_path: str, split: str) -> tuple[str, list[str]]:
             return data_path, []  # there are no other folders
         return above if others else data_path, others
     names = (*SPLIT_WORDS["val"], "test") if split == "val" else SPLIT_WORDS.get(split, (split,))
-    held = contents_of(data_path)
+    held = describe_contents(data_path)
     raise NoSplit(f"no {split} images: {data_path} has no folder {' or '.join(names)}; it holds {held}")
 
 
@@ -393,7 +393,7 @@ def _walk_without(root: str, others: Sequence[str]) -> Found:
     return found
 
 
-def _looks_of(classes: Sequence[str]) -> list[str]:
+def _describe_names(classes: Sequence[str]) -> list[str]:
     """Describe unusual class names."""
     notes = []
     folded = collections.Counter(name.casefold() for name in classes)
@@ -463,7 +463,7 @@ def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
         path = IMAGENET100 if class_list == "imagenet100" else Path(class_list)
         if not path.is_file():
             raise ValueError(f"class_list {class_list!r} is neither the word imagenet100 nor a file of folder names")
-        classes = [line.strip() for line in _text_of(path).splitlines() if line.strip()]
+        classes = [line.strip() for line in _read_list(path).splitlines() if line.strip()]
     else:
         classes = list(class_list)
     twice = [name for name, count in collections.Counter(classes).items() if count > 1]
@@ -473,7 +473,7 @@ def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
     return classes, hashlib.sha256(os.fsencode("".join(f"{name}\n" for name in classes))).hexdigest()
 
 
-def _text_of(path: Path) -> str:
+def _read_list(path: Path) -> str:
     """Return the text of a list: UTF-8 with or without a byte order mark; file names in it may contain any bytes."""
     try:
         return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -497,11 +497,11 @@ def _open_list(wanted: _Wanted) -> Source:
 
     The val split of `lists/train.txt` is `lists/val.txt`.
     """
-    path = _list_of_split(Path(wanted.dataset), wanted.split)
+    path = _find_list(Path(wanted.dataset), wanted.split)
     if not path.is_file():
         raise ValueError(f"the list of images {path} does not exist")
     root = wanted.data_path or str(path.parent)
-    rows = [_path_and_label(line) for line in _text_of(path).split("\n") if line.strip()]
+    rows = [_path_and_label(line) for line in _read_list(path).split("\n") if line.strip()]
     if not rows:
         raise ValueError(f"the list of images {path} is empty")
     names = Names(name for name, _ in rows)
@@ -522,10 +522,10 @@ def _open_list(wanted: _Wanted) -> Source:
     read = functools.partial(_read_file, root, names, wanted.in_chans)
     path_of, lazily = functools.partial(_file, root, names), functools.partial(read, lazy=True)
     source = Source(names, read, labels, classes, path=path_of, read_lazily=lazily, notes=tuple(notes), problem=problem)
-    return _said(source, str(path), f"paths relative to {root}")
+    return _log_source(source, str(path), f"paths relative to {root}")
 
 
-def _list_of_split(path: Path, split: str) -> Path:
+def _find_list(path: Path, split: str) -> Path:
     """Return the list of another split: the training list's name with `train` replaced."""
     if split == "train":
         return path
@@ -594,7 +594,7 @@ def _open_pack(data_path: str, split: str, in_chans: int, class_list: str | Sequ
         read_lazily=functools.partial(read, lazy=True),
         value_range=tuple(pack.manifest["source"].get("value_range", ())),
     )
-    return _said(source, f"pack {folder}", f"{size}, {what}")
+    return _log_source(source, f"pack {folder}", f"{size}, {what}")
 
 
 def _same_source(pack: Pack) -> None:
@@ -642,14 +642,14 @@ def _open_digits(split: str, in_chans: int) -> Source:
     labels = digits.target[chosen].astype(np.int64)
     classes = [str(digit) for digit in range(10)]
     source = Source(Names(names), functools.partial(_read_digit, images, in_chans), labels, classes)
-    return _said(source, "digits", f"{split} split of scikit-learn's handwritten digits")
+    return _log_source(source, "digits", f"{split} split of scikit-learn's handwritten digits")
 
 
 def _open_scenes(split: str, in_chans: int) -> Source:
     split = official_split("scenes", split)
     names = Names(f"scenes/{split}/{number:04d}" for number in range(scenes.SIZES[split]))
     source = Source(names, functools.partial(scenes.image, split, in_chans))
-    return _said(source, "scenes", f"{split} split of the generated scenes")
+    return _log_source(source, "scenes", f"{split} split of the generated scenes")
 
 
 def _read_digit(images: np.ndarray, in_chans: int, index: int) -> np.ndarray:
@@ -715,7 +715,7 @@ def _open_torchvision(name: str, data_path: str, split: str, in_chans: int) -> S
         numbers = parts[0].index
         names = Names(f"{classes[label]}/image_{numbers[i]:04d}.jpg" for i, label in zip(chosen, labels, strict=True))
     read = functools.partial(_read_torchvision, images, names, in_chans)
-    return _said(Source(names, read, labels, classes), f"torch/{name} in {data_path}", asked)
+    return _log_source(Source(names, read, labels, classes), f"torch/{name} in {data_path}", asked)
 
 
 def _caltech101_split(labels: np.ndarray, classes: list[str], split: str) -> tuple[np.ndarray, str]:
@@ -777,7 +777,7 @@ def _open_hugging_face(name: str, cache: str, split: str, in_chans: int) -> Sour
     table = table.cast_column(image_key, datasets.Image(decode=False)).select_columns(image_key)
     read = functools.partial(_read_hugging_face, table, image_key, names, in_chans)
     source = Source(names, read, labels, classes, read_lazily=functools.partial(read, lazy=True), problem=problem)
-    return _said(source, f"hfds/{name}", f"split {name_of_split}")
+    return _log_source(source, f"hfds/{name}", f"split {name_of_split}")
 
 
 def _read_hugging_face(
@@ -817,7 +817,7 @@ def _open_shards(wanted: _Wanted, pattern: str) -> Source:
         notes=tuple(found.notes),
         problem=found.problem,
     )
-    return _said(source, f"{len(shards)} tar shards in {data_path}", found.why)
+    return _log_source(source, f"{len(shards)} tar shards in {data_path}", found.why)
 
 
 def _read_member(

@@ -66,7 +66,7 @@ def open_splits(options: ClassifierOptions) -> Splits:
     train = images
     if not val and not test:
         train, test = divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")
-    several = groups_of(train, options.group_by)
+    several = number_groups(train, options.group_by)
     small = subset(_labels(train), options.label_share, options.labels_per_class, options.subset_seed, several)
     _warn_of_split_folders(train, small, options, "label_share")
     train = take(train, small)
@@ -125,13 +125,13 @@ def divide(source: Source, share: float, seed: int, group_by: str, what: str) ->
     Args:
         share: Share of each class; increased to `least_held_out` images in total if that takes at most a quarter of
             each class.
-        group_by: See `groups_of`.
+        group_by: See `number_groups`.
         what: The option that requests it, for messages.
 
     Returns:
         The remaining images, and the share.
     """
-    labels, groups = _labels(source), groups_of(source, group_by)
+    labels, groups = _labels(source), number_groups(source, group_by)
     least = least_held_out(len(np.unique(labels)))
     try:
         kept, held = hold_out(labels, share, seed, least=least, groups=groups)
@@ -262,7 +262,7 @@ def whole_groups(
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
 
 
-def groups_of(source: Source, group_by: str) -> np.ndarray | None:
+def number_groups(source: Source, group_by: str) -> np.ndarray | None:
     """Number the groups of a source's images.
 
     Args:
@@ -298,7 +298,7 @@ def groups_of(source: Source, group_by: str) -> np.ndarray | None:
 
 def check_groups(source: Source, group_by: str) -> None:
     """Log the number of groups. Raises ValueError if every class is one group, so that no class can be split."""
-    groups = groups_of(source, group_by)
+    groups = number_groups(source, group_by)
     if groups is None:
         return
     count, labels = len(np.unique(groups)), source.labels

@@ -60,8 +60,8 @@ class NeighborOptions:
         if self.border == "auto":
             object.__setattr__(self, "border", "wrap" if self.cnp == "released" else "natural")
         if self.cnp == "released":
-            settled = {"border": "wrap", "similarity": "embed_pos", "companion": "closest", "normalize": "token"}
-            for name, value in settled.items():
+            fixed = {"border": "wrap", "similarity": "embed_pos", "companion": "closest", "normalize": "token"}
+            for name, value in fixed.items():
                 if getattr(self, name) != value:
                     raise ValueError(f"{name} is {getattr(self, name)!r}; with cnp released it can only be {value!r}")
 

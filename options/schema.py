@@ -165,7 +165,7 @@ def _sections(schema: Any) -> dict[str, list[dataclasses.Field[Any]]]:
     return dict(sorted(groups.items(), key=lambda group: declared[group[1][0].name]))
 
 
-def default_of(field: dataclasses.Field[Any]) -> Any:
+def get_default(field: dataclasses.Field[Any]) -> Any:
     """Return the default of a field, or `dataclasses.MISSING` if it is required."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
@@ -344,7 +344,7 @@ def chosen(schema: Any, argv: Sequence[str], name: str) -> tuple[str, str]:
     parser.add_argument(f"--{name}")
     given, _ = parser.parse_known_args(list(argv))
     field = next(field for field in dataclasses.fields(schema) if field.name == name)
-    value, source = default_of(field), "default"
+    value, source = get_default(field), "default"
     for file in (file for files in given.config for file in files):
         for key, found in _read_recipe(file):
             if key == name:
@@ -392,7 +392,7 @@ def _preset_layer(
 ) -> tuple[str, Given]:
     """Return the defaults of the chosen method, as the first layer."""
     chosen = [(value, source) for source, given in layers for key, value in given if key == "method"]
-    default = next(default_of(field) for field in dataclasses.fields(schema) if field.name == "method")
+    default = next(get_default(field) for field in dataclasses.fields(schema) if field.name == "method")
     method, source = chosen[-1] if chosen else (default, "default")
     try:
         return f"method {method}", list(preset(read(method, str, "method")).items())
@@ -458,7 +458,7 @@ class _Merge:
 
     def _make(self, schema: Any, values: dict[str, Any], name: str) -> Any:
         for field in dataclasses.fields(schema):
-            if field.name not in values and default_of(field) is dataclasses.MISSING:
+            if field.name not in values and get_default(field) is dataclasses.MISSING:
                 key = f"{name}.{field.name}".lstrip(".")
                 raise OptionError(f"{key} must be given: {documentation(schema)[field.name]}", key)
         try:
@@ -660,7 +660,7 @@ def _kind(field: dataclasses.Field[Any]) -> str:
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
-    value = default_of(field)
+    value = get_default(field)
     if value is dataclasses.MISSING:
         return "required"
     return "empty" if value in ("", (), {}) else show(value).strip("'")
@@ -672,9 +672,9 @@ def option_table(schema: Any, term_options: Mapping[str, type] | None = None, be
     Options that the schema `beside` has with the same default are left out.
     """
     theirs = dataclasses.fields(beside) if beside else ()
-    known = [(field.name, default_of(field)) for field in theirs]
+    known = [(field.name, get_default(field)) for field in theirs]
     own = [field for fields in _sections(schema).values() for field in fields]
-    listed = [("", schema, field) for field in own if (field.name, default_of(field)) not in known]
+    listed = [("", schema, field) for field in own if (field.name, get_default(field)) not in known]
     same, first = _repeated(term_options or {})
     for term, options in first.items():
         listed += [(f"terms.{term}.", options, field) for field in dataclasses.fields(options)]
@@ -705,7 +705,7 @@ def changed(declared: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Options that the class completes itself, such as an `auto`, are compared with what it makes of the default.
     """
-    required = [field.name for field in dataclasses.fields(declared) if default_of(field) is dataclasses.MISSING]
+    required = [field.name for field in dataclasses.fields(declared) if get_default(field) is dataclasses.MISSING]
     usual = to_dict(declared(**{name: values[name] for name in required}))
     return {name: value for name, value in values.items() if name in required or value != usual.get(name)}
 
@@ -745,11 +745,11 @@ def differences(schema: type, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     found = []
     old, new = current_names(schema, old), current_names(schema, new)
     for field in dataclasses.fields(schema):
-        before, after = (_plain(values.get(field.name, default_of(field))) for values in (old, new))
+        before, after = (_plain(values.get(field.name, get_default(field))) for values in (old, new))
         if field.name == "terms":
             for term in dict.fromkeys([*before, *after]):
                 options = dataclasses.fields(term_options[term]) if term in term_options else ()
-                defaults = {option.name: default_of(option) for option in options}
+                defaults = {option.name: get_default(option) for option in options}
                 found += _term_differences(f"terms.{term}", before.get(term), after.get(term), defaults)
         elif _kind(field) != "machine" and before != after:
             found.append(Difference(field.name, before, after, _kind(field)))

@@ -24,7 +24,7 @@ from data.loader import Batch, EvalSamples, Source, TrainSamples, eval_transform
 from data.splits import Splits
 from engine_finetune import Distillation, Objective, describe, evaluate, make_evaluation
 from models_classifier import Classifier
-from models_vit import digest_of, move_average
+from models_vit import compute_digest, move_average
 from options import FinetuneOptions
 from programs.plan import Plan
 from programs.training import train_epochs
@@ -56,7 +56,7 @@ def load_teacher(options: FinetuneOptions, device: torch.device) -> tuple[Finetu
     if not options.distill_from:
         return options, None
     weights, made_with = checkpoint.load_model(options.distill_from, averaged=True)
-    found = digest_of(weights)
+    found = compute_digest(weights)
     if options.distill_digest not in ("", found):
         raise ValueError(f"distill_digest is {options.distill_digest}, but {options.distill_from} has {found}")
     try:
@@ -72,7 +72,7 @@ def load_teacher(options: FinetuneOptions, device: torch.device) -> tuple[Finetu
     return replace(options, distill_digest=found), distillation
 
 
-def objective_of(
+def create_objective(
     options: FinetuneOptions, model: nn.Module, train: Source, distillation: Distillation | None = None
 ) -> Objective:
     """Create the objective. The class weights may be computed from the labels of the training images `train`."""
@@ -138,7 +138,7 @@ def run(options: FinetuneOptions) -> None:
 def evaluate_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     """Log the accuracy of a checkpoint on the test images, and print it as JSON; no files are written."""
     path = checkpoint.evaluated_checkpoint(vars(options))
-    test = splits.open_test(options, splits.read_classes(checkpoint.run_of(Path(path))))
+    test = splits.open_test(options, splits.read_classes(checkpoint.find_run(Path(path))))
     classes = max(len(test.classes or []), options.num_classes)
     weights, made_with = checkpoint.load_model(path, averaged=True)
     model = build_model(options, classes)
@@ -169,7 +169,7 @@ def make_plan(options: FinetuneOptions, processes: Processes, *, reading: Proces
         found.train,
         model,
         make_batches=batches_of,
-        make_objective=lambda trained: objective_of(options, trained, found.train, distillation),
+        make_objective=lambda trained: create_objective(options, trained, found.train, distillation),
         make_optimizer=partial(make_optimizer, options, model),
         image_bytes=options.in_chans * math.prod(options.input_size) * (4 if floats else 1) + 8,
         splits=found,

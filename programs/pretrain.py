@@ -62,13 +62,13 @@ def open_images(options: PretrainOptions, model: Pretrainer, split: str = "train
     return source
 
 
-def settle(options: PretrainOptions, model: Pretrainer, source: Source) -> PretrainOptions:
+def complete_options(options: PretrainOptions, model: Pretrainer, source: Source) -> PretrainOptions:
     """Return the options, completed with values from the data and from checkpoints that were read."""
     if source.classes is not None:
         model.prepare(methods.load_pretrained, len(source.classes))
     for path, made_with in model.helpers.items():
         require_same_statistics(options, path, made_with)
-    return replace(options, value_range=source.value_range, **methods.settled(options, model))
+    return replace(options, value_range=source.value_range, **methods.resolved_options(options, model))
 
 
 def require_same_statistics(options: PretrainOptions, path: str, made_with: Mapping[str, Any]) -> None:
@@ -204,7 +204,7 @@ def conclude(options: PretrainOptions, facts: Mapping[str, Any], last: Mapping[s
 def make_plan(options: PretrainOptions, processes: Processes, *, reading: Processes | None = None) -> Plan:
     model = build_model(options)
     source = open_images(options, model)
-    options = settle(options, model, source)
+    options = complete_options(options, model, source)
     pixels = sum(crop.count * math.prod(crop.size) for crop in model.views(options.min_scale, options.hflip))
     return Plan(
         options,

@@ -28,7 +28,7 @@ from programs.training import train_epochs
 from programs.transfer import encoder_arguments, warn_of_pooling
 from util import distributed, optim
 from util.distributed import Processes
-from util.features import FeatureSamples, encode_source, interleaved, pooled, reading_of
+from util.features import FeatureSamples, encode_source, interleaved, pooled, select_reading
 from util.knn import knn_accuracy
 from util.logging import talk
 from util.run import Run, resolve, share_batches
@@ -71,7 +71,7 @@ class Features:
             autocast=self.run.autocast,
             indices=range(processes.rank, len(source), processes.world_size),
             pool=self.pool,
-            **reading_of(options),
+            **select_reading(options),
         )
         return interleaved(processes.gather(share))
 

@@ -27,9 +27,9 @@ from engine_segment import (
     Objective,
     evaluate,
     evaluation_samples,
+    make_windows,
     predicted_masks,
     short_side,
-    windows_of,
 )
 from models_upernet import Segmenter
 from options import SegmentOptions
@@ -98,13 +98,13 @@ def make_optimizer(options: SegmentOptions, model: Segmenter, device: torch.devi
     return optim.adamw(groups, lr, betas=(0.9, 0.999), device=device)
 
 
-def objective_of(options: SegmentOptions, model: nn.Module, train: Source) -> Objective:
+def create_objective(options: SegmentOptions, model: nn.Module, train: Source) -> Objective:
     """Create the objective. The class weights may be computed from the masks of the training images `train`."""
     weights = pixel_weights(options.class_weights, train, options.num_workers)
     return Objective(model, auxiliary=options.auxiliary, class_weights=weights)
 
 
-def settle(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentOptions:
+def complete_options(options: SegmentOptions, found: Splits, batches: Batches) -> SegmentOptions:
     """Return the options, completed with the number of classes, and the epochs for the given steps."""
     per_epoch = batches.steps_per_epoch
     epochs = math.ceil(options.steps / per_epoch) if options.steps else options.epochs
@@ -132,7 +132,7 @@ def evaluate_checkpoint(options: SegmentOptions, processes: Processes) -> None:
         model,
         image_batches(options, test, processes),
         names=names,
-        windows=windows_of(options, model.patch),
+        windows=make_windows(options, model.patch),
         processes=processes,
         autocast=autocast(options, processes),
     )
@@ -146,14 +146,14 @@ def make_plan(options: SegmentOptions, processes: Processes, *, reading: Process
     found = masks.open_splits(options, reading or processes)
     model = build_model(options, found.classes, processes)
     batches_of = partial(share_batches, options, training_images(options, found.train))
-    options = settle(options, found, batches_of(processes))
+    options = complete_options(options, found, batches_of(processes))
     return Plan(
         options,
         processes,
         found.train,
         model,
         make_batches=batches_of,
-        make_objective=lambda trained: objective_of(options, trained, found.train),
+        make_objective=lambda trained: create_objective(options, trained, found.train),
         make_optimizer=partial(make_optimizer, options, model),
         image_bytes=(options.in_chans + 2) * math.prod(options.input_size),  # the mask has 16 bits
         splits=found,
@@ -164,7 +164,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
     plan = make_plan(options, processes)
     options, model, batches, found = plan.options, plan.model, plan.batches, plan.splits
     names = found.train.classes or []
-    load_initial_weights(options, model, models_upernet.begin_with)
+    load_initial_weights(options, model, models_upernet.load_pretrained)
     run = Run(options, processes, found.train)
     model.to(processes.device)
     choose_threads(model, processes.device)
@@ -179,7 +179,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
     )
     run.prepare(model, batches, optimizer, schedule, total_steps=total_steps)
     objective = plan.make_objective(run.trained)
-    windows = windows_of(options, model.patch)
+    windows = make_windows(options, model.patch)
     sources = {"choice": found.choice, "test": found.test}
 
     def measure(images: str) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def draw(options: SegmentOptions, model: Segmenter, found: Splits, run: Run, pat
         model,
         evaluation_samples(options, found.test),
         index,
-        windows=windows_of(options, model.patch),
+        windows=make_windows(options, model.patch),
         device=run.processes.device,
         autocast=run.autocast,
     )

@@ -75,7 +75,7 @@ def layer_groups(options: TransferOptions, model: Classifier) -> tuple[float, li
     """Return the learning rate and the parameter groups, and log the learning rate of each layer."""
     lr = optim.absolute_lr(options.lr, options.blr, options.total_batch_size)
     groups = optim.finetune_groups(model, options.weight_decay, options.layer_decay)
-    for scale, parts in models_classifier.layers_of(model, groups):
+    for scale, parts in models_classifier.list_layers(model, groups):
         log.info("learning rate %.3e (x %.6f): %s", lr * scale, scale, ", ".join(parts))
     return lr, groups
 

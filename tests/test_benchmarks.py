@@ -139,7 +139,7 @@ def test_another_checkout_brings_its_own_code_and_leaves_none(tmp_path):
     for name in ("util", "options", "data"):
         shutil.copytree(PROJECT / name, tmp_path / name)
     own = sys.modules["models_mae"]
-    with step.code_of(tmp_path) as other:
+    with step.use_checkout(tmp_path) as other:
         setting = other.Setting(patch_size=4, input_size=8, decoder_depth=1, batch_size=2, warmup=1)
         ((name, take_step),) = other.prepared(setting, ["mae"], lambda text: None)
         assert Path(type(take_step.func.model).__init__.__code__.co_filename).is_relative_to(tmp_path)

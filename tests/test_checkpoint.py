@@ -156,16 +156,16 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path):
 
 def test_a_run_folder_stands_for_its_latest_checkpoint(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="contains no checkpoint"):
-        checkpoint.file_of(tmp_path)
+        checkpoint.find_file(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     last = tmp_path / "checkpoints" / "last.pth"
     checkpoint.save(
         last, {"format": checkpoint.FORMAT, "model": {"w": torch.ones(1)}, "options": {"method": "mae"}, "epoch": 3}
     )
-    assert checkpoint.file_of(tmp_path) == last and checkpoint.load(tmp_path)["epoch"] == 3
+    assert checkpoint.find_file(tmp_path) == last and checkpoint.load(tmp_path)["epoch"] == 3
     assert checkpoint.load_model(tmp_path)[1] == {"method": "mae"}
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint at"):
-        checkpoint.file_of(tmp_path / "nowhere")
+        checkpoint.find_file(tmp_path / "nowhere")
 
 
 # ---- what a checkpoint decides --------------------------------------------------------------------------------------
@@ -234,14 +234,14 @@ def test_the_average_is_loaded_if_it_is_asked_for(trained):
     assert checkpoint.load_model(trained, averaged=True)[0]["weight"][0] == 7
     assert checkpoint.load_model(trained)[1] == OPTIONS
     run = trained.parent.parent
-    assert checkpoint.run_of(trained) == run and checkpoint.file_of(run) == trained
+    assert checkpoint.find_run(trained) == run and checkpoint.find_file(run) == trained
 
 
 def test_programs_are_stored_or_follow_from_the_options():
-    assert checkpoint.program_of({"program": "probe", "options": {"method": "mae"}}) == "probe"
-    assert checkpoint.program_of({"options": {"method": "mae"}}) == "pretrain"
-    assert checkpoint.program_of({"options": {"mixup": 0.0}}) == "finetune"
-    assert checkpoint.program_of({"options": {}}) == "probe"
+    assert checkpoint.find_program({"program": "probe", "options": {"method": "mae"}}) == "probe"
+    assert checkpoint.find_program({"options": {"method": "mae"}}) == "pretrain"
+    assert checkpoint.find_program({"options": {"mixup": 0.0}}) == "finetune"
+    assert checkpoint.find_program({"options": {}}) == "probe"
 
 
 def test_damaged_weights_are_refused(trained, tmp_path):

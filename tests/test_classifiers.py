@@ -55,9 +55,9 @@ def test_runs_with_other_updates_labels_or_metrics_are_not_compared(tmp_path):
         folder = tmp_path / str(number)
         record(folder / "a", 100, options={"init_from": "last.pth", "from_scratch": False})
         record(folder / "b", **{"labels": 100} | more, options={"init_from": "", "from_scratch": False}, last=60.0)
-        gain = classifiers.gain_of_pretraining(classifiers.rows_below([folder]))
+        gain = classifiers.compare_with_scratch(classifiers.rows_below([folder]))
         assert (gain is None) == bool(more)
-    assert classifiers.gain_of_pretraining(classifiers.rows_below([tmp_path / "0", tmp_path / "1"])) is None
+    assert classifiers.compare_with_scratch(classifiers.rows_below([tmp_path / "0", tmp_path / "1"])) is None
 
 
 def test_the_report_leads_with_the_classifiers_then_nearest_neighbours(quickstart):

@@ -131,7 +131,7 @@ def test_differences_are_paired_by_seed_and_need_two():
 
 
 def test_percent_has_one_decimal_and_other_measures_three():
-    found = comparison_report.measures_of(COMPARISONS["nor_explained_cpu"])
+    found = comparison_report.list_measures(COMPARISONS["nor_explained_cpu"])
     assert (found["linear"], found["separation"]) == (1, 3)
     assert comparison_report.spread([41.26, 41.46], 1) == "41.4 ± 0.1"
     assert comparison_report.spread([0.8371, 0.8401], 3) == "0.839 ± 0.002"
@@ -405,7 +405,7 @@ def test_agreement_is_the_mean_correlation_of_two_predictions():
     model = methods.from_options(options).eval()
     cpu = torch.device("cpu")
     trained = given.Trained(model, options, 0, Path("last.pth"), cpu)
-    shown = models.Shown("m", "", model, ((0.5,) * 3, (0.5,) * 3), cpu)
+    shown = models.FigureModel("m", "", model, ((0.5,) * 3, (0.5,) * 3), cpu)
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     subject = Subject([shown], pixels, ["a", "b", "c"])
     found = neighbor_statistics.measure(trained, subject)

@@ -47,7 +47,7 @@ def test_a_run_of_an_earlier_version_resumes_to_the_weights_that_it_would_have_r
 @pytest.mark.parametrize("name", RUNS)
 def test_the_program_of_a_checkpoint_without_a_name_is_recognised_and_its_options_read(name):
     state = torch.load(FIXTURES / f"{name}.pth", weights_only=True)
-    program = checkpoint.program_of(state)
+    program = checkpoint.find_program(state)
     assert "program" not in state and program == PROGRAMS[RUNS[name]["door"]]
     assert checkpoint.program_at(FIXTURES / f"{name}.pth") == program
     assert checkpoint.program_at(FIXTURES / f"{name}_end.pth") == "", "weights alone"

@@ -196,7 +196,7 @@ def test_a_method_computes_its_equations(method):
     if method == "g2sd":
         options = TEACHER | {"decoder_depth": 2}
         torch.manual_seed(5)
-        terms = {"teacher": {"checkpoint": file_of(build("mae", **options), {"method": "mae"} | options, "g2sd")}}
+        terms = {"teacher": {"checkpoint": find_file(build("mae", **options), {"method": "mae"} | options, "g2sd")}}
     model = small(method, **more, terms=terms).double()
     teacher, _ = from_checkpoint(model.terms["teacher"].options.checkpoint)
     teacher.double().requires_grad_(False)
@@ -220,7 +220,7 @@ def test_a_method_computes_its_equations(method):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
 
 
-def file_of(model, options, name):
+def find_file(model, options, name):
     from tests.small import scratch
 
     return write_checkpoint(f"{scratch.name}/{name}.pth", model, options)
@@ -231,7 +231,7 @@ def test_the_loss_is_zero_where_teacher_and_student_are_equal(method):
     options = SMALL | {"depth": 2, "decoder_depth": 2}
     torch.manual_seed(3)
     teacher = build("mae", **options)
-    path = file_of(teacher, {"method": "mae"} | options, "same")
+    path = find_file(teacher, {"method": "mae"} | options, "same")
     equal_blocks = {"student_block": -1, "teacher_block": -1}
     changes = {
         "dmae": {"teacher": equal_blocks},

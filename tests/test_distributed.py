@@ -124,7 +124,7 @@ def test_torchrun_restarts_a_lost_process_and_the_curve_is_the_same(tmp_path):
 def test_a_single_process_agrees_with_itself_at_once():
     agree = Agreement(Processes(0, 1, 0, torch.device("cpu")))
     assert [agree(request) for request in (0, 1, 2)] == [0, 1, 2]
-    assert agree.settle() == 0
+    assert agree.resolve() == 0
 
 
 def test_a_signal_is_remembered_and_not_acted_on():

@@ -188,7 +188,7 @@ def test_the_class_token_is_what_hugging_face_pools_of_a_classifier_at_every_loa
     assert run_tool(name, folder) == 0
     images = images_for((3, 16, 16))
     with torch.no_grad():
-        class_token = encoders.load(folder).answers(images)["features"]
+        class_token = encoders.load(folder).compute_outputs(images)["features"]
         for _ in range(2):
             loaded, report = transformers.AutoModel.from_pretrained(folder / "export" / name, output_loading_info=True)
             assert not report["missing_keys"]
@@ -310,7 +310,7 @@ def test_options_with_another_head_count_than_the_run_built_are_noticed(pretrain
 @ON_RECTANGLES
 def test_nan_is_no_agreement(pretrained):
     encoder = encoders.load(pretrained[0])
-    tokens = encoder.answers(encoder.probe())["tokens"]
+    tokens = encoder.compute_outputs(encoder.probe())["tokens"]
     with pytest.raises(encoders.Mismatch, match="the difference is nan"):
         encoders.compare(encoder, {"tokens": torch.full_like(tokens, float("nan"))}, "it")
 
@@ -466,7 +466,7 @@ def test_every_method_has_an_encoder_that_can_leave(method, tmp_path):
     encoder = encoders.load(save_run(tmp_path / method, model, options))
     images = images_for((3, 16, 16))
     with torch.no_grad():
-        torch.testing.assert_close(encoder.answers(images)["tokens"], model.encode(images), atol=1e-6, rtol=0)
+        torch.testing.assert_close(encoder.compute_outputs(images)["tokens"], model.encode(images), atol=1e-6, rtol=0)
 
 
 def test_an_encoder_with_more_than_a_plain_one_is_refused(tmp_path, capsys):

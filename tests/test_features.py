@@ -9,7 +9,7 @@ from torch import nn
 
 from data.images import BadImage
 from data.loader import NothingReadable, Source, open_source, pixel_statistics
-from util.features import encode_source, pixels_of_source
+from util.features import encode_source, load_pixels
 from util.knn import knn_accuracy
 
 
@@ -57,7 +57,7 @@ def test_features_are_the_average_of_the_patch_tokens(num_workers):
 
 def test_pixels_are_features_too():
     source = make_source()
-    features, labels = pixels_of_source(source, **options())
+    features, labels = load_pixels(source, **options())
     np.testing.assert_allclose(features[3], normalised(source, 3).transpose(2, 0, 1).reshape(-1), atol=1e-6)
     assert features.shape == (10, 192) and len(labels) == 10
 
@@ -99,5 +99,5 @@ def test_a_failure_leaves_the_model_in_training():
 
 
 def test_raw_pixels_of_the_digits_are_a_strong_baseline():
-    both = [pixels_of_source(open_source("digits", "", split, in_chans=1), **options(1)) for split in ("train", "val")]
+    both = [load_pixels(open_source("digits", "", split, in_chans=1), **options(1)) for split in ("train", "val")]
     assert 0.96 < knn_accuracy(*both[0], *both[1]) < 1

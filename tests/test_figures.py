@@ -13,7 +13,7 @@ import methods
 from data.sources import Source
 from models_mae import take
 from tools.figures import attention, collapse, figure1, neighbors, reconstruction, separation, similarity, subject
-from tools.figures.models import Shown
+from tools.figures.models import FigureModel
 from tools.figures.subject import Subject
 
 STATISTICS = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
@@ -26,7 +26,7 @@ def shown(model=None, label="small", seed=0, **overrides):
         torch.manual_seed(seed)
         sizes = {"input_size": 48, "decoder_num_heads": 2, **SIZES, **overrides}
         model = methods.build("mae", "mae_vit_tiny_patch8", **sizes)
-    return Shown(label, "fresh", model.eval(), STATISTICS, torch.device("cpu"))
+    return FigureModel(label, "fresh", model.eval(), STATISTICS, torch.device("cpu"))
 
 
 def pixels(count=2, size=48, channels=3, seed=0):
@@ -97,7 +97,7 @@ def test_grey_and_many_channels_are_shown_as_far_as_a_screen_can():
     five = torch.rand(2, 5, 4, 6)
     np.testing.assert_array_equal(subject.as_pictures(five), five[:, :3].movedim(1, -1).numpy())
     assert Subject([shown()], pixels(channels=5), ["a", "b"]).channels_note == [
-        "Shown: the first 3 channels, as red, green and blue, of 5."
+        "FigureModel: the first 3 channels, as red, green and blue, of 5."
     ]
 
 

@@ -75,7 +75,7 @@ def test_layers_have_maes_rates(pool):
         assert scale == pytest.approx(0.65 ** (13 - layer)) and weight_decay == decay, name
     shown = dict(
         (parts[0], scale)
-        for scale, parts in models_classifier.layers_of(model, optim.finetune_groups(model, 0.05, 0.65))
+        for scale, parts in models_classifier.list_layers(model, optim.finetune_groups(model, 0.05, 0.65))
     )
     assert shown["cls_token"] == pytest.approx(0.003697, rel=1e-3)
     assert shown["blocks.0"] == pytest.approx(0.005688, rel=1e-3)

@@ -10,7 +10,7 @@ import yaml
 import main_finetune
 import main_linprobe
 from options import FinetuneOptions, ProbeOptions, resolve_batch
-from options.schema import default_of
+from options.schema import get_default
 from util.optim import absolute_lr
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def test_the_headers_command_runs_this_recipe(path, weights):
 def test_a_recipe_holds_only_what_differs(path, options):
     """Except for the model, which it may contain in any case."""
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    defaults = {field.name: default_of(field) for field in fields(DOORS[path.parent.name][1])}
+    defaults = {field.name: get_default(field) for field in fields(DOORS[path.parent.name][1])}
     resolved = options(f"{path.parent.name}/{path.stem}")
     assert not [name for name in given if name != "model" and getattr(resolved, name) == defaults[name]]
 

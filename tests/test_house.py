@@ -125,6 +125,12 @@ def test_every_module_opens_with_what_it_is_for():
     assert not [name for name, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))]
 
 
+def test_functions_are_named_by_verbs():
+    """`compute_digest`, not `digest_of`."""
+    found = re.findall(r"^ *def (\w+_of)\(", "\n".join(path.read_text() for path in SOURCES), re.MULTILINE)
+    assert not found
+
+
 def test_no_argument_is_hidden_in_a_context():
     assert not [name for name, tree in trees().items() if "contextvars" in set(imported(tree))]
 

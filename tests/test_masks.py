@@ -99,13 +99,13 @@ def test_colours_and_jpeg_are_no_masks(tmp_path):
 
 def test_numbers_become_classes_as_ade20k_counts_them():
     ade, plain = Coding(150, 255, True), Coding(3, 255, False)
-    found = ade.classes_of(np.array([[0, 1, 150, 255]], np.uint8))
+    found = ade.to_classes(np.array([[0, 1, 150, 255]], np.uint8))
     assert found.tolist() == [[IGNORE, 0, 149, IGNORE]] and found.dtype == np.int16
-    assert plain.classes_of(np.array([[0, 2, 255]], np.uint8)).tolist() == [[0, 2, IGNORE]]
+    assert plain.to_classes(np.array([[0, 2, 255]], np.uint8)).tolist() == [[0, 2, IGNORE]]
     with pytest.raises(ValueError, match="it holds 3, 7; the 3 classes are 0 to 2, and 255 is ignored"):
-        plain.classes_of(np.array([[3, 0], [7, 3]], np.uint8))
+        plain.to_classes(np.array([[3, 0], [7, 3]], np.uint8))
     with pytest.raises(ValueError, match="it holds 151; the 150 classes are 1 to 150"):
-        ade.classes_of(np.array([[151]], np.uint8))
+        ade.to_classes(np.array([[151]], np.uint8))
 
 
 # ---- mapping of values

@@ -11,6 +11,7 @@ from torch import nn
 from methods import build
 from models_mae import (
     ENCODER_INPUT,
+    BatchNormOverRanks,
     MaskedAutoencoderViT,
     Masking,
     Term,
@@ -528,3 +529,29 @@ def test_the_published_outputs():
     assert torch.equal(view.mask, vectors["mask"])
     assert assert_as_published({"latent": view.latent, "pred": view.pred}, model, vectors) == 5
     assert F.mse_loss(view.pred, vectors["pred"]) < 1e-10
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_over_ranks_equals_torchs_on_one_process(affine):
+    own, torchs = BatchNormOverRanks(5, affine=affine), torch.nn.BatchNorm1d(5, affine=affine)
+    if affine:
+        for norm in (own, torchs):
+            torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+    x = (10 + torch.randn(7, 5)).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    for _ in range(2):
+        found, expected = own(x), torchs(y)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.pow(3).sum().backward()
+    expected.pow(3).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+    for name, value in torchs.state_dict().items():
+        torch.testing.assert_close(own.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own.eval()(x), torchs.eval()(y), rtol=1e-5, atol=1e-5)
+
+
+def test_batch_norm_over_ranks_computes_in_float32_under_autocast():
+    x = 100 + torch.randn(64, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = BatchNormOverRanks(3, affine=False)(x)
+    torch.testing.assert_close(found, F.batch_norm(x, None, None, training=True), rtol=1e-4, atol=1e-4)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import methods
 from models_mae import BatchNormOverRanks
@@ -118,32 +117,6 @@ def test_projector_and_predictor_are_the_releases_layers():
     assert kinds == ["Linear", "BatchNormOverRanks", "ReLU"] * 2 + ["Linear", "BatchNormOverRanks"]
     *_, last = mlp(8, 12, 6)
     assert not last.affine and all(layer.bias is None for layer in mlp(8, 12, 6) if isinstance(layer, torch.nn.Linear))
-
-
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_over_ranks_equals_torchs_on_one_process(affine):
-    own, torchs = BatchNormOverRanks(5, affine=affine), torch.nn.BatchNorm1d(5, affine=affine)
-    if affine:
-        for norm in (own, torchs):
-            torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
-    x = (10 + torch.randn(7, 5)).requires_grad_()
-    y = x.detach().clone().requires_grad_()
-    for _ in range(2):
-        found, expected = own(x), torchs(y)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    found.pow(3).sum().backward()
-    expected.pow(3).sum().backward()
-    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
-    for name, value in torchs.state_dict().items():
-        torch.testing.assert_close(own.state_dict()[name], value, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(own.eval()(x), torchs.eval()(y), rtol=1e-5, atol=1e-5)
-
-
-def test_batch_norm_over_ranks_computes_in_float32_under_autocast():
-    x = 100 + torch.randn(64, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = BatchNormOverRanks(3, affine=False)(x)
-    torch.testing.assert_close(found, F.batch_norm(x, None, None, training=True), rtol=1e-4, atol=1e-4)
 
 
 def test_initial_weights_are_the_papers():

@@ -321,10 +321,10 @@ def test_linear_relations_save_one_half_precision_tensor_beside_their_input(rela
 @pytest.mark.parametrize("normalize", ["token", "feature", "none"])
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_hessian_vector_products_are_those_of_the_matrix_formula(relation, normalize):
-    def product(relation_of):
+    def product(describe_relation):
         z, z_cnp = predictions()
         vector = torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(3))
-        value = relation_of(z, z_cnp, relation, normalize)
+        value = describe_relation(z, z_cnp, relation, normalize)
         (gradient,) = torch.autograd.grad(value.square() + value, z, create_graph=True)  # `value` also scales it
         return gradient.detach(), torch.autograd.grad((gradient * vector).sum(), z)[0]
 

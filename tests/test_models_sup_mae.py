@@ -103,10 +103,10 @@ def test_impossible_options_are_refused(options, message):
 
 def test_pretraining_takes_the_classes_of_its_images():
     from main_pretrain import parse_options
-    from programs.pretrain import build_model, settle
+    from programs.pretrain import build_model, complete_options
 
     options = parse_options("--method sup_mae --input_size 16 --model mae_vit_tiny_patch8 --depth 1".split())
     model = build_model(options)
-    settled = settle(options, model, types.SimpleNamespace(classes=["cat", "dog", "eel"], value_range=()))
-    assert options.terms["label"]["classes"] == 0 and settled.terms["label"]["classes"] == 3
+    completed = complete_options(options, model, types.SimpleNamespace(classes=["cat", "dog", "eel"], value_range=()))
+    assert options.terms["label"]["classes"] == 0 and completed.terms["label"]["classes"] == 3
     assert model.terms["label"].head[-1].out_features == 3

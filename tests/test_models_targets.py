@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import models_targets
-from models_targets import hog
+from models_targets import HOG, hog
 from tests import published
 
 ramp = torch.arange(32.0).expand(32, 32)
@@ -66,7 +66,7 @@ def test_it_equals_a_loop_for_any_multiple_of_8_and_any_channels(patch_size, cha
 
 
 def test_a_patch_of_16_pixels_has_108_values():
-    assert hog(torch.randn(1, 3, 48, 32), 16).shape == (1, 6, 108)
+    assert hog(torch.randn(1, 3, 48, 32), 16).shape == (1, 6, 108) and HOG(16, 3).width == 108
 
 
 @pytest.mark.parametrize(

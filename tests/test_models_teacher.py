@@ -10,7 +10,7 @@ import torch
 from methods import build, from_checkpoint, from_options
 from models_mae import block_number
 from models_teacher import TeacherTerm, encoder_weights, resolved
-from models_vit import digest_of, take
+from models_vit import compute_digest, take
 from options.teacher import TeacherOptions
 from tests.runs import Training, assert_same_end, finish
 from tests.small import SMALL, TEACHER, batch, options_of, small, teacher_checkpoint, write_checkpoint
@@ -158,11 +158,11 @@ def test_the_sizes_that_only_a_name_tells():
 
 def test_weights_are_known_by_their_digest():
     weights = {"b": torch.ones(2), "a": torch.zeros(3)}
-    assert digest_of(weights) == digest_of(dict(reversed(weights.items())))
-    assert digest_of(weights) == digest_of({name: value.double() for name, value in weights.items()})
-    assert digest_of({"a": torch.zeros(2, 3)}) != digest_of({"b": torch.zeros(2, 3)})
-    assert digest_of({"a": torch.zeros(2, 3)}) != digest_of({"a": torch.zeros(3, 2)})
-    assert digest_of(weights) != digest_of(weights | {"a": torch.tensor([0.0, 1e-30, 0.0])})
+    assert compute_digest(weights) == compute_digest(dict(reversed(weights.items())))
+    assert compute_digest(weights) == compute_digest({name: value.double() for name, value in weights.items()})
+    assert compute_digest({"a": torch.zeros(2, 3)}) != compute_digest({"b": torch.zeros(2, 3)})
+    assert compute_digest({"a": torch.zeros(2, 3)}) != compute_digest({"a": torch.zeros(3, 2)})
+    assert compute_digest(weights) != compute_digest(weights | {"a": torch.tensor([0.0, 1e-30, 0.0])})
 
 
 def test_a_teacher_of_another_grid_has_its_positions_resampled(tmp_path):

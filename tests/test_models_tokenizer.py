@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import methods
 from models_targets import nearest_center, patchify
 from models_tokenizer import FSQ, EMACodebook, KMeansTokenizer, encoder_from, load_tokenizer
-from models_vit import FrozenNetwork, digest_of
+from models_vit import FrozenNetwork, compute_digest
 from tests.runs import Training, assert_same_end, finish, tiny_for
 from tests.small import CODES, batch, options_of, small, teacher_checkpoint, tokenizer_checkpoint, write_checkpoint
 from util import checkpoint
@@ -405,7 +405,7 @@ def test_centres_of_pixels_and_of_features():
 
 def test_weights_have_one_digest_whatever_their_order():
     a, b = torch.randn(2), torch.randn(3)
-    assert digest_of({"a": a, "b": b}) == digest_of({"b": b, "a": a}) != digest_of({"a": b, "b": a})
+    assert compute_digest({"a": a, "b": b}) == compute_digest({"b": b, "a": a}) != compute_digest({"a": b, "b": a})
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_layers_have_the_rates_of_fine_tuning_and_the_heads_the_whole_rate():
 def test_a_classifier_of_timms_begins_it_at_another_size():
     theirs = timm.create_model("vit_tiny_patch16_224", num_heads=2, embed_dim=24, depth=4, img_size=32, patch_size=8)
     model = segmenter(input_size=(48, 48))
-    report = models_upernet.begin_with(model, theirs.state_dict(), {})
+    report = models_upernet.load_pretrained(model, theirs.state_dict(), {})
     assert report.resampled == ["pos_embed"] and model.pos_embed.shape == (1, 37, 24)
     assert torch.equal(model.blocks[3].mlp.fc2.weight, theirs.blocks[3].mlp.fc2.weight)
     assert {name.split(".")[0] for name in report.missing} == {"neck", "decode", "auxiliary"}
@@ -147,7 +147,7 @@ def test_a_classifier_of_timms_begins_it_at_another_size():
 
 def test_a_segmenter_for_other_classes_gives_all_but_its_last_layers():
     source, model = segmenter(num_classes=5), segmenter(num_classes=3, seed=1)
-    report = models_upernet.begin_with(model, source.state_dict(), {})
+    report = models_upernet.load_pretrained(model, source.state_dict(), {})
     assert torch.equal(model.decode.fuse[0].weight, source.decode.fuse[0].weight)
     assert {name.partition(".classify")[0] for name in report.missing} == {"decode", "auxiliary"}
 
@@ -164,7 +164,7 @@ def test_what_is_no_fitting_segmenter_is_refused():
         models_upernet.load_segmenter(segmenter(), part, {})
     with pytest.raises(ValueError, match="2 attention heads, the model has 4"):
         made_with = {"input_size": [32, 32], "model": "mae_vit_tiny_patch8", "num_heads": 2}
-        models_upernet.begin_with(segmenter(num_heads=4), weights, made_with)
+        models_upernet.load_pretrained(segmenter(num_heads=4), weights, made_with)
     whole = segmenter(seed=3)
     models_upernet.load_segmenter(whole, weights, {})
     assert all(torch.equal(value, weights[name]) for name, value in whole.state_dict().items())

@@ -178,7 +178,7 @@ def test_a_segmenter_starts_from_it_and_is_built_again_from_its_options():
     pretrained = small("mae", patch_stem="conv")
     options = SMALL | {"in_chans": 3, "patch_stem": "conv"}
     segmenter = models_upernet.from_options(options, classes=4)
-    models_upernet.begin_with(segmenter, pretrained.state_dict(), options)
+    models_upernet.load_pretrained(segmenter, pretrained.state_dict(), options)
     images = torch.randn(2, 3, 16, 20)
     assert torch.equal(segmenter.patch_embed(images).flatten(1, 2), pretrained.patch_embed(images))  # rows x columns
     again = models_upernet.from_options(options, classes=4)
@@ -290,7 +290,7 @@ def test_the_onnx_export_agrees_and_its_card_names_the_stem(name, run, tmp_path)
     assert export.main([name, str(run), "--output", str(folder)]) == 0
     encoder = load(run)
     images = torch.randn(5, 1, 8, 8)
-    for output, expected in encoder.answers(images).items():
+    for output, expected in encoder.compute_outputs(images).items():
         torch.testing.assert_close(export.read_onnx(folder)(images)[output], expected, atol=1e-5, rtol=1e-5)
     assert json.loads((folder / "export.json").read_text())["model"]["patch_stem"] == "conv"
     assert "patches of 2 x 2 pixels, embedded by convolutions within each patch" in (folder / "README.md").read_text()

@@ -17,7 +17,7 @@ from data.loader import EvalSamples, pixel_statistics
 from data.segment_augment import eval_transform as pair_transform
 from data.sources import Source
 from data.splits import CLASSES
-from engine_segment import predicted_masks, windows_of
+from engine_segment import make_windows, predicted_masks
 from options import FinetuneOptions, SegmentOptions, to_dict
 from tests.test_masks import tag
 from tools import export, predict
@@ -87,7 +87,7 @@ def test_masks_are_those_of_the_programs_evaluation(segmenter, photos, tmp_path,
 
     mean, std = pixel_statistics(3)
     samples = EvalSamples(Source(list(files), read), pair_transform(16), mean=mean, std=std)
-    made = predicted_masks(model, samples, range(3), windows=windows_of(options, 4), device=torch.device("cpu"),
+    made = predicted_masks(model, samples, range(3), windows=make_windows(options, 4), device=torch.device("cpu"),
                            autocast=torch.no_grad)  # fmt: skip
     for stem, image_HWC, (_, _, expected) in zip(files, images, made, strict=True):
         with Image.open(tmp_path / "out" / "masks" / f"{stem}.png") as mask:

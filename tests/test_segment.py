@@ -26,12 +26,12 @@ from data.segment_augment import eval_transform
 from data.sources import Source
 from engine_segment import Objective, cross_entropy, evaluate, predicted_masks
 from options import SegmentOptions, differences, from_dict, resolve_batch, to_dict
-from options.schema import default_of
+from options.schema import get_default
 from programs import segment
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks
 from tools import encoder, replay, visualize
 from util import checkpoint, optim
-from util.confusion import confusion, figures_of, table
+from util.confusion import compute_metrics, confusion, table
 from util.distributed import Processes
 from util.overlay import TILE, colours, mask_sheet, overlay
 from util.stepper import Stepper
@@ -152,7 +152,7 @@ def test_counting_pixels_waits_for_no_device():
 
 
 def test_a_class_that_is_nowhere_is_in_no_mean():
-    found = figures_of(torch.tensor([[6, 2, 0], [0, 2, 0], [0, 0, 0]]), ["a", "b", "c"])
+    found = compute_metrics(torch.tensor([[6, 2, 0], [0, 2, 0], [0, 0, 0]]), ["a", "b", "c"])
     assert found["miou"] == pytest.approx(100 * (6 / 8 + 2 / 4) / 2) and found["per_class"]["c"]["iou"] is None
     assert found["mean_acc"] == pytest.approx(100 * (6 / 8 + 1) / 2) and found["pixel_acc"] == 80
     assert table(found).splitlines()[1:] == [
@@ -408,7 +408,7 @@ def test_two_ranks_count_every_pixel_once(data, tmp_path):
         model,
         segment.image_batches(options, segment.masks.open_test(options, ALONE), ALONE),
         names=NAMES,
-        windows=segment.windows_of(options, model.patch),
+        windows=segment.make_windows(options, model.patch),
         processes=ALONE,
         autocast=torch.no_grad,
     )
@@ -512,7 +512,7 @@ def test_a_recipes_command_runs_it_and_it_holds_only_what_differs(path, whole):
     assert given[:2] == ["-c", str(path.relative_to(PROJECT))]
     weights = str(whole / "checkpoints" / "last.pth")
     assert recipe(path.stem, *(weights if word == "CHECKPOINT" else word for word in given[2:])).data_path
-    defaults = {field.name: default_of(field) for field in fields(SegmentOptions)}
+    defaults = {field.name: get_default(field) for field in fields(SegmentOptions)}
     resolved = recipe(path.stem)
     assert not [name for name in yaml.safe_load(path.read_text()) if getattr(resolved, name) == defaults[name]]
 
@@ -529,7 +529,7 @@ def test_ade20k_is_trained_as_published():
             2.0,
             0.75,
         )
-        assert segment.windows_of(found, 16) == Windows((512, 512), (341, 341), 16, batch=0)
+        assert segment.make_windows(found, 16) == Windows((512, 512), (341, 341), 16, batch=0)
         for processes in (1, 2, 4, 8):
             assert resolve_batch(found, processes).batch_size == 16 // processes
     assert (epochs.epochs, epochs.steps, steps.steps) == (100, 0, 160_000)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from util import optim
-from util.stepper import RECENT_STEPS, USUAL_STEPS, Progress, Stepper, names_of_bad_losses, seed_micro_step
+from util.stepper import RECENT_STEPS, USUAL_STEPS, Progress, Stepper, list_bad_losses, seed_micro_step
 
 INDEX = torch.arange(4)
 
@@ -190,7 +190,7 @@ def test_recent_batches_name_what_was_not_finite():
     recent = stepper.recent()
     assert recent[-1]["index"] == [3, 1, 2]
     assert recent[-1]["losses"]["reconstruction"] == pytest.approx(loss.item())
-    assert names_of_bad_losses(recent) == ["neighbor", "loss"]
+    assert list_bad_losses(recent) == ["neighbor", "loss"]
 
 
 class Recorder:

@@ -29,7 +29,7 @@ from data.sources import open_source
 from options import SegmentOptions, to_dict
 from tools import smoke_data, table_jobs, table_report, tables
 from tools.table_jobs import INTERRUPTED, Job
-from tools.tables import ACCURACY, PROJECT, Plan, Setting, chosen, read_tables, setting_of
+from tools.tables import ACCURACY, PROJECT, Plan, Setting, chosen, read_setting, read_tables
 from util import checkpoint
 from util.distributed import Processes
 
@@ -319,7 +319,7 @@ def test_what_is_missing_is_reported_before_any_work(shell, tmp_path):
 )
 def test_variables_that_cannot_be(variables, words):
     with pytest.raises(ValueError, match=words):
-        setting_of(variables)
+        read_setting(variables)
 
 
 def test_patterns_choose_rows():
@@ -617,13 +617,13 @@ def test_smoke_data_opens_as_what_it_stands_for(tmp_path, monkeypatch):
     assert set(smoke_data.LAYOUTS) == set(sets)
     for name in smoke_data.KNOWN_BY_HASH:
         with pytest.raises(ValueError, match="cannot be opened"):
-            open_source(name, str(tmp_path / smoke_data.folder_of(name)))
+            open_source(name, str(tmp_path / smoke_data.data_folder(name)))
     smoke_data.forget_hashes()
     for name in ["", *sets]:
         if name == tables.SEGMENTED:
             continue
         for split, least in (("train", 30), ("val", 10)):
-            source = open_source(name or "folder", str(tmp_path / smoke_data.folder_of(name)), split)
+            source = open_source(name or "folder", str(tmp_path / smoke_data.data_folder(name)), split)
             assert len(source) >= least and source.read(0).shape[2] == 3
             assert set(source.labels) == set(range(10))
 

@@ -120,14 +120,14 @@ def test_the_relations_of_runs_are_drawn_from_their_folders(run, here):
 
 def test_a_relation_is_named_by_what_tells_it_apart(run):
     read = read_run(run)
-    assert relations.relation_of(read) == "off diagonal, weight 0.01"
-    assert relations.labels_of([read, read])[0] == "off diagonal, weight 0.01 (digits)"
+    assert relations.describe_relation(read) == "off diagonal, weight 0.01"
+    assert relations.make_labels([read, read])[0] == "off diagonal, weight 0.01 (digits)"
     changed = {"relation": "token_off_diagonal", "companion": "random", "normalize": "feature"}
     term = read.options["terms"]["neighbor"] | changed
     other = type(read)(**{**vars(read), "options": {**read.options, "terms": {"neighbor": term}}})
-    assert relations.relation_of(other) == "token off diagonal, random mask, by feature, weight 0.01"
+    assert relations.describe_relation(other) == "token off diagonal, random mask, by feature, weight 0.01"
     without = type(read)(**{**vars(read), "options": {**read.options, "method": "mae", "terms": {}}})
-    assert relations.relation_of(without) == "no neighbour term (mae)"
+    assert relations.describe_relation(without) == "no neighbour term (mae)"
 
 
 def test_the_same_figure_is_the_same_file(here):

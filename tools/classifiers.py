@@ -34,7 +34,7 @@ PIXELS_NOTE = (
 )
 
 
-def kind_of(folder: Path) -> str:
+def read_kind(folder: Path) -> str:
     """Return the kind (see `KINDS`) of the run in `folder`, or "" if its options are not stored."""
     path = folder / "options.yaml"
     options = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -72,7 +72,7 @@ def read_classifier(folder: Path) -> Iterator[Row]:
     labels = len((folder / "images_train.txt").read_text().splitlines())
     best = accuracy["best"][metric] if "best" in accuracy else None
     trained = (result["best_chosen_on"], labels, result["steps"], result["images_seen"])
-    yield Row(kind_of(folder), folder.name, metric, accuracy["last"][metric], best, *trained)
+    yield Row(read_kind(folder), folder.name, metric, accuracy["last"][metric], best, *trained)
     if "knn_acc1" in result:
         yield Row(NEIGHBORS, folder.name, "acc1", result["knn_acc1"], None, "", labels, None, None)
 
@@ -83,7 +83,7 @@ def rows_below(folders: Iterable[Path]) -> list[Row]:
     return sorted(rows, key=lambda row: [*KINDS, ""].index(row.kind))
 
 
-def gain_of_pretraining(rows: Iterable[Row]) -> tuple[float, str] | None:
+def compare_with_scratch(rows: Iterable[Row]) -> tuple[float, str] | None:
     """Compare fine-tuning with training from scratch.
 
     Returns:
@@ -137,7 +137,7 @@ def table(folders: Sequence[Path]) -> str:
     if not rows:
         raise ValueError(f"no finished classifier in {', '.join(map(str, folders))}: a run of main_finetune.py has one")
     text = markdown_table([HEADER, *(row.cells() for row in rows)])
-    if gain := gain_of_pretraining(rows):
+    if gain := compare_with_scratch(rows):
         text += f"\n{gain[1]}\n"
     for path in (folder / "knn.json" for folder in folders):
         if path.exists():

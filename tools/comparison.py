@@ -119,7 +119,7 @@ class Plan:
     def data(self, folder: str = "data") -> Path:
         """Folder of the images: `data`, or `choice` for the choice of learning rates."""
         if self.setting.smoke:
-            return self.root / "data" / smoke_data.folder_of("")
+            return self.root / "data" / smoke_data.data_folder("")
         counts = self.comparison.images
         return self.root / "images" / f"{counts['train']}-{counts['choice']}" / folder
 
@@ -134,22 +134,26 @@ class Plan:
     def needed(self, training: Training) -> dict[str, Path]:
         """What a training needs: a run folder or a file by option. They are trained once, with seed 0."""
         return {
-            option: self.root / "kmeans" / f"{tables.with_options('centers', said['kmeans'])}.pth"
-            if isinstance(said, Mapping)
-            else self.pretraining(said, 0)
-            for option, said in training.needs.items()
+            option: self.root / "kmeans" / f"{tables.with_options('centers', need['kmeans'])}.pth"
+            if isinstance(need, Mapping)
+            else self.pretraining(need, 0)
+            for option, need in training.needs.items()
         }
 
     def helpers(self, training: Training) -> list[Job]:
         """The jobs that must run before a training."""
         found: list[Job] = []
         for option, path in self.needed(training).items():
-            said = training.needs[option]
-            if isinstance(said, Training):
-                found += self.pretrain(said, 0)
+            need = training.needs[option]
+            if isinstance(need, Training):
+                found += self.pretrain(need, 0)
             else:
                 sizes = {name: training.options[name] for name in ("input_size", "mean", "std")}
-                options = {**sizes, "patch_size": training.options["model"].rpartition("patch")[2], **said["kmeans"]}
+                options = {
+                    **sizes,
+                    "patch_size": training.options["model"].rpartition("patch")[2],
+                    **need["kmeans"],
+                }
                 options |= {"num_workers": 0, "device": "cpu", "output": path} | (
                     {"epochs": 1} if self.setting.smoke else {}
                 )
@@ -213,7 +217,7 @@ class Plan:
             else:
                 factors.insert(0, factors[0] ** 2 / factors[1])
 
-    def judge(self) -> str:
+    def choosing_evaluation(self) -> str:
         """The evaluation that gives the measure by which a rate is chosen."""
         return next(
             name for name, each in self.comparison.evaluations.items() if self.comparison.chosen_by in each.measures
@@ -224,7 +228,7 @@ class Plan:
             job
             for training in self.sweep_trials(row).values()
             if not self.diverged(training)
-            for job in (*self.pretrain(training, 0), self.evaluate(training, 0, self.judge(), "choice"))
+            for job in (*self.pretrain(training, 0), self.evaluate(training, 0, self.choosing_evaluation(), "choice"))
         ]
 
     def diverged(self, training: Training) -> bool:
@@ -236,17 +240,19 @@ class Plan:
         """The measure of a trial on the choice images, 0 if it diverged; None before it is finished."""
         if self.diverged(training):
             return 0.0
-        folder = self.evaluated(training, 0, self.judge(), "choice")
+        folder = self.evaluated(training, 0, self.choosing_evaluation(), "choice")
         if not (folder / "result.json").exists():
             return None
-        return value_at(folder, self.comparison.evaluations[self.judge()].measures[self.comparison.chosen_by])
+        return value_at(
+            folder, self.comparison.evaluations[self.choosing_evaluation()].measures[self.comparison.chosen_by]
+        )
 
     def sweep_scores(self, row: Row) -> dict[float, float]:
         """The finished part of the sweep: the measure on the choice images by learning rate."""
         scores = {rate: self.sweep_score(training) for rate, training in self.sweep_trials(row).items()}
         return {rate: score for rate, score in scores.items() if score is not None}
 
-    def settled(self, row: Row) -> Training | None:
+    def best_training(self, row: Row) -> Training | None:
         """The training with the best rate of the sweep; None before all of it is finished."""
         if not self.comparison.rates:
             return row.training
@@ -265,9 +271,9 @@ class Plan:
 
     def preparing(self, training: Training) -> float | None:
         """Seconds of the runs that a training needs, without fitting k-means centres; None if unknown."""
-        needed = [said for said in training.needs.values() if isinstance(said, Training)]
-        distinct = list({said.name: said for said in needed}.values())  # a teacher of several terms is trained once
-        times = [time for said in distinct for time in (self.spent(self.pretraining(said, 0)), self.preparing(said))]
+        needed = [need for need in training.needs.values() if isinstance(need, Training)]
+        distinct = list({need.name: need for need in needed}.values())  # a teacher of several terms is trained once
+        times = [time for need in distinct for time in (self.spent(self.pretraining(need, 0)), self.preparing(need))]
         return None if None in times else sum(time for time in times if time is not None)
 
     def equal_compute(self, row: Row) -> Training | str | None:
@@ -275,7 +281,7 @@ class Plan:
 
         If there is none, the reason: times that are unknown, or needed runs that leave no time for an epoch.
         """
-        best = self.settled(row)
+        best = self.best_training(row)
         if best is None or not self.comparison.seconds:
             return None
         folders = [self.pretraining(training, 0) for training in self.sweep_trials(row).values()]
@@ -298,7 +304,7 @@ class Plan:
 
     def budgets(self, row: Row) -> dict[str, Training]:
         """The trainings of a row that can be named so far: `images` (equal images) and `compute` (equal compute)."""
-        found = {"images": self.settled(row), "compute": self.equal_compute(row)}
+        found = {"images": self.best_training(row), "compute": self.equal_compute(row)}
         return {budget: training for budget, training in found.items() if isinstance(training, Training)}
 
     def reasons(self, rows: Sequence[Row]) -> dict[str, str]:
@@ -360,7 +366,7 @@ def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
                     for measure, path in evaluation.measures.items()
                 }
                 if values:
-                    environment = comparison_report.environment_of(folder)
+                    environment = comparison_report.read_environment(folder)
                     found.append(
                         comparison_report.Result(
                             row=row.name,
@@ -393,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.comparison not in comparisons:
         raise ValueError(f"there is no comparison {given.comparison!r}; there are {', '.join(comparisons)}")
     comparison = comparisons[given.comparison]
-    setting = tables.setting_of(os.environ)
+    setting = tables.read_setting(os.environ)
     if "SEEDS" in os.environ:
         comparison = replace(comparison, rows=tuple(replace(row, seeds=setting.seeds) for row in comparison.rows))
     plan, rows = Plan(comparison, setting), chosen(comparison, setting.rows)

@@ -39,8 +39,8 @@ class Training:
     def name(self) -> str:
         """Name of its folder: method, epochs, and a digest of everything that decides the result."""
         options = self.options
-        said = json.dumps([self.recipe, dataclasses.asdict(self)], sort_keys=True)
-        return f"{options['method']}-{options['epochs']}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+        content = json.dumps([self.recipe, dataclasses.asdict(self)], sort_keys=True)
+        return f"{options['method']}-{options['epochs']}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     def over(self, **changes: Any) -> Training:
         """Return the training with other options."""
@@ -94,32 +94,34 @@ def method_options() -> frozenset[str]:
     return frozenset(option for method in methods.METHODS for option in methods.own_options(method))
 
 
-def training_of(
-    said: Mapping[str, Any], shared: Mapping[str, Any] | None = None, override: Mapping[str, Any] | None = None
+def parse_training(
+    entry: Mapping[str, Any], shared: Mapping[str, Any] | None = None, override: Mapping[str, Any] | None = None
 ) -> Training:
     """Read a training. Shared options that its method does not have are left out, and so are values of its recipe."""
-    recipe, own = tables.read_recipe(said["recipe"]), said.get("set", {})
+    recipe, own = tables.read_recipe(entry["recipe"]), entry.get("set", {})
     given = {**(shared or {}), **own, **(override or {})}
     method = given.get("method", recipe["method"])
     unknown = method_options() - set(methods.own_options(method)) - own.keys()
     changed = {name: value for name, value in given.items() if name not in unknown and recipe.get(name) != value}
-    needs = {option: each if "kmeans" in each else training_of(each) for option, each in said.get("needs", {}).items()}
-    return Training(said["recipe"], changed, needs, said.get("evaluate", {}))
+    needs = {
+        option: each if "kmeans" in each else parse_training(each) for option, each in entry.get("needs", {}).items()
+    }
+    return Training(entry["recipe"], changed, needs, entry.get("evaluate", {}))
 
 
 def read_comparisons(path: Path = COMPARISONS) -> dict[str, Comparison]:
     """Return all comparisons of the file by name."""
     found = {}
     for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        said = dict(entry)
-        shared, override = said.pop("set", {}), said.pop("override", {})
-        seeds, without = tuple(said.pop("seeds")), said.pop("without", ())
+        entry = dict(entry)
+        shared, override = entry.pop("set", {}), entry.pop("override", {})
+        seeds, without = tuple(entry.pop("seeds")), entry.pop("without", ())
         rows = tuple(
-            Row(row["row"], training_of(row, shared, override), tuple(row.get("seeds", seeds)), row.get("note", ""))
-            for row in said.pop("rows")
+            Row(row["row"], parse_training(row, shared, override), tuple(row.get("seeds", seeds)), row.get("note", ""))
+            for row in entry.pop("rows")
             if row["row"] not in without
         )
-        evaluations = {key: Evaluation(**value) for key, value in said.pop("evaluations").items()}
-        said["rates"] = tuple(said.get("rates", ()))
-        found[name] = Comparison(name, rows=rows, evaluations=evaluations, **said)
+        evaluations = {key: Evaluation(**value) for key, value in entry.pop("evaluations").items()}
+        entry["rates"] = tuple(entry.get("rates", ()))
+        found[name] = Comparison(name, rows=rows, evaluations=evaluations, **entry)
     return found

@@ -67,7 +67,7 @@ class Difference:
     pairs: int
 
 
-def environment_of(folder: Path) -> tuple[str, str]:
+def read_environment(folder: Path) -> tuple[str, str]:
     """Return the commits and the devices of the starts of a run, usually one of each."""
     starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     commits = [short_commit(start["commit"] or "") for start in starts]
@@ -143,7 +143,7 @@ def described(difference: Difference | None, digits: int) -> str:
     return f"{mean} [{low}, {high}], {verdict}"
 
 
-def measures_of(comparison: Comparison) -> dict[str, int]:
+def list_measures(comparison: Comparison) -> dict[str, int]:
     """Return the decimals of each measure."""
     return {name: 1 if each.percent else 3 for each in comparison.evaluations.values() for name in each.measures}
 
@@ -154,7 +154,7 @@ def of_budget(comparison: Comparison, results: Sequence[Result], budget: str, re
     Args:
         reasons: why rows have no results, by row.
     """
-    measures = measures_of(comparison)
+    measures = list_measures(comparison)
     accuracies, compared = [], []
     found = {measure: differences(results, comparison.reference, budget, measure) for measure in measures}
     for row in comparison.rows:
@@ -218,7 +218,7 @@ def picture(comparison: Comparison, results: Sequence[Result]) -> Figure:
 
     A comparison with a budget of compute is plotted against the seconds of pretraining, another one row by row.
     """
-    measures = measures_of(comparison)
+    measures = list_measures(comparison)
     finished = [row.name for row in comparison.rows if any(each.row == row.name for each in results)]
     columns = math.ceil(math.sqrt(len(measures))) if comparison.seconds else min(4, len(measures))
     lines = math.ceil(len(measures) / columns)

@@ -60,7 +60,7 @@ EXIT_WRONG = 1
 COMMANDS = {"main_pretrain.py": "pretrain", "main_finetune.py": "finetune", "main_segment.py": "segment"}
 
 
-def plan_of(options: RunOptions, processes: int, device: torch.device) -> Plan:
+def make_first_plan(options: RunOptions, processes: int, device: torch.device) -> Plan:
     """Create the plan of rank 0 of `processes`; this process checks all data itself. The model is on the device."""
     alone, first = Processes(0, 1, 0, device), Processes(0, processes, 0, device)
     plan = programs.load(options.PROGRAM).make_plan(options, first, reading=alone)
@@ -76,7 +76,7 @@ def checkpoint_bytes(plan: Plan, optimizer: torch.optim.Optimizer) -> int:
     """Return the size of a checkpoint: weights, their moving average if there is one, and optimizer state."""
     averaged = bool(getattr(plan.options, "ema", 0))
     moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
-    return bytes_of(plan.model.state_dict()) * (1 + averaged) + moments * bytes_of(learned(plan.model))
+    return count_bytes(plan.model.state_dict()) * (1 + averaged) + moments * count_bytes(learned(plan.model))
 
 
 def checkpoint_files(options: RunOptions) -> int:
@@ -84,7 +84,7 @@ def checkpoint_files(options: RunOptions) -> int:
     return options.keep + (3 if options.PROGRAM == "pretrain" else 4)
 
 
-def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
+def count_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
@@ -92,10 +92,10 @@ def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
 class Finding:
     verdict: str
     what: str
-    said: str
+    text: str
 
     def __str__(self) -> str:
-        return f"{self.verdict:<9} {self.what:<14} {self.said}"
+        return f"{self.verdict:<9} {self.what:<14} {self.text}"
 
 
 def packages(requirements: Path = PROJECT / "requirements.txt") -> Iterator[Finding]:
@@ -280,7 +280,7 @@ def examine(options: RunOptions, processes: int, batches: int, price: float | No
     except ValueError as problem:
         yield Finding(WRONG, "packages", str(problem))
     yield from devices(device, processes)
-    plan = plan_of(options, processes, device)
+    plan = make_first_plan(options, processes, device)
     options, optimizer = plan.options, plan.make_optimizer(device)
     yield images(plan.source, options.max_bad_fraction)
     yield from (Finding(DOUBTFUL if "left out" in note else GOOD, "data", note) for note in plan.source.notes)

@@ -55,9 +55,9 @@ def embed(
     found: dict[str, list[np.ndarray]] = {}
     indices: list[int] = []
     for batch in eval_batches(samples, batch_size=batch_size, num_workers=num_workers):
-        answers = encoder.answers(batch.to(device).images)
-        del answers["tokens"]
-        for name, values in answers.items():
+        outputs = encoder.compute_outputs(batch.to(device).images)
+        del outputs["tokens"]
+        for name, values in outputs.items():
             found.setdefault(name, []).append(values.cpu().numpy())
         indices += batch.index.tolist()
     arrays = {name: np.concatenate(parts) for name, parts in found.items()}

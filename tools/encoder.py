@@ -123,7 +123,7 @@ class Encoder:
     @property
     def run(self) -> Path:
         """The folder of the run, or the folder that contains the checkpoint."""
-        return checkpoint.run_of(self.checkpoint)
+        return checkpoint.find_run(self.checkpoint)
 
     @property
     def crop_share(self) -> float:
@@ -136,7 +136,7 @@ class Encoder:
         return self.options.get("eval_crop", "keep_size")
 
     @torch.inference_mode()
-    def answers(self, images: Tensor) -> dict[str, Tensor]:
+    def compute_outputs(self, images: Tensor) -> dict[str, Tensor]:
         """Return the outputs for normalised images `[N, C, H, W]`.
 
         They are `tokens` `[N, 1 + L, D]`, after the last norm if it is before the pooling, `features` `[N, D]`, and
@@ -144,8 +144,8 @@ class Encoder:
         """
         tokens = self.model.forward_features(images)
         features = self.model.forward_head(tokens, pre_logits=True)
-        answers = {"tokens": tokens, "features": features}
-        return answers | {"logits": self.model.forward_head(tokens)} if self.classes else answers
+        outputs = {"tokens": tokens, "features": features}
+        return outputs | {"logits": self.model.forward_head(tokens)} if self.classes else outputs
 
     def probe(self, count: int = 2) -> Tensor:
         """Return fixed noise images on which outputs are compared."""
@@ -170,10 +170,10 @@ def load(path: Path, *, input_size: tuple[int, int] | None = None, num_heads: in
     Raises:
         ValueError: If there is no plain encoder.
     """
-    file = checkpoint.file_of(path)
+    file = checkpoint.find_file(path)
     weights, options = checkpoint.load_model(file, averaged=True)
     state = checkpoint.load(file) if options else {}
-    program = checkpoint.program_of(state) if state else ""
+    program = checkpoint.find_program(state) if state else ""
     if program == "segment":
         raise ValueError(
             f"{file} is a segmenter, whose encoder has no last norm; `visualize.py figure9` shows what it predicts"
@@ -214,7 +214,7 @@ def _as_trained(options: Mapping[str, Any], weights: Mapping[str, Tensor], encod
 def compare(encoder: Encoder, found: Mapping[str, Tensor], what: str) -> dict[str, float]:
     """Return the largest difference of each output for `encoder.probe()`. Raises `Mismatch` if it exceeds rounding."""
     differences = {}
-    for name, expected in encoder.answers(encoder.probe()).items():
+    for name, expected in encoder.compute_outputs(encoder.probe()).items():
         if name not in found:
             continue
         if found[name].shape != expected.shape:

@@ -83,7 +83,7 @@ def write_timm(encoder: Encoder, folder: Path) -> None:
 def read_timm(folder: Path) -> Answers:
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
-    def answers(images: Tensor) -> Mapping[str, Tensor]:
+    def outputs(images: Tensor) -> Mapping[str, Tensor]:
         tokens = model.forward_features(images)
         return {
             "tokens": tokens,
@@ -91,7 +91,7 @@ def read_timm(folder: Path) -> Answers:
             "logits": model.forward_head(tokens),
         }
 
-    return answers
+    return outputs
 
 
 def use_timm(encoder: Encoder) -> str:
@@ -203,14 +203,14 @@ def read_hf(folder: Path) -> Answers:
     with _quiet_transformers():
         model = getattr(transformers, kind).from_pretrained(folder).eval()
 
-    def answers(images: Tensor) -> Mapping[str, Tensor]:
+    def outputs(images: Tensor) -> Mapping[str, Tensor]:
         if kind == "ViTForImageClassification":
             tokens = model.vit(images).last_hidden_state
             return {"tokens": tokens, "features": tokens[:, 0], "logits": model(images).logits}
         tokens = model(images).last_hidden_state
         return {"tokens": tokens, "features": tokens[:, 1:].mean(dim=1)}
 
-    return answers
+    return outputs
 
 
 @contextmanager
@@ -253,7 +253,7 @@ class Graph(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.model = encoder.model
-        self.names = list(encoder.answers(encoder.probe(1)))
+        self.names = list(encoder.compute_outputs(encoder.probe(1)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         tokens = self.model.forward_features(images)
@@ -275,15 +275,15 @@ def read_onnx(folder: Path) -> Answers:
     session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
-    def answers(images: Tensor) -> Mapping[str, Tensor]:
+    def outputs(images: Tensor) -> Mapping[str, Tensor]:
         found = session.run(names, {"images": images.numpy()})
         return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
-    return answers
+    return outputs
 
 
 def use_onnx(encoder: Encoder) -> str:
-    names = ", ".join(encoder.answers(encoder.probe(1)))
+    names = ", ".join(encoder.compute_outputs(encoder.probe(1)))
     return f"""
 import onnxruntime
 
@@ -319,13 +319,13 @@ def check(encoder: Encoder, name: str, folder: Path) -> dict[str, float]:
 def milliseconds(rivals: Mapping[str, Answers], image: Tensor) -> dict[str, float]:
     """Measure the median time of each function for one image, in turns, so that other load affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
-    for answers in rivals.values():
-        answers(image)  # warm-up
+    for outputs in rivals.values():
+        outputs(image)  # warm-up
     began = time.perf_counter()
     for _ in range(TIMED_RUNS):
-        for name, answers in rivals.items():
+        for name, outputs in rivals.items():
             start = time.perf_counter()
-            answers(image)
+            outputs(image)
             times[name].append(1000 * (time.perf_counter() - start))
         if time.perf_counter() - began > TIMED_SECONDS:
             break
@@ -355,7 +355,7 @@ def export(name: str, encoder: Encoder, output: Path) -> str:
         facts = card.facts(encoder) | {"format": name, "largest_difference": differences}
         if name == "onnx":
             threads = torch.get_num_threads()
-            rivals = {"onnxruntime": FORMATS[name].read(growing), "torch": encoder.answers}
+            rivals = {"onnxruntime": FORMATS[name].read(growing), "torch": encoder.compute_outputs}
             facts["milliseconds"] = times = milliseconds(rivals, encoder.probe(1))
             checked += (
                 f"; one image takes {times['onnxruntime']:.2f} ms in ONNX Runtime and {times['torch']:.2f} ms in "
@@ -368,7 +368,7 @@ def export(name: str, encoder: Encoder, output: Path) -> str:
     return checked
 
 
-def output_of(words: argparse.Namespace, run: Path) -> Path:
+def prepare_output(words: argparse.Namespace, run: Path) -> Path:
     """Return the folder to write to; with --overwrite, remove an earlier export there."""
     output = words.output or run / "export" / words.format
     if words.overwrite and (output / "export.json").is_file():
@@ -392,19 +392,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = parser.parse_args(argv)
     if words.format in FORMATS:
         require_packages(words.format, EXPORT_PACKAGES[words.format], "export.txt")
-    file = checkpoint.file_of(words.model)
+    file = checkpoint.find_file(words.model)
     if checkpoint.program_at(file) == "segment":
         if words.input_size or words.num_heads:
             raise ValueError("input_size and num_heads do not apply to a segmenter: its run states them")
         trained = segmenter.load(file)
-        output = output_of(words, trained.run)
+        output = prepare_output(words, trained.run)
         sys.stdout.write(export_segmenter.export(words.format, trained, output))
         return 0
     if words.format not in FORMATS:
         raise ValueError(f"{file} is not a segmenter; torch is a format of segmenters, see also timm")
     size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
     encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
-    output = output_of(words, encoder.run)
+    output = prepare_output(words, encoder.run)
     checked = export(words.format, encoder, output)
     channels, height, width = encoder.image_shape
     sys.stdout.write(

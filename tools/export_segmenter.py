@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.files import new_folder, write_json, write_text
-from engine_segment import short_side, windows_of
+from engine_segment import make_windows, short_side
 from tools.encoder import TOLERANCE, Mismatch
 from tools.segmenter import Trained
 
@@ -43,7 +43,7 @@ def describe(trained: Trained, name: str) -> dict[str, Any]:
     """Return the content of export.json."""
     options, (mean, std) = trained.options, trained.statistics
     rows, columns = options.input_size
-    stride = windows_of(options, trained.model.patch).stride
+    stride = make_windows(options, trained.model.patch).stride
     return {
         "format": name,
         "task": "semantic segmentation",

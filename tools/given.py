@@ -34,13 +34,13 @@ class Trained:
 
     @property
     def run(self) -> Path:
-        return checkpoint.run_of(self.checkpoint)
+        return checkpoint.find_run(self.checkpoint)
 
 
 def load(given: Path, device: str) -> Trained:
     """Load the trained model of a run folder or a checkpoint."""
     where = pick_device(device)
-    path = checkpoint.file_of(given)
+    path = checkpoint.find_file(given)
     model, options = methods.from_checkpoint(path)
     return Trained(model.to(where).eval(), options, checkpoint.load(path)["step"], path, where)
 

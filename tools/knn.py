@@ -29,7 +29,7 @@ from data.splits import divide, like
 from tools import classifiers, given
 from tools.command import reports_errors
 from tools.given import Trained
-from util.features import encode_source, pixels_of_source
+from util.features import encode_source, load_pixels
 from util.knn import knn_accuracy
 from util.logging import talk
 
@@ -109,7 +109,7 @@ def measure(
     )
     return {
         "accuracy": {
-            "raw pixels": accuracy(pixels_of_source(bank, **reading), pixels_of_source(queries, **reading)),
+            "raw pixels": accuracy(load_pixels(bank, **reading), load_pixels(queries, **reading)),
             "untrained encoder": of_encoder(untrained(trained.options)),
             "pretrained encoder": of_encoder(trained.model),
         },

@@ -168,7 +168,7 @@ def pack_split(
     missing = packing.missing()
     if len(missing) < packing.shards:
         log.info("%s: resuming, %d of %d shards are complete", folder, packing.shards - len(missing), packing.shards)
-    images = sum(len(packing.images_of(shard)) for shard in missing)
+    images = sum(len(packing.shard_indices(shard)) for shard in missing)
     with tqdm(total=images, unit=" images", desc=str(folder), disable=None) as bar:
         for count in written(packing, missing, num_workers):
             bar.update(count)
@@ -178,7 +178,7 @@ def pack_split(
             f"{len(left_out)} of {len(source)} images cannot be read, more than --max_bad_fraction "
             f"{max_bad_fraction:g} allows: {': '.join(left_out[0])}"
         )
-    packing.finish({**plan["source"], "folders": folders_of(source)}, source.classes)
+    packing.finish({**plan["source"], "folders": read_folder_times(source)}, source.classes)
     stored = open_pack(folder)
     size = sum(file["bytes"] for file in stored.manifest["files"].values())
     log.info("%s: %d images, %.3f GB, read back and verified", folder, len(stored.names), size / 1e9)
@@ -231,7 +231,7 @@ def written(packing: Packing, shards: list[int], num_workers: int) -> Iterator[i
     if num_workers == 1 or len(shards) <= 1:
         yield from map(packing.write, shards)
         return
-    pool = ProcessPoolExecutor(min(num_workers, len(shards)), initializer=_begin, initargs=(packing,))
+    pool = ProcessPoolExecutor(min(num_workers, len(shards)), initializer=_start_worker, initargs=(packing,))
     try:
         for done in as_completed([pool.submit(_write, shard) for shard in shards]):
             yield done.result()
@@ -239,7 +239,7 @@ def written(packing: Packing, shards: list[int], num_workers: int) -> Iterator[i
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(packing: Packing) -> None:
+def _start_worker(packing: Packing) -> None:
     global _packing
     torch.set_num_threads(1)
     _packing = packing
@@ -258,7 +258,7 @@ def _write(shard: int) -> int:
     return _packing.write(shard)
 
 
-def folders_of(source: Source) -> dict[str, int]:
+def read_folder_times(source: Source) -> dict[str, int]:
     """Return the modification time of each folder of the source, which changes when files are added or removed."""
     folders: dict[str, int] = {}
     for number in range(len(source)) if source.path else ():

@@ -42,7 +42,7 @@ from tools.encoder import Encoder
 from util import checkpoint
 from util.distributed import pick_device
 from util.logging import talk
-from util.overlay import colours, overlay, shown
+from util.overlay import colours, overlay, to_rgb
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def segment(trained: segmenters.Trained, source: Source, output: Path) -> list[B
         write_mask(mask_HW, classes, output / MASKS / f"{stem}.png")
         image_CHW = torch.from_numpy(image_HWC.copy()).permute(2, 0, 1) / 255
         none, one = (0.0,) * len(image_CHW), (1.0,) * len(image_CHW)
-        drawn = overlay(shown(image_CHW, none, one), mask_HW, classes)
+        drawn = overlay(to_rgb(image_CHW, none, one), mask_HW, classes)
         (output / OVERLAYS / stem).parent.mkdir(parents=True, exist_ok=True)
         pixels = (drawn * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(output / OVERLAYS / f"{stem}.png")
@@ -161,7 +161,7 @@ def classify(
     numbers: list[int] = []
     parts = []
     for batch in eval_batches(samples, batch_size=batch_size, num_workers=num_workers):
-        logits = encoder.answers(batch.to(device).images)["logits"]
+        logits = encoder.compute_outputs(batch.to(device).images)["logits"]
         parts.append(logits.float().softmax(dim=1).cpu().numpy())
         numbers += batch.index.tolist()
     return numbers, np.concatenate(parts)
@@ -195,7 +195,7 @@ def predict(
     Raises:
         ValueError: If the model does not predict classes, or the images or the output folder cannot be used.
     """
-    file = checkpoint.file_of(model)
+    file = checkpoint.find_file(model)
     weights, made_with = checkpoint.load_model(file, averaged=True)
     program = checkpoint.program_at(file)
     if program == "pretrain" or (program in ("", "finetune") and "head.weight" not in weights):
@@ -207,7 +207,7 @@ def predict(
         raise ValueError(
             f"{file} is a linear probe, which holds no encoder: fine-tune the encoder with main_finetune.py to predict"
         )
-    output = output or checkpoint.run_of(file) / "predictions"
+    output = output or checkpoint.find_run(file) / "predictions"
     require_free(output)
     files = find_images(images, output)
     channels, value_range = made_with.get("in_chans", 3), made_with.get("value_range", ())

@@ -95,7 +95,7 @@ def read_run(folder: Path) -> RunRecords:
     )
 
 
-def schema_of(options: Mapping[str, Any]) -> Any:
+def find_schema(options: Mapping[str, Any]) -> Any:
     """Return the option class of the program that stored `options`."""
     if options.get("method") in methods.METHODS:
         return methods.schema(options["method"])
@@ -103,9 +103,9 @@ def schema_of(options: Mapping[str, Any]) -> Any:
     return max(others, key=lambda schema: len({field.name for field in dataclasses.fields(schema)} & options.keys()))
 
 
-def defaults_of(options: Mapping[str, Any]) -> dict[str, Any]:
+def read_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of the program that stored `options`, including those of the method's terms."""
-    defaults = to_dict(schema_of(options)())
+    defaults = to_dict(find_schema(options)())
     if options.get("method") in methods.METHODS:
         brought = methods.preset(options["method"])
         terms = {
@@ -117,4 +117,4 @@ def defaults_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def machine_options(options: Mapping[str, Any]) -> set[str]:
     """Return the names of the options that do not change the results of a run."""
-    return {field.name for field in dataclasses.fields(schema_of(options)) if field.metadata["kind"] == "machine"}
+    return {field.name for field in dataclasses.fields(find_schema(options)) if field.metadata["kind"] == "machine"}

@@ -44,7 +44,7 @@ class Replay:
                 f"{dump} is not a dump of a bad step: give a run's debug/bad-step-NNNNNNNN.json"
             ) from error
         state = checkpoint.load(dump.with_suffix(".pth"))
-        program = checkpoint.program_of(state)
+        program = checkpoint.find_program(state)
         if program not in programs.PLANNED:
             raise ValueError(f"{dump} is of {program}, whose steps cannot be replayed")
         options = programs.read_options(program, state["options"])

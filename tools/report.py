@@ -118,7 +118,7 @@ def table(runs: Sequence[RunRecords]) -> str:
 # ---- curves ---------------------------------------------------------------------------------------------------------
 
 
-def panels_of(runs: Sequence[RunRecords]) -> list[tuple[str, str]]:
+def list_panels(runs: Sequence[RunRecords]) -> list[tuple[str, str]]:
     """Return the name of each curve with `epochs` or `steps`, its x axis; curves over epochs are first."""
     of_epochs = [
         name
@@ -132,7 +132,7 @@ def panels_of(runs: Sequence[RunRecords]) -> list[tuple[str, str]]:
 
 def page(runs: Sequence[RunRecords]) -> str:
     """Return the report as self-contained HTML."""
-    panels, titles = panels_of(runs), TITLES
+    panels, titles = list_panels(runs), TITLES
     if ("train_reconstruction", "epochs") in panels:
         titles = TITLES | {"train_loss": "loss: reconstruction + weighted terms"}
     return report_page.page(runs, [row(run) for run in runs], panels, titles)

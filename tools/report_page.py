@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from options import describe_model
 from tools import classifiers
 from tools.figures.style import COLORS
-from tools.records import RunRecords, defaults_of, is_number, machine_options
+from tools.records import RunRecords, is_number, machine_options, read_defaults
 
 POINTS = 400  # maximum number of points of a curve
 SAMPLES = 3  # images of reconstructions per run: the newest, the middle one, the first
@@ -308,7 +308,7 @@ def verdict(run: RunRecords) -> list[tuple[str, str]]:
             texts.append(("good", f"The loss is {share}: the model uses what it sees."))
         else:
             texts.append(("bad", f"The loss is {share}: nothing was learned. Train longer or raise --blr."))
-    if gain := classifiers.gain_of_pretraining(classifiers.rows_below([run.folder])):
+    if gain := classifiers.compare_with_scratch(classifiers.rows_below([run.folder])):
         texts.append(("good" if gain[0] > 0 else "bad", gain[1]))
     accuracy = (run.knn or {}).get("accuracy", {})
     if {"untrained encoder", "pretrained encoder"} <= accuracy.keys():
@@ -392,7 +392,7 @@ def classes_section(run: RunRecords) -> str:
     return f"<h2>Classes: {html.escape(run.name)}</h2>\n{''.join(parts)}"
 
 
-def pictures_of(run: RunRecords) -> list[Path]:
+def find_pictures(run: RunRecords) -> list[Path]:
     """Return the image files of the run: reconstructions (newest, middle, first), then figures."""
     samples = sorted((run.folder / "samples").glob("*.png"))[::-1]
     if len(samples) > SAMPLES:
@@ -400,7 +400,7 @@ def pictures_of(run: RunRecords) -> list[Path]:
     return samples + sorted((run.folder / "figures").glob("*.png"))
 
 
-def caption_of(path: Path) -> str:
+def make_caption(path: Path) -> str:
     """Return the caption of an image."""
     if epoch := re.fullmatch(r"recon_e(\d+)", path.stem):
         return (
@@ -414,7 +414,7 @@ def caption_of(path: Path) -> str:
 def options_section(runs: Sequence[RunRecords]) -> str:
     """Return the options: those that differ from the defaults or between the runs first, the others collapsed."""
     each = [flat(run.options) for run in runs]
-    defaults = [flat(defaults_of(run.options)) for run in runs]
+    defaults = [flat(read_defaults(run.options)) for run in runs]
     first: list[tuple[list[object], bool]] = []
     others: list[tuple[list[object], bool]] = []
     for name in dict.fromkeys(name for options in each for name in options):
@@ -492,9 +492,9 @@ def page(
         parts.append(f"{legend([group.name for group in groups])}<div class='grid'>{''.join(charts)}</div>\n")
     for run in runs:
         whose = "" if len(runs) == 1 else f": {html.escape(run.name)}"
-        if found_pictures := pictures_of(run):
+        if found_pictures := find_pictures(run):
             shown = (
-                embedded(path.read_bytes(), "png", caption_of(path), str(path.relative_to(run.folder)))
+                embedded(path.read_bytes(), "png", make_caption(path), str(path.relative_to(run.folder)))
                 for path in found_pictures
             )
             parts.append(f"<h2>Pictures{whose}</h2>\n<div class='pictures'>{''.join(shown)}</div>\n")

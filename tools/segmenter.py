@@ -16,7 +16,7 @@ import models_upernet
 from data.loader import pixel_statistics
 from data.segment_augment import fitted, resize_image
 from data.splits import read_classes
-from engine_segment import short_side, windows_of
+from engine_segment import make_windows, short_side
 from options import SegmentOptions, from_dict
 from util import checkpoint
 from util.windows import predict
@@ -40,7 +40,7 @@ class Trained:
     @property
     def run(self) -> Path:
         """The folder of the run, or the folder that contains the checkpoint."""
-        return checkpoint.run_of(self.checkpoint)
+        return checkpoint.find_run(self.checkpoint)
 
     def normalised(self, image_HWC: np.ndarray) -> Tensor:
         """Resize an image as evaluation does and normalise it: float32 `[1, C, h, w]` on the model's device."""
@@ -53,7 +53,7 @@ class Trained:
     @torch.inference_mode()
     def predict(self, image_HWC: np.ndarray) -> Tensor:
         """Predict the class of each pixel of an uint8 image `[H, W, C]`: int64 `[H, W]` on the CPU."""
-        windows = windows_of(self.options, self.model.patch)
+        windows = make_windows(self.options, self.model.patch)
         scores = predict(self.model, self.normalised(image_HWC), windows, image_HWC.shape[:2])
         return scores.argmax(dim=1)[0].cpu()
 
@@ -64,16 +64,16 @@ def load(path: Path) -> Trained:
     Raises:
         ValueError: If it is not a segmenter of this project.
     """
-    file = checkpoint.file_of(path)
+    file = checkpoint.find_file(path)
     weights, made_with = checkpoint.load_model(file, averaged=True)
     state = checkpoint.load(file) if made_with else {}
-    if not made_with or checkpoint.program_of(state) != "segment":
+    if not made_with or checkpoint.find_program(state) != "segment":
         raise ValueError(f"{file} is not a segmenter of main_segment.py")
     options = from_dict(SegmentOptions, made_with)
     classes = len(weights["decode.classify.weight"])
     model = models_upernet.from_options(made_with, classes)
     models_upernet.load_segmenter(model, weights, made_with)
-    names = read_classes(checkpoint.run_of(file))
+    names = read_classes(checkpoint.find_run(file))
     if len(names) != classes:
         names = [str(number) for number in range(classes)]
     return Trained(model.eval(), options, file, names, state.get("step", 0))

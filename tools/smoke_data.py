@@ -200,7 +200,9 @@ def write(root: Path, sets: Iterable[str]) -> None:
 
     Existing folders are kept. The files are deterministic, so that interrupted runs can be resumed.
     """
-    missing = [(name, root / folder_of(name)) for name in ("", *sorted(sets)) if not (root / folder_of(name)).exists()]
+    missing = [
+        (name, root / data_folder(name)) for name in ("", *sorted(sets)) if not (root / data_folder(name)).exists()
+    ]
     images = pictures() if missing else []
     for name, folder in missing:
         part = folder.with_name(f"{folder.name}.part")  # so that `folder` exists only when it is complete
@@ -209,7 +211,7 @@ def write(root: Path, sets: Iterable[str]) -> None:
         part.rename(folder)
 
 
-def folder_of(name: str) -> str:
+def data_folder(name: str) -> str:
     """Return the folder of a data set, or of the pretraining images."""
     return name.replace("/", "_") or "digits"
 

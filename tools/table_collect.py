@@ -18,7 +18,7 @@ import yaml
 from data.files import write_json
 from tools.card import MACHINE
 from tools.records import read_records
-from tools.table_report import Line, Runs, data_of, seeds_of
+from tools.table_report import Line, Runs, find_seeds, read_fingerprint
 from util import checkpoint
 
 FACTS = ("started", "device", "gpus", "cpu_threads", "processes", "python", "versions", "commit")
@@ -34,7 +34,7 @@ def collect(folder: Path, report: Path, title: str, lines: Sequence[Line], model
         if not line.values:
             row["state"] = line.state
         elif isinstance(place, Runs):
-            seeds, parts = seeds_of(place), {"finetuning": place.finetuning}
+            seeds, parts = find_seeds(place), {"finetuning": place.finetuning}
             parts |= {} if place.scratch else {"pretraining": place.pretraining}
             row["seeds"] = {seed: {part: run(runs / seed) for part, runs in parts.items()} for seed in seeds}
             if models and not place.scratch:
@@ -55,7 +55,7 @@ def run(folder: Path) -> dict[str, Any]:
     names = list(dict.fromkeys(name for epoch in epochs for name in epoch))
     return {
         "options": {name: value for name, value in options.items() if name not in MACHINE | {"init_from"}},
-        "data": data_of(folder),
+        "data": read_fingerprint(folder),
         "starts": [{name: start[name] for name in FACTS if name in start} for start in starts],
         "curve": {name: [_short(epoch.get(name)) for epoch in epochs] for name in names},
         "result": json.loads((folder / "result.json").read_text()),

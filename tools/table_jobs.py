@@ -195,14 +195,14 @@ def run(
                     words = command(job, nproc)
                     say(f"{_title(job, jobs, root)}\n  {shlex.join(words)}")
                     waiting.remove(job)
-                    running[job] = start(words, _said(job, root) if at_once > 1 else None)
+                    running[job] = start(words, _log_path(job, root) if at_once > 1 else None)
             stop.tell(list(running.values()))
             exited = {job: code for job, program in running.items() if (code := program.code()) is not None}
             for job, code in exited.items():
                 del running[job]
                 stop.asked |= code == INTERRUPTED
                 if not job.done.exists() and not stop.asked:
-                    end = _tail(_said(job, root)) if at_once > 1 else ""
+                    end = _tail(_log_path(job, root)) if at_once > 1 else ""
                     say(f"{_title(job, jobs, root)}: failed with exit code {code}{end}")
                     failed.append(job)
             if stop.asked and not running:
@@ -226,7 +226,7 @@ def _name(job: Job, root: Path) -> Path:
     return (job.done.parent if job.done.name == "result.json" else job.done).relative_to(root)
 
 
-def _said(job: Job, root: Path) -> Path:
+def _log_path(job: Job, root: Path) -> Path:
     return root / "logs" / f"{'-'.join(_name(job, root).parts)}.txt"
 
 

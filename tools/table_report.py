@@ -82,12 +82,12 @@ def measured(labels: tuple[str, ...], paper: float | None, cited: str, place: Ru
     """Return the row for a result of the paper, with our runs at `place`."""
     if place is None:
         return Line(labels, paper, f"cited: {cited}")
-    line = _of_bill(labels, paper, place) if isinstance(place, Bill) else _of_runs(labels, paper, place)
+    line = _read_bill(labels, paper, place) if isinstance(place, Bill) else _read_runs(labels, paper, place)
     line.place = place
     return line
 
 
-def _of_bill(labels: tuple[str, ...], paper: float | None, place: Bill) -> Line:
+def _read_bill(labels: tuple[str, ...], paper: float | None, place: Bill) -> Line:
     if not place.file.exists():
         return Line(labels, paper, NOT_RUN)
     found = json.loads(place.file.read_text())
@@ -107,8 +107,8 @@ def _of_bill(labels: tuple[str, ...], paper: float | None, place: Bill) -> Line:
     return Line(labels, paper, values=[value], facts=facts)
 
 
-def _of_runs(labels: tuple[str, ...], paper: float | None, place: Runs) -> Line:
-    seeds = seeds_of(place)
+def _read_runs(labels: tuple[str, ...], paper: float | None, place: Runs) -> Line:
+    seeds = find_seeds(place)
     if not seeds:
         begun = any(list(folder.glob("seed*/options.yaml")) for folder in (place.pretraining, place.finetuning))
         pretrained = any(place.pretraining.glob("seed*/result.json"))
@@ -121,8 +121,8 @@ def _of_runs(labels: tuple[str, ...], paper: float | None, place: Runs) -> Line:
         accuracy, metric = result["accuracy"], result["metric"]
         values.append(accuracy.get("best", accuracy["last"])[metric])
         last.append(accuracy["last"][metric])
-        pretraining = {} if place.scratch else facts_of_run(place.pretraining / seed, "")
-        facts.append(pretraining | facts_of_run(tuned, "fine-tuning "))
+        pretraining = {} if place.scratch else describe_run(place.pretraining / seed, "")
+        facts.append(pretraining | describe_run(tuned, "fine-tuning "))
         facts[-1]["best chosen on"] = result["best_chosen_on"]
         facts[-1]["metric"] = metric
     joined = {name: " / ".join(dict.fromkeys(each.get(name, "") for each in facts)) for name in facts[0]}
@@ -130,13 +130,13 @@ def _of_runs(labels: tuple[str, ...], paper: float | None, place: Runs) -> Line:
     return Line(labels, paper, values=values, facts=joined)
 
 
-def seeds_of(place: Runs) -> list[str]:
+def find_seeds(place: Runs) -> list[str]:
     """Return the folders of finished seeds: `seed0`, `seed1`, ..."""
     found = [path.parent.name for path in place.finetuning.glob("seed*/result.json")]
     return sorted(found, key=lambda name: (len(name), name))
 
 
-def facts_of_run(folder: Path, prefix: str) -> dict[str, str]:
+def describe_run(folder: Path, prefix: str) -> dict[str, str]:
     """Describe a finished run from its options, result, environment and last checkpoint."""
     options = yaml.safe_load((folder / "options.yaml").read_text())
     result = json.loads((folder / "result.json").read_text())
@@ -146,7 +146,7 @@ def facts_of_run(folder: Path, prefix: str) -> dict[str, str]:
         "updates": f"{result['steps']:,}",
         "images seen": f"{result['images_seen']:,}",
         "batch": f"{options['total_batch_size']:,}",
-        "data": data_of(folder),
+        "data": read_fingerprint(folder),
         "commit": " / ".join(dict.fromkeys(short_commit(start["commit"]) for start in starts)),
     }
     if not prefix:
@@ -160,7 +160,7 @@ def short_commit(described: str) -> str:
     return commit[:10] + dash + dirty
 
 
-def data_of(folder: Path) -> str:
+def read_fingerprint(folder: Path) -> str:
     """Return the first digits of the training images' fingerprint, from a checkpoint."""
     path = folder / "checkpoints" / checkpoint.LAST
     return checkpoint.load(path)["data"][:12] if path.exists() else ""

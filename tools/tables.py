@@ -90,7 +90,7 @@ class Setting:
         return self.out / "smoke" if self.smoke else self.out
 
 
-def setting_of(given: Mapping[str, str]) -> Setting:
+def read_setting(given: Mapping[str, str]) -> Setting:
     """Read the settings from environment variables. Raises ValueError for invalid values."""
 
     def number(name: str, default: int, least: int = 0) -> int:
@@ -281,7 +281,7 @@ class Plan:
     def _data(self, dataset: str = "") -> str:
         """Return the folder of a transfer set, or that of the pretraining images."""
         if self.setting.smoke:
-            return str(self.setting.root / "data" / smoke_data.folder_of(dataset))
+            return str(self.setting.root / "data" / smoke_data.data_folder(dataset))
         return self.setting.transfer if dataset else self.setting.data
 
     def _dataset(self, row: Row, measure: str = "") -> dict[str, str]:
@@ -457,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--models needs --collect FOLDER")
     if given.table not in tables:
         raise ValueError(f"there is no table {given.table!r}; there are {', '.join(tables)}")
-    setting, table = setting_of(os.environ), tables[given.table]
+    setting, table = read_setting(os.environ), tables[given.table]
     rows = chosen(table, setting.rows)
     jobs = Plan(setting).jobs(rows)
     if given.dry_run:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data.loader import Batch, EvalSamples, eval_batches, eval_transform, pixel_statistics
 from data.sources import Source, open_source
-from models_tokenizer import KMEANS, KMeansTokenizer, checkpoint_of, encoder_from
+from models_tokenizer import KMEANS, KMeansTokenizer, encoder_from, find_checkpoint
 from models_vit import patch_grid
 from options.schema import read
 from tools.command import reports_errors
@@ -47,7 +47,7 @@ COUNTED = 10_000  # maximum number of images, evenly spaced, whose tokens are co
 # ---- the state of a fit ----------------------------------------------------------------------------------------------
 
 
-def state_of(kmeans: MiniBatchKMeans) -> dict[str, Any]:
+def estimator_state(kmeans: MiniBatchKMeans) -> dict[str, Any]:
     """Return the estimator's state as tensors and plain values."""
     state: dict[str, Any] = {}
     for name, value in vars(kmeans).items():
@@ -68,7 +68,7 @@ def state_of(kmeans: MiniBatchKMeans) -> dict[str, Any]:
 
 
 def restored(state: Mapping[str, Any]) -> MiniBatchKMeans:
-    """Create the estimator from a state that `state_of` returned."""
+    """Create the estimator from a state that `estimator_state` returned."""
     kmeans = MiniBatchKMeans()
     for name, value in state.items():
         if isinstance(value, dict):
@@ -136,7 +136,7 @@ class Fit:
         log.info("resuming in epoch %d of %d, after %d batches", self.epoch + 1, self.options["epochs"], self.batch)
 
     def save(self) -> None:
-        state = {"kmeans": state_of(self.kmeans), "epoch": self.epoch, "batch": self.batch}
+        state = {"kmeans": estimator_state(self.kmeans), "epoch": self.epoch, "batch": self.batch}
         checkpoint.save(
             self.partial, {"program": "tokenizer", "format": checkpoint.FORMAT, "options": self.options} | state
         )
@@ -233,7 +233,7 @@ def fit_kmeans(words: argparse.Namespace) -> str:
     source = open_source(words.dataset, words.images, words.split, in_chans=words.in_chans, class_list=words.class_list)
     encoder, digest = None, ""
     if words.encoder:
-        path = checkpoint_of(words.encoder)
+        path = find_checkpoint(words.encoder)
         encoder, digest = encoder_from(*checkpoint.load_model(path), path, words.encoder_heads)
         if encoder.patch_embed.proj.in_channels != words.in_chans:
             raise ValueError(f"{path} takes {encoder.patch_embed.proj.in_channels} channels, not {words.in_chans}")

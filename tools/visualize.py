@@ -27,7 +27,7 @@ from tools.figures.attention import attention
 from tools.figures.collapse import collapse
 from tools.figures.figure1 import figure1
 from tools.figures.figure9 import figure9
-from tools.figures.models import Shown
+from tools.figures.models import FigureModel
 from tools.figures.neighbors import closeup, neighbors
 from tools.figures.reconstruction import reconstruction
 from tools.figures.relations import relations
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def load_models(words: argparse.Namespace) -> list[Shown]:
+def load_models(words: argparse.Namespace) -> list[FigureModel]:
     """Load the models. Raises ValueError if they differ in image size or channels."""
     norm_pix_loss = getattr(words, "norm_pix_loss", False)
     how = {"device": words.device, "seed": words.seed, "input_size": words.input_size, "norm_pix_loss": norm_pix_loss}
@@ -142,13 +142,13 @@ def load_models(words: argparse.Namespace) -> list[Shown]:
     return found
 
 
-def mask_ratio_of(words: argparse.Namespace, found: Sequence[Shown]) -> float:
+def choose_mask_ratio(words: argparse.Namespace, found: Sequence[FigureModel]) -> float:
     """Return the mask ratio given by the user, or that of the first model."""
     given = getattr(words, "mask_ratio", None)
     return getattr(found[0].model, "mask_ratio", 0.75) if given is None else given
 
 
-def of_subject(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
+def of_subject(words: argparse.Namespace, found: Sequence[FigureModel]) -> Figure:
     """Draw a figure of models and images."""
     picture = PICTURES[words.picture]
     source, listed = open_images(words.images, found)
@@ -159,14 +159,14 @@ def of_subject(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
         pixels,
         names,
         seed=words.seed,
-        mask_ratio=mask_ratio_of(words, found),
+        mask_ratio=choose_mask_ratio(words, found),
         similarity=getattr(words, "similarity", None),
         cnp=getattr(words, "cnp", "closest"),
     )
     return picture.draw(subject)
 
 
-def of_stream(words: argparse.Namespace, found: Sequence[Shown]) -> Figure:
+def of_stream(words: argparse.Namespace, found: Sequence[FigureModel]) -> Figure:
     """Draw the histogram of similarities, and print its statistics."""
     if len(found) > 1:
         raise ValueError("the histogram shows one model")
@@ -183,7 +183,7 @@ def draw(words: argparse.Namespace) -> list[Path]:
     """Draw the requested figure; return the written files."""
     home, updates = Path("output") / "figures", 0
     for path in words.output:
-        style.kind_of(path)  # before any work is done
+        style.check_format(path)  # before any work is done
     with style.house_style():
         if words.picture == "relations":
             figure = relations(words.runs)

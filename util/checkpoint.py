@@ -85,7 +85,7 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match")
 
 
-def file_of(path: str | Path) -> Path:
+def find_file(path: str | Path) -> Path:
     """Return the checkpoint file for a path: the file itself, or the latest checkpoint of a run folder.
 
     Raises CheckpointError if there is none.
@@ -106,7 +106,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Nothing in the file is executed.
     """
-    path = file_of(path)
+    path = find_file(path)
     verify(path)
     state = _read(path)
     if not isinstance(state, dict) or "format" not in state:
@@ -134,7 +134,7 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path} could not be read as a checkpoint ({type(error).__name__}: {error})") from error
 
 
-def program_of(state: Mapping[str, Any]) -> str:
+def find_program(state: Mapping[str, Any]) -> str:
     """Return the program that wrote a checkpoint: "pretrain", "finetune", "probe" or "segment".
 
     Earlier versions did not store it; then it is derived from the options that only one program has.
@@ -147,7 +147,7 @@ def program_of(state: Mapping[str, Any]) -> str:
 
 def program_at(path: str | Path) -> str:
     """Return the program that wrote a file; "" for the weights of another project."""
-    return program_of(load(path)) if load_model(path)[1] else ""
+    return find_program(load(path)) if load_model(path)[1] else ""
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ def load_model(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tens
 
     `averaged` selects the moving average of the weights, if the run has one.
     """
-    path = file_of(path)
+    path = find_file(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -189,7 +189,7 @@ def load_model(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tens
     return weights, options
 
 
-def options_of(path: str | Path, *names: str) -> dict[str, Any]:
+def load_options(path: str | Path, *names: str) -> dict[str, Any]:
     """Return the named options of the run that wrote a checkpoint; {} for other projects, or if path is ""."""
     made_with = load_model(path)[1] if str(path) else {}
     return {name: made_with[name] for name in names if name in made_with}
@@ -208,8 +208,8 @@ def inherited(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, A
     if str(given.get("eval", "false")).lower() == "true":
         # The run's own data, unless other data are given.
         data = () if {"data_path", "data_dir", "dataset"} & given.keys() else ("data_path", "dataset", "class_list")
-        return options_of(evaluated_checkpoint(given), *schema.INHERITS_EVAL, *data)
-    own, channels = options_of(given.get("init_from", ""), *schema.INHERITS), str(given.get("in_chans", ""))
+        return load_options(evaluated_checkpoint(given), *schema.INHERITS_EVAL, *data)
+    own, channels = load_options(given.get("init_from", ""), *schema.INHERITS), str(given.get("in_chans", ""))
     if channels.isdecimal() and int(channels) != own.get("in_chans", int(channels)):
         own |= {name: [sum(own[name]) / len(own[name])] * int(channels) for name in ("mean", "std") if own.get(name)}
     return own
@@ -219,18 +219,18 @@ def evaluated_checkpoint(given: Mapping[str, Any]) -> str:
     """Return the checkpoint that `--eval` evaluates. Raises OptionError if there is none."""
     named = given.get("resume", "auto")
     if named not in ("auto", ""):
-        return str(file_of(named))
+        return str(find_file(named))
     if given.get("init_from"):
-        return str(file_of(given["init_from"]))
+        return str(find_file(given["init_from"]))
     if not given.get("output_dir"):
         raise OptionError("eval needs a checkpoint or a run folder: name it with --resume", "eval")
     try:
-        return str(file_of(given["output_dir"]))
+        return str(find_file(given["output_dir"]))
     except CheckpointError as error:
         raise OptionError(f"eval needs a checkpoint: {error}; name one with --resume", "eval") from None
 
 
-def run_of(file: Path) -> Path:
+def find_run(file: Path) -> Path:
     """Return the run folder of a checkpoint; for a checkpoint outside a run, its folder."""
     return file.parent.parent if file.parent.name == "checkpoints" else file.parent
 

@@ -25,7 +25,7 @@ def confusion(masks: Tensor, predicted: Tensor, classes: int) -> Tensor:
     return counts.scatter_add_(0, cell, torch.ones_like(cell))[:cells].view(classes, classes)
 
 
-def figures_of(confusion_KK: Tensor, names: Sequence[str]) -> dict[str, Any]:
+def compute_metrics(confusion_KK: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """Compute mean IoU, mean accuracy and pixel accuracy in percent, and IoU, accuracy and pixels `per_class`.
 
     A class that is neither in a mask nor predicted has no IoU and is left out of the mean; a class in no mask has no

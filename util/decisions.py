@@ -42,7 +42,7 @@ class Decisions:
     def is_stop_requested(self) -> bool:
         """Return whether any process has received a signal. All processes must call it together."""
         request = STOP if self._stop.signal else CONTINUE
-        return STOP in (self._agree.settle(), self._agree(request), self._agree.settle())
+        return STOP in (self._agree.resolve(), self._agree(request), self._agree.resolve())
 
     def until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches until this process receives a signal."""

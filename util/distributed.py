@@ -165,13 +165,13 @@ class Agreement:
     def __call__(self, request: int) -> int:
         if self._alone:
             return request
-        agreed = self.settle()
+        agreed = self.resolve()
         mine = torch.tensor([request])
         work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, async_op=True)
         self._pending = (mine, work)
         return agreed
 
-    def settle(self) -> int:
+    def resolve(self) -> int:
         """Return the pending decision, if any. All ranks must call this at the same step."""
         if self._pending is None:
             return CONTINUE

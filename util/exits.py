@@ -45,7 +45,7 @@ class Ending(NamedTuple):
     message: str
 
 
-def ending_of(error: BaseException) -> Ending | None:
+def find_ending(error: BaseException) -> Ending | None:
     """Return the ending for an exception; None for a bug, which is reported with its traceback."""
     match error:
         case AlreadyFinished():
@@ -72,7 +72,7 @@ def is_bug(error: BaseException | None) -> bool:
 
 def log_record(error: BaseException) -> logging.LogRecord:
     """Return the last record of a log file: the message, or the traceback of a bug."""
-    ending = None if is_bug(error) else ending_of(error)
+    ending = None if is_bug(error) else find_ending(error)
     if ending is None:
         traceback = type(error), error, error.__traceback__
         return logging.LogRecord(__name__, logging.ERROR, __file__, 0, "a bug ended the run", (), traceback)
@@ -108,7 +108,7 @@ def _outcome(run: Callable[[Any], None], options: Any) -> int:
     try:
         run(options)
     except Exception as error:
-        if (ending := ending_of(error)) is None:
+        if (ending := find_ending(error)) is None:
             raise
         # An error of all processes is logged once per machine; an error of one process is logged by that process.
         of_all = isinstance(error, ValueError) and not isinstance(error, NoDevice | NothingReadable)

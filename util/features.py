@@ -35,7 +35,7 @@ def encode_source(
         device: Device of the model.
         autocast: Context of the forward pass.
         pool: See `pooled`.
-        reading: How images are preprocessed and loaded, see `pixels_of_source`.
+        reading: How images are preprocessed and loaded, see `load_pixels`.
 
     Returns:
         Features float32 `[n, D]`, and labels int64 `[n]` or None, on the CPU.
@@ -54,7 +54,7 @@ def encode_source(
         model.train(was_training)
 
 
-def reading_of(options: PretrainOptions | ClassifierOptions) -> dict[str, Any]:
+def select_reading(options: PretrainOptions | ClassifierOptions) -> dict[str, Any]:
     """Return the arguments of `encode_source` that define how the images of a run are preprocessed and loaded."""
     names = ("input_size", "eval_crop", "mean", "std", "batch_size", "num_workers", "worker_timeout")
     return {name: getattr(options, name) for name in names}
@@ -98,7 +98,7 @@ class FeatureSamples(Dataset):
         return Batch(self.features[index], self.labels[index], None, index)
 
 
-def pixels_of_source(source: Source, **reading: Any) -> tuple[Tensor, Tensor | None]:
+def load_pixels(source: Source, **reading: Any) -> tuple[Tensor, Tensor | None]:
     """Return the normalised pixels and the labels, as `encode_source` returns features.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from data.files import temporary_of, write_json, write_text
+from data.files import temporary_path, write_json, write_text
 from options import RunOptions, differences, to_dict
 from util import checkpoint, distributed
 from util.boards import WANDB_FILE
@@ -50,7 +50,7 @@ class RunFolder:
         self.result = self.path / "result.json"
         self.lock = RunLock(self.path)
 
-    def begin(self, data: str, **facts: Any) -> tuple[str, dict[str, Any] | None]:
+    def prepare_start(self, data: str, **facts: Any) -> tuple[str, dict[str, Any] | None]:
         """Prepare and lock the folder.
 
         Args:
@@ -68,7 +68,7 @@ class RunFolder:
             self._check()
             with contextlib.ExitStack() as undo:
                 self._take(undo, data)
-                start = self._begin(data, facts)
+                start = self._prepare_start(data, facts)
                 undo.pop_all()
         except OSError as error:
             raise ValueError(f"--output_dir {self.path} cannot be read or written ({error.strerror})") from error
@@ -92,7 +92,7 @@ class RunFolder:
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
-    def _begin(self, data: str, facts: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
+    def _prepare_start(self, data: str, facts: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
         earlier = self._earlier_starts()
         if self.options.overwrite and distributed.is_restart(earlier[-1].get("launches", []) if earlier else []):
             log.info("restarted by the launcher: --overwrite was applied at the first start, resuming")
@@ -134,7 +134,7 @@ class RunFolder:
             raise ValueError(f"--output_dir {self.path} is a file; give a folder")
         ours = (self.path / "options.yaml").exists() or checkpoint.candidates(self.checkpoints)
         found = self.path.iterdir() if self.path.is_dir() and not ours else []
-        leftovers = (LOCK, temporary_of(Path("options.yaml")).name)  # of a start that was killed early
+        leftovers = (LOCK, temporary_path(Path("options.yaml")).name)  # of a start that was killed early
         others = sorted(path.name for path in found if path.name not in leftovers)
         if others:
             raise ValueError(
@@ -155,7 +155,7 @@ class RunFolder:
         found = checkpoint.candidates(self.checkpoints)
         if self.options.resume != "auto":
             try:
-                named = checkpoint.file_of(self.options.resume)
+                named = checkpoint.find_file(self.options.resume)
             except CheckpointError as error:
                 available = f"; {self.path} has: {', '.join(map(str, found))}" if found else ""
                 raise ValueError(f"--resume: {error}{available}") from None

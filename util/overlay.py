@@ -38,7 +38,7 @@ def overlay(image_CHW: Tensor, mask_HW: Tensor, classes: int) -> Tensor:
     return torch.where(mask_HW == IGNORE, coloured, mixed)
 
 
-def shown(image_CHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def to_rgb(image_CHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Convert a normalised image with any number of channels to RGB `[3, H, W]` between 0 and 1."""
     pixels = (image_CHW.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).clamp(0, 1)
     return pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)

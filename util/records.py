@@ -22,7 +22,7 @@ from util import checkpoint
 from util.exits import TooManyBadImages, log_record
 from util.logging import RunLog, log_file
 from util.state import TrainingState, precision_name
-from util.stepper import Unstable, names_of_bad_losses
+from util.stepper import Unstable, list_bad_losses
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class Records:
     def _dump(self, bad_in_a_row: int) -> str:
         """Write the dump with which tools.replay repeats the last updates; return a message."""
         recents = self.processes.gather(self.state.stepper.recent())
-        bad = names_of_bad_losses([entry for recent in recents for entry in recent])
+        bad = list_bad_losses([entry for recent in recents for entry in recent])
         what = f"the loss ({', '.join(bad)})" if bad else "the gradient (every loss is finite)"
         message = f"{bad_in_a_row} steps in a row up to step {self._step} had no finite update: {what} is not finite"
         if not bad and math.isfinite(float(self.state.stepper.grad_norm)):

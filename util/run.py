@@ -72,17 +72,17 @@ class Run:
         self._saver = Saver(folder, options)
         self._decisions = Decisions(options, processes)
         facts = {"run_id": self.run_id, "processes": processes.world_size, "device": str(processes.device)}
-        self._start, self._start_state = self._together(lambda: folder.begin(source.fingerprint, **facts))
+        self._start, self._start_state = self._together(lambda: folder.prepare_start(source.fingerprint, **facts))
 
-    def _together(self, begin: Callable[[], tuple[str, dict[str, Any] | None]]) -> tuple[str, dict[str, Any] | None]:
-        """Call `begin` in the main process. All processes return the path, or raise its error.
+    def _together(self, prepare: Callable[[], tuple[str, dict[str, Any] | None]]) -> tuple[str, dict[str, Any] | None]:
+        """Call `prepare` in the main process. All processes return the path, or raise its error.
 
         Only the main process returns the content.
         """
         path, state, failure = "", None, None
         if self.processes.main:
             try:
-                path, state = begin()
+                path, state = prepare()
             except (ValueError, OSError, AlreadyFinished) as error:
                 failure = error
         path, failure = self.processes.broadcast((path, failure))

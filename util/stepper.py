@@ -246,7 +246,7 @@ def seed_micro_step(seed: int, micro_number: int, rank: int) -> None:
     np.random.seed(mixed % 2**32)
 
 
-def names_of_bad_losses(recent: Sequence[Mapping]) -> list[str]:
+def list_bad_losses(recent: Sequence[Mapping]) -> list[str]:
     """Return the names of the non-finite losses of the latest micro-batches, parts before the total."""
     bad: dict[str, None] = {}
     for entry in recent:

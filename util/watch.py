@@ -19,7 +19,7 @@ from data.loader import EvalSamples, Source, eval_batches, eval_transform
 from data.sources import open_split
 from data.splits import like
 from options import PretrainOptions
-from util.features import encode_source, reading_of
+from util.features import encode_source, select_reading
 from util.knn import knn_accuracy
 from util.run import Run
 from util.tasks import EpochTask
@@ -97,7 +97,7 @@ class OnlineKNN(EpochTask):
             autocast=self.run.autocast,
             indices=share,
             pool=getattr(self.model, "feature_pool", "avg"),
-            **reading_of(self.options),
+            **select_reading(self.options),
         )
         assert labels is not None
         return features, labels

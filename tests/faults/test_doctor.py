@@ -87,7 +87,7 @@ def test_unreadable_images_are_counted_and_compared_with_the_limit(tmp_path):
 
 def test_shared_memory_must_hold_what_workers_have_ready(options, free):
     """2 processes x 3 workers x 2 batches x 64 images of 8 x 8 bytes with 16 float32 values of noise."""
-    image = doctor.plan_of(resolve(options), 2, CPU).image_bytes
+    image = doctor.make_first_plan(resolve(options), 2, CPU).image_bytes
     needed = 2 * 3 * 2 * 64 * (8 * 8 + 4 * 16)
     for amount, verdict in ((needed, WRONG), (needed + 1, DOUBTFUL), (2 * needed + 1, GOOD)):
         free(amount)
@@ -95,7 +95,7 @@ def test_shared_memory_must_hold_what_workers_have_ready(options, free):
 
 
 def test_the_disk_must_hold_every_checkpoint(options, free, tmp_path):
-    plan = doctor.plan_of(resolve(options), 1, CPU)
+    plan = doctor.make_first_plan(resolve(options), 1, CPU)
     weights = sum(value.numel() for value in plan.model.state_dict().values())
     trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
     needed = (options.keep + 3) * 4 * (weights + 2 * trained)
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
 def test_a_classifier_is_sampled_as_it_will_be_trained(tmp_path, capsys):
     """Random erasing returns floats, the EMA is a second set of weights, SGD has one buffer, the best is kept."""
     words = [*DOORS["main_finetune"], "--batch_size", "64", "--num_workers", "1", "--ema", "0.9", "--optimizer", "sgd"]
-    plan = doctor.plan_of(resolve(main_finetune.parse_options(words)), 1, CPU)
+    plan = doctor.make_first_plan(resolve(main_finetune.parse_options(words)), 1, CPU)
     weights = sum(value.numel() for value in plan.model.state_dict().values())
     trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
     assert plan.image_bytes == 4 * 8 * 8 + 8
@@ -132,7 +132,7 @@ def test_a_classifier_is_sampled_as_it_will_be_trained(tmp_path, capsys):
 def test_a_segmenter_is_sampled_as_it_will_be_trained(tmp_path, capsys):
     """RGB crops of 16 x 16 with 16-bit masks; batch norm statistics are saved too. 36 steps are 3 epochs."""
     words = [*DOORS["main_segment"], "--data_path", "scenes", "--total_batch_size", "16", "--steps", "36"]
-    plan = doctor.plan_of(resolve(main_segment.parse_options(words)), 1, CPU)
+    plan = doctor.make_first_plan(resolve(main_segment.parse_options(words)), 1, CPU)
     whole = sum(value.numel() * value.element_size() for value in plan.model.state_dict().values())
     trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
     crop = next(iter(plan.batches.epoch(0)))

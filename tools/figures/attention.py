@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from tools.figures.models import Shown
-from tools.figures.style import BLACK, MARKERS, from_zero, grid_lines, line_of, note
+from tools.figures.models import FigureModel
+from tools.figures.style import BLACK, MARKERS, from_zero, grid_lines, line_style, note
 from tools.figures.subject import Subject
 
 WIDTH = 7.0
@@ -51,7 +51,7 @@ def patch_distances(grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def distance_and_entropy(shown: Shown, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def distance_and_entropy(shown: FigureModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean attention distance in pixels and mean entropy in bits, each `[blocks, H]`."""
     between = patch_distances(shown.grid, shown.patch).to(shown.device)
     totals: list[Tensor] = []
@@ -83,7 +83,7 @@ def attention(subject: Subject) -> Figure:
         tokens = shown.num_patches + shown.prefix
         uniform = (patch_distances(shown.grid, shown.patch).mean().item(), math.log2(tokens))
         for axis, values, bound in zip(axes, measured, uniform, strict=True):
-            line = line_of(number)
+            line = line_style(number)
             blocks = torch.arange(1, len(values) + 1) + (number - (count - 1) / 2) * 0.16
             spread = blocks[:, None].expand_as(values)
             axis.scatter(

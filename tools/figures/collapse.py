@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from tools.figures.models import Shown
-from tools.figures.style import MARKERS, from_zero, grid_lines, line_of, note
+from tools.figures.models import FigureModel
+from tools.figures.style import MARKERS, from_zero, grid_lines, line_style, note
 from tools.figures.subject import Subject
 
 WIDTH = 7.0
@@ -63,7 +63,7 @@ class Spread:
 
 
 @torch.inference_mode()
-def measure(shown: Shown, pixels: Tensor, batch_size: int = 16) -> tuple[list[float], list[float]]:
+def measure(shown: FigureModel, pixels: Tensor, batch_size: int = 16) -> tuple[list[float], list[float]]:
     """Return token similarity and effective rank of the input of the first block and of the output of each block."""
     similarities: list[float] = []
     spreads: list[Spread] = []
@@ -85,7 +85,7 @@ def collapse(subject: Subject) -> Figure:
     for number, shown in enumerate(subject.models):
         label = f"{shown.label}, {shown.about} ({shown.model.embed_dim} channels)"
         for axis, values in zip(axes, measure(shown, subject.pixels), strict=True):
-            axis.plot(values, marker=MARKERS[number % len(MARKERS)], markersize=3, label=label, **line_of(number))
+            axis.plot(values, marker=MARKERS[number % len(MARKERS)], markersize=3, label=label, **line_style(number))
     axes[0].set(
         title="token similarity",
         ylabel="mean cosine of an image's patches",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data import masks
 from data.sources import Source
-from engine_segment import evaluation_samples, predicted_masks, windows_of
+from engine_segment import evaluation_samples, make_windows, predicted_masks
 from tools import segmenter
 from tools.figures.style import note, picture, short_name
 from tools.figures.subject import chosen
@@ -42,7 +42,7 @@ def figure9(
             classes = len(source.classes or [])
             raise ValueError(f"{trained.checkpoint} has {options.num_classes} classes, the first run {classes}")
         model = trained.model.to(processes.device)
-        windows = windows_of(options, model.patch)
+        windows = make_windows(options, model.patch)
         shown.append(
             predicted_masks(
                 model,

@@ -45,7 +45,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Shown:
+class FigureModel:
     """A ViT in eval mode on its device, with its name and a description."""
 
     label: str
@@ -126,13 +126,13 @@ def load(
     seed: int = 0,
     input_size: tuple[int, int] | None = None,
     norm_pix_loss: bool = False,
-) -> Shown:
+) -> FigureModel:
     """Load the model given by `word`, see above; `norm_pix_loss` applies to weights from a file."""
     name, equals, file = word.partition("=")
     if word.startswith("untrained:"):
         shown = _untrained(Path(word.partition(":")[2]), device)
     elif Path(word).exists():
-        shown = _of_run(Path(word), device)
+        shown = _load_run(Path(word), device)
     elif equals or name.startswith("mae_vit_") or timm.is_model(name):
         shown = _by_name(name, file, device, seed, input_size, norm_pix_loss)
     elif "/" in word or word.endswith((".pth", ".pt", ".safetensors")):
@@ -151,9 +151,9 @@ def load(
     return shown
 
 
-def _of_run(path: Path, device: str) -> Shown:
+def _load_run(path: Path, device: str) -> FigureModel:
     """Load a pretrained autoencoder, or the encoder of a classifier."""
-    file = checkpoint.file_of(path)
+    file = checkpoint.find_file(path)
     try:
         state = checkpoint.load(file)
     except checkpoint.CheckpointError as error:
@@ -161,7 +161,7 @@ def _of_run(path: Path, device: str) -> Shown:
         raise ValueError(f"{error}. For a picture, {advice}") from error
     model: Any
     options = state["options"]
-    if checkpoint.program_of(state) == "pretrain":
+    if checkpoint.find_program(state) == "pretrain":
         trained = given.load(path, device)
         model, about, updates = trained.model, options["method"], trained.updates
         if trained.model.encoder_prefix:  # features are computed by another encoder than the trained one
@@ -170,18 +170,18 @@ def _of_run(path: Path, device: str) -> Shown:
         found = encoder.load(file)
         model, about, updates = found.model, "classifier", found.updates or 0
     statistics = pixel_statistics(options["in_chans"], options["mean"], options["std"])
-    origin = Origin(checkpoint.run_of(file), options, updates)
+    origin = Origin(checkpoint.find_run(file), options, updates)
     name = origin.run.resolve().name
     if file.name != checkpoint.LAST:
         name += f" ({file.name})"
     about = f"{about}, {options['model']}, {updates:,} updates"
     where = pick_device(device)
-    return Shown(name, about, model.to(where).eval(), statistics, where, origin)
+    return FigureModel(name, about, model.to(where).eval(), statistics, where, origin)
 
 
-def _untrained(path: Path, device: str) -> Shown:
+def _untrained(path: Path, device: str) -> FigureModel:
     """Return the model of a pretraining run with its initial weights."""
-    trained = _of_run(path, device)
+    trained = _load_run(path, device)
     if trained.origin is None or "method" not in trained.origin.options:
         raise ValueError(f"{path} is not a pretraining run, so it has no untrained model")
     options = trained.origin.options
@@ -193,7 +193,7 @@ def _untrained(path: Path, device: str) -> Shown:
 
 def _by_name(
     name: str, file: str, device: str, seed: int, input_size: tuple[int, int] | None, norm_pix_loss: bool
-) -> Shown:
+) -> FigureModel:
     weights = checkpoint.load_weights(file) if file else {}
     torch.manual_seed(seed)
     model: VisionTransformer
@@ -218,7 +218,7 @@ def _by_name(
     else:
         log.info("%s: %s; nothing is downloaded, trained weights are given as %s=FILE", name, about, name)
     where = pick_device(device)
-    return Shown(name, about, model.to(where).eval(), statistics, where, None, decoder_trained)
+    return FigureModel(name, about, model.to(where).eval(), statistics, where, None, decoder_trained)
 
 
 def _heads(model: Any) -> int:

@@ -26,7 +26,7 @@ FINE = 28  # with more columns of patches, borders of arrows and companions woul
 COLUMNS = ("input", "visible patches", "their closest neighbours", "these neighbours alone")
 
 
-def similarity_of(subject: Subject) -> Similarity:
+def choose_similarity(subject: Subject) -> Similarity:
     """Return the default similarity, that of the released program."""
     return subject.similarity or "embed_pos"
 
@@ -97,7 +97,7 @@ def draw(container: Any, subject: Subject) -> None:
     photographs = subject.photographs
     height, width = photographs.shape[1:3]
     size = (height // rows, width // columns)
-    companions, similarities = subject.neighbors(shown, similarity_of(subject))
+    companions, similarities = subject.neighbors(shown, choose_similarity(subject))
     axes = container.subplots(len(photographs), len(COLUMNS), squeeze=False)
     for number, photograph in enumerate(photographs):
         visible = sorted(subject.masking.ids_keep[number].tolist())
@@ -117,7 +117,7 @@ def draw(container: Any, subject: Subject) -> None:
         axis.set_title(title)
 
 
-def height_of(subject: Subject) -> float:
+def compute_height(subject: Subject) -> float:
     """Return the height in inches that `draw` needs at full width."""
     height, width = subject.pixels.shape[-2:]
     return len(subject.pixels) * (WIDTH / len(COLUMNS) * height / width + 0.45) + 0.2
@@ -129,7 +129,7 @@ def sentences(subject: Subject) -> list[str]:
     of_one = "; thin dashed: of one" if columns <= FINE else ""
     return [
         f"{shown.label} ({shown.about}): {rows} x {columns} patches, {subject.mask_ratio:.0%} hidden.",
-        f"Compared: {SPACES[similarity_of(subject)]}, {subject.companions_note}.",
+        f"Compared: {SPACES[choose_similarity(subject)]}, {subject.companions_note}.",
         f"Thick solid border: the neighbour of several visible patches{of_one}.",
         *subject.channels_note,
     ]
@@ -137,7 +137,7 @@ def sentences(subject: Subject) -> list[str]:
 
 def neighbors(subject: Subject) -> Figure:
     """Draw Figures 1 (top) and 4: input, visible patches, arrows to their closest neighbours, and these alone."""
-    figure = Figure(figsize=(WIDTH, height_of(subject) + 0.5), layout="compressed")
+    figure = Figure(figsize=(WIDTH, compute_height(subject) + 0.5), layout="compressed")
     draw(figure, subject)
     note(figure, sentences(subject), WIDTH)
     return figure
@@ -166,9 +166,9 @@ def closeup(subject: Subject) -> Figure:
     photographs = subject.photographs
     height, width = photographs.shape[1:3]
     size = (height // rows, width // columns)
-    companions, _ = subject.neighbors(shown, similarity_of(subject))
+    companions, _ = subject.neighbors(shown, choose_similarity(subject))
     around, table = neighbor_similarities(
-        compared(shown, shown.normalized(subject.pixels), similarity_of(subject)), shown.grid, "natural"
+        compared(shown, shown.normalized(subject.pixels), choose_similarity(subject)), shown.grid, "natural"
     )
     panel = WIDTH / 3
     figure = Figure(figsize=(WIDTH, len(photographs) * (panel * height / width + 0.02) + 0.55), layout="compressed")
@@ -210,7 +210,7 @@ def closeup(subject: Subject) -> Figure:
         [
             f"{shown.label} ({shown.about}). White border: the patch; numbers: cosine similarity of its neighbours; "
             "orange border: the closest neighbour (bold), the same for both.",
-            f"Compared: {SPACES[similarity_of(subject)]}.",
+            f"Compared: {SPACES[choose_similarity(subject)]}.",
         ],
         WIDTH,
     )

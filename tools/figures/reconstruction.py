@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 from models_mae import MaskedImageModel
-from tools.figures.models import Shown
+from tools.figures.models import FigureModel
 from tools.figures.style import note, picture, short_name
 from tools.figures.subject import Subject
 
@@ -23,7 +23,7 @@ UNDONE = (
 )
 
 
-def autoencoder(shown: Shown) -> MaskedImageModel:
+def autoencoder(shown: FigureModel) -> MaskedImageModel:
     """Return the model. Raises ValueError if it cannot reconstruct images."""
     if not isinstance(shown.model, MaskedImageModel):
         raise ValueError(f"{shown.label} is an encoder without a decoder, which cannot reconstruct")

@@ -14,13 +14,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tools.figures.style import curve_of, grid_lines, note
+from tools.figures.style import curve_style, grid_lines, note
 from tools.records import RunRecords, is_number, read_run
 
 WIDTH = 7.0
 
 
-def relation_of(run: RunRecords) -> str:
+def describe_relation(run: RunRecords) -> str:
     """Return a label: the relation and weight of the run, or that it has no relation."""
     term: Mapping[str, Any] | None = (run.options.get("terms") or {}).get("neighbor")
     if term is None:
@@ -32,9 +32,9 @@ def relation_of(run: RunRecords) -> str:
     return f"{', '.join(words)}, weight {term['weight']:g}"
 
 
-def labels_of(runs: Sequence[RunRecords]) -> list[str]:
+def make_labels(runs: Sequence[RunRecords]) -> list[str]:
     """Return one label per run; the name of the run is added to duplicates."""
-    labels = [relation_of(run) for run in runs]
+    labels = [describe_relation(run) for run in runs]
     return [
         label if labels.count(label) == 1 else f"{label} ({run.name})" for label, run in zip(labels, runs, strict=True)
     ]
@@ -68,12 +68,12 @@ def relations(folders: Sequence[Path]) -> Figure:
         raise ValueError(
             f"no curves to draw: no finished epoch of pretraining in {', '.join(run.name for run in runs)}"
         )
-    labels = labels_of(runs)
+    labels = make_labels(runs)
     figure = Figure(figsize=(WIDTH, 2.9 + 0.16 * len(runs)), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, curves) in zip(axes, panels, strict=True):
         for number, (epochs, values) in enumerate(curves):
-            axis.plot(epochs, values, label=labels[number], **curve_of(number, len(values)))
+            axis.plot(epochs, values, label=labels[number], **curve_style(number, len(values)))
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         grid_lines(axis)

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from models_mae import take
-from tools.figures.models import Shown
+from tools.figures.models import FigureModel
 from tools.figures.style import BLUE, VERMILION, note, short_name
 from tools.figures.subject import SPACES, Similarity, Subject
 
@@ -51,15 +51,15 @@ class Encoded:
     """Patch index of each companion, `[V]`."""
 
 
-def similarity_of(subject: Subject) -> Similarity:
+def choose_similarity(subject: Subject) -> Similarity:
     """Return the default similarity, pixels, with which the neighbours do not depend on the models."""
     return subject.similarity or "pixels"
 
 
 @torch.inference_mode()
-def encode(subject: Subject, shown: Shown) -> list[Encoded]:
+def encode(subject: Subject, shown: FigureModel) -> list[Encoded]:
     """Encode the visible patches and the companions of every image."""
-    similarity = similarity_of(subject)
+    similarity = choose_similarity(subject)
     chooser = subject.models[0] if similarity == "pixels" else shown
     companions_NL, _ = subject.neighbors(chooser, similarity)
     ids_keep = subject.masking.ids_keep
@@ -149,14 +149,14 @@ def draw(container: Any, subject: Subject) -> None:
     container.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2)
 
 
-def size_of(subject: Subject) -> tuple[float, float]:
+def compute_size(subject: Subject) -> tuple[float, float]:
     """Return the width and height in inches that `draw` needs."""
     return max(4.6, PANEL * len(subject.models) + 0.3), (PANEL + 0.25) * len(subject.pixels) + 0.6
 
 
 def sentences(subject: Subject) -> list[str]:
     """Return a description of the panels."""
-    similarity = similarity_of(subject)
+    similarity = choose_similarity(subject)
     each = "" if similarity == "pixels" or len(subject.models) == 1 else ", for each model its own"
     rows, columns = subject.grid
     return [
@@ -169,7 +169,7 @@ def sentences(subject: Subject) -> list[str]:
 
 def separated(subject: Subject) -> Figure:
     """Draw Figures 7, 8 and 1 (bottom): tokens of visible patches and CNPs in a plane, by model, with separation."""
-    width, height = size_of(subject)
+    width, height = compute_size(subject)
     figure = Figure(figsize=(width, height + 0.6), layout="constrained")
     draw(figure, subject)
     note(figure, sentences(subject), width)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data.images import Transform, eval_transform, pretrain_transform
 from data.loader import EvalSamples, Sample, eval_batches, mix
 from data.sources import Source
-from tools.figures.models import Shown
+from tools.figures.models import FigureModel
 from tools.figures.style import BLACK, COLORS, VERMILION, grid_lines, note
 from tools.figures.subject import SPACES, Similarity, highest_similarity
 
@@ -84,7 +84,7 @@ CROPS: dict[str, str] = {
 }
 
 
-def crops(source: Source, shown: Shown, crop: str, seed: int) -> EvalSamples:
+def crops(source: Source, shown: FigureModel, crop: str, seed: int) -> EvalSamples:
     """Return the images with the preprocessing of the model."""
     (mean, std), size = shown.statistics, shown.size[1:]
     if crop == "random":
@@ -93,7 +93,7 @@ def crops(source: Source, shown: Shown, crop: str, seed: int) -> EvalSamples:
 
 
 def stream(
-    shown: Shown,
+    shown: FigureModel,
     samples: EvalSamples,
     numbers: Sequence[int],
     batch_size: int = 32,
@@ -111,7 +111,7 @@ def stream(
     return found
 
 
-def similarity(shown: Shown, found: dict[Similarity, Histogram], crop: str) -> Figure:
+def similarity(shown: FigureModel, found: dict[Similarity, Histogram], crop: str) -> Figure:
     """Draw Figure 3: the similarity of patches and their closest neighbours, for pixels and for embeddings."""
     figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
     axes = figure.subplots(1, len(found), sharex=True, sharey=True)

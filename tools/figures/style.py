@@ -58,15 +58,15 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def line_of(number: int) -> dict[str, Any]:
+def line_style(number: int) -> dict[str, Any]:
     """Return colour and dashes of a line by its index."""
     return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
 
 
-def curve_of(number: int, points: int) -> dict[str, Any]:
-    """Return `line_of` with a marker at the last point, so that curves of one point differ not only in colour."""
+def curve_style(number: int, points: int) -> dict[str, Any]:
+    """Return `line_style` with a marker at the last point, so that curves of one point differ not only in colour."""
     marker = MARKERS[number % len(MARKERS)]
-    return line_of(number) | {"marker": marker, "markersize": 3.5, "markevery": (max(0, points - 1), 1)}
+    return line_style(number) | {"marker": marker, "markersize": 3.5, "markevery": (max(0, points - 1), 1)}
 
 
 def grid_lines(axis: Any) -> None:
@@ -104,7 +104,7 @@ def note(figure: Any, sentences: Sequence[str], width_inches: float) -> None:
     figure.suptitle("\n".join(lines), fontsize=7.5, x=0.01, ha="left", linespacing=1.3)
 
 
-def kind_of(path: Path) -> str:
+def check_format(path: Path) -> str:
     """Return the format of a file by its suffix. Raises ValueError if it is not supported."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
@@ -114,13 +114,13 @@ def kind_of(path: Path) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     """Write the figure in the format of the suffix."""
-    kind = kind_of(path)
+    kind = check_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.04, metadata=undated)
 
 
-def pixels_of(figure: Figure) -> np.ndarray:
+def render(figure: Figure) -> np.ndarray:
     """Render the figure as uint8 `[H, W, 3]`."""
     figure.set_dpi(SCREEN_DPI)
     canvas = FigureCanvasAgg(figure)
@@ -133,4 +133,4 @@ def to_tensorboard(figure: Figure, folder: Path, name: str, step: int) -> None:
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to draw
 
     with SummaryWriter(str(folder)) as board:
-        board.add_image(name, torch.from_numpy(pixels_of(figure)), step, dataformats="HWC")
+        board.add_image(name, torch.from_numpy(render(figure)), step, dataformats="HWC")

@@ -24,7 +24,7 @@ from data.loader import EvalSamples, eval_batches
 from data.sources import Source, open_source
 from models_mae import Masking, patchify, random_masking
 from models_nor_mae import closest_neighbors, neighbor_similarities, released_neighbors
-from tools.figures.models import Shown
+from tools.figures.models import FigureModel
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ SPACES: dict[Similarity, str] = {
 class Subject:
     """Models of one image size, images `[N, C, H, W]` (uint8), their names, and settings."""
 
-    models: Sequence[Shown]
+    models: Sequence[FigureModel]
     pixels: Tensor
     names: Sequence[str]
     seed: int = 0
@@ -54,7 +54,7 @@ class Subject:
     cnp: Literal["closest", "released"] = "closest"
 
     @property
-    def only(self) -> Shown:
+    def only(self) -> FigureModel:
         """The model of a figure that shows a single model."""
         if len(self.models) > 1:
             raise ValueError(f"this figure shows one model; found {', '.join(shown.label for shown in self.models)}")
@@ -84,7 +84,7 @@ class Subject:
             raise ValueError(f"mask_ratio {self.mask_ratio} leaves {visible} of {patches} patches; choose between")
         return random_masking(self.noise, visible)
 
-    def displayed(self, shown: Shown, images: Tensor) -> np.ndarray:
+    def displayed(self, shown: FigureModel, images: Tensor) -> np.ndarray:
         """Convert normalised images `[N, C, H, W]` to `[N, H, W, 3]` (or `[N, H, W]` for grey) between 0 and 1."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in shown.statistics)
         return as_pictures(images.float().cpu() * std + mean)
@@ -101,10 +101,10 @@ class Subject:
         if channels in (1, 3):
             return []
         what = "channel" if channels == 2 else "3 channels, as red, green and blue,"
-        return [f"Shown: the first {what} of {channels}."]
+        return [f"FigureModel: the first {what} of {channels}."]
 
     @torch.inference_mode()
-    def neighbors(self, shown: Shown, similarity: Similarity) -> tuple[Tensor, Tensor]:
+    def neighbors(self, shown: FigureModel, similarity: Similarity) -> tuple[Tensor, Tensor]:
         """Return the companion of every patch `[N, L]` and their cosine similarity `[N, L]`, on the CPU."""
         tokens = compared(shown, shown.normalized(self.pixels), similarity)
         if self.cnp == "released":
@@ -123,7 +123,7 @@ class Subject:
         return "closest of up to 8 neighbours"
 
 
-def compared(shown: Shown, images: Tensor, similarity: Similarity) -> Tensor:
+def compared(shown: FigureModel, images: Tensor, similarity: Similarity) -> Tensor:
     """Return the values `[N, L, ...]` of normalised images by which neighbours are compared."""
     if similarity == "pixels":
         return patchify(images, shown.patch[0])
@@ -131,7 +131,7 @@ def compared(shown: Shown, images: Tensor, similarity: Similarity) -> Tensor:
     return with_position if similarity == "embed_pos" else embedded
 
 
-def highest_similarity(shown: Shown, images: Tensor, similarity: Similarity) -> Tensor:
+def highest_similarity(shown: FigureModel, images: Tensor, similarity: Similarity) -> Tensor:
     """Return the cosine similarity of every patch and its closest neighbour, `[N, L]`, for normalised images."""
     similarities, _ = neighbor_similarities(compared(shown, images, similarity), shown.grid, "natural")
     return similarities.amax(dim=-1)
@@ -161,7 +161,7 @@ def photos(in_chans: int) -> Source:
     return Source(names, lambda index: picture_pixels(Image.fromarray(found.images[index]), in_chans))
 
 
-def open_images(paths: Sequence[str], models: Sequence[Shown]) -> tuple[Source, bool]:
+def open_images(paths: Sequence[str], models: Sequence[FigureModel]) -> tuple[Source, bool]:
     """Open the images; also return whether they are individual files, of which all are shown.
 
     Args:
