@@ -206,6 +206,7 @@ class FSQ(Quantizer):
 
     Args:
         levels: Number of levels of each channel.
+        decay, dead: See `Quantizer`; they change only what is reported.
     """
 
     half_range: Tensor
@@ -213,7 +214,7 @@ class FSQ(Quantizer):
     basis: Tensor
     steps: Tensor
 
-    def __init__(self, levels: tuple[int, ...], decay: float = 0.99, dead: float = 0.02) -> None:
+    def __init__(self, levels: tuple[int, ...], decay: float, dead: float) -> None:
         super().__init__(math.prod(levels), len(levels), decay, dead)
         counts = torch.tensor(levels)
         basis = torch.cat([torch.ones(1, dtype=torch.int64), counts.cumprod(0)[:-1]])

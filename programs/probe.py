@@ -22,10 +22,9 @@ from data.loader import Batch, Batches, Source, TrainSamples, pretrain_transform
 from data.splits import Splits
 from engine_finetune import Objective, make_evaluation
 from models_classifier import Classifier, LinearProbe
-from models_vit import for_channels
 from options import ProbeOptions
 from programs.training import train_epochs
-from programs.transfer import encoder_arguments, warn_of_pooling
+from programs.transfer import encoder_arguments, load_pretrained_weights
 from util import distributed, optim
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled, select_reading
@@ -42,10 +41,7 @@ FEW_IMAGES, MAE_BLR = 100_000, 0.1
 def load_encoder(options: ProbeOptions) -> tuple[Classifier, str]:
     """Load the frozen encoder with its last norm and without a head; return it and the pooling of its method."""
     model = models_classifier.build(num_classes=0, global_pool="token", **encoder_arguments(options))
-    weights, made_with = methods.load_pretrained(options.init_from)
-    report = models_classifier.load_encoder(model, for_channels(weights, options.in_chans), made_with)
-    log.info("weights from %s: %s", options.init_from, report)
-    warn_of_pooling(options.global_pool, made_with)
+    made_with = load_pretrained_weights(options, model, models_classifier.load_encoder)
     return model.requires_grad_(False).eval(), methods.feature_pool(made_with)
 
 

@@ -1,4 +1,4 @@
-"""Functions shared by fine-tuning and segmentation: pretrained encoders, layer-wise learning rates, evaluation."""
+"""Functions of fine-tuning, probes and segmentation: pretrained encoders, layer-wise learning rates, evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import methods
 import models_classifier
 from models_classifier import Classifier
 from models_vit import LoadReport, for_channels
-from options import EncoderOptions, TransferOptions
+from options import EncoderOptions, TransferOptions, describe_model
 from util import distributed, optim, precision
 from util.distributed import Processes
 from util.logging import talk
@@ -55,10 +55,33 @@ def load_initial_weights(
     if not options.init_from:
         log.warning("no --init_from: the encoder starts from random weights, not from a pretrained one")
     if options.init_from and not options.from_scratch:
-        weights, made_with = methods.load_pretrained(options.init_from)
+        load_pretrained_weights(options, model, load)
+
+
+def load_pretrained_weights(
+    options: EncoderOptions,
+    model: Classifier,
+    load: Callable[[Any, Mapping[str, Tensor], Mapping[str, Any]], LoadReport],
+) -> Mapping[str, Any]:
+    """Load the weights of `init_from` with `load(model, weights, options)`; return the options of their run.
+
+    Raises:
+        ValueError: The weights are not those of this model.
+    """
+    weights, made_with = methods.load_pretrained(options.init_from)
+    try:
         report = load(model, for_channels(weights, options.in_chans), made_with)
-        log.info("weights from %s: %s", options.init_from, report)
-        warn_of_pooling(getattr(options, "global_pool", ""), made_with)
+    except ValueError as error:
+        ours, theirs = describe_model(vars(options)), describe_model(made_with) if made_with else ""
+        if theirs in ("", ours):
+            raise
+        raise ValueError(
+            f"{error}. The checkpoint is of {theirs}, the options ask for {ours}: without model, embed_dim, depth and "
+            "num_heads in the command and the recipe, those of the checkpoint are used"
+        ) from error
+    log.info("weights from %s: %s", options.init_from, report)
+    warn_of_pooling(getattr(options, "global_pool", ""), made_with)
+    return made_with
 
 
 def warn_of_pooling(global_pool: str, made_with: Mapping[str, Any]) -> None:
@@ -90,4 +113,5 @@ def log_model(options: TransferOptions, model: Classifier) -> None:
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows, columns = model.patch_embed.grid_size
     start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
-    log.info("%s, %s: %.2f M weights, %d x %d patches", options.model, start, weights / 1e6, rows, columns)
+    described = describe_model(vars(options))
+    log.info("%s, %s: %.2f M weights, %d x %d patches", described, start, weights / 1e6, rows, columns)

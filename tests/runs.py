@@ -58,7 +58,7 @@ def tiny_for(method: str) -> list[str]:
     return chosen
 
 
-DOORS = {  # the first options of every run, by program
+SCRIPTS = {  # the first options of every run, by program
     "main_pretrain": TINY,
     "main_finetune": [*TINY_CLASSIFIER, *LIGHT],
     "main_linprobe": TINY_CLASSIFIER,
@@ -66,14 +66,16 @@ DOORS = {  # the first options of every run, by program
 }
 
 
-def _run(door: str, argv: list[str], said: str, environment: dict[str, str], fault: Callable[[], None] | None) -> None:
+def _run(
+    script: str, argv: list[str], stderr: str, environment: dict[str, str], fault: Callable[[], None] | None
+) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for loading workers, as without a forkserver
-    main = importlib.import_module(door).main
+    main = importlib.import_module(script).main
     os.environ |= environment
     if fault is not None:
         fault()
     torch.set_num_threads(1)
-    sys.stderr = open(said, "w", buffering=1)
+    sys.stderr = open(stderr, "w", buffering=1)
     sys.exit(main(argv))
 
 
@@ -91,7 +93,7 @@ class Training:
         self,
         folder: Path,
         *words: object,
-        door: str = "main_pretrain",
+        script: str = "main_pretrain",
         tiny: bool = True,
         environment: dict[str, str] | None = None,
         fault: Callable[[], None] | None = None,
@@ -101,9 +103,9 @@ class Training:
         self.folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         environment = environment or {}
-        self._said = folder.parent / f"{folder.name}.stderr{environment.get('RANK', '')}"
-        argv = [*(DOORS[door] if tiny else ()), "--output_dir", str(folder), *map(str, words)]
-        self._process = context.Process(target=_run, args=(door, argv, str(self._said), environment, fault))
+        self._stderr = folder.parent / f"{folder.name}.stderr{environment.get('RANK', '')}"
+        argv = [*(SCRIPTS[script] if tiny else ()), "--output_dir", str(folder), *map(str, words)]
+        self._process = context.Process(target=_run, args=(script, argv, str(self._stderr), environment, fault))
         self._process.start()
 
     def send(self, number: int) -> None:
@@ -117,8 +119,8 @@ class Training:
         """Wait until metrics.jsonl contains the step."""
         deadline = time.monotonic() + seconds
         while not any(line["step"] >= step for line in metrics(self.folder)):
-            assert self._process.is_alive(), f"ended before step {step}: {self.said}"
-            assert time.monotonic() < deadline, f"no step {step} after {seconds} s: {self.said}"
+            assert self._process.is_alive(), f"ended before step {step}: {self.stderr}"
+            assert time.monotonic() < deadline, f"no step {step} after {seconds} s: {self.stderr}"
             time.sleep(0.002)
 
     def reaches(self, step: int) -> bool:
@@ -136,7 +138,7 @@ class Training:
     def wait(self, seconds: float = 300) -> int:
         """Wait for the process and return its exit code; negative for a signal."""
         self._process.join(seconds)
-        assert self._process.exitcode is not None, f"still running after {seconds} s: {self.said}"
+        assert self._process.exitcode is not None, f"still running after {seconds} s: {self.stderr}"
         return self._process.exitcode
 
     def kill_at(self, step: int) -> None:
@@ -144,19 +146,19 @@ class Training:
         self.wait_for_step(step)
         with contextlib.suppress(ProcessLookupError):
             self.send(signal.SIGKILL)
-        assert self.wait() in (-signal.SIGKILL, 0), self.said
+        assert self.wait() in (-signal.SIGKILL, 0), self.stderr
 
     @property
-    def said(self) -> str:
+    def stderr(self) -> str:
         """The output of the process on stderr."""
-        return self._said.read_text() if self._said.exists() else ""
+        return self._stderr.read_text() if self._stderr.exists() else ""
 
 
 def start_ranks(
     count: int,
     folder: Path,
     *words: object,
-    door: str = "main_pretrain",
+    script: str = "main_pretrain",
     tiny: bool = True,
     faults: dict[int, Callable[[], None]] | None = None,
     more: dict[str, str] | None = None,
@@ -173,7 +175,7 @@ def start_ranks(
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), **(more or {})}
     ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [
-        Training(folder, *words, door=door, tiny=tiny, environment=environment, fault=(faults or {}).get(rank))
+        Training(folder, *words, script=script, tiny=tiny, environment=environment, fault=(faults or {}).get(rank))
         for rank, environment in enumerate(ranks)
     ]
 
@@ -191,15 +193,15 @@ def children(of: int) -> list[int]:
 def finish(
     folder: Path,
     *words: object,
-    door: str = "main_pretrain",
+    script: str = "main_pretrain",
     tiny: bool = True,
     fault: Callable[[], None] | None = None,
 ) -> str:
     """Run a program to the end, assert that it succeeds, and return its log."""
-    training = Training(folder, *words, door=door, tiny=tiny, fault=fault)
+    training = Training(folder, *words, script=script, tiny=tiny, fault=fault)
     code = training.wait()
-    assert code == 0, training.said
-    return training.said
+    assert code == 0, training.stderr
+    return training.stderr
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -179,7 +179,7 @@ def test_of_two_processes_the_main_one_logs(tmp_path):
     words = ["--epochs", "1", "--wandb", "mine"]
     environment = {"WANDB_MODE": "offline"}
     ranks = start_ranks(2, tmp_path / "run", *words, faults={0: install_fake, 1: install_fake}, more=environment)
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
     (line,) = (tmp_path / "run" / "fake.jsonl").read_text().splitlines()
     assert {name for name, _, _ in json.loads(line)["points"]} >= {"train/loss", "epoch/train_loss"}
 
@@ -208,8 +208,8 @@ def test_the_real_package_logs_offline_and_resumes_the_same_run(tmp_path):
     folder, environment = tmp_path / "run", {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     for words in (["--epochs", "1"], ["--epochs", "2", "--allow_change", "epochs"]):
         training = Training(folder, *words, "--wandb", "mine", environment=environment)
-        assert training.wait() == 0, training.said
-        assert "Weights & Biases" not in training.said
+        assert training.wait() == 0, training.stderr
+        assert "Weights & Biases" not in training.stderr
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     run_id = json.loads((folder / "wandb.json").read_text())["id"]
     assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2

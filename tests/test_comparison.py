@@ -44,15 +44,15 @@ def test_every_row_parses_and_its_evaluations_exist(name, tmp_path):
     found = COMPARISONS[name]
     assert found.reference in [row.name for row in found.rows]
     plan = Plan(found, Setting(out=tmp_path, data=str(tmp_path)))
-    doors = {"main_pretrain.py": "pretrain", "main_linprobe.py": "probe", "main_finetune.py": "finetune"}
+    scripts = {"main_pretrain.py": "pretrain", "main_linprobe.py": "probe", "main_finetune.py": "finetune"}
     for row in found.rows:
         for job in (
             *plan.pretrain(row.training, 0),
             *(plan.evaluate(row.training, 0, each) for each in found.evaluations),
         ):
-            if job.words[0] in doors:
+            if job.words[0] in scripts:
                 words = [ENCODER if word.endswith("last.pth") else word for word in job.words[1:]]
-                options = programs.parse_options(doors[job.words[0]], words)
+                options = programs.parse_options(scripts[job.words[0]], words)
                 assert Path(options.output_dir) == job.done.parent
 
 

@@ -22,7 +22,7 @@ PROGRAMS = {
     "main_linprobe": "probe",
     "main_segment": "segment",
 }
-PRETRAINED = [name for name, run in RUNS.items() if run["door"] == "main_pretrain"]
+PRETRAINED = [name for name, run in RUNS.items() if run["script"] == "main_pretrain"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -31,10 +31,10 @@ def test_a_run_of_an_earlier_version_resumes_to_the_weights_that_it_would_have_r
     run, folder = RUNS[name], tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     shutil.copy(FIXTURES / f"{name}.pth", folder / "checkpoints/last.pth")
-    training = Training(folder, *run["options"].split(), door=run["door"], tiny=False)
-    assert training.wait() == 0, training.said
+    training = Training(folder, *run["options"].split(), script=run["script"], tiny=False)
+    assert training.wait() == 0, training.stderr
     assert metrics(folder)[0]["step"] == run["stop_after"] + 1
-    assert final(folder)["program"] == PROGRAMS[run["door"]]
+    assert final(folder)["program"] == PROGRAMS[run["script"]]
     resumed, expected = final(folder)["model"], torch.load(FIXTURES / f"{name}_end.pth", weights_only=True)
     recorded = (expected["torch"], expected["cpu"])
     exact = recorded == (str(torch.__version__), torch.backends.cpu.get_cpu_capability())
@@ -48,7 +48,7 @@ def test_a_run_of_an_earlier_version_resumes_to_the_weights_that_it_would_have_r
 def test_the_program_of_a_checkpoint_without_a_name_is_recognised_and_its_options_read(name):
     state = torch.load(FIXTURES / f"{name}.pth", weights_only=True)
     program = checkpoint.find_program(state)
-    assert "program" not in state and program == PROGRAMS[RUNS[name]["door"]]
+    assert "program" not in state and program == PROGRAMS[RUNS[name]["script"]]
     assert checkpoint.program_at(FIXTURES / f"{name}.pth") == program
     assert checkpoint.program_at(FIXTURES / f"{name}_end.pth") == "", "weights alone"
     options = programs.read_options(program, state["options"])

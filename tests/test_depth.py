@@ -190,7 +190,7 @@ def test_the_range_of_pretraining_is_used_by_everything_that_follows(tmp_path):
     finish(tmp_path / "run", *words, "--value_range", 0, 4095)  # the same run, not a change
     assert checkpoint.load(tmp_path / "run/checkpoints/last.pth")["options"]["value_range"] == [0, 4095]
     start = ["--init_from", tmp_path / "run/checkpoints/last.pth", "--data_path", dark, "--total_batch_size", 4]
-    finish(tmp_path / "tuned", *start, "--epochs", 1, door="main_finetune")
+    finish(tmp_path / "tuned", *start, "--epochs", 1, script="main_finetune")
     assert checkpoint.load(tmp_path / "tuned/checkpoints/last.pth")["options"]["value_range"] == [0, 4095]
     trained = given.load(tmp_path / "run", "cpu")
     for split in ("train", "val"):

@@ -214,7 +214,7 @@ def test_two_processes_end_where_one_ends(tmp_path):
     words = ["--data_on_device", "--epochs", 1, "--warmup_epochs", 0]
     finish(tmp_path / "one", *words)
     ranks = start_ranks(2, tmp_path / "two", *words)
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
     one, two = final(tmp_path / "one")["model"], final(tmp_path / "two")["model"]
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)

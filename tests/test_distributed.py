@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 def finish_ranks(count, folder, *words, **more):
     ranks = start_ranks(count, folder, *words, **more)
     codes = [rank.wait() for rank in ranks]
-    assert codes == [0] * count, "\n".join(rank.said for rank in ranks)
+    assert codes == [0] * count, "\n".join(rank.stderr for rank in ranks)
     return ranks
 
 
@@ -55,7 +55,7 @@ def test_two_processes_equal_one(tmp_path, words):
     finish(tmp_path / "one", *words, "--epochs", 1)
     ranks = finish_ranks(2, tmp_path / "two", *words, "--epochs", 1)
     assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")
-    assert "epoch 1/" in ranks[0].said and "epoch" not in ranks[1].said, "one process speaks"
+    assert "epoch 1/" in ranks[0].stderr and "epoch" not in ranks[1].stderr, "one process speaks"
     assert len(metrics(tmp_path / "two")) == 5, "and one writes"
 
 
@@ -92,7 +92,7 @@ def test_an_error_of_the_main_process_reaches_all(tmp_path):
     finish(tmp_path / "run", "--epochs", "1")
     ranks = start_ranks(2, tmp_path / "run", "--epochs", "1", "--mask_ratio", "0.5")
     assert [rank.wait() for rank in ranks] == [2, 2]
-    assert "mask_ratio" in ranks[0].said
+    assert "mask_ratio" in ranks[0].stderr
 
 
 def torchrun(*words, **options):
@@ -145,7 +145,7 @@ def test_a_rank_without_a_device_says_so_itself(tmp_path):
     second = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     training = Training(tmp_path / "run", "--device", "cuda", environment=second)
     assert training.wait() == 2
-    assert "process 1 of this machine has no GPU" in training.said
+    assert "process 1 of this machine has no GPU" in training.stderr
 
 
 def test_a_rank_without_an_address_is_a_process_alone(monkeypatch):

@@ -29,7 +29,7 @@ def test_an_unstable_run_is_replayed(method, tmp_path, capsys):
     """Weights or losses are not finite in the dump and when the step is repeated."""
     words = [*options_for(method), "--lr", "1e30", "--warmup_epochs", "0", "--max_bad_steps", "2"]
     training = Training(tmp_path / "run", *words, tiny=False)
-    assert training.wait() == 3, training.said
+    assert training.wait() == 3, training.stderr
     (dump,) = (tmp_path / "run" / "debug").glob("*.json")
     assert replay.main([str(dump), "--device", "cpu"]) == 0
     assert "not finite" in capsys.readouterr().out

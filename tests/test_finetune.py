@@ -29,7 +29,7 @@ from util.distributed import Processes
 from util.evaluation import Evaluation
 from util.run import Run
 
-DOOR = "main_finetune"
+SCRIPT = "main_finetune"
 STEPS_PER_EPOCH = 5
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
 SMALL = dict(input_size=(8, 8), in_chans=1, embed_dim=24, depth=2, num_heads=2)
@@ -246,82 +246,82 @@ def test_unknown_augmentation_is_refused():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, pretrained):
+def completed(tmp_path_factory, pretrained):
     """An uninterrupted run with mixing, erasing, drop path and a moving average."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    finish(folder, "--init_from", pretrained, "--ema", "0.9", door=DOOR)
+    folder = tmp_path_factory.mktemp("completed") / "run"
+    finish(folder, "--init_from", pretrained, "--ema", "0.9", script=SCRIPT)
     return folder
 
 
-def test_a_finished_run_tells_the_last_and_the_best(whole):
-    names = {path.name for path in whole.iterdir()}
+def test_a_finished_run_tells_the_last_and_the_best(completed):
+    names = {path.name for path in completed.iterdir()}
     assert {"options.yaml", "log.txt", "metrics.jsonl", "result.json", "images_train.txt", "images_test.txt"} <= names
-    found = result(whole)
+    found = result(completed)
     assert found["best_chosen_on"] == "held-out training images" and found["metric"] == "acc1"
     assert found["accuracy"].keys() == {"last", "best"}
     assert found["accuracy"]["last"]["images"] == 445
-    lines = [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]
+    lines = [json.loads(line) for line in (completed / "log.txt").read_text().splitlines()]
     best = max(lines, key=lambda line: (line["val_acc1"], line["epoch"]))
     assert found["best"] == {"name": "acc1", "value": best["val_acc1"], "epoch": best["epoch"]}
-    assert checkpoint.load(whole / "checkpoints" / "best.pth")["epoch"] == best["epoch"] + 1
+    assert checkpoint.load(completed / "checkpoints" / "best.pth")["epoch"] == best["epoch"] + 1
     train, choice, test = (
-        (whole / f"images_{name}.txt").read_text().splitlines() for name in ("train", "choice", "test")
+        (completed / f"images_{name}.txt").read_text().splitlines() for name in ("train", "choice", "test")
     )
     assert not set(train) & set(choice) and len(train) + len(choice) == 1352 and len(test) == 445
-    said = (whole / "train.log").read_text()
+    said = (completed / "train.log").read_text()
     assert "held-out training images" in said
     assert all(words in said for words in ("digits: 1352 images", "weights from", "x 0.650000): blocks.1"))
 
 
-def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(whole, pretrained, tmp_path):
+def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(completed, pretrained, tmp_path):
     folder, words = tmp_path / "run", ["--init_from", pretrained, "--ema", "0.9", "--save_steps", "2"]
     for kill in (3, STEPS_PER_EPOCH + 2):
-        Training(folder, *words, door=DOOR).kill_at(kill)
-    finish(folder, *words, "--num_workers", "1", door=DOOR)
-    assert_same_end(whole, folder)
-    assert losses(folder) == losses(whole)
-    one, other = final(whole), final(folder)
+        Training(folder, *words, script=SCRIPT).kill_at(kill)
+    finish(folder, *words, "--num_workers", "1", script=SCRIPT)
+    assert_same_end(completed, folder)
+    assert losses(folder) == losses(completed)
+    one, other = final(completed), final(folder)
     assert all(torch.equal(value, other["ema"][name]) for name, value in one["ema"].items())
-    assert result(folder)["accuracy"] == result(whole)["accuracy"]
-    assert result(folder)["best"] == result(whole)["best"], "the best survives"
+    assert result(folder)["accuracy"] == result(completed)["accuracy"]
+    assert result(folder)["best"] == result(completed)["best"], "the best survives"
 
 
-def test_a_run_learns_from_a_teacher_and_resumes_with_no_other(whole, pretrained, tmp_path):
+def test_a_run_learns_from_a_teacher_and_resumes_with_no_other(completed, pretrained, tmp_path):
     folder, teacher = tmp_path / "run", tmp_path / "teacher.pth"
-    teacher.write_bytes((whole / "checkpoints/last.pth").read_bytes())
+    teacher.write_bytes((completed / "checkpoints/last.pth").read_bytes())
     words = ["--init_from", pretrained, "--distill_from", teacher, "--epochs", 1]
-    finish(folder, *words, door=DOOR)
+    finish(folder, *words, script=SCRIPT)
     assert {"loss", "label", "distillation"} <= metrics(folder)[-1].keys()
-    teacher.write_bytes((whole / "checkpoints/best.pth").read_bytes())
-    refused = Training(folder, *words, "--epochs", 2, "--allow_change", "epochs", door=DOOR)
-    same = (whole / "checkpoints/last.pth").read_bytes() == teacher.read_bytes()
-    assert same or (refused.wait() == 2 and "distill_digest" in refused.said)
+    teacher.write_bytes((completed / "checkpoints/best.pth").read_bytes())
+    refused = Training(folder, *words, "--epochs", 2, "--allow_change", "epochs", script=SCRIPT)
+    same = (completed / "checkpoints/last.pth").read_bytes() == teacher.read_bytes()
+    assert same or (refused.wait() == 2 and "distill_digest" in refused.stderr)
 
 
 def test_a_signal_saves_and_exits_with_75(tmp_path):
-    training = Training(tmp_path / "run", door=DOOR)
+    training = Training(tmp_path / "run", script=SCRIPT)
     training.wait_for_step(2)
     training.send(signal.SIGTERM)
     assert training.wait() == 75
     assert final(tmp_path / "run")["step"] == metrics(tmp_path / "run")[-1]["step"]
 
 
-def test_a_kill_after_the_last_epoch_still_ends_in_a_result(whole, pretrained, tmp_path):
+def test_a_kill_after_the_last_epoch_still_ends_in_a_result(completed, pretrained, tmp_path):
     """The evaluation at the end is repeated."""
     folder, words = tmp_path / "run", ["--init_from", pretrained, "--ema", "0.9"]
-    finish(folder, *words, door=DOOR)
+    finish(folder, *words, script=SCRIPT)
     (folder / "result.json").unlink()
-    finish(folder, *words, door=DOOR)
-    assert result(folder)["accuracy"] == result(whole)["accuracy"]
+    finish(folder, *words, script=SCRIPT)
+    assert result(folder)["accuracy"] == result(completed)["accuracy"]
 
 
 def test_a_kill_before_the_best_has_its_name_costs_nothing(tmp_path):
     words = ["--epochs", 2, "--eval_every", 2]
-    finish(tmp_path / "run", *words, door=DOOR)
+    finish(tmp_path / "run", *words, script=SCRIPT)
     accuracy = result(tmp_path / "run")["accuracy"]
     for name in ("result.json", "checkpoints/best.pth"):
         (tmp_path / "run" / name).unlink()
-    finish(tmp_path / "run", *words, door=DOOR)
+    finish(tmp_path / "run", *words, script=SCRIPT)
     assert result(tmp_path / "run")["accuracy"] == accuracy and accuracy["best"]
 
 
@@ -383,9 +383,9 @@ def test_nothing_is_evaluated_twice(chosen_on, best, evaluated, tmp_path):
 
 def test_two_ranks_are_one_process_without_mixup(tmp_path):
     words = ["--mixup", 0, "--cutmix", 0, "--drop_path", 0, "--epochs", 2, "--holdout", 0.013, "--optimizer", "sgd"]
-    finish(tmp_path / "one", *words, door=DOOR)
-    ranks = start_ranks(2, tmp_path / "two", *words, door=DOOR)
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    finish(tmp_path / "one", *words, script=SCRIPT)
+    ranks = start_ranks(2, tmp_path / "two", *words, script=SCRIPT)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
     for step, loss in losses(tmp_path / "one").items():
         assert losses(tmp_path / "two")[step] == pytest.approx(loss, rel=1e-4)
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
@@ -396,7 +396,7 @@ def test_two_ranks_are_one_process_without_mixup(tmp_path):
 
 
 def test_steps_end_a_run_within_an_epoch(tmp_path):
-    said = finish(tmp_path / "run", "--steps", "7", "--warmup_epochs", 0, "--min_lr", 0, door=DOOR)
+    said = finish(tmp_path / "run", "--steps", "7", "--warmup_epochs", 0, "--min_lr", 0, script=SCRIPT)
     assert "no --init_from: the encoder starts from random weights" in said
     assert f"next: python -m tools.predict {tmp_path / 'run'} IMAGES" in said
     assert "2 epochs x 5 steps, the last epoch cut short, = 7 updates" in said
@@ -404,8 +404,8 @@ def test_steps_end_a_run_within_an_epoch(tmp_path):
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     assert rates == pytest.approx([rates[0] * 0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)])
     words = ["--steps", "7", "--warmup_epochs", 0, "--min_lr", 0, "--save_steps", 1]
-    Training(tmp_path / "killed", *words, door=DOOR).kill_at(6)  # the first step of the incomplete epoch
-    finish(tmp_path / "killed", *words, door=DOOR)
+    Training(tmp_path / "killed", *words, script=SCRIPT).kill_at(6)  # the first step of the incomplete epoch
+    finish(tmp_path / "killed", *words, script=SCRIPT)
     assert_same_end(tmp_path / "run", tmp_path / "killed")
     assert result(tmp_path / "killed")["accuracy"] == result(tmp_path / "run")["accuracy"]
 
@@ -438,8 +438,8 @@ def follow_the_average():
 def test_the_moving_average_follows_every_update_that_is_not_refused(pretrained, tmp_path):
     words = ["--init_from", pretrained, "--ema", "0.75", "--epochs", 1, "--warmup_epochs", 0]
     environment = {"AVERAGES": str(tmp_path / "averages.json")}
-    training = Training(tmp_path / "run", *words, door=DOOR, environment=environment, fault=follow_the_average)
-    assert training.wait() == 0, training.said
+    training = Training(tmp_path / "run", *words, script=SCRIPT, environment=environment, fault=follow_the_average)
+    assert training.wait() == 0, training.stderr
     noted = torch.tensor(json.loads((tmp_path / "averages.json").read_text()), dtype=torch.float64)
     weights, averages = noted[:, 0], noted[:, 1]
     moved = (weights.diff(dim=0) != 0).any(dim=1)
@@ -453,27 +453,27 @@ def test_the_moving_average_follows_every_update_that_is_not_refused(pretrained,
     torch.testing.assert_close(saved["ema"]["head.bias"].double(), averages[-1], rtol=0, atol=0)
 
 
-def test_every_metric_says_how_images_were_cropped(whole, pretrained, tmp_path):
-    last = whole / "checkpoints" / "last.pth"
-    assert result(whole)["eval_crop"] == "keep_size"
-    kept = finish(tmp_path / "none", "--eval", "--resume", last, door=DOOR)
+def test_every_metric_says_how_images_were_cropped(completed, pretrained, tmp_path):
+    last = completed / "checkpoints" / "last.pth"
+    assert result(completed)["eval_crop"] == "keep_size"
+    kept = finish(tmp_path / "none", "--eval", "--resume", last, script=SCRIPT)
     assert "evaluation: eval_crop keep_size: resized to cover 9 x 9, centre crop 8 x 8; images of the input" in kept
-    cropped = finish(tmp_path / "none", "--eval", "--resume", last, "--eval_crop", "mae", door=DOOR)
+    cropped = finish(tmp_path / "none", "--eval", "--resume", last, "--eval_crop", "mae", script=SCRIPT)
     assert "evaluation: eval_crop mae: resized to cover 9 x 9, centre crop 8 x 8\n" in cropped
     top1 = [line for said in (kept, cropped) for line in said.splitlines() if "top-1" in line]
     assert top1[0].partition("images:")[2] != top1[1].partition("images:")[2]
     words = ["--init_from", pretrained, "--epochs", 1, "--eval_crop", "mae"]
-    finish(tmp_path / "run", *words, door=DOOR)
+    finish(tmp_path / "run", *words, script=SCRIPT)
     assert result(tmp_path / "run")["eval_crop"] == "mae"
-    said = finish(tmp_path / "none", "--eval", "--resume", tmp_path / "run" / "checkpoints" / "last.pth", door=DOOR)
+    said = finish(tmp_path / "none", "--eval", "--resume", tmp_path / "run" / "checkpoints" / "last.pth", script=SCRIPT)
     assert "evaluation: eval_crop mae" in said, "inherited from the run"
 
 
-def test_eval_reports_the_accuracy_of_training(whole, tmp_path):
+def test_eval_reports_the_accuracy_of_training(completed, tmp_path):
     for name in ("last", "best"):
-        path = whole / "checkpoints" / f"{name}.pth"
-        said = finish(tmp_path / name, "--eval", "--resume", path, door=DOOR)
-        assert f"top-1 {result(whole)['accuracy'][name]['acc1']:.2f}%" in said
+        path = completed / "checkpoints" / f"{name}.pth"
+        said = finish(tmp_path / name, "--eval", "--resume", path, script=SCRIPT)
+        assert f"top-1 {result(completed)['accuracy'][name]['acc1']:.2f}%" in said
         assert not (tmp_path / name).exists(), "an evaluation writes nothing"
 
 
@@ -481,8 +481,8 @@ def test_eval_reports_the_accuracy_of_training(whole, tmp_path):
 def test_a_compiled_run_has_the_losses_and_accuracies_of_a_plain_one(pretrained, tmp_path):
     """Without drop path, because compiled code draws other random numbers."""
     words = ["--init_from", pretrained, "--drop_path", 0, "--epochs", 2]
-    finish(tmp_path / "plain", *words, door=DOOR)
-    finish(tmp_path / "compiled", *words, "--compile", door=DOOR)
+    finish(tmp_path / "plain", *words, script=SCRIPT)
+    finish(tmp_path / "compiled", *words, "--compile", script=SCRIPT)
     compiled = losses(tmp_path / "compiled")
     for step, loss in losses(tmp_path / "plain").items():
         assert compiled[step] == pytest.approx(loss, rel=1e-4)
@@ -502,7 +502,7 @@ def test_from_scratch_has_the_sizes_and_not_the_weights(pretrained):
 def test_a_released_checkpoint_with_a_pickled_namespace_begins_a_run(pretrained, tmp_path):
     weights = checkpoint.load_weights(pretrained)
     torch.save({"model": weights, "args": argparse.Namespace(lr=1e-3), "epoch": 9}, tmp_path / "released.pth")
-    said = finish(tmp_path / "run", "--init_from", tmp_path / "released.pth", "--epochs", 1, door=DOOR)
+    said = finish(tmp_path / "run", "--init_from", tmp_path / "released.pth", "--epochs", 1, script=SCRIPT)
     assert "tensors loaded" in said and "decoder_blocks" in said
 
 
@@ -513,9 +513,9 @@ def paint(folder, images=3):
 
 
 @pytest.mark.parametrize(
-    ("door", "data", "words"),
+    ("script", "data", "words"),
     [
-        (DOOR, "digits", ["--aa", "", "--steps", 1]),
+        (SCRIPT, "digits", ["--aa", "", "--steps", 1]),
         ("main_linprobe", "digits", ["--epochs", 1]),
         (
             "main_segment",
@@ -524,7 +524,7 @@ def paint(folder, images=3):
         ),
     ],
 )
-def test_an_encoder_of_coloured_images_begins_with_grey_ones(tmp_path, door, data, words):
+def test_an_encoder_of_coloured_images_begins_with_grey_ones(tmp_path, script, data, words):
     """If requested; mean and deviation are the averages over the three channels unless they are given."""
     made_with = SMALL | {"model": "mae_vit_tiny_patch2", "in_chans": 3, "mean": [0.2, 0.4, 0.9], "std": [0.3, 0.2, 0.1]}
     weights = classifier(0, in_chans=3).state_dict()
@@ -535,14 +535,14 @@ def test_an_encoder_of_coloured_images_begins_with_grey_ones(tmp_path, door, dat
     checkpoint.save(tmp_path / "coloured.pth", state)
     words = [*words, "--init_from", tmp_path / "coloured.pth", "--data_path", data, "--input_size", 8, "--in_chans", 1]
     words += ["--std", 0.25, "--total_batch_size", 40, "--warmup_epochs", 0, "--num_workers", 0, "--device", "cpu"]
-    training = Training(tmp_path / "run", *words, door=door, tiny=False)
-    assert training.wait() == 0, training.said
-    assert "in_chans 1: the first layer's weights are for 3 channels and are summed over them" in training.said
+    training = Training(tmp_path / "run", *words, script=script, tiny=False)
+    assert training.wait() == 0, training.stderr
+    assert "in_chans 1: the first layer's weights are for 3 channels and are summed over them" in training.stderr
     found = final(tmp_path / "run")["options"]
     assert found["mean"] == [pytest.approx(0.5)] and found["std"] == [0.25]
 
 
-def test_bad_input_is_reported_before_any_epoch(pretrained, whole, tmp_path):
+def test_bad_input_is_reported_before_any_epoch(pretrained, completed, tmp_path):
     for split in ("train", "val"):
         for name in "ab":
             paint(tmp_path / "good" / split / name)
@@ -553,13 +553,13 @@ def test_bad_input_is_reported_before_any_epoch(pretrained, whole, tmp_path):
     (tmp_path / "empty" / "train" / "c").mkdir()
     paint(tmp_path / "unknown" / "val" / "c")
     (tmp_path / "classes.txt").write_text("a\nz\n")
-    head = whole / "checkpoints" / "last.pth"
+    head = completed / "checkpoints" / "last.pth"
     torch.save({"model": {"head.weight": torch.zeros(10, 24)}}, tmp_path / "headless.pth")
     small = ["--total_batch_size", 2, "--holdout", 0.3]
     cases = [
         (["--init_from", tmp_path / "headless.pth"], "no encoder"),
-        (["--init_from", pretrained, "--embed_dim", 48], "other sizes"),
-        (["--init_from", pretrained, "--num_heads", 4], "2 attention heads, the model has 4"),
+        (["--init_from", pretrained, "--embed_dim", 48], "with embed_dim 48, depth 2, num_heads 2: without model,"),
+        (["--init_from", pretrained, "--num_heads", 4], "2 attention heads, the model has 4. The checkpoint is of"),
         (["--eval"], "eval needs a checkpoint"),
         (["--eval", "--resume", head, "--data_path", tmp_path / "good"], "10 classes, the data have 2"),
         (["--eval", "--resume", pretrained], "no classification head"),
@@ -573,9 +573,9 @@ def test_bad_input_is_reported_before_any_epoch(pretrained, whole, tmp_path):
         (["--aa", "rand-m9"], "in_chans is 1"),
     ]
     runs = [
-        (Training(tmp_path / f"run{number}", *words, door=DOOR), told) for number, (words, told) in enumerate(cases)
+        (Training(tmp_path / f"run{number}", *words, script=SCRIPT), told) for number, (words, told) in enumerate(cases)
     ]
     for number, (training, told) in enumerate(runs):
-        assert training.wait() == 2, training.said
-        assert told in training.said and "Traceback" not in training.said
+        assert training.wait() == 2, training.stderr
+        assert told in training.stderr and "Traceback" not in training.stderr
         assert not (tmp_path / f"run{number}").exists()

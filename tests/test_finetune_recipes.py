@@ -14,8 +14,8 @@ from options.schema import get_default
 from util.optim import absolute_lr
 
 PROJECT = Path(__file__).resolve().parent.parent
-DOORS = {"finetune": (main_finetune, FinetuneOptions), "linprobe": (main_linprobe, ProbeOptions)}
-RECIPES = sorted(path for room in DOORS for path in PROJECT.glob(f"configs/{room}/*.yaml"))
+SCRIPTS = {"finetune": (main_finetune, FinetuneOptions), "linprobe": (main_linprobe, ProbeOptions)}
+RECIPES = sorted(path for room in SCRIPTS for path in PROJECT.glob(f"configs/{room}/*.yaml"))
 NAMES = [f"{path.parent.name}/{path.stem}" for path in RECIPES]
 
 
@@ -25,7 +25,7 @@ def options(weights):
         room = name.split("/")[0]
         path = PROJECT / f"configs/{name}.yaml"
         teacher = ["--distill_from", weights] if "distill_token" in path.read_text(encoding="utf-8") else []
-        return DOORS[room][0].parse_options(["-c", str(path), "--init_from", weights, *teacher])
+        return SCRIPTS[room][0].parse_options(["-c", str(path), "--init_from", weights, *teacher])
 
     return of
 
@@ -36,7 +36,7 @@ def test_the_headers_command_runs_this_recipe(path, weights):
     commands = [line for line in lines if line.startswith("#   ")]
     assert len(commands) == 1
     words = shlex.split(commands[0].lstrip("# "))
-    module = DOORS[path.parent.name][0]
+    module = SCRIPTS[path.parent.name][0]
     given = words[words.index(f"{module.__name__}.py") + 1 :]
     assert given[:2] == ["-c", str(path.relative_to(PROJECT))]
     there = [weights if word.endswith(("CHECKPOINT", ".pth")) else word for word in given[2:]]
@@ -49,7 +49,7 @@ def test_the_headers_command_runs_this_recipe(path, weights):
 def test_a_recipe_holds_only_what_differs(path, options):
     """Except for the model, which it may contain in any case."""
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    defaults = {field.name: get_default(field) for field in fields(DOORS[path.parent.name][1])}
+    defaults = {field.name: get_default(field) for field in fields(SCRIPTS[path.parent.name][1])}
     resolved = options(f"{path.parent.name}/{path.stem}")
     assert not [name for name in given if name != "model" and getattr(resolved, name) == defaults[name]]
 

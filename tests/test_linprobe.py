@@ -13,7 +13,7 @@ from tests.small import options_of, write_checkpoint
 from util import optim
 from util.features import FeatureSamples, interleaved, pooled
 
-DOOR = "main_linprobe"
+SCRIPT = "main_linprobe"
 
 
 def test_lars_is_maes():
@@ -66,9 +66,9 @@ def test_pooling():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, pretrained):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    finish(folder, "--init_from", pretrained, "--lr", 20, "--epochs", 12, door=DOOR)
+def completed(tmp_path_factory, pretrained):
+    folder = tmp_path_factory.mktemp("completed") / "run"
+    finish(folder, "--init_from", pretrained, "--lr", 20, "--epochs", 12, script=SCRIPT)
     return folder
 
 
@@ -76,33 +76,33 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_a_probe_learns_and_tells_neighbours_too(whole):
-    found = result(whole)
-    assert losses(whole)[60] < losses(whole)[1]
+def test_a_probe_learns_and_tells_neighbours_too(completed):
+    found = result(completed)
+    assert losses(completed)[60] < losses(completed)[1]
     assert found["accuracy"]["last"]["acc1"] > 20 and found["accuracy"]["best"]["images"] == 445
     assert found["knn_acc1"] > 20 and found["eval_crop"] == "keep_size"
-    weights = torch.load(whole / "checkpoints" / "last.pth", weights_only=True)["model"]
+    weights = torch.load(completed / "checkpoints" / "last.pth", weights_only=True)["model"]
     assert weights["head.weight"].shape == (10, 24) and not any("blocks" in name for name in weights)
 
 
 @pytest.mark.parametrize("words", [[], ["--augment", "--global_pool", "token"]])
 def test_a_killed_probe_ends_like_an_uninterrupted_one(pretrained, tmp_path, words):
     words = ["--init_from", pretrained, *words, "--save_steps", 1]
-    finish(tmp_path / "whole", *words, door=DOOR)
-    Training(tmp_path / "run", *words, door=DOOR).kill_at(7)
-    finish(tmp_path / "run", *words, door=DOOR)
-    assert_same_end(tmp_path / "whole", tmp_path / "run")
-    assert result(tmp_path / "run")["accuracy"] == result(tmp_path / "whole")["accuracy"]
+    finish(tmp_path / "completed", *words, script=SCRIPT)
+    Training(tmp_path / "run", *words, script=SCRIPT).kill_at(7)
+    finish(tmp_path / "run", *words, script=SCRIPT)
+    assert_same_end(tmp_path / "completed", tmp_path / "run")
+    assert result(tmp_path / "run")["accuracy"] == result(tmp_path / "completed")["accuracy"]
 
 
-def test_two_ranks_have_the_features_and_neighbours_of_one(whole, pretrained, tmp_path):
+def test_two_ranks_have_the_features_and_neighbours_of_one(completed, pretrained, tmp_path):
     """Batch norm uses each rank's half of the batch, as in MAE, so losses agree only approximately."""
     words = ["--init_from", pretrained, "--lr", 20, "--epochs", 12]
-    ranks = start_ranks(2, tmp_path / "two", *words, door=DOOR)
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
-    assert result(tmp_path / "two")["knn_acc1"] == pytest.approx(result(whole)["knn_acc1"], abs=100 / 445)
+    ranks = start_ranks(2, tmp_path / "two", *words, script=SCRIPT)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
+    assert result(tmp_path / "two")["knn_acc1"] == pytest.approx(result(completed)["knn_acc1"], abs=100 / 445)
     assert result(tmp_path / "two")["accuracy"]["last"]["images"] == 445
-    assert losses(tmp_path / "two")[1] == pytest.approx(losses(whole)[1], rel=0.1)
+    assert losses(tmp_path / "two")[1] == pytest.approx(losses(completed)[1], rel=0.1)
 
 
 def test_neighbours_have_the_pooling_of_the_pretraining_method(tmp_path):
@@ -122,14 +122,23 @@ def test_neighbours_have_the_pooling_of_the_pretraining_method(tmp_path):
     found = {}
     for pool in ("avg", "token"):
         words = ["--init_from", path, "--epochs", 1, "--warmup_epochs", 0, "--global_pool", pool]
-        said = finish(tmp_path / pool, *words, door=DOOR)
+        said = finish(tmp_path / pool, *words, script=SCRIPT)
         found[pool] = result(tmp_path / pool)["knn_acc1"], said or (tmp_path / pool / "train.log").read_text()
     assert found["avg"][0] == pytest.approx(found["token"][0])
     assert ["--global_pool token is usually better" in said for _, said in found.values()] == [True, False]
     assert all("k nearest neighbours (class token" in said for _, said in found.values())
 
 
-def test_a_probe_without_an_encoder_is_refused(tmp_path):
-    training = Training(tmp_path / "run", door=DOOR)
+def test_another_encoder_than_the_checkpoints_is_refused(pretrained, tmp_path):
+    training = Training(tmp_path / "run", "--init_from", pretrained, "--depth", 1, script=SCRIPT)
     assert training.wait() == 2
-    assert "init_from: must be given" in training.said
+    assert (
+        "2 blocks, the model has 1. The checkpoint is of mae_vit_tiny_patch2 with embed_dim 24, depth 2"
+        in training.stderr
+    )
+
+
+def test_a_probe_without_an_encoder_is_refused(tmp_path):
+    training = Training(tmp_path / "run", script=SCRIPT)
+    assert training.wait() == 2
+    assert "init_from: must be given" in training.stderr

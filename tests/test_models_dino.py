@@ -404,7 +404,10 @@ def test_views_are_the_papers(local_crops):
     assert [(crop.size, crop.scale, crop.count, crop.blur) for crop in local] == [
         ((96, 96), (0.05, 0.4), 2, 0.5)
     ] * bool(local_crops)
-    assert {crop.interpolation for crop in (first, second, *local)} == {"bicubic"}
+    assert second.scale == (0.4, 1.0) and first.solarize == 0
+    for crop in (first, second, *local):
+        assert crop.interpolation == "bicubic" and crop.hflip == 0.5
+        assert (crop.jitter, crop.jitter_prob, crop.grayscale) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2)
 
 
 def test_other_programs_start_from_the_teachers_encoder(tmp_path):

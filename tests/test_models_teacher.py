@@ -222,7 +222,7 @@ def test_a_run_resumes_with_its_teacher_and_with_no_other(tmp_path):
     finish(tmp_path / "other", "--method", "mae", "--embed_dim", 32, "--depth", 4, "--epochs", 1, "--seed", 1)
     file.write_bytes((tmp_path / "other/checkpoints/last.pth").read_bytes())
     refused = Training(tmp_path / "cut", *words, "--epochs", 3, "--allow_change", "epochs")
-    assert refused.wait() == 2 and "terms.teacher.digest" in refused.said
+    assert refused.wait() == 2 and "terms.teacher.digest" in refused.stderr
 
     file.unlink()
     model, _ = from_checkpoint(tmp_path / "cut/checkpoints/last.pth")

@@ -22,7 +22,7 @@ TAKEN, REFUSED = torch.tensor(True), torch.tensor(False)
     ("levels", "tokens"), [((8, 6, 5), 240), ((8, 5, 5, 5), 1000), ((7, 5, 5, 5, 5), 4375), ((8, 8, 8, 6, 5), 15360)]
 )
 def test_fsq_numbers_its_grid_without_gaps(levels, tokens):
-    fsq = FSQ(levels)
+    fsq = FSQ(levels, 0.99, 0.02)
     everything = torch.arange(tokens)
     codes = fsq.lookup(everything)
     assert fsq.tokens == tokens and torch.equal(fsq.number(codes), everything)
@@ -30,7 +30,7 @@ def test_fsq_numbers_its_grid_without_gaps(levels, tokens):
 
 
 def test_fsq_has_the_known_values():
-    fsq = FSQ((8, 8, 8, 6, 5))
+    fsq = FSQ((8, 8, 8, 6, 5), 0.99, 0.02)
     codes = fsq.codes(torch.tensor([[0.0], [9.0], [-9.0]]).expand(-1, 5))
     torch.testing.assert_close(codes[0], torch.zeros(5))
     torch.testing.assert_close(codes[1], torch.tensor([0.75, 0.75, 0.75, 2 / 3, 1.0]))
@@ -39,7 +39,7 @@ def test_fsq_has_the_known_values():
 
 def test_fsq_passes_the_gradient_of_the_squashing():
     vectors = torch.randn(2, 3, 3, requires_grad=True)
-    found = FSQ((8, 6, 5)).eval()(vectors)
+    found = FSQ((8, 6, 5), 0.99, 0.02).eval()(vectors)
     found.codes.sum().backward()
     half, offset = torch.tensor([3.5035, 2.5025, 2.002]), torch.tensor([0.5, 0.5, 0.0])
     slope = 1 - (vectors + (offset / half).atanh()).tanh().square()
@@ -165,7 +165,7 @@ def test_perplexity_and_usage_describe_the_moving_average():
 
 
 def test_fsq_counts_how_often_tokens_occur():
-    quantizer, vectors = FSQ((4, 3), decay=0.9), torch.randn(2, 5, 2)
+    quantizer, vectors = FSQ((4, 3), decay=0.9, dead=0.02), torch.randn(2, 5, 2)
     quantizer.usage.fill_(1.0)
     tokens = torch.cat([quantizer(vectors).tokens, quantizer(2 * vectors).tokens]).flatten()
     quantizer.after_update(TAKEN)
@@ -235,6 +235,8 @@ def test_another_image_size_is_that_of_a_new_model(method, more):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
     assert not any(p.requires_grad for p in (model.pos_embed, model.decoder_pos_embed))
+    if more:
+        assert not any(p.requires_grad for p in model.perceptual.network.parameters())
 
 
 def test_the_reconstruction_is_of_pixels():
@@ -428,4 +430,4 @@ def test_a_killed_tokenizer_resumes_bit_for_bit_and_beit_takes_its_tokens(tmp_pa
     kept = methods.from_checkpoint(tmp_path / "beit" / "checkpoints" / "last.pth")[1]
     assert kept["tokens"] == 24 and len(kept["token_digest"]) == 64
     training = Training(tmp_path / "other", *beit, "--mean", "0.3", tiny=False)
-    assert training.wait() == 2 and "another mean: give --mean 0.5" in training.said
+    assert training.wait() == 2 and "another mean: give --mean 0.5" in training.stderr

@@ -607,16 +607,16 @@ def unread_options(schema: type) -> set[str]:
     modules = {".".join(p.relative_to(PROJECT).with_suffix("").parts): p for p in PROJECT.glob("*.py")}
     modules |= {f"{room}.{p.stem}": p for room in ("programs", "util", "data") for p in PROJECT.glob(f"{room}/*.py")}
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
-    doors = [
+    scripts = [
         name for name, tree in trees.items() if name.startswith("programs.") and schema.__name__ in imported_names(tree)
     ]
-    assert doors, f"no command takes {schema.__name__}"
+    assert scripts, f"no command takes {schema.__name__}"
     reached: set[str] = set()
-    while doors:
-        name = doors.pop()
+    while scripts:
+        name = scripts.pop()
         if name in trees and name not in reached:
             reached.add(name)
-            doors += imported_names(trees[name])
+            scripts += imported_names(trees[name])
     read = {option for name in reached for option in options_read(trees[name])}
     return {field.name for field in fields(schema)} - read
 

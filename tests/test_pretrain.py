@@ -56,8 +56,8 @@ def test_bad_input_is_reported_before_anything_is_written(tmp_path, words, fragm
     training = Training(tmp_path / "run", *words)
     assert training.wait() == 2
     for word in fragments:
-        assert word in training.said
-    assert "Traceback" not in training.said
+        assert word in training.stderr
+    assert "Traceback" not in training.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -66,7 +66,7 @@ def test_an_empty_folder_and_too_few_images_are_refused(tmp_path, photos):
     for folder, batch, fragments in ((tmp_path / "empty", 8, "no image"), (photos, 64, "20")):
         training = Training(tmp_path / "run", *PHOTOS, "--data_path", folder, "--total_batch_size", batch)
         assert training.wait() == 2
-        assert fragments in training.said and str(folder) in training.said
+        assert fragments in training.stderr and str(folder) in training.stderr
 
 
 def test_a_flat_folder_of_photos_trains_with_any_number_of_workers(tmp_path, photos):
@@ -90,7 +90,7 @@ def test_unreadable_images_are_replaced_and_listed_up_to_a_limit(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["bad_images"] == 2
     training = Training(tmp_path / "strict", *words, "--max_bad_fraction", "0.05")
     assert training.wait() == 2
-    assert "--max_bad_fraction" in training.said and "text.jpg" in training.said
+    assert "--max_bad_fraction" in training.stderr and "text.jpg" in training.stderr
 
 
 def test_an_unreadable_image_may_have_any_name(tmp_path):
@@ -110,7 +110,7 @@ def test_other_images_are_another_run(tmp_path, photos):
         paint(tmp_path / "others" / f"photo {seed + 1:02d}.png", seed)
     training = Training(tmp_path / "run", *PHOTOS, "--data_path", tmp_path / "others", "--epochs", "1")
     assert training.wait() == 2
-    assert "data (files and labels)" in training.said
+    assert "data (files and labels)" in training.stderr
 
 
 def test_accumulation_gives_the_losses_of_the_whole_batch(tmp_path):

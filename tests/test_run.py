@@ -28,55 +28,59 @@ LAST_STEP = 3 * STEPS_PER_EPOCH
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def completed(tmp_path_factory) -> Path:
     """Return the folder of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("completed") / "run"
     finish(folder)
     return folder
 
 
-def test_the_folder_of_a_finished_run_is_complete(whole):
-    names = {path.name for path in whole.iterdir()}
+def test_the_folder_of_a_finished_run_is_complete(completed):
+    names = {path.name for path in completed.iterdir()}
     assert {"options.yaml", "environment.json", "train.log", "log.txt", "metrics.jsonl", "result.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"last.pth", "previous.pth", "epoch-0003.pth"}
-    assert [line["step"] for line in metrics(whole)] == list(range(1, LAST_STEP + 1))
-    assert {"loss", "reconstruction", "neighbor", "lr", "grad_norm", "images_per_s", "data_wait"} <= metrics(whole)[
+    assert {path.name for path in (completed / "checkpoints").iterdir()} == {
+        "last.pth",
+        "previous.pth",
+        "epoch-0003.pth",
+    }
+    assert [line["step"] for line in metrics(completed)] == list(range(1, LAST_STEP + 1))
+    assert {"loss", "reconstruction", "neighbor", "lr", "grad_norm", "images_per_s", "data_wait"} <= metrics(completed)[
         0
     ].keys()
-    epochs = [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]
+    epochs = [json.loads(line) for line in (completed / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in epochs] == [0, 1, 2]
-    mean = sum(line["loss"] for line in metrics(whole)[:STEPS_PER_EPOCH]) / STEPS_PER_EPOCH
+    mean = sum(line["loss"] for line in metrics(completed)[:STEPS_PER_EPOCH]) / STEPS_PER_EPOCH
     assert epochs[0]["train_loss"] == pytest.approx(mean, rel=1e-6)
-    result = json.loads((whole / "result.json").read_text())
+    result = json.loads((completed / "result.json").read_text())
     assert (result["steps"], result["images_seen"]) == (LAST_STEP, LAST_STEP * 256)
-    options = yaml.safe_load((whole / "options.yaml").read_text())
+    options = yaml.safe_load((completed / "options.yaml").read_text())
     assert options["terms"]["neighbor"]["weight"] == 5e-5
     assert options["total_batch_size"] == 256 and options["mean"] == [0.5], "every default is spelled out"
-    assert torch.load(whole / "checkpoints" / "last.pth", weights_only=True)["epoch"] == 3
+    assert torch.load(completed / "checkpoints" / "last.pth", weights_only=True)["epoch"] == 3
 
 
-def test_the_loss_of_a_step_is_the_reconstruction_plus_the_weighted_term(whole):
-    for line in metrics(whole):
+def test_the_loss_of_a_step_is_the_reconstruction_plus_the_weighted_term(completed):
+    for line in metrics(completed):
         assert line["loss"] == pytest.approx(line["reconstruction"] + 5e-5 * line["neighbor"], abs=1e-6)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(whole, tmp_path, workers):
+def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(completed, tmp_path, workers):
     chance = random.Random(workers)
     folder = tmp_path / "run"
     for kill in sorted(chance.sample(range(1, LAST_STEP), 3)):
         Training(folder, "--num_workers", workers, "--save_steps", 2).kill_at(kill)
     finish(folder, "--num_workers", workers, "--save_steps", 2)
-    assert_same_end(whole, folder)
-    assert losses(folder) == losses(whole)
+    assert_same_end(completed, folder)
+    assert losses(folder) == losses(completed)
     starts = json.loads((folder / "environment.json").read_text())
     assert {line["run_id"] for line in metrics(folder)} <= {start["run_id"] for start in starts}
     assert ["seconds" in start for start in starts] == [False] * (len(starts) - 1) + [True]  # of starts that ended
     assert 0 < starts[-1]["cpu_seconds"] < 60 and 0 < starts[-1]["seconds"] < 600
 
 
-def test_epoch_means_do_not_depend_on_an_interruption(whole, tmp_path):
+def test_epoch_means_do_not_depend_on_an_interruption(completed, tmp_path):
     Training(tmp_path / "run", "--save_steps", 1).kill_at(STEPS_PER_EPOCH + 3)
     finish(tmp_path / "run", "--save_steps", 1)
 
@@ -84,10 +88,10 @@ def test_epoch_means_do_not_depend_on_an_interruption(whole, tmp_path):
         lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
         return [{name: value for name, value in line.items() if name != "run_id"} for line in lines]
 
-    assert means(tmp_path / "run") == means(whole)
+    assert means(tmp_path / "run") == means(completed)
 
 
-def test_a_kill_inside_a_save_leaves_a_checkpoint_to_resume_from(whole, tmp_path):
+def test_a_kill_inside_a_save_leaves_a_checkpoint_to_resume_from(completed, tmp_path):
     folder = tmp_path / "run"
     Training(folder, "--save_steps", 2).kill_at(4)
     leftover = folder / "checkpoints" / ".last.pth.tmp"
@@ -95,7 +99,7 @@ def test_a_kill_inside_a_save_leaves_a_checkpoint_to_resume_from(whole, tmp_path
     said = finish(folder, "--save_steps", 2)
     assert "removed .last.pth.tmp" in said
     assert not leftover.exists()
-    assert_same_end(whole, folder)
+    assert_same_end(completed, folder)
 
 
 def last_line(run):
@@ -103,17 +107,17 @@ def last_line(run):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_saves_once_and_exits_with_75(whole, tmp_path, number):
+def test_a_signal_saves_once_and_exits_with_75(completed, tmp_path, number):
     training = Training(tmp_path / "run")
     training.wait_for_step(3)
     training.send(number)
     assert training.wait() == 75
-    assert training.said.count(words := f"stopped by {signal.Signals(number).name} after step") == 1
+    assert training.stderr.count(words := f"stopped by {signal.Signals(number).name} after step") == 1
     assert f"INFO {words}" in last_line(tmp_path / "run")
     saved = final(tmp_path / "run")
     assert saved["step"] == metrics(tmp_path / "run")[-1]["step"]
     finish(tmp_path / "run")
-    assert_same_end(whole, tmp_path / "run")
+    assert_same_end(completed, tmp_path / "run")
 
 
 @pytest.mark.parametrize("error", [None, ValueError("bad input"), KeyError("defect")])
@@ -145,7 +149,7 @@ def test_a_signal_after_the_one_that_stopped_a_run_does_not_change_its_exit_code
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "zeroed"])
-def test_a_damaged_checkpoint_is_stepped_back_from(whole, tmp_path, damage):
+def test_a_damaged_checkpoint_is_stepped_back_from(completed, tmp_path, damage):
     folder = tmp_path / "run"
     Training(folder, "--save_steps", 2).kill_at(8)
     last = folder / "checkpoints" / "last.pth"
@@ -160,7 +164,7 @@ def test_a_damaged_checkpoint_is_stepped_back_from(whole, tmp_path, damage):
     last.write_bytes(data)
     said = finish(folder, "--save_steps", 2)
     assert "previous.pth instead" in said
-    assert_same_end(whole, folder)
+    assert_same_end(completed, folder)
 
 
 def test_a_folder_with_only_damaged_checkpoints_is_refused_and_kept(tmp_path):
@@ -171,25 +175,25 @@ def test_a_folder_with_only_damaged_checkpoints_is_refused_and_kept(tmp_path):
         path.write_bytes(b"nothing")
     training = Training(folder)
     assert training.wait() == 2
-    assert "is valid" in training.said and "--overwrite" in training.said
+    assert "is valid" in training.stderr and "--overwrite" in training.stderr
     assert (folder / "checkpoints" / "last.pth").read_bytes() == b"nothing"
 
 
-def test_a_finished_run_is_finished(whole):
-    before = (whole / "checkpoints" / "last.pth").stat().st_mtime_ns
-    assert "is finished" in finish(whole)
-    assert (whole / "checkpoints" / "last.pth").stat().st_mtime_ns == before
+def test_a_finished_run_is_finished(completed):
+    before = (completed / "checkpoints" / "last.pth").stat().st_mtime_ns
+    assert "is finished" in finish(completed)
+    assert (completed / "checkpoints" / "last.pth").stat().st_mtime_ns == before
 
 
-def test_other_options_are_refused_in_a_table_and_machine_options_are_not(whole, tmp_path):
-    before = (whole / "checkpoints" / "last.pth").read_bytes()
-    training = Training(whole, "--mask_ratio", "0.5", "--terms.neighbor.weight", "1e-4", "--depth", "1")
+def test_other_options_are_refused_in_a_table_and_machine_options_are_not(completed, tmp_path):
+    before = (completed / "checkpoints" / "last.pth").read_bytes()
+    training = Training(completed, "--mask_ratio", "0.5", "--terms.neighbor.weight", "1e-4", "--depth", "1")
     assert training.wait() == 2
     for words in ("mask_ratio", "0.75 -> 0.5", "terms.neighbor.weight", "5e-05 -> 0.0001", "depth", "2 -> 1"):
-        assert words in training.said
-    assert "allow_change" not in training.said, "a model of another shape cannot be accepted"
-    assert (whole / "checkpoints" / "last.pth").read_bytes() == before
-    assert "is finished" in finish(whole, "--log_every", "7", "--num_workers", "1")
+        assert words in training.stderr
+    assert "allow_change" not in training.stderr, "a model of another shape cannot be accepted"
+    assert (completed / "checkpoints" / "last.pth").read_bytes() == before
+    assert "is finished" in finish(completed, "--log_every", "7", "--num_workers", "1")
 
 
 def test_a_change_that_is_accepted_by_name_resumes(tmp_path):
@@ -197,7 +201,7 @@ def test_a_change_that_is_accepted_by_name_resumes(tmp_path):
     finish(folder, "--epochs", "1")
     training = Training(folder, "--epochs", "2")
     assert training.wait() == 2
-    assert "--allow_change epochs" in training.said
+    assert "--allow_change epochs" in training.stderr
     finish(folder, "--epochs", "2", "--allow_change", "epochs")
     assert final(folder)["step"] == 2 * STEPS_PER_EPOCH
     assert yaml.safe_load((folder / "options.yaml").read_text())["epochs"] == 2
@@ -208,10 +212,10 @@ def test_another_total_batch_size_resumes_after_as_many_images(tmp_path):
     Training(tmp_path / "run", "--save_steps", 1).kill_at(8)
     step = final(tmp_path / "run")["step"] - STEPS_PER_EPOCH  # of the second epoch
     said = finish(tmp_path / "run", *accepted)
-    finish(tmp_path / "whole", *accepted)
+    finish(tmp_path / "completed", *accepted)
     first = 1352 // 512 + step * 256 // 512
     assert f"step {STEPS_PER_EPOCH + step} counts as {first}" in said
-    rates = {line["step"]: line["lr"] for line in metrics(tmp_path / "whole")}
+    rates = {line["step"]: line["lr"] for line in metrics(tmp_path / "completed")}
     run_id = metrics(tmp_path / "run")[-1]["run_id"]
     there = {line["step"]: line["lr"] for line in metrics(tmp_path / "run") if line["run_id"] == run_id}
     assert there == {step: rate for step, rate in rates.items() if step > first}
@@ -224,7 +228,7 @@ def test_a_term_of_another_shape_is_refused_with_a_message(tmp_path):
     accepted = ["--terms.label.hidden", 8, "--allow_change", "epochs", "terms.label.hidden"]
     training = Training(tmp_path / "run", *words, 2, *accepted)
     assert training.wait() == 2
-    assert "is of another model" in training.said and "terms.label.head" in training.said
+    assert "is of another model" in training.stderr and "terms.label.head" in training.stderr
 
 
 def test_a_run_stopped_just_before_its_result_has_the_same_result(tmp_path):
@@ -247,17 +251,17 @@ def test_another_precision_on_another_device_is_reported(tmp_path):
     assert "resuming with precision full instead of bf16" in said
 
 
-def test_overwrite_starts_from_scratch_and_leaves_other_files(whole, tmp_path):
+def test_overwrite_starts_from_scratch_and_leaves_other_files(completed, tmp_path):
     folder = tmp_path / "run"
     finish(folder, "--epochs", "1", "--seed", "7")
     (folder / "notes.md").write_text("mine")
     finish(folder, "--overwrite")
     assert (folder / "notes.md").read_text() == "mine"
-    assert_same_end(whole, folder)
+    assert_same_end(completed, folder)
     assert len(metrics(folder)) == LAST_STEP
 
 
-def test_a_launcher_that_starts_again_does_not_overwrite_again(whole, tmp_path):
+def test_a_launcher_that_starts_again_does_not_overwrite_again(completed, tmp_path):
     folder = tmp_path / "run"
     finish(folder, "--epochs", "1", "--seed", "7")
 
@@ -267,11 +271,11 @@ def test_a_launcher_that_starts_again_does_not_overwrite_again(whole, tmp_path):
 
     attempt(0).kill_at(7)
     second = attempt(1)
-    assert second.wait() == 0 and "resuming from" in second.said
-    assert_same_end(whole, folder)
-    assert losses(folder) == losses(whole)
+    assert second.wait() == 0 and "resuming from" in second.stderr
+    assert_same_end(completed, folder)
+    assert losses(folder) == losses(completed)
     third = attempt(1, job="b")
-    assert third.wait() == 0 and "resuming from" not in third.said, "another job's words are meant as they stand"
+    assert third.wait() == 0 and "resuming from" not in third.stderr, "another job's words are meant as they stand"
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -279,7 +283,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"jpg")
     training = Training(tmp_path / "photos")
     assert training.wait() == 2
-    assert "cat.jpg" in training.said
+    assert "cat.jpg" in training.stderr
     assert os.listdir(tmp_path / "photos") == ["cat.jpg"]
 
 
@@ -307,8 +311,8 @@ def no_space():
 def test_a_disk_that_is_full_at_the_start_is_reported(tmp_path):
     training = Training(tmp_path / "run", fault=no_space)
     assert training.wait() == 2
-    assert "--output_dir" in training.said and "No space left" in training.said
-    assert "Traceback" not in training.said
+    assert "--output_dir" in training.stderr and "No space left" in training.stderr
+    assert "Traceback" not in training.stderr
 
 
 def last_save_fails():
@@ -323,7 +327,7 @@ def last_save_fails():
 def test_a_run_whose_end_could_not_be_saved_is_not_finished(tmp_path):
     training = Training(tmp_path / "run", "--epochs", "1", "--save_steps", 2, fault=last_save_fails)
     assert training.wait() == 4
-    assert training.said.count(words := "training is done, but its end could not be saved") == 1
+    assert training.stderr.count(words := "training is done, but its end could not be saved") == 1
     assert f"ERROR {words}" in last_line(tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
     finish(tmp_path / "run", "--epochs", "1")
@@ -347,24 +351,24 @@ def test_a_defect_leaves_its_traceback_in_the_log(tmp_path, error):
     assert said.endswith(f"{type(error).__name__}: {error}\n")
 
 
-def test_weights_alone_are_no_run_to_resume(whole, tmp_path):
-    saved = final(whole)
+def test_weights_alone_are_no_run_to_resume(completed, tmp_path):
+    saved = final(completed)
     checkpoint.save(tmp_path / "weights.pth", {name: saved[name] for name in ("format", "model", "options")})
     training = Training(tmp_path / "run", "--resume", tmp_path / "weights.pth")
     assert training.wait() == 2
-    assert "use --init_from" in training.said and "Traceback" not in training.said
+    assert "use --init_from" in training.stderr and "Traceback" not in training.stderr
 
 
-def test_a_wrong_resume_lists_what_there_is(whole):
-    training = Training(whole, "--resume", "nowhere.pth")
+def test_a_wrong_resume_lists_what_there_is(completed):
+    training = Training(completed, "--resume", "nowhere.pth")
     assert training.wait() == 2
-    assert "nowhere.pth" in training.said and "last.pth" in training.said
+    assert "nowhere.pth" in training.stderr and "last.pth" in training.stderr
 
 
-def test_resuming_from_a_named_checkpoint_of_another_folder(whole, tmp_path):
+def test_resuming_from_a_named_checkpoint_of_another_folder(completed, tmp_path):
     finish(tmp_path / "first", "--save_every", "1")
     finish(tmp_path / "second", "--resume", tmp_path / "first" / "checkpoints" / "epoch-0001.pth")
-    assert_same_end(whole, tmp_path / "second")
+    assert_same_end(completed, tmp_path / "second")
     assert [line["step"] for line in metrics(tmp_path / "second")][0] == STEPS_PER_EPOCH + 1
 
 
@@ -378,8 +382,8 @@ def test_a_loss_that_stays_bad_stops_with_a_dump(tmp_path):
     folder = tmp_path / "run"
     training = Training(folder, "--terms.neighbor.weight", "1e300", "--max_bad_steps", "3")
     code = training.wait()
-    assert code == 3, training.said
-    assert training.said.count(words := "3 steps in a row") == 1
+    assert code == 3, training.stderr
+    assert training.stderr.count(words := "3 steps in a row") == 1
     assert f"ERROR {words}" in last_line(folder)
     record = json.loads(next((folder / "debug").glob("bad-step-*.json")).read_text())
     newest = record["recent_by_process"][0][-1]

@@ -39,7 +39,7 @@ from util.windows import Windows, predict, starts
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(PROJECT.glob("configs/segment/*.yaml"))
-DOOR = "main_segment"
+SCRIPT = "main_segment"
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
 NAMES = ("ground", "red", "green")
 
@@ -194,12 +194,12 @@ def test_a_model_is_evaluated_in_evaluation_mode_and_put_back(small):
 
 def test_one_window_is_the_whole_image(small):
     images = torch.randn(2, 3, 16, 16)
-    slide, whole = (
+    slide, completed = (
         predict(small, images, Windows((16, 16), (10, 10), 4)),
         predict(small, images, Windows(None, (1, 1), 4)),
     )
-    assert torch.equal(slide, whole)
-    assert torch.equal(whole, F.interpolate(small(images)[0], (16, 16), mode="bilinear"))
+    assert torch.equal(slide, completed)
+    assert torch.equal(completed, F.interpolate(small(images)[0], (16, 16), mode="bilinear"))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -221,9 +221,9 @@ def test_small_images_are_padded_and_cut_again(small):
     padded = F.pad(images, (0, 3, 0, 6))
     expected = predict(small, padded, Windows((16, 16), (10, 10), 4))[..., :10, :13]
     assert torch.equal(predict(small, images, Windows((16, 16), (10, 10), 4)), expected)
-    whole = predict(small, images, Windows(None, (1, 1), 4))
+    completed = predict(small, images, Windows(None, (1, 1), 4))
     padded = F.pad(images, (0, 3, 0, 2))  # to whole patches of 4
-    assert torch.equal(whole, F.interpolate(small(padded)[0], (12, 16), mode="bilinear")[..., :10, :13])
+    assert torch.equal(completed, F.interpolate(small(padded)[0], (12, 16), mode="bilinear")[..., :10, :13])
 
 
 @pytest.mark.parametrize("size", [None, (21, 33)])
@@ -318,9 +318,9 @@ def true_pixels(data):
 
 def finish_alone(folder, *words):
     """Run to the end without the options of the tiny model, assert that it succeeds, and return the log."""
-    training = Training(folder, *words, door=DOOR, tiny=False)
-    assert training.wait() == 0, training.said
-    return training.said
+    training = Training(folder, *words, script=SCRIPT, tiny=False)
+    assert training.wait() == 0, training.stderr
+    return training.stderr
 
 
 def result(folder):
@@ -328,65 +328,65 @@ def result(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, data):
+def completed(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    finish(folder, "--data_path", data, door=DOOR)
+    finish(folder, "--data_path", data, script=SCRIPT)
     return folder
 
 
-def test_a_finished_run_tells_the_last_the_best_and_every_class(whole, data):
-    found = result(whole)
+def test_a_finished_run_tells_the_last_the_best_and_every_class(completed, data):
+    found = result(completed)
     assert found["best_chosen_on"] == "held-out training images" and found["metric"] == "miou"
     assert found["accuracy"].keys() == {"last", "best"}
     last = found["accuracy"]["last"]
     assert last["images"] == 5 and list(last["per_class"]) == list(NAMES)
     assert [row["pixels"] for row in last["per_class"].values()] == true_pixels(data)
-    lines = [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]
+    lines = [json.loads(line) for line in (completed / "log.txt").read_text().splitlines()]
     assert {"val_miou", "val_mean_acc", "val_pixel_acc", "train_segmentation"} <= set(lines[-1])
     best = max(lines, key=lambda line: (line["val_miou"], line["epoch"]))
     assert found["best"] == {"name": "miou", "value": best["val_miou"], "epoch": best["epoch"]}
-    assert (whole / "classes.txt").read_text().split() == list(NAMES)
-    assert len((whole / "images_train.txt").read_text().splitlines()) == 24
-    assert [path.name for path in (whole / "samples").iterdir()] == ["masks_e0003.png"]
-    said = (whole / "train.log").read_text()
+    assert (completed / "classes.txt").read_text().split() == list(NAMES)
+    assert len((completed / "images_train.txt").read_text().splitlines()) == 24
+    assert [path.name for path in (completed / "samples").iterdir()] == ["masks_e0003.png"]
+    said = (completed / "train.log").read_text()
     assert "UPerNet on the outputs of blocks (0, 0, 0, 1)" in said and "masks: 26 grey" in said
 
 
-def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(whole, data, tmp_path):
+def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(completed, data, tmp_path):
     folder, words = tmp_path / "run", ["--data_path", data, "--save_steps", "2"]
     for kill in (2, 5):
-        Training(folder, *words, door=DOOR).kill_at(kill)
-    finish(folder, *words, "--num_workers", "1", door=DOOR)
-    assert_same_end(whole, folder)
-    assert losses(folder) == losses(whole)
-    assert result(folder)["accuracy"] == result(whole)["accuracy"]
+        Training(folder, *words, script=SCRIPT).kill_at(kill)
+    finish(folder, *words, "--num_workers", "1", script=SCRIPT)
+    assert_same_end(completed, folder)
+    assert losses(folder) == losses(completed)
+    assert result(folder)["accuracy"] == result(completed)["accuracy"]
 
 
 def test_a_signal_saves_and_exits_with_75(data, tmp_path):
-    training = Training(tmp_path / "run", "--data_path", data, door=DOOR)
+    training = Training(tmp_path / "run", "--data_path", data, script=SCRIPT)
     training.wait_for_step(2)
     training.send(signal.SIGTERM)
     assert training.wait() == 75
     assert final(tmp_path / "run")["step"] == metrics(tmp_path / "run")[-1]["step"]
 
 
-def test_eval_reports_the_metrics_of_training(whole, data, tmp_path):
+def test_eval_reports_the_metrics_of_training(completed, data, tmp_path):
     """With the windows of the run, and with others if given."""
-    path = whole / "checkpoints" / "last.pth"
-    said = finish(tmp_path / "none", "--eval", "--resume", path, "--data_path", data, door=DOOR)
-    last = result(whole)["accuracy"]["last"]
+    path = completed / "checkpoints" / "last.pth"
+    said = finish(tmp_path / "none", "--eval", "--resume", path, "--data_path", data, script=SCRIPT)
+    last = result(completed)["accuracy"]["last"]
     assert f"mIoU {last['miou']:.2f}%, mean accuracy {last['mean_acc']:.2f}%" in said
     assert not (tmp_path / "none").exists(), "an evaluation writes nothing"
     words = ["--window", "whole", "--flip"]
-    other = finish(tmp_path / "none", "--eval", "--resume", path, "--data_path", data, *words, door=DOOR)
+    other = finish(tmp_path / "none", "--eval", "--resume", path, "--data_path", data, *words, script=SCRIPT)
     assert "on 5 test images: mIoU" in other
 
 
 def test_two_ranks_count_every_pixel_once(data, tmp_path):
     """Five images for two processes; one process computes the same metrics from their checkpoint."""
     words = ["--data_path", data, "--epochs", 1]
-    ranks = start_ranks(2, tmp_path / "two", *words, door=DOOR)
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    ranks = start_ranks(2, tmp_path / "two", *words, script=SCRIPT)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
     last = result(tmp_path / "two")["accuracy"]["last"]
     assert last["images"] == 5 and [row["pixels"] for row in last["per_class"].values()] == true_pixels(data)
     options = main_segment.parse_options(
@@ -417,7 +417,7 @@ def test_two_ranks_count_every_pixel_once(data, tmp_path):
 
 def test_steps_and_their_warmup_end_a_run_within_an_epoch(data, tmp_path):
     words = ["--steps", 7, "--warmup_steps", 2, "--layer_decay", 1, "--picture_every", 0]
-    finish(tmp_path / "run", "--data_path", data, *words, door=DOOR)
+    finish(tmp_path / "run", "--data_path", data, *words, script=SCRIPT)
     assert result(tmp_path / "run")["steps"] == 7
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     top = rates[2]
@@ -425,11 +425,11 @@ def test_steps_and_their_warmup_end_a_run_within_an_epoch(data, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pretrained", "segmenter"])
-def test_a_checkpoint_begins_a_run_and_need_not_be_described(kind, whole, data, tmp_path):
+def test_a_checkpoint_begins_a_run_and_need_not_be_described(kind, completed, data, tmp_path):
     if kind == "pretrained":
         words = ["--data_path", "scenes", "--in_chans", 3, "--input_size", 32, "--model", "mae_vit_tiny_patch8"]
-        finish(tmp_path / "pre", *words, "--epochs", 1, "--total_batch_size", 500, door="main_pretrain")
-    start = (tmp_path / "pre" if kind == "pretrained" else whole) / "checkpoints" / "last.pth"
+        finish(tmp_path / "pre", *words, "--epochs", 1, "--total_batch_size", 500, script="main_pretrain")
+    start = (tmp_path / "pre" if kind == "pretrained" else completed) / "checkpoints" / "last.pth"
     options = main_segment.parse_options(["--init_from", str(start)])
     assert (options.embed_dim, options.depth, options.num_heads) == (24, 2, 2) and options.input_size == (512, 512)
     words = ["--init_from", start, "--data_path", data, "--input_size", 16, "--total_batch_size", 8, "--steps", 1]
@@ -439,9 +439,9 @@ def test_a_checkpoint_begins_a_run_and_need_not_be_described(kind, whole, data, 
     assert ("resampled to this model's grid: pos_embed" in said) == (kind == "pretrained")
 
 
-def test_bad_input_is_reported_before_any_epoch(whole, data, tmp_path):
+def test_bad_input_is_reported_before_any_epoch(completed, data, tmp_path):
     torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "headless.pth")
-    last = whole / "checkpoints" / "last.pth"
+    last = completed / "checkpoints" / "last.pth"
     (tmp_path / "four.txt").write_text("a\nb\nc\nd\n")
     at = ["--data_path", data]
     cases = [
@@ -456,16 +456,16 @@ def test_bad_input_is_reported_before_any_epoch(whole, data, tmp_path):
         ([*at, "--input_size", 18], "patches of 4 x 4 pixels do not fill images of 18 x 18"),
         ([*at, "--dataset", "ade"], "dataset"),
     ]
-    runs = [(Training(tmp_path / f"run{n}", *words, door=DOOR), told) for n, (words, told) in enumerate(cases)]
+    runs = [(Training(tmp_path / f"run{n}", *words, script=SCRIPT), told) for n, (words, told) in enumerate(cases)]
     for number, (training, told) in enumerate(runs):
-        assert training.wait() == 2, training.said
-        assert told in training.said and "Traceback" not in training.said
+        assert training.wait() == 2, training.stderr
+        assert told in training.stderr and "Traceback" not in training.stderr
         assert not (tmp_path / f"run{number}").exists()
 
 
 def test_a_run_that_became_unstable_is_replayed(data, tmp_path, capsys):
-    training = Training(tmp_path / "run", "--data_path", data, "--lr", "1e30", "--max_bad_steps", 2, door=DOOR)
-    assert training.wait() == 3, training.said
+    training = Training(tmp_path / "run", "--data_path", data, "--lr", "1e30", "--max_bad_steps", 2, script=SCRIPT)
+    assert training.wait() == 3, training.stderr
     (dump,) = (tmp_path / "run" / "debug").glob("*.json")
     assert replay.main([str(dump), "--device", "cpu"]) == 0
     assert "not finite" in capsys.readouterr().out
@@ -474,18 +474,18 @@ def test_a_run_that_became_unstable_is_replayed(data, tmp_path, capsys):
 # ---- figure 9
 
 
-def test_figure_9_shows_runs_side_by_side(whole, data, tmp_path, capsys):
+def test_figure_9_shows_runs_side_by_side(completed, data, tmp_path, capsys):
     words = ["--count", "2", "--device", "cpu", "--no_tensorboard"]
     output = tmp_path / "figure9.png"
-    best = str(whole / "checkpoints" / "best.pth")
-    assert visualize.main(["figure9", str(whole), best, *words, "--output", str(output)]) == 0
+    best = str(completed / "checkpoints" / "best.pth")
+    assert visualize.main(["figure9", str(completed), best, *words, "--output", str(output)]) == 0
     with Image.open(output) as drawn:
         assert drawn.width > drawn.height and np.asarray(drawn.convert("RGB")).std() > 20
     torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "other.pth")
     assert visualize.main(["figure9", str(tmp_path / "other.pth"), *words]) == 2
     assert "is not a segmenter of main_segment.py" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is a segmenter, whose encoder has no last norm"):
-        encoder.load(whole / "checkpoints" / "last.pth")
+        encoder.load(completed / "checkpoints" / "last.pth")
 
 
 # ---- recipes
@@ -505,12 +505,12 @@ def recipe(name, *words):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipes_command_runs_it_and_it_holds_only_what_differs(path, whole):
+def test_a_recipes_command_runs_it_and_it_holds_only_what_differs(path, completed):
     (command,) = [line for line in path.read_text().splitlines() if line.startswith("#   ")]
     given = shlex.split(command.lstrip("# "))
     given = given[given.index("main_segment.py") + 1 :]
     assert given[:2] == ["-c", str(path.relative_to(PROJECT))]
-    weights = str(whole / "checkpoints" / "last.pth")
+    weights = str(completed / "checkpoints" / "last.pth")
     assert recipe(path.stem, *(weights if word == "CHECKPOINT" else word for word in given[2:])).data_path
     defaults = {field.name: get_default(field) for field in fields(SegmentOptions)}
     resolved = recipe(path.stem)

@@ -195,7 +195,7 @@ def test_a_run_inside_its_own_data_resumes(tmp_path):
 def test_class_folders_without_val_are_fine_tuned(tmp_path):
     several(tmp_path / "data", "a", "b", count=60)
     words = ["--data_path", tmp_path / "data", "--total_batch_size", 8, "--epochs", 1, "--resume", ""]
-    said = finish(tmp_path / "run", *words, door="main_finetune")
+    said = finish(tmp_path / "run", *words, script="main_finetune")
     assert "test_share: 20 of 120 images are set aside" in said and "holdout: 20 of 100 images are set aside" in said
     listed = [
         set((tmp_path / "run" / f"images_{name}.txt").read_text().splitlines()) for name in ("train", "choice", "test")

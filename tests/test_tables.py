@@ -153,8 +153,8 @@ def test_every_command_parses_and_its_model_is_made(number, kind, weights, monke
             at = words.index("--init_from") + 1
             pretrained, words[at] = words[at], weights
             assert Path(pretrained).parent.parent / "result.json" in job.after
-            door = main_finetune if script == "main_finetune.py" else main_segment
-            options = door.parse_options(words)
+            script = main_finetune if script == "main_finetune.py" else main_segment
+            options = script.parse_options(words)
             assert options.data_path and options.model.startswith("mae_vit_")
         else:
             assert script == "benchmarks.bill"
@@ -351,7 +351,7 @@ class Slow:
     most = 0
 
     def __init__(self, words, said):
-        self.words, self.said, self.looks, self.told = words, said, 0, []
+        self.words, self.stderr, self.looks, self.told = words, said, 0, []
         Slow.running.add(words[1])
         Slow.most = max(Slow.most, len(Slow.running))
 

@@ -83,8 +83,8 @@ def test_a_val_split_smaller_than_the_number_of_processes_is_shared(tmp_path):
         paint(tmp_path / "data" / "val" / "ab"[number] / "0.png", number, number + 8)
     words = ["--dataset", "folder", "--data_path", tmp_path / "data", "--in_chans", 3, "--total_batch_size", 6]
     ranks = start_ranks(3, tmp_path / "run", *words, "--epochs", 1, "--knn_every", 1)
-    assert [rank.wait() for rank in ranks] == [0, 0, 0], ranks[0].said
-    assert "classify the 2 images of the val split" in ranks[0].said
+    assert [rank.wait() for rank in ranks] == [0, 0, 0], ranks[0].stderr
+    assert "classify the 2 images of the val split" in ranks[0].stderr
 
 
 def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path, caplog):
@@ -99,7 +99,7 @@ def test_online_knn_without_labels_is_refused(tmp_path):
     words = ["--dataset", "folder", "--data_path", tmp_path, "--in_chans", "3", "--total_batch_size", "4"]
     training = Training(tmp_path / "runs" / "run", *words, "--knn_every", "1")
     assert training.wait() == 2
-    assert "--knn_every needs labels" in training.said
+    assert "--knn_every needs labels" in training.stderr
 
 
 def test_without_a_validation_split_every_tenth_image_is_asked(tmp_path):

@@ -51,7 +51,7 @@ class Subject:
     `reference` is the folder of the uninterrupted run, `seconds` its duration.
     """
 
-    door: str
+    script: str
     words: Sequence[object]
     processes: int
     reference: Path
@@ -61,13 +61,13 @@ class Subject:
     @property
     def name(self) -> str:
         method = f" of {self.method}" if self.method else ""
-        return NAMES[self.door] + method + (f", {self.processes} processes" if self.processes > 1 else "")
+        return NAMES[self.script] + method + (f", {self.processes} processes" if self.processes > 1 else "")
 
     def start(self, folder: Path, *words: object, fault: Callable[[], None] | None = None) -> list[Training]:
         if self.processes > 1:
-            return start_ranks(self.processes, folder, *self.words, *words, door=self.door)
+            return start_ranks(self.processes, folder, *self.words, *words, script=self.script)
         tiny = not self.method  # with a method, `words` already contain the options of the tiny model
-        return [Training(folder, *self.words, *words, door=self.door, tiny=tiny, fault=fault)]
+        return [Training(folder, *self.words, *words, script=self.script, tiny=tiny, fault=fault)]
 
 
 @dataclass
@@ -99,7 +99,7 @@ def draw(chance: random.Random, subject: Subject, at: int) -> Fault:
     """Draw a fault for a run that has reached step `at`."""
     if subject.processes > 1:
         return Fault("one of two processes", kill=partial(after_step, chance, at))
-    left = subject.seconds * (1 - at / LAST_STEP[subject.door])
+    left = subject.seconds * (1 - at / LAST_STEP[subject.script])
     places: dict[str, Callable[[], Fault]] = {
         "a random moment": lambda: Fault("", kill=partial(after_seconds, chance.uniform(0, left))),
         "a random step": lambda: Fault("", kill=partial(after_step, chance, at)),
@@ -171,17 +171,19 @@ class Campaign:
     def _subjects(self) -> list[Subject]:
         """Run each job without interruption. Pretraining evaluates nearest neighbours after every epoch."""
         plain = few()
-        doors = {PRETRAIN: [*plain, "--knn_every", 1]}
+        scripts = {PRETRAIN: [*plain, "--knn_every", 1]}
         trained = ["--init_from", self.folder / "reference" / f"{PRETRAIN}1" / "checkpoints" / "last.pth"]
-        doors[FINETUNE] = [*plain, *CLASSIFIER, *trained, "--ema", 0.9]
-        doors[PROBE] = [*plain, *CLASSIFIER, *trained]
-        dino = [*tiny_for("dino"), *doors[PRETRAIN], "--method", "dino", *DINO]
+        scripts[FINETUNE] = [*plain, *CLASSIFIER, *trained, "--ema", 0.9]
+        scripts[PROBE] = [*plain, *CLASSIFIER, *trained]
+        dino = [*tiny_for("dino"), *scripts[PRETRAIN], "--method", "dino", *DINO]
         finish(self.folder / "first", *plain)  # imports everything, so that the durations below do not include it
         found = []
-        kinds = [(door, doors[door], processes, "") for door, processes in PROGRAMS] + [(PRETRAIN, dino, 1, "DINO")]
-        for door, words, processes, method in kinds:
-            reference = self.folder / "reference" / f"{door}{processes}{method}"
-            subject = Subject(door, words, processes, reference, 0.0, method)
+        kinds = [(script, scripts[script], processes, "") for script, processes in PROGRAMS] + [
+            (PRETRAIN, dino, 1, "DINO")
+        ]
+        for script, words, processes, method in kinds:
+            reference = self.folder / "reference" / f"{script}{processes}{method}"
+            subject = Subject(script, words, processes, reference, 0.0, method)
             began = time.monotonic()
             codes = [process.wait() for process in subject.start(reference)]
             assert codes == [0] * processes, codes
@@ -232,7 +234,7 @@ class Campaign:
         codes = [process.wait(MINUTE) for process in processes]
         if codes == [0] * len(codes):
             return None
-        output = "\n".join(process.said for process in processes)
+        output = "\n".join(process.stderr for process in processes)
         assert -signal.SIGKILL in codes, f"ended with {codes}: {output}"
         ended = time.time()
         assert complete_lines(folder).startswith(before), "a line of the records was lost"
@@ -249,12 +251,12 @@ class Campaign:
         """Resume the job, let it finish, and assert that it ends exactly like the uninterrupted run."""
         processes = subject.start(folder, "--num_workers", self.chance.choice([0, 2]) if subject.processes == 1 else 0)
         codes = [process.wait(MINUTE) for process in processes]
-        assert codes == [0] * len(codes), f"ended with {codes}: {processes[0].said}"
+        assert codes == [0] * len(codes), f"ended with {codes}: {processes[0].stderr}"
         reference = subject.reference
         assert_same_end(reference, folder)
         averages = [final(path).get("ema", {}) for path in (reference, folder)]
         assert all(bool((value == averages[1][name]).all()) for name, value in averages[0].items()), "EMA differs"
-        assert sorted(losses(folder)) == list(range(1, LAST_STEP[subject.door] + 1)), "steps are missing"
+        assert sorted(losses(folder)) == list(range(1, LAST_STEP[subject.script] + 1)), "steps are missing"
         assert losses(folder) == losses(reference), "losses differ"
         assert epochs(folder) == epochs(reference), "the metrics of an epoch differ"
         results = [json.loads((path / "result.json").read_text()) for path in (reference, folder)]

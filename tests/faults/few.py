@@ -9,7 +9,7 @@ from PIL import Image
 
 EPOCHS = 3
 STEPS_PER_EPOCH = {"main_pretrain": 7, "main_finetune": 7, "main_linprobe": 7}
-LAST_STEP = {door: EPOCHS * steps for door, steps in STEPS_PER_EPOCH.items()}
+LAST_STEP = {script: EPOCHS * steps for script, steps in STEPS_PER_EPOCH.items()}
 CLASSIFIER = ["--holdout", 0.2]  # too few images to hold out: the best epoch is chosen on the 12 test images
 
 

@@ -98,5 +98,5 @@ def test_every_kind_of_image_is_used_or_replaced_and_listed_by_any_loader(folder
 def test_more_of_them_than_allowed_end_the_run_with_their_names(folder, tmp_path):
     training = Training(tmp_path / "run", *WORDS, "--data_path", folder, "--max_bad_fraction", 0.01)
     assert training.wait() == 2
-    assert "images cannot be read, more than --max_bad_fraction 0.01 allows" in training.said
-    assert any(name in training.said for name in BROKEN) and "Traceback" not in training.said
+    assert "images cannot be read, more than --max_bad_fraction 0.01 allows" in training.stderr
+    assert any(name in training.stderr for name in BROKEN) and "Traceback" not in training.stderr

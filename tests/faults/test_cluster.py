@@ -52,7 +52,7 @@ def ended(*agents):
 
 def assert_equals_an_undisturbed_run(folder, words, tmp_path):
     ranks = start_ranks(2, tmp_path / "whole", *words)
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
     assert_same_end(tmp_path / "whole", folder)
     assert losses(folder) == losses(tmp_path / "whole")
     assert len(losses(folder)) == STEPS

@@ -12,7 +12,7 @@ import main_finetune
 import main_pretrain
 import main_segment
 from data.sources import open_source
-from tests.runs import DOORS, TINY
+from tests.runs import SCRIPTS, TINY
 from tests.test_masks import paint
 from tools import doctor
 from tools.doctor import DOUBTFUL, GOOD, WRONG, Measured
@@ -65,14 +65,14 @@ def test_packages_are_compared_with_the_requirements(tmp_path):
     pins.write_text("# pins\ntorch==0.1\nno-such-package-anywhere==1.0\n")
     found = [finding for finding in doctor.packages(pins) if finding.what == "packages"]
     assert [finding.verdict for finding in found] == [WRONG, DOUBTFUL]
-    assert "no-such-package-anywhere" in found[0].said and "tested with 0.1" in found[1].said
+    assert "no-such-package-anywhere" in found[0].text and "tested with 0.1" in found[1].text
 
 
 def test_a_package_that_only_an_option_needs_is_checked(monkeypatch):
-    options = main_pretrain.parse_options([*DOORS["main_pretrain"], "--export", "timm", "onnx"])
+    options = main_pretrain.parse_options([*SCRIPTS["main_pretrain"], "--export", "timm", "onnx"])
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
     found = next(finding for finding in doctor.examine(options, 1, 1, None) if "onnx" in str(finding))
-    assert found.verdict == WRONG and "--export onnx needs onnx: run" in found.said
+    assert found.verdict == WRONG and "--export onnx needs onnx: run" in found.text
 
 
 def test_unreadable_images_are_counted_and_compared_with_the_limit(tmp_path):
@@ -81,7 +81,7 @@ def test_unreadable_images_are_counted_and_compared_with_the_limit(tmp_path):
     (tmp_path / "5.png").write_text("not an image")
     source = open_source("folder", str(tmp_path), "train", in_chans=3)
     found = doctor.images(source, max_bad_fraction=0.2)
-    assert found.verdict == DOUBTFUL and "9 of 10 read" in found.said and "5.png" in found.said
+    assert found.verdict == DOUBTFUL and "9 of 10 read" in found.text and "5.png" in found.text
     assert doctor.images(source, max_bad_fraction=0.0).verdict == WRONG
 
 
@@ -109,12 +109,12 @@ def test_the_disk_must_hold_every_checkpoint(options, free, tmp_path):
 def test_a_folder_that_cannot_be_written_is_found(tmp_path):
     (tmp_path / "file").write_text("in the way")
     found = doctor.disk(str(tmp_path / "file" / "run"), 1, 1)
-    assert found.verdict == WRONG and str(tmp_path / "file") in found.said and "--output_dir" in found.said
+    assert found.verdict == WRONG and str(tmp_path / "file") in found.text and "--output_dir" in found.text
 
 
 def test_a_classifier_is_sampled_as_it_will_be_trained(tmp_path, capsys):
     """Random erasing returns floats, the EMA is a second set of weights, SGD has one buffer, the best is kept."""
-    words = [*DOORS["main_finetune"], "--batch_size", "64", "--num_workers", "1", "--ema", "0.9", "--optimizer", "sgd"]
+    words = [*SCRIPTS["main_finetune"], *"--batch_size 64 --num_workers 1 --ema 0.9 --optimizer sgd".split()]
     plan = doctor.make_first_plan(resolve(main_finetune.parse_options(words)), 1, CPU)
     weights = sum(value.numel() for value in plan.model.state_dict().values())
     trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
@@ -131,7 +131,7 @@ def test_a_classifier_is_sampled_as_it_will_be_trained(tmp_path, capsys):
 
 def test_a_segmenter_is_sampled_as_it_will_be_trained(tmp_path, capsys):
     """RGB crops of 16 x 16 with 16-bit masks; batch norm statistics are saved too. 36 steps are 3 epochs."""
-    words = [*DOORS["main_segment"], "--data_path", "scenes", "--total_batch_size", "16", "--steps", "36"]
+    words = [*SCRIPTS["main_segment"], "--data_path", "scenes", "--total_batch_size", "16", "--steps", "36"]
     plan = doctor.make_first_plan(resolve(main_segment.parse_options(words)), 1, CPU)
     whole = sum(value.numel() * value.element_size() for value in plan.model.state_dict().values())
     trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
@@ -150,7 +150,7 @@ def test_a_segmenter_is_sampled_as_it_will_be_trained(tmp_path, capsys):
 
 def test_masks_are_found_that_are_damaged_missing_or_invalid(tmp_path, capsys):
     data = paint(tmp_path / "data", count=10, size=(20, 20))
-    words = [*DOORS["main_segment"], "--data_path", str(data), "--program", "main_segment.py", "--batches", "1"]
+    words = [*SCRIPTS["main_segment"], "--data_path", str(data), "--program", "main_segment.py", "--batches", "1"]
     assert doctor.main(words) == 0
     assert "of 3 classes" in capsys.readouterr().out
     for number in range(5):

@@ -151,7 +151,7 @@ def test_a_second_start_is_refused_and_the_first_continues(tmp_path):
     holder = json.loads((folder / lock.NAME).read_text())["pid"]
     second = [*start_ranks(2, folder, *few("--epochs", 400)), Training(folder, *few("--epochs", 1), "--overwrite")]
     assert [process.wait() for process in second] == [2, 2, 2]
-    assert f"process {holder} on" in second[2].said
+    assert f"process {holder} on" in second[2].stderr
     first.send(signal.SIGTERM)
     assert first.wait() == 75
     assert not (folder / lock.NAME).exists()
@@ -164,8 +164,8 @@ def test_a_run_whose_folder_was_taken_over_stops_without_saving(tmp_path):
     training.wait_for_step(2)
     (folder / "other").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     (folder / "other").rename(folder / lock.NAME)
-    assert training.wait() == 4, training.said
-    assert "another process has acquired" in training.said and "Traceback" not in training.said
+    assert training.wait() == 4, training.stderr
+    assert "another process has acquired" in training.stderr and "Traceback" not in training.stderr
     assert json.loads((folder / lock.NAME).read_text())["host"] == "elsewhere"
 
 
@@ -174,7 +174,7 @@ def test_a_kill_does_not_block_the_next_start_and_a_refusal_leaves_no_lock(tmp_p
     Training(folder, *words, "--save_steps", 1).kill_at(2)
     assert (folder / lock.NAME).exists()
     refused = Training(folder, *words, "--mask_ratio", 0.5)
-    assert refused.wait() == 2 and "mask_ratio" in refused.said
+    assert refused.wait() == 2 and "mask_ratio" in refused.stderr
     assert not (folder / lock.NAME).exists()
     finish(folder, *words)
     assert not (folder / lock.NAME).exists()
@@ -182,7 +182,7 @@ def test_a_kill_does_not_block_the_next_start_and_a_refusal_leaves_no_lock(tmp_p
     assert not (folder / lock.NAME).exists()
     assert "is finished" in finish(folder, *words, fault=inject.read_only_folder), "nothing has to be written"
     refused = Training(folder, *words, "--overwrite", fault=inject.read_only_folder)
-    assert refused.wait() == 2 and "cannot be created or written (Read-only file system)" in refused.said
+    assert refused.wait() == 2 and "cannot be created or written (Read-only file system)" in refused.stderr
     assert (folder / "result.json").exists()
     new = Training(tmp_path / "new", "--resume", "nowhere.pth")
     assert new.wait() == 2

@@ -62,14 +62,14 @@ def test_a_gradient_that_jumps_is_left_out_where_asked_also_after_a_kill(tmp_pat
     assert 0 < final(tmp_path / "run")["usual_norm"] == final(tmp_path / "whole")["usual_norm"]
     stays = partial(inject.loss_spike, 24, 1000, 30)
     training = Training(tmp_path / "stays", *words, "--max_bad_steps", 2, fault=stays)
-    assert training.wait() == 3 and "2 updates in a row up to step 25 were skipped by --skip_spikes" in training.said
+    assert training.wait() == 3 and "2 updates in a row up to step 25 were skipped by --skip_spikes" in training.stderr
 
 
 def test_gradients_that_stay_bad_stop_with_3_and_say_that_losses_are_finite(tmp_path):
     fault = partial(inject.bad_losses, 2, 1000, gradient=True)
     training = Training(tmp_path / "run", *ONE, "--max_bad_steps", 2, fault=fault)
-    assert training.wait() == 3, training.said
-    assert "the gradient (every loss is finite) is not finite" in training.said
+    assert training.wait() == 3, training.stderr
+    assert "the gradient (every loss is finite) is not finite" in training.stderr
     assert list((tmp_path / "run" / "debug").glob("*.pth"))
 
 
@@ -92,8 +92,8 @@ def test_out_of_memory_gives_advice_and_half_the_batch_resumes(tmp_path):
     words = [*ONE, "--save_steps", 1]
     training = Training(tmp_path / "run", *words, fault=partial(inject.out_of_memory, 3))
     assert training.wait() == 2
-    assert "CUDA out of memory" in training.said and "Halve --batch_size" in training.said
-    assert "Traceback" not in training.said
+    assert "CUDA out of memory" in training.stderr and "Halve --batch_size" in training.stderr
+    assert "Traceback" not in training.stderr
     assert final(tmp_path / "run")["step"] == 2
     finish(tmp_path / "run", *words, "--batch_size", 4)
     assert final(tmp_path / "run")["step"] == STEPS

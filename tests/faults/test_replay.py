@@ -21,9 +21,9 @@ def dump(tmp_path_factory):
     """The dump of a run whose losses are NaN from the third step on, with two micro-batches per step."""
     folder = tmp_path_factory.mktemp("bad") / "run"
     training = Training(folder, *WORDS, "--batch_size", 4, fault=partial(inject.bad_losses, 5, 1000))
-    assert training.wait() == 3, training.said
+    assert training.wait() == 3, training.stderr
     path = next((folder / "debug").glob("*.json"))
-    assert f"python -m tools.replay {path}" in training.said
+    assert f"python -m tools.replay {path}" in training.stderr
     return path
 
 
@@ -107,8 +107,8 @@ def test_a_classifiers_batch_is_mixed_again_as_it_was(tmp_path, capsys):
     """Images, mixing and drop path equal the run's; the NaN injected into its gradients is absent."""
     fault = partial(inject.bad_losses, 3, 1000, gradient=True)
     words = few(*CLASSIFIER, "--batch_size", 4, "--max_bad_steps", 2)
-    training = Training(tmp_path / "run", *words, door="main_finetune", fault=fault)
-    assert training.wait() == 3, training.said
+    training = Training(tmp_path / "run", *words, script="main_finetune", fault=fault)
+    assert training.wait() == 3, training.stderr
     path = next((tmp_path / "run" / "debug").glob("*.json"))
     recent = json.loads(path.read_text())["recent_by_process"][0][-2:]
     again = replay.Replay(path, device="cpu", amp="", data_path="")
@@ -142,6 +142,6 @@ def test_what_is_not_a_dump_is_refused(dump, tmp_path, capsys):
 
 def test_a_dump_that_cannot_be_written_hides_nothing(tmp_path):
     training = Training(tmp_path / "run", *WORDS, fault=inject.bad_losses_and_full_disk)
-    assert training.wait() == 3, training.said
-    assert "2 steps in a row" in training.said and "could not be written" in training.said
-    assert "No space left" in training.said and "Traceback" not in training.said
+    assert training.wait() == 3, training.stderr
+    assert "2 steps in a row" in training.stderr and "could not be written" in training.stderr
+    assert "No space left" in training.stderr and "Traceback" not in training.stderr

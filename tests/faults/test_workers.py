@@ -96,7 +96,7 @@ def test_a_run_whose_worker_hangs_or_is_killed_ends_like_an_uninterrupted_one(tm
     for step, number in ((2, signal.SIGSTOP), (16, signal.SIGKILL)):  # one loss in each of two epochs is allowed
         training.wait_for_step(step)
         os.kill(training.workers()[0], number)
-    assert training.wait() == 0, training.said
-    assert "worker hung (no batch for 2 s)" in training.said and "worker died" in training.said
+    assert training.wait() == 0, training.stderr
+    assert "worker hung (no batch for 2 s)" in training.stderr and "worker died" in training.stderr
     assert_same_end(tmp_path / "whole", tmp_path / "run")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
