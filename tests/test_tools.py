@@ -9,7 +9,7 @@ from PIL import Image
 
 import main_pretrain
 from programs import pretrain
-from tools import given, knn
+from tools import given, knn, neighbor_statistics
 
 MODEL = (
     "--model mae_vit_tiny_patch2 --embed_dim 24 --depth 1 --num_heads 2 --decoder_embed_dim 16 --decoder_depth 1 "
@@ -75,3 +75,16 @@ def test_knn_refuses_data_without_labels(run, tmp_path, capsys):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
     assert knn.main([str(run), "--data_path", str(tmp_path), "--device", "cpu"]) == 2
     assert "need labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"),
+    [
+        (knn, ["--batch_size", "0"]),
+        (knn, ["--num_workers", "-1"]),
+        (neighbor_statistics, ["--images", "0", "--output_dir", "unused"]),
+    ],
+)
+def test_numbers_that_are_too_small_are_refused(capsys, tool, words):
+    assert tool.main(["no-such-run", *words]) == 2
+    assert f"{words[0]}: must be at least {int(words[1] == '0')}, found {words[1]}" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -23,3 +24,10 @@ def reports_errors(main: Main) -> Callable[..., int]:
             return EXIT_BAD_INPUT
 
     return reporting
+
+
+def require_at_least(given: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError if one of the given numbers is smaller than its minimum, such as `batch_size=1`."""
+    for name, minimum in least.items():
+        if getattr(given, name) < minimum:
+            raise ValueError(f"--{name}: must be at least {minimum}, found {getattr(given, name)}")

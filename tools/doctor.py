@@ -37,7 +37,7 @@ from engine_pretrain import train_one_epoch
 from options import RunOptions, resolve_batch
 from programs import parse_options
 from programs.plan import Plan
-from tools.command import reports_errors
+from tools.command import reports_errors, require_at_least
 from util import optim, precision
 from util.compiler import compiles
 from util.distributed import Processes, pick_device
@@ -310,8 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, words = parser.parse_known_args(argv)
     talk(main=True)
     wrong = False
-    if given.processes < 1 or given.batches < 1:
-        raise ValueError("--processes and --batches must be at least 1")
+    require_at_least(given, processes=1, batches=1)
     try:
         options = parse_options(COMMANDS[given.program], words)
     except ValueError as error:

@@ -32,7 +32,7 @@ from data.loader import EvalSamples, eval_batches, eval_transform
 from data.sources import Source, open_source
 from options.schema import read
 from tools import encoder as encoders
-from tools.command import reports_errors
+from tools.command import reports_errors, require_at_least
 from tools.encoder import Encoder
 from util.distributed import pick_device
 from util.logging import talk
@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0)
     words = parser.parse_args(argv)
-    if words.batch_size < 1 or words.num_workers < 0:
-        raise ValueError("batch_size: must be at least 1, and num_workers at least 0")
+    require_at_least(words, batch_size=1, num_workers=0)
     size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
     device = pick_device(words.device)
     encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)

@@ -27,7 +27,7 @@ from data.images import CROP_SHARE, EVAL_CROPS, describe_eval_crop
 from data.sources import Source
 from data.splits import divide, like
 from tools import classifiers, given
-from tools.command import reports_errors
+from tools.command import reports_errors, require_at_least
 from tools.given import Trained
 from util.features import encode_source, load_pixels
 from util.knn import knn_accuracy
@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--group_by", default="", help="without val: keep groups of images together, `folder` or a regular expression"
     )
     words = parser.parse_args(argv)
+    require_at_least(words, batch_size=1, num_workers=0)
     talk(main=True)
     trained = given.load(words.model, words.device)
     found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop, words.group_by)

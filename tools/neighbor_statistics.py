@@ -30,7 +30,7 @@ from torch import nn
 import methods
 from data.files import write_json
 from tools import given
-from tools.command import reports_errors
+from tools.command import reports_errors, require_at_least
 from tools.figures import models, separation
 from tools.figures.collapse import token_similarity
 from tools.figures.subject import Subject, chosen, read_images
@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the images and the masks (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
+    require_at_least(args, images=1)
     talk(True)
     trained = given.load(args.run, args.device)
     source = given.source(trained, "val", args.data_path)
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measure(trained, Subject([shown], pixels, names, seed=args.seed))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "result.json", {"images": len(numbers), "updates": trained.updates, **found})
-    log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    log.info("%d images: %s", len(numbers), ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
     return 0
 
 

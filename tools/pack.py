@@ -44,6 +44,7 @@ from data.packs import (
     read_manifest,
 )
 from data.sources import Source, open_source
+from tools.command import require_at_least
 from util.logging import talk
 
 log = logging.getLogger("pack")
@@ -108,8 +109,7 @@ def pack(given: argparse.Namespace) -> None:
         raise ValueError("--output FOLDER is missing")
     if given.output.is_file():
         raise ValueError(f"--output {given.output} is a file; name a folder")
-    if given.num_workers < 1:
-        raise ValueError(f"--num_workers is {given.num_workers}; it must be at least 1")
+    require_at_least(given, num_workers=1)
     recipe = Recipe(given.size, given.quality, given.raw, given.in_chans)
     classes: list[str] | None = None
     value_range = list(given.value_range or ())

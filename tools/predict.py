@@ -37,7 +37,7 @@ from data.loader import EvalSamples, eval_batches, eval_transform
 from data.sources import Names, Source
 from tools import encoder as encoders
 from tools import segmenter as segmenters
-from tools.command import reports_errors
+from tools.command import reports_errors, require_at_least
 from tools.encoder import Encoder
 from util import checkpoint
 from util.distributed import pick_device
@@ -244,8 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time, of a classifier")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images, of a classifier")
     words = parser.parse_args(argv)
-    if words.batch_size < 1 or words.num_workers < 0:
-        raise ValueError("batch_size: must be at least 1, and num_workers at least 0")
+    require_at_least(words, batch_size=1, num_workers=0)
     device = pick_device(words.device)
     summary = predict(words.model, words.images, words.output, device, words.batch_size, words.num_workers)
     sys.stdout.write(summary)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import functools
+import math
 import os
 import shlex
 import sys
@@ -100,10 +101,14 @@ def read_setting(given: Mapping[str, str]) -> Setting:
         return int(text)
 
     def amount(name: str, default: float, what: str) -> float:
+        text = given.get(name) or str(default)
         try:
-            return float(given.get(name) or default)
-        except ValueError as error:
-            raise ValueError(f"{name} is {given[name]!r}; it is {what}, a number") from error
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {text!r}; it is {what}, a number of at least 0")
+        return value
 
     def path(name: str, default: str) -> str:
         return os.path.abspath(given[name]) if given.get(name) else default

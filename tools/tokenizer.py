@@ -33,7 +33,7 @@ from data.sources import Source, open_source
 from models_tokenizer import KMEANS, KMeansTokenizer, encoder_from, find_checkpoint
 from models_vit import patch_grid
 from options.schema import read
-from tools.command import reports_errors
+from tools.command import reports_errors, require_at_least
 from util import checkpoint
 from util.distributed import pick_device
 from util.logging import talk
@@ -220,9 +220,7 @@ class Fit:
 def fit_kmeans(words: argparse.Namespace) -> str:
     """Fit a tokenizer and write it; return a message for the user."""
     sizes = {name: read(getattr(words, name), tuple[int, int], name) for name in ("input_size",)}
-    for name, least in (("tokens", 2), ("epochs", 1), ("batch_size", 1), ("patch_size", 1), ("num_workers", 0)):
-        if getattr(words, name) < least:
-            raise ValueError(f"{name}: must be at least {least}, found {getattr(words, name)}")
+    require_at_least(words, tokens=2, epochs=1, batch_size=1, patch_size=1, num_workers=0)
     given = {name: read(getattr(words, name), tuple[float, ...], name) for name in ("mean", "std")}
     for name, values in given.items():
         if values and len(values) != words.in_chans:

@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     made = command("similarity", similarity.similarity)
     of_models(made, None)
     made.add_argument("--crop", choices=list(similarity.CROPS), default="centre", help="(default: centre)")
-    made.add_argument("--batch_size", type=int, default=32)
+    made.add_argument("--batch_size", type=positive, default=32)
     made.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
     made = command("relations", relations)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
