@@ -61,7 +61,7 @@ TESTS: dict[str, str] = {
     "models_vit": "test_models_vit test_models_mae test_models_nor_mae test_models_dino test_models_moco_v3 "
     "test_models_teacher test_patch_stem",
     "methods": "test_methods test_distillation",
-    "engine_pretrain": "test_stepper test_pretrain",
+    "engine_pretrain": "test_engine_pretrain",
     "engine_finetune": "test_finetune test_class_weights test_distillation_token",
     "engine_segment": "test_segment test_class_weights",
     "util/optim": "test_optim test_linprobe test_models_simmim",
