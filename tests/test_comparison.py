@@ -417,7 +417,7 @@ def test_agreement_is_the_mean_correlation_of_two_predictions():
     correlations = [np.corrcoef(first[n, patch], second[n, patch])[0, 1] for n in range(3) for patch in range(16)]
     assert found["agreement"] == pytest.approx(np.mean(correlations), abs=1e-4)
 
-    one = neighbor_statistics.of_encoder(Subject([shown], pixels[:1], ["a"]))
+    one = neighbor_statistics.measure_encoder(Subject([shown], pixels[:1], ["a"]))
     encoded = separation.encode(Subject([shown], pixels[:1], ["a"]), shown)[0]
     cosines = [float(a @ b) for a, b in zip(encoded.visible, encoded.companions, strict=True)]
     assert one["cosine_companion"] == pytest.approx(np.mean(cosines), abs=1e-6)

@@ -148,7 +148,7 @@ def list_measures(comparison: Comparison) -> dict[str, int]:
     return {name: 1 if each.percent else 3 for each in comparison.evaluations.values() for name in each.measures}
 
 
-def of_budget(comparison: Comparison, results: Sequence[Result], budget: str, reasons: Mapping[str, str]) -> str:
+def make_tables(comparison: Comparison, results: Sequence[Result], budget: str, reasons: Mapping[str, str]) -> str:
     """Return the two tables of a budget: accuracies, and differences from the reference.
 
     Args:
@@ -196,7 +196,7 @@ def markdown(
     )
     for budget in BUDGETS:
         if any(each.budget == budget for each in results):
-            text += f"\n{of_budget(comparison, results, budget, reasons if budget == 'compute' else {})}"
+            text += f"\n{make_tables(comparison, results, budget, reasons if budget == 'compute' else {})}"
     if any(sweeps.values()):
         rates = [
             [row, ", ".join(f"{rate:g}: {score:.1f}{' *' if score == max(scores.values()) else ''}"

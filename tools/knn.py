@@ -95,7 +95,7 @@ def measure(
         )
         return round(100 * share, 4)
 
-    def of_encoder(model: nn.Module) -> float:
+    def evaluate_encoder(model: nn.Module) -> float:
         model = model.to(trained.device)
         parts = [encode_source(model, split, device=trained.device, pool=pool, **reading) for split in (bank, queries)]
         return accuracy(*parts)
@@ -110,8 +110,8 @@ def measure(
     return {
         "accuracy": {
             "raw pixels": accuracy(load_pixels(bank, **reading), load_pixels(queries, **reading)),
-            "untrained encoder": of_encoder(untrained(trained.options)),
-            "pretrained encoder": of_encoder(trained.model),
+            "untrained encoder": evaluate_encoder(untrained(trained.options)),
+            "pretrained encoder": evaluate_encoder(trained.model),
         },
         "protocol": protocol,
     }

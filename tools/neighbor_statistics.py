@@ -40,7 +40,7 @@ from util.logging import talk
 log = logging.getLogger(__name__)
 
 
-def of_encoder(subject: Subject) -> dict[str, float]:
+def measure_encoder(subject: Subject) -> dict[str, float]:
     """Return the statistics of the encoded tokens."""
     encoded = separation.encode(subject, subject.only)
     found: dict[str, list[float]] = {"separation": [], "cosine_companion": [], "cosine_other": [], "cosine_visible": []}
@@ -81,7 +81,7 @@ def agreement(trained: Trained, subject: Subject) -> float:
 
 def measure(trained: Trained, subject: Subject) -> dict[str, float]:
     """Return all statistics."""
-    return of_encoder(subject) | {"agreement": agreement(trained, subject)}
+    return measure_encoder(subject) | {"agreement": agreement(trained, subject)}
 
 
 @reports_errors

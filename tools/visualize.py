@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--no_tensorboard", action="store_true", help="do not add the figure to TensorBoard")
         return made
 
-    def of_models(made: argparse.ArgumentParser, count: int | None) -> None:
+    def add_models(made: argparse.ArgumentParser, count: int | None) -> None:
         made.add_argument("models", nargs="*", default=[FRESH], metavar="MODEL", help=f"(default: a fresh {FRESH})")
         what = "image files; or a folder, a list, `digits`; or `photos`, two that come with scikit-learn"
         default = "(default: the run's held-out images; without a run, the photos)"
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
     for name, picture in PICTURES.items():
         made = command(name, picture.draw)
-        of_models(made, picture.count)
+        add_models(made, picture.count)
         if name in ("figure1", "neighbors", "separation", "reconstruction"):
             made.add_argument(
                 "--mask_ratio", type=float, help="share of masked patches (default: the first model's, or 0.75)"
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
             text = "models given as NAME=FILE were trained with normalised patches"
             made.add_argument("--norm_pix_loss", action="store_true", help=text)
     made = command("similarity", similarity.similarity)
-    of_models(made, None)
+    add_models(made, None)
     made.add_argument("--crop", choices=list(similarity.CROPS), default="centre", help="(default: centre)")
     made.add_argument("--batch_size", type=positive, default=32)
     made.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
@@ -148,7 +148,7 @@ def choose_mask_ratio(words: argparse.Namespace, found: Sequence[FigureModel]) -
     return getattr(found[0].model, "mask_ratio", 0.75) if given is None else given
 
 
-def of_subject(words: argparse.Namespace, found: Sequence[FigureModel]) -> Figure:
+def draw_subject(words: argparse.Namespace, found: Sequence[FigureModel]) -> Figure:
     """Draw a figure of models and images."""
     picture = PICTURES[words.picture]
     source, listed = open_images(words.images, found)
@@ -166,7 +166,7 @@ def of_subject(words: argparse.Namespace, found: Sequence[FigureModel]) -> Figur
     return picture.draw(subject)
 
 
-def of_stream(words: argparse.Namespace, found: Sequence[FigureModel]) -> Figure:
+def draw_stream(words: argparse.Namespace, found: Sequence[FigureModel]) -> Figure:
     """Draw the histogram of similarities, and print its statistics."""
     if len(found) > 1:
         raise ValueError("the histogram shows one model")
@@ -192,7 +192,7 @@ def draw(words: argparse.Namespace) -> list[Path]:
             figure = figure9(words.runs, **how)
         else:
             found = load_models(words)
-            figure = (of_stream if words.picture == "similarity" else of_subject)(words, found)
+            figure = (draw_stream if words.picture == "similarity" else draw_subject)(words, found)
             origin = found[0].origin
             if len(found) == 1 and origin is not None:
                 home, updates = origin.run / "figures", origin.updates
