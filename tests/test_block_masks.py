@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,21 @@ def test_a_first_block_is_a_rectangle_within_the_aspects():
             assert 0.2 < height / width < 5
 
 
+def test_blocks_are_between_three_tenths_and_ten_thirds_as_high_as_wide():
+    """Of 100 patches: sqrt(100 x 0.3) = 5.5 to sqrt(100 / 0.3) = 18.3 rows or columns."""
+    blocks, generator = BlockMask((40, 40), 400, 100), torch.Generator().manual_seed(0)
+    heights, widths = [], []
+    for _ in range(300):
+        mask = np.zeros((40, 40), dtype=np.float32)
+        area = blocks._add_block(mask, 100, generator)
+        sides = [int(mask.any(axis=1).sum()), int(mask.any(axis=0).sum())]
+        assert area == mask.sum() == sides[0] * sides[1]
+        heights.append(sides[0])
+        widths.append(sides[1])
+    for sides in (heights, widths):
+        assert min(sides) in (5, 6) and max(sides) in (17, 18) and 9 <= np.median(sides) <= 11
+
+
 def test_a_mask_depends_on_the_generator_alone_and_rows_of_terms_follow_it():
     mask = pickle.loads(pickle.dumps(BlockMask((6, 5), 12, 2, rows=3)))
     one, other = (mask(torch.Generator().manual_seed(7)) for _ in range(2))
@@ -82,6 +98,8 @@ def test_the_mask_is_what_was_drawn(method):
     images, noise = drawn_batch(model)
     _, mask = model.predict(images, noise=noise)
     assert torch.equal(mask, noise[:, 0])
+    with_another_row = torch.cat([noise, 1 - noise[:, :1]], dim=1)
+    assert torch.equal(model.predict(images, noise=with_another_row)[1], mask)
     counts = torch.cat([model.predict(images)[1].sum(dim=1) for _ in range(20)])  # drawn inside
     assert counts.min() >= 1 and counts.max() <= model.num_hidden
 

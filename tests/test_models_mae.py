@@ -19,6 +19,7 @@ from models_mae import (
 )
 from models_targets import patchify, standardize, unpatchify
 from models_vit import SIZES, VisionTransformer, position_table
+from options.crop import Crop
 from options.mae import MAEOptions
 from tests.published import assert_as_published, model_of, needs_vectors, read
 from tests.small import direct
@@ -555,3 +556,7 @@ def test_batch_norm_over_ranks_computes_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = BatchNormOverRanks(3, affine=False)(x)
     torch.testing.assert_close(found, F.batch_norm(x, None, None, training=True), rtol=1e-4, atol=1e-4)
+
+
+def test_one_crop_of_the_input_size_is_the_view():
+    assert small().views(0.2, 0.5) == (Crop((24, 32), (0.2, 1.0), hflip=0.5),)

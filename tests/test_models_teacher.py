@@ -3,13 +3,17 @@
 import argparse
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.layers import AttentionRope
+from torch import nn
 
 from methods import build, from_checkpoint, from_options
 from models_mae import block_number
-from models_teacher import TeacherTerm, encoder_weights, resolved
+from models_teacher import Teacher, TeacherTerm, encoder_weights, resolved
 from models_vit import compute_digest, take
 from options.teacher import TeacherOptions
 from tests.runs import Training, assert_same_end, finish
@@ -246,3 +250,18 @@ def test_masks_of_varying_size_make_a_mean_over_the_images_of_a_device():
     terms = small("proteus", terms={"teacher": {"checkpoint": teacher_checkpoint()}}).terms.values()
     assert [term.images_together for term in terms if term.options.masked_images < 1] == ["device"]
     assert {term.images_together for term in terms if term.options.masked_images == 1} == {""}
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_grouped_queries_share_keys_and_values(num_kv_heads):
+    """Queries, keys and values give timm's attention, also where several heads share keys and values."""
+    torch.manual_seed(0)
+    attention = AttentionRope(
+        24, num_heads=4, num_kv_heads=num_kv_heads, qkv_fused=False, qk_norm=True, norm_layer=nn.LayerNorm
+    )
+    block = SimpleNamespace(attn=attention.eval(), norm1=nn.LayerNorm(24))
+    x = torch.randn(2, 5, 24)
+    found = Teacher.queries_keys_values(SimpleNamespace(), block, x, None)
+    q, k, v = (part.unflatten(-1, (4, 6)).transpose(1, 2) for part in found.chunk(3, dim=-1))
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention.proj(attended), attention(block.norm1(x)))

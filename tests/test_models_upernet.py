@@ -90,7 +90,7 @@ def test_the_head_is_what_the_paper_draws():
     for name, buffer in head.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 1.5)
-    maps = [torch.randn(2, D, side, side) for side in (16, 8, 4, 2)]
+    maps = [torch.randn(2, D, side, side) for side in (32, 16, 8, 4)]
 
     def unit(block, x):
         conv, norm = block[-3], block[-2]
@@ -101,13 +101,13 @@ def test_the_head_is_what_the_paper_draws():
     def up(x, side):
         return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
-    pools = [up(unit(head.pools[i], F.adaptive_avg_pool2d(maps[3], side)), 2) for i, side in enumerate((1, 2, 3, 6))]
+    pools = [up(unit(head.pools[i], F.adaptive_avg_pool2d(maps[3], side)), 4) for i, side in enumerate((1, 2, 3, 6))]
     four = unit(head.pooled, torch.cat([maps[3], *pools], dim=1))
-    three = unit(head.lateral[2], maps[2]) + up(four, 4)
-    two = unit(head.lateral[1], maps[1]) + up(three, 8)
-    one = unit(head.lateral[0], maps[0]) + up(two, 16)
+    three = unit(head.lateral[2], maps[2]) + up(four, 8)
+    two = unit(head.lateral[1], maps[1]) + up(three, 16)
+    one = unit(head.lateral[0], maps[0]) + up(two, 32)
     levels = [unit(head.smooth[0], one), unit(head.smooth[1], two), unit(head.smooth[2], three), four]
-    fused = unit(head.fuse, torch.cat([up(level, 16) for level in levels], dim=1))
+    fused = unit(head.fuse, torch.cat([up(level, 32) for level in levels], dim=1))
     expected = F.conv2d(fused, head.classify.weight, head.classify.bias)
     torch.testing.assert_close(head(maps), expected, atol=1e-5, rtol=1e-5)
 
