@@ -364,12 +364,16 @@ def test_without_splits_a_seeded_share_is_the_test_set(tmp_path):
     assert [*masks.open_test(options(root, test_share=0.3), ALONE).names] == [*found.test.names]
 
 
-def test_groups_of_images_stay_together(tmp_path):
+def test_groups_of_images_stay_together(tmp_path, caplog):
     for number, name in enumerate("abcde"):
         paint(tmp_path, name, 4, start=10 * number)
+    opened(tmp_path, test_share=0.2)
+    assert "test_share: images of" in caplog.text and "folders are on both sides" in caplog.text
+    caplog.clear()
     found = opened(tmp_path, test_share=0.2, holdout=0.25, group_by="folder")
     folders = [{name.split("/")[1] for name in part.names} for part in (found.train, found.choice, found.test)]
     assert list(map(len, folders)) == [3, 1, 1] and len(set.union(*folders)) == 5
+    assert "on both sides" not in caplog.text
 
 
 def test_images_may_be_arrays(tmp_path):

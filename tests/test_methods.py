@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import methods
-from methods import METHODS, TERMS, build, preset
+from methods import METHODS, TERMS, build, own_options, preset
 from models_mae import MaskedAutoencoderViT, MaskedImageModel
 from tests.small import SMALL, batch, options_of, small
 
@@ -176,6 +176,19 @@ def test_the_menu():
     assert all(entry.note for entry in METHODS.values())
 
 
+def test_presets_have_the_papers_numbers():
+    assert preset("moco_v3") == {"terms": {}, "min_scale": 0.08, "weight_decay": 0.1}
+    dino = {"min_scale": 0.4, "weight_decay": 0.04, "blr": 5e-4, "min_lr": 1e-6, "warmup_epochs": 10}
+    assert preset("dino") == {"terms": {}, **dino}
+    weights = {
+        method: [term.get("weight", 1.0) for term in preset(method)["terms"].values()]
+        for method in ("dmae", "mae_lite_distill", "d2_mae", "tiny_mim", "g2sd", "amd", "proteus")
+    }
+    # AMD: one mean over the visible tokens of two blocks, and the generator's error
+    assert weights.pop("amd") == [0.5, 0.5, 1.0] and weights.pop("tiny_mim") == weights.pop("proteus")[:2] == [1.0, 1.0]
+    assert all(found == [1.0] for found in weights.values())
+
+
 def test_a_preset_is_a_copy():
     preset("noa_mae")["terms"]["neighbor"]["relation"] = "diagonal"
     assert preset("noa_mae")["terms"]["neighbor"]["relation"] == "alignment"
@@ -229,6 +242,7 @@ def test_terms_go_over_the_preset_option_by_option():
     [
         (lambda: build("nor_maee"), "did you mean 'nor_mae'"),
         (lambda: preset("ibot"), "mae, nor_mae"),
+        (lambda: own_options("ibot"), "mae, nor_mae"),
         (lambda: build("mae", "mae_vit_tny_patch16"), "tiny"),
         (lambda: build("mae", patchsize=3), "option 'patchsize'"),
         (lambda: build("mae", input_sise=3), "did you mean 'input_size'"),

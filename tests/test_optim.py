@@ -68,6 +68,16 @@ def test_vectors_and_biases_are_not_decayed_tokens_and_matrices_are():
     assert groups[0.0] == {id(model.norm.weight), id(model.norm.bias), id(model.linear.bias)}
 
 
+def test_every_step_of_the_polynomial_schedule():
+    """Linear warm-up from 0, then (1 - share of the other steps) ** power, down to the smallest rate."""
+    optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(2))], "lr_scale": 1.0}], lr=0.3)
+    schedule = optim.warmup_poly(optimizer, steps=20, warmup_steps=5, power=0.9, min_lr=0.01)
+    for step in range(20):
+        schedule.step_update(step)
+        expected = 0.3 * step / 5 if step < 5 else 0.01 + 0.29 * (1 - (step - 5) / 15) ** 0.9
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("make", ["cosine", "poly"])
 def test_a_decay_of_one_step_gives_no_warning(make, caplog):
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
