@@ -68,13 +68,16 @@ def test_vectors_and_biases_are_not_decayed_tokens_and_matrices_are():
     assert groups[0.0] == {id(model.norm.weight), id(model.norm.bias), id(model.linear.bias)}
 
 
-def test_every_step_of_the_polynomial_schedule():
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 5), (4, 2)])
+def test_every_step_of_the_polynomial_schedule(steps, warmup):
     """Linear warm-up from 0, then (1 - share of the other steps) ** power, down to the smallest rate."""
     optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(2))], "lr_scale": 1.0}], lr=0.3)
-    schedule = optim.warmup_poly(optimizer, steps=20, warmup_steps=5, power=0.9, min_lr=0.01)
-    for step in range(20):
+    schedule = optim.warmup_poly(optimizer, steps=steps, warmup_steps=warmup, power=0.9, min_lr=0.01)
+    for step in range(steps):
         schedule.step_update(step)
-        expected = 0.3 * step / 5 if step < 5 else 0.01 + 0.29 * (1 - (step - 5) / 15) ** 0.9
+        expected = (
+            0.3 * step / warmup if step < warmup else 0.01 + 0.29 * (1 - (step - warmup) / (steps - warmup)) ** 0.9
+        )
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
