@@ -21,6 +21,7 @@ from options.schema import (
     OptionError,
     changed,
     differences,
+    flatten,
     from_dict,
     machine,
     nearest,

@@ -124,14 +124,15 @@ class RunOptions(Options):
     (requirements/wandb.txt). Empty: none. WANDB_MODE=offline logs to the run folder."""
 
     data_path: str = machine("", section="Data")
-    """Folder of images (`train/CLASS/*`, `CLASS/*`, or flat or nested without labels), or `digits`."""
+    """Folder of images (`train/CLASS/*`, `CLASS/*`, or flat or nested without labels), a list (`.txt`), a `.tar`
+    archive, a pack, or the word `digits`."""
     dataset: str = result("auto")
     """How data_path is read: `folder`, `digits`, `LIST.txt`, `torch/NAME` (a set of torchvision's), `hfds/NAME`, `wds`;
     `auto` depends on data_path, which may also be the word `digits`."""
     class_list: str = result("")
     """Use only these classes: a file with one class folder per line, or `imagenet100`; empty uses all."""
     label_offset: int | None = result(None)
-    """Index of the first class in a list or in label files of an archive: 0 or 1. None: 0, and classifiers refuse
+    """Index of the first class in a list or in label files of an archive: 0 or 1; none: 0, and classifiers refuse
     labels that do not contain 0."""
     input_size: tuple[int, int] = shape((224, 224))
     """Pixels of the images given to the model: one number, or rows and columns as `160x96`."""
@@ -168,7 +169,7 @@ class RunOptions(Options):
     min_lr: float = result(0.0)
     """Learning rate at the end."""
     weight_decay: float = result(0.05)
-    """Weight decay; not applied to biases and norms."""
+    """Weight decay; not applied to biases and norms, except in `moco_v3`."""
     clip_grad: float = result(0.0)
     """Maximum norm of the gradient, to which larger ones are scaled down; 0: no limit."""
     skip_spikes: float = result(0.0)
@@ -333,7 +334,7 @@ class PretrainOptions(WholeImageOptions):
     """Keep all images decoded in device memory and crop there (small sets). Crops and masks are drawn differently."""
 
     export: tuple[EncoderFormat, ...] = machine((), section="Export")
-    """Formats of tools.export in which the encoder is written to `export/` when the run is finished."""
+    """Formats (`timm`, `hf`, `onnx`) in which the encoder is exported to `export/` when the run is finished."""
 
     knn_every: int = machine(0, section="Monitoring")
     """Epochs between kNN evaluations of the encoder, for data with labels; 0: never."""
@@ -362,17 +363,17 @@ class LabelledOptions(EncoderOptions):
     """Number of classes; 0: as many as the training data have."""
     class_weights: tuple[str, ...] = result(())
     """Weight of each class in the loss, `1 5`, in the order of the classes; `balanced`: N / (K x N_k) for class k, with
-    N the images (in segmentation pixels) of the training data, N_k those of the class, and K the number of classes;
+    N the images (in segmentation: pixels) of the training data, N_k those of the class, and K the number of classes;
     empty: all equal."""
 
     label_share: float = result(1.0, section="Labels")
     """Share of the training images to use, of each class at least one; usual low-label values are 0.01 and 0.1."""
     test_share: float = result(0.1)
-    """Share of the images that is held out for testing, where there is no split `val` or `test`; of classified images
-    at least 20, and two per class, if these are at most a quarter of each class."""
+    """Share of the images that is held out for testing, where there is no split `val` or `test`. For
+    classification at least 20 images and two per class, unless that is more than a quarter of a class."""
     holdout: float = result(0.02)
     """Share of the training images that is held out to select `best`, where there is no validation set beside the test
-    set; of classified images at least as many as for test_share. 0: `best` is selected on the test images, as by MAE's
+    set; for classification at least as many as for test_share. 0: `best` is selected on the test images, as by MAE's
     script and as is usual on ADE20K, which is optimistic."""
     subset_seed: int = result(0)
     """Seed of all random splits of the images (label_share, holdout, test_share), independent of `seed`."""
@@ -463,7 +464,7 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
     min_scale: float = result(0.08)
 
     optimizer: Literal["adamw", "sgd"] = shape("adamw", section="Fine-tuning")
-    """`adamw` with (0.9, 0.999), or `sgd` with momentum 0.9."""
+    """`adamw` with betas 0.9 and 0.999, or `sgd` with momentum 0.9."""
     ema: float = result(0.0)
     """Decay of an exponential moving average of the weights, which is then evaluated; 0: none."""
 
@@ -471,19 +472,19 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
     """Checkpoint of a trained classifier of the same classes, whose predictions are learned beside the labels: one of
     main_finetune.py, or a plain ViT's with a head (MAE, timm)."""
     distill_weight: float = result(0.5)
-    """Weight of its predictions in the loss; the labels have 1 minus that."""
+    """Weight of the teacher's predictions in the loss; the labels have 1 minus that."""
     distill_labels: Literal["soft", "hard"] = result("soft")
-    """`soft`: its probabilities; `hard`: the class that it predicts, as in DeiT."""
+    """`soft`: the teacher's probabilities; `hard`: the class that it predicts, as in DeiT."""
     distill_token: bool = shape(False)
-    """Learn its predictions with a token and a head of their own, as in DeiT; evaluation uses the mean of both heads.
-    Needs global_pool token."""
+    """Learn the teacher's predictions with a token and a head of their own, as in DeiT; evaluation uses the mean of
+    both heads. Needs global_pool token."""
     distill_temperature: float = result(1.0)
     """Temperature of both softmaxes, with soft labels."""
     distill_digest: str = result("")
-    """SHA-256 of its weights, recorded by a run so that it is not resumed with another one."""
+    """SHA-256 of the teacher's weights, recorded by a run so that it is not resumed with another teacher."""
 
     export: tuple[EncoderFormat, ...] = machine((), section="Export")
-    """Formats of tools.export in which the classifier of the last epoch is written to `export/` when the run is
+    """Formats (`timm`, `hf`, `onnx`) in which the classifier of the last epoch is exported to `export/` when the run is
     finished."""
 
     aa: str = result("rand-m9-mstd0.5-inc1", section="Augmentation")
@@ -585,6 +586,8 @@ class SegmentOptions(TransferOptions):
     """File with one class name per line, in the order of the indices in masks; empty: `classes.txt` in data_path."""
     input_size: tuple[int, int] = shape((512, 512))
     """Size of training crops and of evaluation windows in pixels: one number, or rows and columns as `160x96`."""
+    warmup_epochs: float = result(5.0)
+    """Epochs in which the learning rate rises linearly from 0; it then decays polynomially to min_lr (see power)."""
     blr: float = result(1.6e-3)
     eval_every: int = result(10)
 
@@ -627,7 +630,7 @@ class SegmentOptions(TransferOptions):
     """Epochs between pictures of predicted masks, in `samples/` and TensorBoard; 0: never."""
 
     export: tuple[Literal["onnx", "torch"], ...] = machine((), section="Export")
-    """Formats of tools.export in which the segmenter of the last epoch is written to `export/` when the run is
+    """Formats (`onnx`, `torch`) in which the segmenter of the last epoch is exported to `export/` when the run is
     finished."""
 
     def _check(self) -> None:

@@ -312,9 +312,9 @@ def parse(
     """
     term_options = (term_options or {}) if "terms" in field_types(schema) else {}
     if wanted := {word.replace("_", "-") for word in argv} & {"-h", "--help", HELP_ALL}:
-        sys.stdout.write(
-            _make_parser(schema, term_options, shown="all" if HELP_ALL in wanted else "common").format_help()
-        )
+        defaults = preset(chosen(schema, argv, "method")[0]) if preset else {}
+        shown: Literal["common", "all"] = "all" if HELP_ALL in wanted else "common"
+        sys.stdout.write(_make_parser(schema, term_options, shown, defaults).format_help())
         raise SystemExit(0)
     files, flags = _read_flags(schema, argv, term_options)
     layers = [*((file, _read_recipe(file)) for file in files), (COMMAND_LINE, flags)]
@@ -552,14 +552,19 @@ class _Parser(argparse.ArgumentParser):
         return [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
 
-def _make_parser(schema: Any, term_options: Mapping[str, type], shown: Literal["common", "all"] = "all") -> _Parser:
-    """Return a parser of all flags, or, to print the common ones, of these only."""
+def _make_parser(
+    schema: Any,
+    term_options: Mapping[str, type],
+    shown: Literal["common", "all"] = "all",
+    defaults: Mapping[str, Any] | None = None,
+) -> _Parser:
+    """Return a parser of all flags, or, to print the common ones, of these only, with the defaults of a method."""
     groups = _help_groups(schema, term_options)
     same, _ = _repeated(term_options)
     hidden = 0
     if shown == "common":
-        expert = [title for title in groups if title.startswith(_EXPERT)]
-        hidden = sum(len(groups.pop(title)) for title in expert if title.removeprefix(_TERM) not in same)
+        expert = {title: groups.pop(title) for title in list(groups) if title.startswith(_EXPERT)}
+        hidden = sum(len(flags) for title, flags in expert.items() if title.removeprefix(_TERM) not in same)
     more = f"{HELP_ALL} also lists the {hidden} expert options. " if hidden else ""
     kinds = "A run can be resumed with other options of kind machine, not of kinds result and shape."
     parser = _Parser(
@@ -581,11 +586,15 @@ def _make_parser(schema: Any, term_options: Mapping[str, type], shown: Literal["
         metavar="RECIPE.yaml",
         help="files of options; later ones override earlier ones",
     )
+    preset_defaults = flatten(defaults or {})
     for title, flags in groups.items():
         term = title.removeprefix(_TERM)
         group = parser.add_argument_group(title, f"The options of term {same[term]}." if term in same else None)
         for name, owner, field in flags:
-            _add_flag(group, owner, field, name, _aliases(schema), with_kind=not hidden, hidden=term in same)
+            default = _default_text(preset_defaults.get(name, get_default(field)))
+            kind = "" if hidden else f"; {_kind(field)}"
+            text = f"{documentation(owner)[field.name]} (default: {default}{kind})"
+            _add_flag(group, owner, field, name, _aliases(schema), argparse.SUPPRESS if term in same else text)
     return parser
 
 
@@ -629,16 +638,12 @@ def _add_flag(
     field: dataclasses.Field[Any],
     name: str,
     aliases: Mapping[str, str],
-    *,
-    with_kind: bool,
-    hidden: bool,
+    text: str,
 ) -> None:
     expected = field_types(schema)[field.name]
     others = [alias for alias, meant in aliases.items() if meant == name]
     flags = [f"-{alias}" for alias in others if len(alias) == 1]
     flags += [f"--{name}", *(f"--{alias}" for alias in others if len(alias) > 1)]
-    kind = f"; {_kind(field)}" if with_kind else ""
-    text = f"{documentation(schema)[field.name]} (default: {_default_text(field)}{kind})"
     base, inside = typing.get_origin(expected) or expected, typing.get_args(expected)
     words = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
     metavar = "|".join(map(str, inside)) if base is Literal else words.get(inside[0] if base is tuple else base, "YAML")
@@ -649,7 +654,7 @@ def _add_flag(
         nargs={bool: "?", tuple: "+"}.get(base),
         const="true",
         metavar=metavar,
-        help=argparse.SUPPRESS if hidden else text.replace("%", "%%").replace("`", "'").strip(),
+        help=text if text == argparse.SUPPRESS else text.replace("%", "%%").replace("`", "'").strip(),
     )
     if expected is bool:
         group.add_argument(f"--no_{name}", dest=name, action=_Collect, nargs=0, const="false", help=argparse.SUPPRESS)
@@ -659,28 +664,42 @@ def _kind(field: dataclasses.Field[Any]) -> str:
     return field.metadata.get("kind", "result")  # options of terms are plain fields, of kind result
 
 
-def _default_text(field: dataclasses.Field[Any]) -> str:
-    value = get_default(field)
+def _default_text(value: Any) -> str:
     if value is dataclasses.MISSING:
         return "required"
+    if value is None:
+        return "none"
     return "empty" if value in ("", (), {}) else show(value).strip("'")
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested options to dotted names: `{"terms": {"label": {"weight": 1}}}` to `{"terms.label.weight": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
 
 
 def option_table(schema: Any, term_options: Mapping[str, type] | None = None, beside: Any = None) -> str:
     """Return a Markdown table of options: name, default, kind, documentation.
 
-    Options that the schema `beside` has with the same default are left out.
+    Options that the schema `beside` has with the same default and documentation are left out.
     """
-    theirs = dataclasses.fields(beside) if beside else ()
-    known = [(field.name, get_default(field)) for field in theirs]
+
+    def describe(owner: Any, field: dataclasses.Field[Any]) -> tuple[str, str, str]:
+        return field.name, _default_text(get_default(field)), documentation(owner)[field.name]
+
+    known = [describe(beside, field) for field in dataclasses.fields(beside)] if beside else []
     own = [field for fields in _sections(schema).values() for field in fields]
-    listed = [("", schema, field) for field in own if (field.name, get_default(field)) not in known]
+    listed = [("", schema, field) for field in own if describe(schema, field) not in known]
     same, first = _repeated(term_options or {})
     for term, options in first.items():
         listed += [(f"terms.{term}.", options, field) for field in dataclasses.fields(options)]
     rows = ["| option | default | kind | meaning |", "|---|---|---|---|"]
     for prefix, owner, field in listed:
-        cells = [f"`{prefix}{field.name}`", _default_text(field), _kind(field), documentation(owner)[field.name]]
+        name, default, text = describe(owner, field)
+        cells = [f"`{prefix}{name}`", default, _kind(field), text]
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     rows += [f"| `terms.{term}.*` | | | The options of `terms.{other}`. |" for term, other in same.items()]
     return "\n".join(rows) + "\n"

@@ -50,11 +50,11 @@ class VQTokenizerOptions(TokenizerOptions):
     perceptual_encoder: str = result("")
     """The frozen encoder of these features: a checkpoint of MAE's, timm's or ours."""
     perceptual_heads: int = result(0)
-    """Its attention heads; 0: from its checkpoint, or the usual number for its channels."""
+    """Attention heads of the perceptual encoder; 0: from its checkpoint, or the usual number for its channels."""
     perceptual_blocks: tuple[int, ...] = result(())
     """Blocks, counted from 1, whose outputs are compared; empty: the end of each quarter (3, 6, 9 and 12 of 12)."""
     perceptual_digest: str = result("")
-    """SHA-256 of its weights, which a run stores, so that it does not resume with another encoder."""
+    """SHA-256 of the perceptual encoder's weights, which a run stores, so that it does not resume with another one."""
 
     def _check(self) -> None:
         super()._check()
@@ -70,11 +70,11 @@ class VQKDTokenizerOptions(TokenizerOptions):
     teacher: str = result("", section="Teacher")
     """The frozen encoder whose patch features are reconstructed: a checkpoint of MAE's, timm's or ours."""
     teacher_dim: int = shape(0)
-    """Its channels; 0: from its checkpoint."""
+    """Channels of the teacher; 0: from its checkpoint."""
     teacher_heads: int = result(0)
-    """Its attention heads; 0: from its checkpoint, or the usual number for its channels."""
+    """Attention heads of the teacher; 0: from its checkpoint, or the usual number for its channels."""
     teacher_digest: str = result("")
-    """SHA-256 of its weights, which a run stores, so that it does not resume with another teacher."""
+    """SHA-256 of the teacher's weights, which a run stores, so that it does not resume with another teacher."""
 
     def _check(self) -> None:
         super()._check()

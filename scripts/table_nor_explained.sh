@@ -7,7 +7,7 @@
 #   DATA=IMAGENET NPROC=8 SET=imagenet100 bash scripts/table_nor_explained.sh
 #   DATA=CIFAR10 SET=cpu JOBS=2 bash scripts/table_nor_explained.sh          hours of CPU cores
 #
-# In little time on a borrowed GPU: the four arms that matter most, first all with one seed, several runs on the card at
+# In little time on a GPU: the four arms that matter most, first all with one seed, several runs on the card at
 # once; after nine minutes they save and exit, and finished ones are collected. The same command resumes.
 #
 #   DATA=CIFAR10 ROWS="mae nor-closest nor-released nor-diagonal" SEEDS="0 1 2" EPOCHS=50 FINETUNE_EPOCHS=20 JOBS=4 \

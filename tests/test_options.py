@@ -434,6 +434,21 @@ def test_help_shows_the_common_options_and_counts_the_others(capsys, word):
         assert (f" --{name} " in text or f" --{name}, " in text) == (name in common), name
     hidden = sum(name not in common for name in names)
     assert f"--help-all also lists the {hidden} expert options" in text and "Expert" not in text
+    assert "Expert" not in shown_help(capsys, lambda *words: methods.parse_options(words), word)  # repeated terms
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "default"),
+    [
+        ("dino", "blr", "0.0005"),
+        ("mae", "blr", "0.00015"),
+        ("amd", "mask_ratio", "0.9"),
+        ("mae_lite_distill", "terms.teacher.distance", "l2"),
+    ],
+)
+def test_help_shows_the_defaults_of_the_method(capsys, method, name, default):
+    text = shown_help(capsys, lambda *words: methods.parse_options(words), "--method", method, "--help-all")
+    assert re.search(rf" --{name} .*?\(default: ([^;]*);", text)[1] == default
 
 
 def test_help_of_every_program_names_only_options_that_exist(capsys):
@@ -461,6 +476,12 @@ def test_every_field_is_documented_and_of_a_kind(schema):
     for field in fields(schema):
         assert field.metadata["kind"] in ("result", "shape", "machine")
         assert documentation(schema)[field.name].endswith((".", "?")), f"{field.name} has no documentation"
+
+
+def test_the_table_of_a_program_beside_another_has_what_differs_in_default_or_meaning():
+    table = option_table(SegmentOptions, beside=methods.PretrainOptions)
+    assert "decays polynomially" in table and "| `dataset` | auto | result | How data_path is read; `ade20k`" in table
+    assert "`weight_decay`" not in table
 
 
 def test_the_table_for_the_readme():

@@ -7,12 +7,13 @@ python -m tools.option_table --write    # write docs/options.md
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import methods
-from options import FinetuneOptions, PretrainOptions, ProbeOptions, SegmentOptions, option_table
+from options import FinetuneOptions, PretrainOptions, ProbeOptions, SegmentOptions, flatten, option_table, show
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 COMMAND = "python -m tools.option_table --write"
@@ -40,6 +41,8 @@ def page() -> str:
         "## Pretraining\n\nOptions of `main_pretrain.py`. Options of a term apply to runs that have the term.\n",
     ]
     parts.append(option_table(PretrainOptions, methods.term_options()))
+    parts.append("### Defaults of the methods\n\nMethods with other defaults than those above and below:\n")
+    parts.append(_method_defaults())
     for declared in dict.fromkeys(method.options for method in methods.METHODS.values()):
         names = [f"`{name}`" for name, method in methods.METHODS.items() if method.options is declared]
         parts.append(f"### Only of the methods {', '.join(names)}\n" if len(names) > 1 else f"### Only of {names[0]}\n")
@@ -50,11 +53,23 @@ def page() -> str:
         "Segmentation": ("main_segment.py", SegmentOptions),
     }
     for title, (program, schema) in others.items():
-        parts.append(
-            f"## {title}\n\nOptions of `{program}` that pretraining does not have or has with another default:\n"
-        )
+        differing = "that pretraining does not have, or has with another default or meaning"
+        parts.append(f"## {title}\n\nOptions of `{program}` {differing}:\n")
         parts.append(option_table(schema, beside=PretrainOptions))
+        has = {field.name for field in dataclasses.fields(schema)}
+        lacks = [f"`{field.name}`" for field in dataclasses.fields(PretrainOptions) if field.name not in has]
+        parts.append(f"Options of pretraining that it does not have: {', '.join(lacks)}.\n")
     return "\n".join(parts)
+
+
+def _method_defaults() -> str:
+    rows = ["| method | defaults |", "|---|---|"]
+    for name in methods.METHODS:
+        found = {option: value for option, value in flatten(methods.preset(name)).items() if value != {}}
+        if found:
+            cells = [f"`{option} {show(value)}`".replace("'", "") for option, value in found.items()]
+            rows.append(f"| `{name}` | {', '.join(cells)} |")
+    return "\n".join(rows) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,11 +13,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from options import describe_model
+from options import describe_model, flatten
 from tools import classifiers
 from tools.figures.style import COLORS
 from tools.records import RunRecords, is_number, machine_options, read_defaults
@@ -134,17 +133,6 @@ def embedded(data: bytes, kind: str, caption: str, name: str) -> str:
     """Return an image embedded in HTML."""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return f'<figure><img src="{source}" alt="{cell(name)}"><figcaption>{cell(caption)}</figcaption></figure>\n'
-
-
-def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested options to dotted names."""
-    result: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping) and value:
-            result |= flat(value, f"{prefix}{name}.")
-        else:
-            result[f"{prefix}{name}"] = value
-    return result
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------
@@ -413,8 +401,8 @@ def make_caption(path: Path) -> str:
 
 def options_section(runs: Sequence[RunRecords]) -> str:
     """Return the options: those that differ from the defaults or between the runs first, the others collapsed."""
-    each = [flat(run.options) for run in runs]
-    defaults = [flat(read_defaults(run.options)) for run in runs]
+    each = [flatten(run.options) for run in runs]
+    defaults = [flatten(read_defaults(run.options)) for run in runs]
     first: list[tuple[list[object], bool]] = []
     others: list[tuple[list[object], bool]] = []
     for name in dict.fromkeys(name for options in each for name in options):
@@ -435,7 +423,7 @@ def options_section(runs: Sequence[RunRecords]) -> str:
 
 def environment_section(run: RunRecords) -> str:
     """Return the environment of each start of the run."""
-    starts = [flat(start) for start in run.starts]
+    starts = [flatten(start) for start in run.starts]
     names = dict.fromkeys(name for start in starts for name in start)
     header = ["", *(f"start {number}" for number in range(1, len(starts) + 1))]
     return html_table(header, (([name, *(start.get(name, "") for start in starts)], False) for name in names))

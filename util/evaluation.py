@@ -88,5 +88,5 @@ class Evaluation(EpochTask):
                 confusion = {"confusion": {"classes": names, "matrix": matrix}}
             log.info("%s epoch, %d test images: %s", name, metrics["images"], self.describe(metrics))
         best = run.state.best["epoch"]
-        log.info("the best epoch, number %d, was chosen by %s on %s", best, self.metric, self.chosen_on)
+        log.info("the best epoch, epoch %d, was chosen by %s on %s", best + 1, self.metric, self.chosen_on)
         return {"accuracy": accuracy, "metric": self.metric, "best_chosen_on": self.chosen_on, **confusion}
