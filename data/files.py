@@ -77,6 +77,7 @@ def link(path: Path, other: Path, *, or_copy: bool) -> bool:
             return False
         shutil.copyfile(path, temporary)
     os.replace(temporary, other)
+    temporary.unlink(missing_ok=True)  # still there if `other` was already a link to `path`: then nothing is renamed
     return True
 
 

@@ -1,12 +1,15 @@
 """Checkpoints: written atomically, verified, and safe to load."""
 
 import argparse
+import contextlib
 import os
 import pickle
+import resource
 
 import pytest
 import torch
 
+from data.files import link
 from options import OptionError
 from util import checkpoint
 from util.checkpoint import CheckpointError
@@ -39,6 +42,44 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch
     monkeypatch.undo()
     assert checkpoint.load(path)["model"]["weight"][0] == 1.0
     assert os.listdir(tmp_path) == ["last.pth"]
+
+
+@contextlib.contextmanager
+def disk_full_after(size):
+    """Let every file end at `size` bytes: a write fails as on a full disk, after a part of it was written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [10, 5_000, 100_000, 500_001])
+def test_a_disk_that_becomes_full_inside_a_save_is_an_oserror(tmp_path, size):
+    """torch.save raises a RuntimeError, whose context is the error of the disk, for some of these sizes."""
+    large = {f"w{number}": torch.zeros(100, 1000) for number in range(2)}
+    with disk_full_after(size), pytest.raises(OSError, match="File too large"):
+        checkpoint.save(tmp_path / "last.pth", state() | {"model": large})
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_torch_itself_is_not_an_oserror(tmp_path, monkeypatch):
+    def broken(value, file):
+        raise RuntimeError("not the disk")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="not the disk"):
+        checkpoint.save(tmp_path / "last.pth", state())
+
+
+def test_a_link_that_exists_is_replaced_without_leftovers(tmp_path):
+    """After a restart `best.pth` may already be a link to `last.pth`."""
+    checkpoint.save(tmp_path / "last.pth", state())
+    for _ in range(2):
+        assert link(tmp_path / "last.pth", tmp_path / "best.pth", or_copy=True)
+    assert sorted(os.listdir(tmp_path)) == ["best.pth", "last.pth"]
+    assert os.path.samefile(tmp_path / "last.pth", tmp_path / "best.pth")
 
 
 def test_the_previous_file_stays_beside_the_last(tmp_path):

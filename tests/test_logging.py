@@ -6,6 +6,7 @@ import math
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.test_checkpoint import disk_full_after
 from util.logging import JsonLines, RunLog, log_file, talk
 
 
@@ -30,6 +31,23 @@ def test_a_log_that_cannot_be_written_warns_once_and_stops_nothing(tmp_path, cap
     for step in range(3):
         lines.write({"step": step})
     assert caplog.text.count("cannot write") == 1
+
+
+def test_a_disk_that_was_full_leaves_complete_lines(tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"step": 0})
+    with disk_full_after(16):
+        for step in (1, 2):
+            lines.write({"step": step})
+    lines.write({"step": 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 3}\n'
+
+
+def test_a_log_file_that_cannot_be_opened_warns_and_stops_nothing(tmp_path, caplog):
+    (tmp_path / "train.log").mkdir()
+    with log_file(tmp_path / "train.log"):
+        logging.getLogger("test").warning("trained")
+    assert "cannot write" in caplog.text and "training continues" in caplog.text and "trained" in caplog.text
 
 
 def test_curves_have_plain_names_and_the_values_given(tmp_path):

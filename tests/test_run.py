@@ -261,6 +261,19 @@ def test_overwrite_starts_from_scratch_and_leaves_other_files(completed, tmp_pat
     assert len(metrics(folder)) == LAST_STEP
 
 
+def test_overwrite_also_clears_folders_that_are_links(tmp_path):
+    (tmp_path / "scratch" / "wandb").mkdir(parents=True)
+    (tmp_path / "run" / "samples" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    (tmp_path / "run" / "samples" / "latest").symlink_to(tmp_path / "scratch")
+    (tmp_path / "run" / "notes.md").write_text("mine")
+    checkpoint.save(tmp_path / "run" / "checkpoints" / "last.pth", {"format": 1})
+    folder = util.folder.RunFolder(SimpleNamespace(output_dir=tmp_path / "run"))
+    folder._clear()
+    assert checkpoint.candidates(folder.checkpoints) == [] and os.listdir(tmp_path / "scratch") == []
+    assert os.listdir(tmp_path / "run" / "samples") == [] and (tmp_path / "run" / "notes.md").exists()
+
+
 def test_a_launcher_that_starts_again_does_not_overwrite_again(completed, tmp_path):
     folder = tmp_path / "run"
     finish(folder, "--epochs", "1", "--seed", "7")

@@ -35,7 +35,12 @@ class CheckpointError(ValueError):
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically and flush it to disk. Raises OSError."""
     with atomic_write(path, sync=True) as file:
-        torch.save(dict(state), file)
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:  # torch raises it, about positions in the archive, after an OSError of `file`
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def keep_previous(folder: Path) -> None:

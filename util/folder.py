@@ -148,7 +148,9 @@ class RunFolder:
             for path in self.path.glob(pattern):
                 path.unlink()
         for name in FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            folder = self.path / name
+            for path in folder.iterdir() if folder.is_dir() else ():  # `folder` may be a link to another disk
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _choose(self) -> tuple[Path | None, dict[str, Any] | None]:
         """Return the checkpoint to resume from (--resume, or the latest valid one) and its content, or (None, None)."""

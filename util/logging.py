@@ -81,7 +81,12 @@ class _Careful(logging.FileHandler):
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[logging.Handler]:
     """Also write log lines, with their time, to `path`, starting with those kept by `talk`; return the handler."""
-    handler = _Careful(path, encoding="utf-8", errors="backslashreplace")  # file names may contain any bytes
+    handler: logging.Handler
+    try:
+        handler = _Careful(path, encoding="utf-8", errors="backslashreplace")  # file names may contain any bytes
+    except OSError as error:
+        log.warning("cannot write %s (%s); training continues", path, error)
+        handler = logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     for kept in [other for other in root.handlers if isinstance(other, _Kept)]:
@@ -111,6 +116,8 @@ class JsonLines:
     def write(self, values: Mapping[str, Any]) -> None:
         line = json.dumps({name: _plain(value) for name, value in values.items()}) + "\n"
         try:
+            if self._failed:
+                _drop_partial_line(self.path)
             with open(self.path, "a") as file:
                 file.write(line)
             self._failed = False
@@ -127,7 +134,7 @@ def _plain(value: Any) -> Any:
 
 
 def _drop_partial_line(path: Path) -> None:
-    """Remove the incomplete last line that a killed process may have left."""
+    """Remove the incomplete last line that a killed process or a full disk may have left."""
     with contextlib.suppress(OSError), open(path, "rb+") as file:
         content = file.read()
         if content and not content.endswith(b"\n"):
