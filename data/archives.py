@@ -18,7 +18,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,12 +78,13 @@ class Archive:
 
 @dataclass
 class _Index:
-    """The members of all shards that may be used."""
+    """The members of all shards that may be used, and messages about the shards."""
 
     images: list[Member] = field(default_factory=list)
     second_labels: list[tuple[Member, Member]] = field(default_factory=list)
     labels: dict[str, dict[str, Member]] = field(default_factory=lambda: {kind: {} for kind in LABEL_FILES})
     other: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_archive(
@@ -108,7 +109,7 @@ def read_archive(
     """
     index = _read_headers(shards)
     index.images = _select_split(_without_masks(index), split, named)
-    notes = []
+    notes = index.notes
     if index.other:
         kinds = some(counted(index.other), 8)
         notes.append(f"left out: {index.other.total()} members that are not images ({kinds})")
@@ -120,10 +121,9 @@ def read_archive(
         raise ValueError(f"{shards[first.shard]}: {first.name} and {second.name} label the same image: remove one")
     keys = {member.key for member in index.images}
     kind = next((kind for kind in LABEL_FILES if keys & index.labels[kind].keys()), "")
-    labels, unused = _labels(index, kind, shards, label_offset) if kind else (None, "")
-    if unused:
-        notes.append(unused)
+    labels, how = _labels(index, kind, shards, label_offset) if kind else (None, "")
     if labels is None:
+        notes += [how] if how else []
         numbers, classes, why = label_by_folder([member.name for member in index.images], known)
         why += f" of the archive; {kind} files hold no labels" if kind else ", no .cls, .json or .txt files"
         return Archive(index.images, numbers, classes, why, notes, "" if classes else why)
@@ -132,36 +132,64 @@ def read_archive(
         notes.append(f"{len(orphans)} .{kind} files without an image ({some(orphans)})")
     if repeated := sum(count > 1 for count in Counter(key.partition("/")[2] for key in keys).values()):
         notes.append(f"{repeated} keys are in more than one shard: each is an image of its own")
-    return Archive(index.images, labels.numbers, labels.classes, labels.why, notes + labels.notes, labels.problem)
+    return Archive(index.images, labels.numbers, labels.classes, how, notes + labels.notes, labels.problem)
 
 
 def _read_headers(shards: Sequence[str]) -> _Index:
     index = _Index()
     for number, shard in enumerate(shards):
         seen: dict[tuple[str, str], str] = {}
+        files: dict[str, tarfile.TarInfo] = {}
         try:
             with tarfile.open(shard, "r:") as archive:  # without compression, so that offsets are valid
                 for entry in archive:
+                    stored = files.get(entry.linkname) if entry.islnk() else entry if entry.isreg() else None
+                    if stored is not None:
+                        files[entry.name] = stored
                     name = entry.name.removeprefix("./")
-                    folders, base = name.split("/")[:-1], name.rpartition("/")[2]
-                    if not entry.isreg() or any(part.startswith(".") or part.lower() in NOT_DATA for part in folders):
+                    *folders, base = name.split("/")
+                    hidden = base.startswith(".") or any(part.startswith(".") for part in folders)
+                    if entry.isdir() or hidden or any(part.lower() in NOT_DATA for part in folders):
                         continue
-                    if base.startswith("."):
+                    if stored is None:
+                        index.other["links"] += 1
                         continue
                     stem, _, extension = base.partition(".")
                     key = f"{number}/{'/'.join([*folders, stem])}"
-                    member = Member(number, name, entry.offset_data, entry.size, key, extension.lower())
+                    member = Member(number, name, stored.offset_data, stored.size, key, extension.lower())
                     if (key, member.extension) in seen:
                         both = f"{seen[key, member.extension]} and {name}"
                         raise ValueError(f"{shard} holds {both}: which of them is meant? Remove or rename one")
                     seen[key, member.extension] = name
-                    _sort(index, member)
+                    _classify(index, member)
+                if not _has_end(archive):
+                    index.notes.append(
+                        f"{shard} has no end-of-archive mark: if it was cut off, images at its end are left out"
+                    )
         except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"{shard} is not a whole, uncompressed tar file: {error}") from error
+            raise ValueError(f"{shard} is not a complete, uncompressed tar file: {error}") from error
     return index
 
 
-def _sort(index: _Index, member: Member) -> None:
+def _has_end(archive: tarfile.TarFile) -> bool:
+    """Return whether zeros follow the last member that was read. Raises ReadError if anything else follows it.
+
+    `tarfile` ends without an error at a damaged header, and at the end of the first of several joined archives.
+    """
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    ended = False
+    while block := archive.fileobj.read(tarfile.RECORDSIZE):
+        if any(block):
+            raise tarfile.ReadError(
+                f"other bytes follow after {len(archive.getmembers())} members: it is damaged or cut off, or several "
+                "archives were joined"
+            )
+        ended = True
+    return ended
+
+
+def _classify(index: _Index, member: Member) -> None:
     """Add a member to the images or the label files, or count it as left out."""
     extension = member.extension
     *middle, last = extension.split(".")
@@ -248,7 +276,7 @@ def _require_one_image(images: Sequence[Member], shards: Sequence[str], labelled
 
 
 def _labels(index: _Index, kind: str, shards: Sequence[str], label_offset: int | None) -> tuple[Labels | None, str]:
-    """Return the images' labels, or None and the reason why there are none."""
+    """Return the images' labels and where they were found, or None and the reason why there are none."""
     files = index.labels[kind]
     texts = _read_texts({member.key: files[member.key] for member in index.images if member.key in files}, shards)
     where = f".{kind} files"
@@ -268,8 +296,7 @@ def _labels(index: _Index, kind: str, shards: Sequence[str], label_offset: int |
             f"{len(without)} of {len(index.images)} images in the shards have no .{kind} file: {some(without)}"
         )
     labels = read_labels([texts[member.key] for member in index.images], where, label_offset)
-    labels.why = f"labels from {where}"
-    return labels, ""
+    return labels, f"labels from {where}"
 
 
 def _read_texts(files: dict[str, Member], shards: Sequence[str]) -> dict[str, str]:
@@ -282,7 +309,7 @@ def _read_texts(files: dict[str, Member], shards: Sequence[str]) -> dict[str, st
         with open(shards[number], "rb") as shard:
             for member in members:
                 shard.seek(member.offset)
-                texts[member.key] = shard.read(member.size).decode(errors="replace").strip()
+                texts[member.key] = shard.read(member.size).decode("utf-8-sig", errors="replace").strip()
     return texts
 
 
@@ -328,31 +355,30 @@ def find_shards(pattern: str, data_path: str, split: str) -> tuple[list[str], bo
     """
     if not os.path.isdir(data_path):
         raise ValueError(f"wds needs --data_path: the folder of the tar shards, found {data_path!r}")
+    folder = glob.escape(data_path)
     if pattern:
-        found = [path for each in _braces(pattern) for path in glob.glob(os.path.join(data_path, each))]
+        found = [path for each in _braces(pattern) for path in glob.glob(os.path.join(folder, each))]
     else:
-        found = [*glob.glob(os.path.join(data_path, "*.tar")), *glob.glob(os.path.join(data_path, "*", "*.tar"))]
+        found = [*glob.glob(os.path.join(folder, "*.tar")), *glob.glob(os.path.join(folder, "*", "*.tar"))]
         found = [
             path for path in found if os.path.dirname(path) == data_path.rstrip("/") or _read_split(path, data_path)
         ]
+    if not found:
+        raise ValueError(f"no {pattern or '.tar'} files in {data_path}; --data_path must be the folder of the shards")
     ours = [path for path in found if _read_split(path, data_path) == split]
     named = bool(ours)
     if not ours:
         ours = [path for path in found if (pattern and split == "train") or not _read_split(path, data_path)]
     if not ours:
         among = f"among {len(found)} named {pattern or '*.tar'}: {some(found)}"
-        raise (NoSplit if found and split != "train" else ValueError)(f"no {split} shards in {data_path} {among}")
+        raise (NoSplit if split != "train" else ValueError)(f"no {split} shards in {data_path} {among}")
     return sorted(ours), named
 
 
 def _read_split(path: str, data_path: str) -> str:
     """Return the split that a shard or its folder is named after; "" where there is none."""
     words = re.split(r"[^a-z]+", os.path.relpath(path, data_path).lower())
-    return next((split for split, names in SPLIT_WORDS.items() if _contains_any(names, words)), "")
-
-
-def _contains_any(names: Iterable[str], words: Sequence[str]) -> bool:
-    return any(name in words for name in names)
+    return next((split for split, names in SPLIT_WORDS.items() if not set(names).isdisjoint(words)), "")
 
 
 def _braces(pattern: str) -> list[str]:

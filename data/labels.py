@@ -30,7 +30,6 @@ class Labels:
     classes: list[str] | None
     problem: str = ""
     notes: list[str] = field(default_factory=list)
-    why: str = ""
 
 
 def several(label: str) -> str:

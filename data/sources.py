@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import glob
 import hashlib
 import importlib
 import logging
@@ -286,7 +287,7 @@ def _guess(data_path: str) -> tuple[str, str]:
     if data_path.endswith(".txt"):
         return data_path, ""
     if data_path.endswith(".tar"):
-        return f"wds/{os.path.basename(data_path)}", os.path.dirname(data_path) or "."
+        return f"wds/{glob.escape(os.path.basename(data_path))}", os.path.dirname(data_path) or "."
     if any(is_pack(os.path.join(data_path, name)) for name in ("", "train", "val")):
         return "pack", data_path
     return "folder", data_path

@@ -397,6 +397,8 @@ def _(root, text):
     assert "labels from .cls files" in text()
     words = open_source("auto", archive(root, "0.jpg", "1.jpg", **{"0.cls": "dog", "1.cls": "cat"}))
     assert words.classes == ["cat", "dog"] and words.labels.tolist() == [1, 0]
+    marked = {"0.cls": "\ufeff1\r\n", "1.cls": "\ufeff0"}
+    assert open_source("auto", archive(root, "0.jpg", "1.jpg", **marked)).labels.tolist() == [1, 0]
     assert "labels are words, numbered in alphabetical order: cat, dog" in text()
 
 
@@ -405,6 +407,7 @@ def _(root, text):
     texts = {"0.json": '{"label": 1, "width": 4}', "1.json": '{"label": 0}'}
     assert open_source("auto", archive(root, "0.jpg", "1.jpg", **texts)).labels.tolist() == [1, 0]
     assert 'labels from "label" in .json files' in text()
+    assert open_source("auto", archive(root, "0.jpg", **{"0.json": '\ufeff{"label": 0}'})).labels.tolist() == [0]
     assert open_source("auto", archive(root, "0.jpg", **{"0.json": '{"width": 4}'})).labels is None
     assert "1 .json files without a label" in text()
     with pytest.raises(ValueError, match='0.json: "label" is a list, several labels of one image'):
@@ -514,6 +517,30 @@ def _(root, text):
 def _(root, text):
     path = archive(root, "d/a.jpg", "d/._a.jpg", "__MACOSX/d/a.jpg", "d/.cache/a.jpg", "./d/b.jpg")
     assert [*open_source("auto", path).names] == ["a.tar/d/a.jpg", "a.tar/d/b.jpg"]
+
+
+@row("hard links, as in a tar of a folder with links")
+def _(root, text):
+    put(root / "set", "cat/0.png", "cat/1.png", "dog/2.png")
+    for number in range(2):
+        (root / "set" / "dog" / f"{number}.png").hardlink_to(root / "set" / "cat" / f"{number}.png")
+    (root / "set" / "dog" / "3.png").symlink_to("2.png")
+    with tarfile.open(root / "a.tar", "w") as archived:
+        archived.add(root / "set", arcname=".")
+    from_folder, source = open_source("auto", str(root / "set")), open_source("auto", str(root / "a.tar"))
+    pixels = {name.removeprefix("a.tar/"): source.read(number) for number, name in enumerate(source.names)}
+    assert [*pixels] == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png", "dog/2.png"]
+    for number, name in enumerate(from_folder.names[:5]):
+        assert np.array_equal(pixels[name], from_folder.read(number)), name
+    assert "left out: 1 members that are not images (1 links)" in text()
+
+
+@row("a shard that is damaged, cut off or joined of several")
+def _(root, text):
+    one, other = (Path(archive(root, "a.jpg", "b.jpg", name=f"{name}.tar")) for name in "ab")
+    one.write_bytes(one.read_bytes() + other.read_bytes())
+    with pytest.raises(ValueError, match="is not a complete, uncompressed tar file: other bytes follow after 2 mem"):
+        open_source("auto", str(one))
 
 
 @row("`.tar.gz`, `.zip`")

@@ -522,6 +522,57 @@ def test_a_tar_of_class_folders(tmp_path):
     assert open_source("auto", str(tmp_path / "flat.tar")).labels is None
 
 
+def test_shards_in_folders_and_files_with_special_characters(tmp_path):
+    """Folders such as data[v2] are not patterns."""
+    for folder, name in (("data[v2]", "a.tar"), ("what?", "photos[1].tar")):
+        shard(tmp_path / folder / name, {"1.png": png(7)})
+        for opened in (
+            open_source("wds", str(tmp_path / folder)),
+            open_source("auto", str(tmp_path / folder / name)),
+            open_source("wds/*.tar", str(tmp_path / folder)),
+        ):
+            assert [*opened.names] == [f"{name}/1.png"] and opened.read(0)[0, 0, 0] == 7
+
+
+def tampered(shards, what):
+    """Return the bytes of a damaged shard; `shards` are complete, with 6 members each."""
+    first, second = shards
+    start = 1024 * 3  # of the fourth member: each has a header and one block
+    return {
+        "damaged header": first[: start + 10] + b"\xff" * 20 + first[start + 30 :],
+        "cut header": first[: start + 100],
+        "cut member": first[: start + 700],
+        "joined": first + second,
+        "joined after another end": first + bytes(50_000) + second,
+    }[what]
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("damaged header", "other bytes follow after 3 members: it is damaged or cut off, or several archives"),
+        ("cut header", "other bytes follow after 3 members"),
+        ("cut member", "unexpected end of data"),
+        ("joined", "other bytes follow after 6 members"),
+        ("joined after another end", "other bytes follow after 6 members"),
+    ],
+)
+def test_shards_that_are_damaged_are_not_read_in_part(tmp_path, what, words):
+    for number in range(2):
+        shard(tmp_path / f"{number}.tar", {f"{number}-{row}.png": png(row) for row in range(6)})
+    data = tampered([(tmp_path / f"{number}.tar").read_bytes() for number in range(2)], what)
+    (tmp_path / "0.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"0\.tar is not a complete, uncompressed tar file: {words}"):
+        open_source("wds", str(tmp_path))
+
+
+def test_a_shard_that_ends_after_a_member_is_reported(tmp_path, caplog):
+    shard(tmp_path / "a.tar", {f"{row}.png": png(row) for row in range(6)})
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: 3 * 1024])
+    assert len(open_source("wds", str(tmp_path))) == 3
+    assert "a.tar has no end-of-archive mark: if it was cut off, images at its end are left out" in caplog.text
+
+
 def test_a_bad_image_in_a_shard(tmp_path):
     shard(tmp_path / "images.tar", {"1.png": b"broken"})
     source = open_source("wds", str(tmp_path))
@@ -533,13 +584,15 @@ def test_a_bad_image_in_a_shard(tmp_path):
 
 
 def test_shards_that_cannot_be_used(tmp_path):
-    with pytest.raises(ValueError, match="no train shards in .* among 0 named"):
+    with pytest.raises(ValueError, match="no .tar files in .*; --data_path must be the folder of the shards"):
         open_source("wds", str(tmp_path))
+    with pytest.raises(ValueError, match="no a-.*.tar files in "):
+        open_source("wds/a-*.tar", str(tmp_path))
     with pytest.raises(ValueError, match="the folder of the tar shards"):
         open_source("wds", str(tmp_path / "nowhere"))
     with tarfile.open(tmp_path / "a.tar", "w:gz"):
         pass
-    with pytest.raises(ValueError, match="not a whole, uncompressed tar file"):
+    with pytest.raises(ValueError, match="not a complete, uncompressed tar file"):
         open_source("wds", str(tmp_path))
     shard(tmp_path / "a.tar", {"notes.json": b""})
     with pytest.raises(ValueError, match="no images in the 1 tar shards"):
@@ -554,5 +607,5 @@ def test_shards_that_cannot_be_used(tmp_path):
         open_source("wds", str(tmp_path), "val")
     shard(tmp_path / "a.tar", {"1.png": png(0), "2.png": png(0)})
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
-    with pytest.raises(ValueError, match="not a whole, uncompressed tar file: unexpected end of data"):
+    with pytest.raises(ValueError, match="not a complete, uncompressed tar file: unexpected end of data"):
         open_source("wds", str(tmp_path))
