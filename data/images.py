@@ -120,7 +120,16 @@ def decode(data: bytes, in_chans: int, name: str, *, lazy: bool = False) -> np.n
         if data[4:8] == b"ftyp":
             register_heif()
         with Image.open(io.BytesIO(data)) as picture:
+            refuse_misread_bmp(picture, data)
             return picture_pixels(picture, in_chans)
+
+
+def refuse_misread_bmp(picture: Image.Image, data: bytes) -> None:
+    """Raise ValueError for a BMP file of 8 bits with a palette of black and white: Pillow reads 1 bit per pixel."""
+    if picture.format == "BMP" and picture.mode == "1":
+        bits = data[24] if data[14] == 12 else data[28]  # a header of 12 bytes is that of OS/2
+        if bits != 1:
+            raise ValueError(f"a BMP file of {bits} bits and two colours, which Pillow reads wrongly: store it as PNG")
 
 
 def pillow_reads_tiff(data: bytes) -> bool:

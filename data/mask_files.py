@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from data.decode import upright
-from data.images import NUMPY, blamed_on, pillow_reads_tiff, read_orientation
-from data.tiff import is_tiff, tiff_values
+from data.images import NUMPY, blamed_on, pillow_reads_tiff, read_orientation, refuse_misread_bmp
+from data.tiff import BITS, is_tiff, tiff_values
 from options import SegmentOptions
 
 IGNORE = -1  # class of ignored pixels, in a mask that was read
 IGNORED = 255  # stored value of ignored pixels, unless ignore_label is set
-GREY_PNG = b"\x89PNG\r\n\x1a\n", 0  # the first bytes, and the colour type
+PHOTOMETRIC, ZERO_IS_BLACK = 262, 1  # the TIFF tag, and its value for grey files that Pillow does not invert
 NUMBER_MODES = {"1": "1 bit", "L": "grey", "P": "palette", "I;16": "16 bit", "I;16B": "16 bit", "I": "16 bit"}
 MOST_LISTED = 8  # values in a message
 
@@ -134,6 +135,7 @@ def read_mask(path: str, colours: bool = False) -> tuple[np.ndarray, str]:
                     "a JPEG file, which changes the numbers a little at every edge: store masks as PNG, from the "
                     "original and not from this file"
                 )
+            refuse_misread_bmp(picture, data)
             picture.load()
             numbers_HW, kind = _numbers(picture, data, colours)
             return upright(numbers_HW, read_orientation(picture)), kind
@@ -144,6 +146,8 @@ def _numbers(picture: Image.Image, data: bytes, colours: bool) -> tuple[np.ndarr
     if colours:
         red, green, blue = np.asarray(picture.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
         return (red << 16) + (green << 8) + blue, "colour"
+    if picture.format == "PNG" and data[24] == 16 and picture.mode in ("RGB", "RGBA", "LA"):
+        raise ValueError("a PNG file of 16 bits in colour or with transparency: store the class numbers as a grey PNG")
     if picture.mode in ("RGB", "RGBA", "LA"):
         return _convert_to_grey(np.asarray(picture), picture.mode), f"grey in {picture.mode}"
     if picture.mode == "F":
@@ -154,7 +158,7 @@ def _numbers(picture: Image.Image, data: bytes, colours: bool) -> tuple[np.ndarr
     numbers_HW = np.asarray(picture)
     if kind == "1 bit":
         numbers_HW = numbers_HW.astype(np.uint8)
-    elif kind == "grey" and (bits := _read_grey_png_bits(data)) < 8:
+    elif kind == "grey" and (bits := _read_grey_bits(picture, data)) < 8:
         numbers_HW = numbers_HW // (255 // (2**bits - 1))  # Pillow scales 2 and 4 bits to 0..255
     return numbers_HW, kind
 
@@ -210,7 +214,10 @@ def _whole_numbers(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int32)
 
 
-def _read_grey_png_bits(data: bytes) -> int:
-    """Return the bits per pixel of a grey PNG file from its header; 8 for any other file."""
-    start, colour_type = GREY_PNG
-    return data[24] if data.startswith(start) and data[25] == colour_type else 8
+def _read_grey_bits(picture: Image.Image, data: bytes) -> int:
+    """Return the bits per pixel of a grey PNG or TIFF file from its header; 8 for any other file."""
+    if picture.format == "PNG":
+        return data[24]
+    if isinstance(picture, TiffImageFile) and picture.tag_v2.get(PHOTOMETRIC) == ZERO_IS_BLACK:
+        return picture.tag_v2[BITS][0]
+    return 8

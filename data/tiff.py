@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.decode import ORIENTATION, upright
+
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 EXTRA = "pip install -r requirements/tiff.txt"
 BITS, SAMPLES, FORMAT = 258, 277, 339  # tags: bits per sample, samples per pixel, sample format
@@ -43,10 +45,10 @@ def _is_stack(picture: Any) -> bool:
 
 
 def tiff_values(data: bytes, channels: int) -> np.ndarray:
-    """Read the first image of a TIFF file as stored.
+    """Read the values of the first image of a TIFF file as stored.
 
     Returns:
-        `[H, W, bands]` with the file's dtype; the bands are those of the file, or its pages.
+        `[H, W, bands]`, upright, with the file's dtype; the bands are those of the file, or its pages.
 
     Raises:
         ValueError: If the packages are missing, or the file does not have `channels` bands (one band or RGB colours
@@ -59,7 +61,8 @@ def tiff_values(data: bytes, channels: int) -> np.ndarray:
             f"a TIFF file of many bands, floats or more than 8 bits, which needs the package tifffile: {EXTRA}"
         ) from error
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        series, first = file.series[0], file.pages[0]
+        series = file.series[0]
+        first: Any = file.pages[0]
         try:
             values = series.asarray()
         except (ValueError, ImportError) as error:
@@ -67,17 +70,18 @@ def tiff_values(data: bytes, channels: int) -> np.ndarray:
                 raise ValueError(f"a compressed TIFF file, which needs the package imagecodecs: {EXTRA}") from error
             raise
         axes = series.axes
-        colours = int(first.photometric) == 2  # RGB  # type: ignore[union-attr]
+        colours = int(first.photometric) == 2  # RGB
         alpha = any(int(kind) in (1, 2) for kind in getattr(first, "extrasamples", ()))
+        orientation = int(first.tags.valueof(ORIENTATION, 1))
     kept = [size != 1 or axis in SPATIAL for axis, size in zip(axes, values.shape, strict=True)]
     axes = "".join(axis for axis, keep in zip(axes, kept, strict=True) if keep)
     values = values.reshape([size for size, keep in zip(values.shape, kept, strict=True) if keep])
     if values.ndim == 2 and axes == SPATIAL:
-        return values[:, :, None]
+        return upright(values, orientation)[:, :, None]
     if values.ndim != 3 or not set(SPATIAL) <= set(axes):
         raise ValueError(f"a TIFF file of shape {list(values.shape)} ({axes}); an image has rows, columns and bands")
     (band_axis,) = (place for place, axis in enumerate(axes) if axis not in SPATIAL)
-    values = np.moveaxis(values, band_axis, -1)
+    values = upright(np.moveaxis(values, band_axis, -1), orientation)
     if colours and alpha and values.shape[-1] == 4 and channels in (1, 3):
         values = values[..., :3]  # transparency is dropped, as for other files
     return values

@@ -123,6 +123,22 @@ def _(path):
         assert read_image(str(path / "a.npy"), 1).shape == (4, 4, 1)
 
 
+@row("BMP of 8 bits with two colours")
+def _(path):
+    numbers = np.arange(64, dtype=np.uint8).reshape(8, 8) % 3 % 2
+    for name, palette in (("binary", [0, 0, 0, 255, 255, 255]), ("other", [255, 255, 255, 0, 0, 0])):
+        picture = Image.fromarray(numbers)
+        picture.putpalette(palette)
+        picture.save(path / f"{name}.bmp")
+    Image.fromarray(numbers > 0).save(path / "bit.bmp")
+    for read in (read_image, read_mask):
+        with pytest.raises(BadImage, match="a BMP file of 8 bits and two colours.*: store it as PNG"):
+            read(str(path / "binary.bmp"))
+    for name in ("other", "bit"):
+        assert np.array_equal(read_mask(str(path / f"{name}.bmp"))[0], numbers), name
+    assert np.array_equal(read_image(str(path / "bit.bmp"), 1)[..., 0], 255 * numbers)
+
+
 @row("EXIF orientation")
 def _(path):
     for suffix in ("jpg", "png", "webp"):

@@ -1,6 +1,8 @@
 """Images with masks: layouts, values in all kinds of files, splits, scenes; and errors before training."""
 
 import hashlib
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from data.images import BadImage
 from data.masks import IGNORE, Coding, read_mask
 from data.sources import open_source
 from options import SegmentOptions
+from tests.test_images import write_png16
 from util.distributed import Processes
 
 MASKS_OF_THREE_SCENES = "205122716c96f88b666a817ce3be3351933c69da08baa62077cf1184460bc780"
@@ -64,12 +67,10 @@ def test_numbers_are_read_from_files_of_every_kind(tmp_path):
     assert read_mask(str(tmp_path / "bit.png"))[0].tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_grey_png_of_few_bits_keeps_its_numbers(tmp_path, bits):
+def test_grey_files_of_few_bits_keep_their_numbers(tmp_path, bits, suffix):
     """Pillow scales them to 0..255 when it reads them, and cannot write such files, so the file is written by hand."""
-    import struct
-    import zlib
-
     per_byte = 8 // bits
     row = [0, 1, 2, 3]
     packed = bytearray()
@@ -82,10 +83,24 @@ def test_grey_png_of_few_bits_keeps_its_numbers(tmp_path, bits):
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + bytes(packed))) + chunk(b"IEND", b"")
-    (tmp_path / "m.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
-    assert read_mask(str(tmp_path / "m.png"))[0].tolist() == [row]
+    if suffix == "png":
+        header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+        parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + bytes(packed))) + chunk(b"IEND", b"")
+        (tmp_path / "m.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    else:  # columns, rows, bits, no compression, 0 is black, offset, samples, rows per strip, bytes
+        tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: 1, 273: 122, 277: 1, 278: 1, 279: len(packed)}
+        entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+        (tmp_path / "m.tif").write_bytes(struct.pack("<2sHIH", b"II", 42, 8, 9) + entries + bytes(4) + bytes(packed))
+    assert read_mask(str(tmp_path / f"m.{suffix}"))[0].tolist() == [row]
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_png_masks_of_sixteen_bits_in_colour_are_refused(tmp_path, colour_type, channels):
+    """Pillow drops the lower 8 bits, in which the class numbers are."""
+    values = np.full((2, 3, channels), 65535, np.uint16)
+    values[..., : channels - (channels != 3)] = 1
+    with pytest.raises(BadImage, match="a PNG file of 16 bits in colour or with transparency: store .* grey PNG"):
+        read_mask(write_png16(tmp_path / "m.png", values, colour_type))
 
 
 def test_colours_and_jpeg_are_no_masks(tmp_path):

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.decode import upright
 from data.images import BadImage, read_image, read_stored
+from data.mask_files import read_mask
+from data.masks import _size
 from data.sources import open_source
 
 tifffile = pytest.importorskip("tifffile")
@@ -59,6 +62,19 @@ def test_a_compressed_file_and_one_page_for_each_band(tmp_path):
     )
     tifffile.imwrite(tmp_path / "pages.tif", np.moveaxis(array, -1, 0), photometric="minisblack")
     np.testing.assert_array_equal(read_stored(str(tmp_path / "pages.tif"), 4), array)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("bands", "dtype"), [(3, np.uint16), (5, np.uint8), (1, np.uint32)])
+def test_the_orientation_of_the_file_is_applied(tmp_path, orientation, bands, dtype):
+    array = values(bands, dtype, 200)
+    path = write(tmp_path / "a.tif", array, extratags=[(274, "H", 1, orientation, True)])
+    found = read_stored(path, bands)
+    np.testing.assert_array_equal(found, upright(array, orientation))
+    if bands == 1:
+        np.testing.assert_array_equal(read_mask(path)[0], found[..., 0])
+    else:
+        assert (_size(path) or found.shape)[:2] == found.shape[:2]
 
 
 def test_colours_of_sixteen_bits_serve_for_other_channels(tmp_path):
