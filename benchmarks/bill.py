@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import progress, publish, quartiles, spread, table, where
-from benchmarks.step import Setting, measure, setting_from, setting_parser
+from benchmarks.measure import progress, publish, quartiles, spread, where
+from benchmarks.step import VARIANTS, Setting, measure, setting_from, setting_parser
+from tools.markdown import make_table
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -84,9 +85,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"# The bill for an epoch of {asked['images']:,} images: {setting.words}\n\n"
         f"{where(result['machine'])} {asked['devices']} device(s) at {asked['price']:g} an hour each, {setting.rounds} "
         f"rounds, {result['clock']}. Memory is what a step takes beyond weights and optimizer.\n\n"
-        + table(["ours", "images / s", "minutes", "price", "MB / image", f"time / {baseline}"], ours)
+        + make_table(["ours", "images / s", "minutes", "price", "MB / image", f"time / {baseline}"], ours)
         + "\nThe paper's, loader included; memory of 4096 images, in all:\n\n"
-        + table(["where", "images / s", "minutes", "price", "MB / image", "time / its MAE"], papers_rows())
+        + make_table(["where", "images / s", "minutes", "price", "MB / image", "time / its MAE"], papers_rows())
     )
 
 
@@ -99,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     setting = setting_from(given)
     asked = {name: getattr(given, name) for name in ("price", "devices", "images")}
-    found = measure(setting, [f"{name}+compile" if given.compile else name for name in given.variants], say=progress)
+    compiled = {name: f"{name}+compile" for name in given.variants if given.compile and f"{name}+compile" in VARIANTS}
+    found = measure(setting, [compiled.get(name, name) for name in given.variants], say=progress)
     found |= {"asked": asked, "bill": bill(setting, asked, found)}
     publish(f"bill_{setting.file}", found, markdown, setting=asdict(setting), output=given.output)
 

@@ -26,7 +26,8 @@ import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import methods
-from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
+from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, where
+from tools.markdown import make_table
 from util import optim
 
 
@@ -71,7 +72,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{where(result['machine'])} {setting['method']}, {setting['model']}, decoder depth "
         f"{setting['decoder_depth']}, batch {setting['batch_size']} each, {setting['rounds']} rounds; medians and "
         "quartiles, the share within a round.\n\n"
-        + table(
+        + make_table(
             ["gradients, MB", "s / step", "s / step without", "share lost"],
             [[f"{result['gradient_bytes'] / 1e6:.0f}", *row, spread(lost)]],
         )

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine, table
+from benchmarks.measure import machine
+from tools.markdown import make_table
 
 MEASURES = {"knn": "nearest neighbours", "linear": "linear layer", "finetuned": "fine-tuned"}
 
@@ -59,7 +60,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     rows += [
         [names[kind], *(summary(seeds, measure) for measure in MEASURES)] for kind, seeds in found["students"].items()
     ]
-    return table(["top-1 %", *MEASURES.values()], rows)
+    return make_table(["top-1 %", *MEASURES.values()], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

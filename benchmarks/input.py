@@ -33,12 +33,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
-from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
+from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, where
 from data import decode, loader
 from data.images import ASPECT_RATIOS
 from data.loader import Batches, TrainSamples, pretrain_transform
 from data.sources import Names, Source, open_source
 from tools import pack
+from tools.markdown import make_table
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 USUAL = ("torchvision", "pillow", "folder", "region", "pack384", "pack256", "raw256")
@@ -207,7 +208,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "quartiles and ratios within a round. Crops of equal boxes differ from Pillow's by "
         f"{pixels['mean']:.3f} of 255 on average (worst crop "
         f"{pixels['worst_crop_mean']:.3f}, worst pixel {pixels['worst_pixel']:.0f}).\n\n"
-        + table(["loader", "images / s", f"times {baseline}", "KB / image stored"], rows)
+        + make_table(["loader", "images / s", f"times {baseline}", "KB / image stored"], rows)
     )
 
 

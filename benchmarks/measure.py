@@ -13,15 +13,14 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from util.logging import DECODERS, installed, processor
+from util.logging import DECODERS, installed, processor, read_commit
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -70,12 +69,6 @@ def paired_ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str,
     }
 
 
-def read_commit(checkout: Path) -> str | None:
-    """Return the commit of a checkout, marked where files differ from it."""
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=checkout, capture_output=True, text=True)
-    return answer.stdout.strip() or None
-
-
 def machine(device: str) -> dict[str, Any]:
     """Describe the machine."""
     return {
@@ -84,7 +77,7 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": installed("torch", "torchvision", "timm", "numpy", *DECODERS),
-        "commit": read_commit(PROJECT),
+        "commit": read_commit(PROJECT, digits=10),
     }
 
 
@@ -95,18 +88,13 @@ def progress(text: str) -> None:
 def where(machine: Mapping[str, Any]) -> str:
     """Describe the machine in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['device']} ({machine['cores']} cores), {machine['date']}, {versions}, commit {machine['commit']}."
+    commit = machine["commit"] or "not known"
+    return f"{machine['device']} ({machine['cores']} cores), {machine['date']}, {versions}, commit {commit}."
 
 
 def spread(values: Mapping[str, float], digits: int = 3) -> str:
     """Format a median with its quartiles."""
     return f"{values['median']:.{digits}f} [{values['q1']:.{digits}f}, {values['q3']:.{digits}f}]"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
 
 
 def publish(

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import progress, publish, table, where
+from benchmarks.measure import progress, publish, where
 from benchmarks.step import Setting, peak_bytes, prepared, setting_from, setting_parser
+from tools.markdown import make_table
 
 USUAL = ("mae", "nor", "nor_r20", "restated_mae", "restated_nor")
 
@@ -30,7 +31,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return (
         f"# Peak memory of a step: {setting.words}\n\n"
         f"{where(result['machine'])} Beyond what is held between steps: weights, gradients and optimizer.\n\n"
-        + table(["variant", "MiB", "MB / image", f"times {first}"], rows)
+        + make_table(["variant", "MiB", "MB / image", f"times {first}"], rows)
     )
 
 

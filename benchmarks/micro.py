@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import in_turn, paired_ratios, progress, publish, quartiles, spread, table, where
+from benchmarks.measure import in_turn, paired_ratios, progress, publish, quartiles, spread, where
 from benchmarks.restated_nor_mae import RestatedNoRMAE
 from benchmarks.step import (
     AMP,
@@ -35,6 +35,7 @@ from benchmarks.step import (
 from models_mae import take
 from models_nor_mae import closest_neighbors, neighbor_relation
 from models_targets import HOG_CELL, hog
+from tools.markdown import make_table
 
 
 def works(setting: Setting) -> dict[str, dict[str, Callable[[], object]]]:
@@ -115,7 +116,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"# Parts of a step: {setting.words}\n\n"
         f"{where(result['machine'])} {setting.rounds} rounds of {setting.steps} run(s), {result['clock']}; medians and "
         "quartiles, ratios within a round.\n\n"
-        + table(["part", "form", "ms", "times faster", "peak MB", "of the first"], rows)
+        + make_table(["part", "form", "ms", "times faster", "peak MB", "of the first"], rows)
     )
 
 

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import progress, publish, quartiles, table, where
+from benchmarks.measure import progress, publish, quartiles, where
 from benchmarks.step import AMP, VARIANTS, Setting, choose_clock, measure, setting_from, setting_parser, wait
+from tools.markdown import make_table
 
 VIEWS = frozenset(
     "view as_strided expand transpose permute slice select detach alias unsqueeze squeeze split unbind unsafe_view t "
@@ -131,7 +132,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return (
         f"# Roofline: {setting.words}\n\n"
         f"{where(result['machine'])} Measured ceilings: {roof['flop_per_s'] / 1e12:.3g} TFLOP/s and "
-        f"{roof['bytes_per_s'] / 1e9:.4g} GB/s.\n\n" + table(columns, rows)
+        f"{roof['bytes_per_s'] / 1e9:.4g} GB/s.\n\n" + make_table(columns, rows)
     )
 
 

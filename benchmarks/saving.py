@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, table, where
+from benchmarks.measure import in_turn, parser, progress, publish, quartiles, spread, where
 from benchmarks.step import OurStep, Setting
 from options import PretrainOptions
+from tools.markdown import make_table
 from util import checkpoint
 
 IMAGENET_IMAGES = 1_281_167
@@ -99,7 +100,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return (
         f"# Saving: ViT-{result['setting']['size'].capitalize()}/16, {result['megabytes']:.1f} MB\n\n"
         f"{where(result['machine'])} {result['setting']['rounds']} rounds; medians and quartiles.\n\n"
-        + table(("what is written", "seconds", "ratio"), rows)
+        + make_table(("what is written", "seconds", "ratio"), rows)
         + f"\nA step of {result['setting']['batch_size']} images takes {spread(seconds['step'])} s here "
         f"({result['images_per_second']:.0f} images / s), so an epoch of ImageNet-1K "
         f"{result['seconds_of_an_epoch'] / 60:.0f} minutes. Saved every {result['seconds_between_saves'] / 60:.1f} "

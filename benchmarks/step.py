@@ -30,10 +30,12 @@ import torch
 from torch import Tensor
 
 import methods
-from benchmarks.measure import PROJECT, in_turn, parser, progress, publish, quartiles, read_commit, spread, table, where
+from benchmarks.measure import PROJECT, in_turn, parser, progress, publish, quartiles, spread, where
 from benchmarks.restated_mae import RestatedMAE, RestatedStep
 from benchmarks.restated_nor_mae import RestatedNoRMAE
+from tools.markdown import make_table
 from util.distributed import Processes
+from util.logging import read_commit
 from util.meters import Means
 from util.optim import adamw, pretrain_groups, warmup_cosine
 from util.stepper import Stepper
@@ -220,7 +222,8 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     gc.collect()  # what earlier work left behind is not to be freed within this step
     gc.disable()
     try:
-        for _ in range(2):  # freed memory counts only if it was seen to be taken: gradients are, the step before
+        # The profiler counts a free only if it saw the allocation; the second step frees gradients of the first.
+        for _ in range(2):
             with torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
             ) as profiler:
@@ -238,7 +241,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 def prepared(
     setting: Setting, names: Sequence[str], say: Callable[[str], None]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Return each variant by name as a warmed-up step on the same synthetic batch."""
+    """Yield each variant by name as a warmed-up step on the same synthetic batch."""
     torch.set_num_threads(setting.threads)
     device = torch.device(setting.device)
     generator = torch.Generator().manual_seed(setting.seed)
@@ -295,7 +298,7 @@ def measure(
         "clock": choose_clock(setting)[0],
         "seconds": in_turn(turns, setting.rounds, setting.seed, say),
         "peak_bytes": memory,
-        **({"before": read_commit(before)} if before else {}),
+        **({"before": read_commit(before, digits=10)} if before else {}),
     }
 
 
@@ -316,7 +319,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"# Step time: {setting.words}\n\n"
         f"{where(result['machine'])} {before}{setting.rounds} rounds of {setting.steps} step(s), {result['clock']}.\n"
         "Medians over rounds; ratios within a round, with their quartiles: a row's time / the column's time.\n\n"
-        + table(["variant", "s / step", "peak MiB over rest", *seconds], rows)
+        + make_table(["variant", "s / step", "peak MiB over rest", *seconds], rows)
     )
 
 

@@ -49,6 +49,20 @@ def test_the_bill_is_written_beside_the_papers_rows(tmp_path, capsys, monkeypatc
     assert "| Table 10, 4 x RTX 6000: ViT-Small, NoR-MAE | 454 | 47.0 | - | 37.1 | 1.044 |" in table
 
 
+def test_the_machine_is_described_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert measure.where(measure.machine("cpu")).endswith("commit not known.")
+
+
+def test_only_steps_of_ours_are_compiled(monkeypatch):
+    names = []
+    monkeypatch.setattr(bill, "measure", lambda setting, variants, say: names.extend(variants) or {})
+    monkeypatch.setattr(bill, "bill", lambda *_: {})
+    monkeypatch.setattr(bill, "publish", lambda *_, **__: None)
+    bill.main([*SMALL, "--price", "2", "--compile", "--variants", "restated_mae", "mae", "nor+compile"])
+    assert names == ["restated_mae", "mae+compile", "nor+compile"]
+
+
 def test_bytes_are_what_operations_read_and_write_and_views_move_nothing():
     x = torch.ones(10, 4)
     with roofline.BytesMoved() as count:

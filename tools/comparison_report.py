@@ -22,7 +22,8 @@ from scipy import stats
 
 from tools.comparison_file import Comparison
 from tools.figures.style import COLORS, MARKERS, grid_lines, house_style, save
-from tools.table_report import rows_to_text, short_commit
+from tools.markdown import make_table
+from tools.table_report import short_commit
 
 BUDGETS = {"images": "Equal images", "compute": "Equal compute"}
 LEVEL = 0.05
@@ -36,7 +37,7 @@ class Result:
     budget: str
     seed: int
     values: Mapping[str, float]
-    """Measures in percent."""
+    """Measures; in percent unless the evaluation has `percent: false`."""
     blr: float
     epochs: int
     images: int
@@ -175,10 +176,16 @@ def make_tables(comparison: Comparison, results: Sequence[Result], budget: str, 
                 [row.name, *(described(found[measure].get(row.name), measures[measure]) for measure in measures)]
             )
     text = f"## {BUDGETS[budget]}\n\n"
-    text += rows_to_text(["row", "seeds", "epochs", "images seen", f"{comparison.clock} s", *measures], accuracies)
+    text += make_table(["row", "seeds", "epochs", "images seen", f"{comparison.clock} s", *measures], accuracies)
     if compared:
-        text += f"\nDifference from `{comparison.reference}`:\n\n" + rows_to_text(["row", *measures], compared)
+        text += f"\nDifference from `{comparison.reference}`:\n\n" + make_table(["row", *measures], compared)
     return text
+
+
+def list_scores(scores: Mapping[float, float]) -> str:
+    """Return the scores of a sweep by learning rate, with a star at the first best, which is the one used."""
+    best = max(scores, key=scores.__getitem__)
+    return ", ".join(f"{rate:g}: {score:.1f}{' *' if rate == best else ''}" for rate, score in scores.items())
 
 
 def markdown(
@@ -198,14 +205,10 @@ def markdown(
         if any(each.budget == budget for each in results):
             text += f"\n{make_tables(comparison, results, budget, reasons if budget == 'compute' else {})}"
     if any(sweeps.values()):
-        rates = [
-            [row, ", ".join(f"{rate:g}: {score:.1f}{' *' if score == max(scores.values()) else ''}"
-                            for rate, score in scores.items())]
-            for row, scores in sweeps.items() if scores
-        ]  # fmt: skip
+        rates = [[row, list_scores(scores)] for row, scores in sweeps.items() if scores]
         text += (
             f"\n## Learning rates\n\n`blr` and {comparison.chosen_by} accuracy on held-out training images, seed 0; "
-            f"* marks the one used.\n\n{rows_to_text(['row', 'sweep'], rates)}"
+            f"* marks the one used.\n\n{make_table(['row', 'sweep'], rates)}"
         )
     commits, devices = (
         ", ".join(dict.fromkeys(getattr(each, name) for each in results)) for name in ("commit", "device")

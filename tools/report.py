@@ -21,6 +21,7 @@ from data.files import write_text
 from options import describe_model
 from tools import report_page
 from tools.command import reports_errors
+from tools.markdown import make_table
 from tools.records import RunRecords, is_number, read_run
 
 TITLES = {
@@ -108,11 +109,8 @@ def table(runs: Sequence[RunRecords]) -> str:
     rows = [row(run) for run in runs]
     columns = list(dict.fromkeys(name for cells in rows for name in cells))
     if len(runs) == 1:
-        lines = ["| | |", "|---|---|", *(f"| {name} | {rows[0][name]} |" for name in columns)]
-    else:
-        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        lines += ["| " + " | ".join(cells.get(name, "") for name in columns) + " |" for cells in rows]
-    return "\n".join(lines) + "\n"
+        return make_table(["", ""], [(name, rows[0][name]) for name in columns])
+    return make_table(columns, [[cells.get(name, "") for name in columns] for cells in rows])
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 import methods
 from tools.figures.style import BLUE, VERMILION, grid_lines, house_style, save
+from tools.markdown import make_table
 from util import checkpoint
 
 BATCH = 4096  # images per step for which the paper reports memory
@@ -200,24 +201,18 @@ def difference(line: Line) -> str:
     return "" if line.mean is None or line.paper is None else f"{line.mean - line.paper:+.2f}"
 
 
-def rows_to_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def markdown(title: str, columns: Sequence[str], lines: Sequence[Line], note: str, source: str) -> str:
     """Return the report: results, then details of the runs."""
     numbers = [[*line.labels, number(line.paper), ours(line), difference(line)] for line in lines]
     text = f"# {title}\n\n"
     if note:
         text += f"{note}\n\n"
-    text += rows_to_text([*columns, source, "ours", "difference"], numbers)
+    text += make_table([*columns, source, "ours", "difference"], numbers)
     text += "\n± is the standard deviation over seeds. Compare numbers only if updates and images seen are similar.\n"
     names = list(dict.fromkeys(name for line in lines for name in line.facts))
     if names:
         facts = [[*line.labels, *(line.facts.get(name, "") for name in names)] for line in lines if line.facts]
-        text += f"\n## Runs\n\n{rows_to_text([*columns, *names], facts)}"
+        text += f"\n## Runs\n\n{make_table([*columns, *names], facts)}"
     return text
 
 

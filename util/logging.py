@@ -251,18 +251,11 @@ def _short(name: str, value: float) -> str:
 def environment() -> dict[str, Any]:
     """Return the machine, versions and commit of this process."""
     import platform
-    import subprocess
 
     import numpy
     import timm
     import torchvision
 
-    root = Path(__file__).resolve().parent.parent
-    try:
-        git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -270,12 +263,22 @@ def environment() -> dict[str, Any]:
         "pid": os.getpid(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": read_commit(Path(__file__).resolve().parent.parent),
         "versions": versions(torch=torch, torchvision=torchvision, timm=timm, numpy=numpy) | installed(*DECODERS),
         "processor": processor(),
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def read_commit(checkout: Path, digits: int = 40) -> str:
+    """Return the commit of a checkout, marked if files differ from it; an empty string if git does not know it."""
+    import subprocess
+
+    git = ["git", "describe", "--always", "--dirty", f"--abbrev={digits}"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(git, cwd=checkout, capture_output=True, text=True, timeout=10).stdout.strip()
+    return ""
 
 
 def processor() -> str:
