@@ -10,8 +10,9 @@
 #
 # DATA is what torchvision unpacked (cifar-10-batches-py inside), or a folder train/CLASS/* and val/CLASS/*:
 #   python -c "import torchvision; torchvision.datasets.CIFAR10('CIFAR10', download=True)"
-# OUT, SEEDS, JOBS, MINUTES and MORE are explained in table.sh. The report is OUT/reports/leaderboard_SET.md. A second
-# command with the same variables resumes; --report reports what is finished; --collect FOLDER copies the report.
+# SEEDS, JOBS, MINUTES and MORE are explained in table.sh; OUT is output/comparisons by default. EPOCHS and FINETUNE_EPOCHS
+# do not apply: configs/comparisons.yaml has the epochs. The report is OUT/reports/leaderboard_SET.md. A second command
+# with the same variables resumes; --report reports what is finished; --collect FOLDER copies the report.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -21,6 +21,7 @@ from scipy import stats
 import methods
 import programs
 from options import to_dict
+from tests.small import options_of, small
 from tools import comparison, comparison_records, comparison_report, given, neighbor_statistics, table_jobs
 from tools.comparison import Plan, chosen
 from tools.comparison_file import Comparison, Evaluation, Row, Training, read_comparisons
@@ -267,12 +268,13 @@ def test_a_sweep_ends_two_rates_beyond_those_of_the_comparison(tiny, monkeypatch
     assert list(tiny.sweep_trials(tiny.comparison.rows[0])) == [2e-3, 4e-3, 8e-3]  # the third is not finished
 
 
-def test_a_rate_that_diverges_is_the_worst_and_is_not_tried_again(tiny):
+def test_a_rate_that_diverges_is_the_worst_and_is_not_tried_again(tiny, monkeypatch):
     mae = tiny.comparison.rows[0]
     (lower, higher) = tiny.sweep_trials(mae).values()
     debug = tiny.pretraining(higher, 0) / "debug"
     debug.mkdir(parents=True)
     (debug / "bad-step-00000007.json").touch()
+    (debug.parent / "environment.json").write_text('[{"cpu_seconds": 0.1}]')
     assert tiny.sweep_score(higher) == 0 and tiny.sweep_score(lower) is None
     assert [job.done.parent for job in tiny.sweep(mae)] == [
         tiny.pretraining(lower, 0),
@@ -280,6 +282,10 @@ def test_a_rate_that_diverges_is_the_worst_and_is_not_tried_again(tiny):
     ]
     assert comparison.run(tiny, [mae]) == 0
     assert tiny.sweep_scores(mae) == {1e-3: 50, 2e-3: 55, 4e-3: 0}
+    (tiny.pretraining(tiny.sweep_trials(mae)[1e-3], 0) / "environment.json").unlink()
+    assert tiny.equal_compute(mae).options["epochs"] == 20  # 60 s at 3 s an epoch: the time of 2e-3 alone
+    monkeypatch.setattr(tiny, "diverged", lambda training: True)
+    assert tiny.equal_compute(mae) == "every rate of its sweep diverged"
 
 
 def test_a_row_without_time_for_an_epoch_is_not_run_at_equal_compute(tiny, tmp_path, capsys):
@@ -335,6 +341,38 @@ def test_the_images_are_the_first_of_each_class(tiny):
     }
     val = {f"data/val/{name}/{n}.png" for name in ("cat", "dog") for n in (0, 1)}
     assert found == both | val | {f"choice/val/{name}/2.png" for name in ("cat", "dog")}
+
+
+def test_a_pretraining_that_was_deleted_is_not_reported(tiny):
+    mae = tiny.comparison.rows[0]
+    comparison.run(tiny, [mae])
+    complete = comparison.measured(tiny, [mae])
+    shutil.rmtree(tiny.pretraining(tiny.budgets(mae)["images"], 1))
+    assert comparison.measured(tiny, [mae]) == [each for each in complete if (each.budget, each.seed) != ("images", 1)]
+
+
+def test_images_of_other_data_are_refused(tiny, tmp_path, monkeypatch):
+    comparison.prepare_data(tiny)
+    monkeypatch.chdir(tmp_path)
+    comparison.prepare_data(Plan(tiny.comparison, dataclasses.replace(tiny.setting, data="given")))
+    other = Plan(tiny.comparison, dataclasses.replace(tiny.setting, data=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"has the images of .*given, DATA is .*: give another OUT, or delete"):
+        comparison.prepare_data(other)
+    (tiny.data().parent / "origin.txt").unlink()
+    comparison.prepare_data(other)
+
+
+@pytest.mark.parametrize("name", ["EPOCHS", "FINETUNE_EPOCHS"])
+def test_variables_of_tables_are_refused(name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "3")
+    assert comparison.main(["leaderboard_cpu", "--dry-run"]) == 2
+    assert "do not apply to a comparison" in capsys.readouterr().err
+
+
+def test_one_star_marks_the_rate_of_a_tie_that_is_used():
+    assert (
+        comparison_report.list_scores({1e-3: 40.0, 2e-3: 50.0, 4e-3: 50.0}) == "0.001: 40.0, 0.002: 50.0 *, 0.004: 50.0"
+    )
 
 
 def test_wrong_data_are_refused_before_work(tiny, tmp_path):
@@ -426,6 +464,18 @@ def test_agreement_is_the_mean_correlation_of_two_predictions():
     assert one["cosine_other"] == pytest.approx(np.mean(other), abs=1e-6)
     visible = [float(encoded.visible[i] @ encoded.visible[j]) for i, j in pairs if i != j]
     assert one["cosine_visible"] == pytest.approx(np.mean(visible), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["sup_mae", "simmim", "cross_mae"])
+def test_agreement_is_for_methods_with_the_decoder_of_mae(method):
+    model = small(method)
+    trained = given.Trained(model, options_of(method, model), 0, Path("last.pth"), torch.device("cpu"))
+    if method == "sup_mae":
+        weights = neighbor_statistics.with_diagonal(trained).state_dict()
+        assert torch.equal(weights["decoder_pred.weight"], model.decoder_pred.weight)
+    else:
+        with pytest.raises(ValueError, match=f"method {method} has another decoder than MAE"):
+            neighbor_statistics.with_diagonal(trained)
 
 
 @pytest.mark.slow

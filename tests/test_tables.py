@@ -591,6 +591,12 @@ def test_a_report_of_costs(tmp_path):
     assert "| MAE | GB | 102.00 | not run |  |" in text
 
 
+@pytest.mark.parametrize("change", [{"bill": "--device cpu"}, {"price": 2.5}, {"nproc": 8}])
+def test_costs_are_measured_again_for_other_settings(change):
+    row = row_of("11", "mae")
+    assert Plan(dataclasses.replace(Setting(), **change)).bill(row) != Plan(Setting()).bill(row)
+
+
 def test_a_picture_has_a_panel_for_each_unit():
     costs = [table_report.Bill(Path("bill.json"), "mae", measure) for measure in ("GB", "minutes")]
     lines = [

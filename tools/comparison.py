@@ -36,6 +36,7 @@ from tools.table_report import named
 from tools.tables import SMOKE_DECODER, SMOKE_MODEL, SMOKE_RUN, SMOKE_VIEWS, UNPACKED, Setting, flags
 
 TORCHVISION = {"torch/cifar10": datasets.CIFAR10, "torch/cifar100": datasets.CIFAR100}
+ORIGIN = "origin.txt"
 FURTHER = 2  # rates that a sweep tries beyond those of the comparison while the best is at its end
 SMOKE_EVALUATION = {"total_batch_size": 8, "epochs": 1, "warmup_epochs": 0, "eval_every": 1, "device": "cpu"}
 
@@ -66,14 +67,20 @@ def prepare_data(plan: Plan) -> None:
     """Write the folders `data` and `choice`, with `train` and `val` in each, of the first images of each class.
 
     Both have the same training images. `data/val` has all validation images, `choice/val` further training images.
+    The path of the data is stored beside them, in `origin.txt`.
 
     Raises:
-        ValueError: A class has too few images, or the data have no validation images.
+        ValueError: A class has too few images, the data have no validation images, or the folders are of other data.
     """
-    root = plan.data().parent
+    root, comparison, data = plan.data().parent, plan.comparison, Path(plan.setting.data)
     if root.is_dir():
+        origin = root / ORIGIN
+        if origin.exists() and (known := origin.read_text(encoding="utf-8")) != str(data.resolve()):
+            raise ValueError(
+                f"{root} has the images of {known}, DATA is {data}: give another OUT, or delete {origin} if the same "
+                "images were moved"
+            )
         return
-    comparison, data = plan.comparison, Path(plan.setting.data)
     unpacked = data / UNPACKED[comparison.dataset]
     if not unpacked.is_dir() and not all((data / split).is_dir() for split in ("train", "val")):
         raise ValueError(
@@ -91,6 +98,7 @@ def prepare_data(plan: Plan) -> None:
     for name, images in first_images(data, comparison.dataset, "val"):
         write_images(images, part / "data" / "val" / name)
     shutil.copytree(part / "data" / "train", part / "choice" / "train", copy_function=os.link)
+    (part / ORIGIN).write_text(str(data.resolve()), encoding="utf-8")
     part.rename(root)
 
 
@@ -157,7 +165,7 @@ class Plan:
                 options |= {"num_workers": 0, "device": "cpu", "output": path} | (
                     {"epochs": 1} if self.setting.smoke else {}
                 )
-                words = ("-m", "tools.tokenizer", "kmeans", str(self.data() / "train"), *flags(_listed(options)))
+                words = ("-m", "tools.tokenizer", "kmeans", str(self.data() / "train"), *flags(options))
                 found.append(Job(words, path))
         return found
 
@@ -170,7 +178,7 @@ class Plan:
             options |= SMOKE_RUN | {name: SMOKE_MODEL[name] for name in ("embed_dim", "depth", "num_heads")}
             options |= {name: value for name, value in (SMOKE_DECODER | SMOKE_VIEWS).items() if name in own}
         options |= needed | {"seed": seed, "data_path": self.data(), "output_dir": folder}
-        words = ("main_pretrain.py", "-c", f"configs/pretrain/{training.recipe}.yaml", *flags(_listed(options)))
+        words = ("main_pretrain.py", "-c", f"configs/pretrain/{training.recipe}.yaml", *flags(options))
         after = tuple(path if path.suffix else path / "result.json" for path in needed.values())
         return [*self.helpers(training), Job((*words, *self.setting.more), folder / "result.json", after)]
 
@@ -284,7 +292,10 @@ class Plan:
         best = self.best_training(row)
         if best is None or not self.comparison.seconds:
             return None
-        folders = [self.pretraining(training, 0) for training in self.sweep_trials(row).values()]
+        trials = self.sweep_trials(row).values()
+        folders = [self.pretraining(training, 0) for training in trials if not self.diverged(training)]
+        if not folders:
+            return "every rate of its sweep diverged"
         times = [seconds for folder in folders if (seconds := self.spent(folder)) is not None]
         if not times:
             return f"runs were killed whose time is now unknown: {', '.join(str(folder) for folder in folders)}"
@@ -330,14 +341,6 @@ def _at_rate(training: Training, blr: float) -> Training:
     return training if blr == float(training.options["blr"]) else training.over(blr=blr)
 
 
-def _listed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Write lists as the command line takes them."""
-    return {
-        name: ",".join(str(each) for each in value) if isinstance(value, list) else value
-        for name, value in options.items()
-    }
-
-
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +362,10 @@ def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
         for budget, training in plan.budgets(row).items():
             for seed in row.seeds:
                 folder = plan.pretraining(training, seed)
+                if not (
+                    folder / "result.json"
+                ).exists():  # deleted to be trained again: see drop_needed_without_weights
+                    continue
                 values = {
                     measure: value_at(plan.evaluated(training, seed, name), path)
                     for name, evaluation in plan.comparison.evaluations.items()
@@ -400,6 +407,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"there is no comparison {given.comparison!r}; there are {', '.join(comparisons)}")
     comparison = comparisons[given.comparison]
     setting = tables.read_setting(os.environ)
+    if setting.epochs or setting.finetune_epochs:
+        raise ValueError(
+            "EPOCHS and FINETUNE_EPOCHS do not apply to a comparison, whose epochs are in configs/comparisons.yaml"
+        )
     if "SEEDS" in os.environ:
         comparison = replace(comparison, rows=tuple(replace(row, seeds=setting.seeds) for row in comparison.rows))
     plan, rows = Plan(comparison, setting), chosen(comparison, setting.rows)

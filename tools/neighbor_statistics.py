@@ -29,6 +29,7 @@ from torch import nn
 
 import methods
 from data.files import write_json
+from data.folders import NoSplit
 from tools import given
 from tools.command import reports_errors, require_at_least
 from tools.figures import models, separation
@@ -60,13 +61,21 @@ def measure_encoder(subject: Subject) -> dict[str, float]:
 
 
 def with_diagonal(trained: Trained) -> nn.Module:
-    """Return the model with the neighbour term as a probe: the sum of products of two standardised predictions."""
+    """Return the model with the neighbour term as a probe: the sum of products of two standardised predictions.
+
+    Raises:
+        ValueError: The method has another decoder than MAE.
+    """
     options: Mapping[str, Any] = trained.options
     neighbor = (options.get("terms") or {}).get("neighbor") or {}
     probe = {"weight": 1.0, "relation": "diagonal", "normalize": "token", "space": "pixels", "tokens": "all"}
     kept = {name: neighbor[name] for name in ("similarity",) if name in neighbor and neighbor.get("cnp") != "released"}
     model: Any = methods.from_options({**options, "method": "nor_mae", "terms": {"neighbor": kept | probe}})
-    model.load_state_dict(trained.model.state_dict())
+    weights = {name: value for name, value in trained.model.state_dict().items() if not name.startswith("terms.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(f"{trained.run}: the method {options['method']} has another decoder than MAE") from None
     return model.to(trained.device).eval()
 
 
@@ -92,16 +101,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of result.json")
     parser.add_argument("--images", type=int, default=500, help="number of images (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the images and the masks (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = parser.parse_args(argv)
     require_at_least(args, images=1)
     talk(True)
     trained = given.load(args.run, args.device)
-    source = given.source(trained, "val", args.data_path)
+    if "mask_ratio" not in trained.options:
+        raise ValueError(f"{trained.run}: the method {trained.options['method']} masks no patches")
+    try:
+        source = given.source(trained, "val", args.data_path)
+    except NoSplit:
+        source = given.source(trained, "train", args.data_path)
     shown = models.load(str(args.run), device=args.device)
-    numbers = chosen(source, min(args.images, len(source)), args.seed)
+    numbers = chosen(source, args.images, args.seed)
     pixels, names = read_images(source, shown.size, numbers)
-    found = measure(trained, Subject([shown], pixels, names, seed=args.seed))
+    subject = Subject([shown], pixels, names, seed=args.seed, mask_ratio=trained.options["mask_ratio"])
+    found = measure(trained, subject)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "result.json", {"images": len(numbers), "updates": trained.updates, **found})
     log.info("%d images: %s", len(numbers), ", ".join(f"{name} {value:.4f}" for name, value in found.items()))

@@ -41,7 +41,7 @@ class Job:
     words: tuple[str, ...]
     done: Path
     after: tuple[Path, ...] = ()
-    """Jobs that must be finished first."""
+    """Files that must exist first: results of other jobs."""
 
 
 def command(job: Job, nproc: int) -> list[str]:

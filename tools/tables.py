@@ -189,7 +189,7 @@ class Row:
         }
 
     def measures(self) -> list[str]:
-        """Return the rows that can be run."""
+        """Return the metrics for which there are runs."""
         return [measure for measure in self.paper if measure not in self.cited]
 
 
@@ -242,6 +242,8 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -270,7 +272,9 @@ class Plan:
         return {"epochs": epochs, "warmup_epochs": f"{FINETUNE_WARMUP * epochs:g}"} if epochs else {}
 
     def bill(self, row: Row) -> Path:
-        return self.setting.root / "bill" / f"{row.size}.json"
+        setting = self.setting
+        words = [row.size, setting.bill, f"{setting.price:g}", str(setting.nproc)]
+        return setting.root / "bill" / f"{table_report.named(words)}.json"
 
     def _teacher(self, row: Row) -> str:
         if self.setting.smoke:
