@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from options.maskfeat import BlockMaskOptions
-from options.schema import Options, machine, require, result, shape
+from options.schema import Options, machine, result, shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,7 @@ class TokenOptions(Options):
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "tokens")
-        self._between(0, 1, "label_smoothing")
-        require(self.label_smoothing < 1, "must be less than 1", "label_smoothing")
+        self._below_one("label_smoothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,5 +42,5 @@ class BEiTOptions(TokenOptions, BlockMaskOptions):
 
     def _check(self) -> None:
         super()._check()
-        self._between(0, 1, "drop_path", "color_jitter")
-        require(self.drop_path < 1, "must be less than 1", "drop_path")
+        self._between(0, 1, "color_jitter")
+        self._below_one("drop_path")

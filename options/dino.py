@@ -55,11 +55,11 @@ class DINOOptions(Options):
 
     def _check(self) -> None:
         super()._check()
-        self._between(0, 1, "momentum", "center_momentum", "drop_path")
+        self._between(0, 1, "momentum", "center_momentum")
+        self._below_one("drop_path")
         self._at_least(0, "weight_decay_end", "clip_param", "freeze_last_layer", "local_crops")
         self._at_least(0, "warmup_teacher_temp_epochs")
         self._at_least(1, "out_dim", "head_hidden_dim", "head_bottleneck_dim", "local_size")
-        require(self.drop_path < 1, "must be less than 1", "drop_path")
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
             require(getattr(self, name) > 0, "must be more than 0", name)
         low, high = self.local_scale

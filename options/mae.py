@@ -67,8 +67,8 @@ class MAEOptions(MaskOptions, DecoderOptions):
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "reconstruction_weight", "reconstruct_block")
-        self._between(0, 1, "input_jitter", "drop_path")
-        require(self.drop_path < 1, "must be less than 1", "drop_path")
+        self._between(0, 1, "input_jitter")
+        self._below_one("drop_path")
         whole = self.reconstruct_block < 1 or self.reconstruct_block == int(self.reconstruct_block)
         require(
             whole, f"must be a block's number or less than 1, found {self.reconstruct_block:g}", "reconstruct_block"

@@ -414,8 +414,8 @@ class TransferOptions(LabelledOptions):
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "steps")
-        self._between(0, 1, "drop_path", "layer_decay")
-        require(self.drop_path < 1, "must be less than 1", "drop_path")
+        self._between(0, 1, "layer_decay")
+        self._below_one("drop_path")
         require(self.layer_decay > 0, "must be more than 0, or only the head is trained", "layer_decay")
         require(bool(self.init_from) or not self.from_scratch, "needs init_from", "from_scratch", "init_from")
 
@@ -505,9 +505,8 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
         self._at_least(0, "color_jitter", "mixup", "cutmix")
         self._between(0, 1, "distill_weight")
         require(self.distill_temperature > 0, "must be more than 0", "distill_temperature")
-        self._between(0, 1, "ema", "reprob", "smoothing")
-        for name in ("ema", "smoothing"):
-            require(getattr(self, name) < 1, "must be less than 1", name)
+        self._between(0, 1, "reprob")
+        self._below_one("ema", "smoothing")
         require(
             not (self.aa and self.color_jitter),
             "has no effect together with aa; give one of them",
@@ -544,6 +543,7 @@ class ProbeOptions(ClassifierOptions):
     """Evaluate a frozen encoder with a linear classifier and with k nearest neighbours."""
 
     PROGRAM = "probe"
+    FOREIGN: ClassVar[dict[str, str]] = {**ClassifierOptions.FOREIGN, "opt": "LARS is used"}
 
     epochs: int = result(90)
     warmup_epochs: float = result(10.0)
@@ -569,6 +569,10 @@ class SegmentOptions(TransferOptions):
         "cat_max_ratio": "max_class_share",
         "min_scale": "min_resize",
         "max_scale": "max_resize",
+    }
+    FOREIGN: ClassVar[dict[str, str]] = {
+        **RunOptions.FOREIGN,
+        "sched": "the schedule is a linear warm-up and polynomial decay, see power",
     }
     INHERITS: ClassVar[tuple[str, ...]] = tuple(name for name in ENCODER if name != "input_size")
     INHERITS_EVAL: ClassVar[tuple[str, ...]] = (
@@ -639,7 +643,8 @@ class SegmentOptions(TransferOptions):
         self._at_least(0, "short_side", "stride", "picture_every")
         require(self.ignore_label is None or self.ignore_label >= 0, "must be at least 0", "ignore_label")
         mapped = bool(self.mask_values) and (self.reduce_zero_label or self.dataset == "ade20k")
-        require(not mapped, "says itself which value is which class: leave out", "mask_values", "reduce_zero_label")
+        advice = "already assigns values to classes: leave out reduce_zero_label and dataset ade20k"
+        require(not mapped, advice, "mask_values", "reduce_zero_label")
         require(self.label_offset is None, "is for lists; for masks see reduce_zero_label", "label_offset")
         self._between(0, 1, "max_class_share")
         require(self.min_resize > 0, "must be more than 0", "min_resize")

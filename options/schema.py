@@ -90,6 +90,11 @@ class Options:
             value = getattr(self, name)
             require(low <= value <= high, f"must be from {low} to {high}, found {show(value)}", name)
 
+    def _below_one(self, *names: str) -> None:
+        self._between(0, 1, *names)
+        for name in names:
+            require(getattr(self, name) < 1, "must be less than 1", name)
+
 
 # ---- declaring ------------------------------------------------------------------------------------------------------
 

@@ -698,6 +698,18 @@ def test_flags_of_other_programs_are_refused_with_advice(words, advice):
         methods.parse_options(words)
 
 
+@pytest.mark.parametrize(
+    ("schema", "words", "advice"),
+    [
+        (SegmentOptions, ["--sched", "cosine"], "a linear warm-up and polynomial decay, see power"),
+        (options_module.ProbeOptions, ["--opt", "adamw"], "LARS is used"),
+    ],
+)
+def test_the_advice_is_that_of_the_program(schema, words, advice):
+    with pytest.raises(OptionError, match=advice):
+        parse(schema, words)
+
+
 def test_flags_that_users_of_timm_know():
     options = methods.parse_options(["--learning-rate", "1e-3", "--wd", "0.1", "--device", "cuda:1"])
     assert (options.lr, options.weight_decay, options.device) == (1e-3, 0.1, "cuda:1")
