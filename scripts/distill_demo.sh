@@ -66,7 +66,7 @@ for seed in $SEEDS; do
         options=()
         [ "$student" = alone ] || options=("${taught[@]}")
         folder="$OUTPUT/$student$seed"
-        pretrain "$folder" "$EPOCHS" --seed "$seed" "${options[@]}"
+        pretrain "$folder" "$EPOCHS" --seed "$seed" ${options[@]+"${options[@]}"}
         probe "$folder/checkpoints/last.pth" "$folder/probe" --seed "$seed"
         finetune "$folder/checkpoints/last.pth" "$folder/finetuned" --seed "$seed"
     done

@@ -17,6 +17,9 @@ PART="${1:-}"
 MINUTES="${MINUTES:-9}"
 SMOKE="${SMOKE:-0}"
 [ "$SMOKE" = 1 ] || SMOKE=0
+for name in DATA IMAGES; do
+    case "${!name:-}" in "" | /*) ;; *) export "$name=$PWD/${!name}" ;; esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 prepare requirements.txt requirements/dev.txt
@@ -75,7 +78,7 @@ tests() {
 }
 
 speed() {
-    local size how=(--device cuda --amp bf16) loops=(tiny small base) name=h100
+    local size how=(--device cuda --amp bf16) loops=(tiny small base) name
     if [ "$SMOKE" = 1 ]; then
         how=(--device cpu --batch_size 2 --rounds 1 --input_size 48 --decoder_depth 1)
         loops=(tiny) name=smoke
@@ -84,13 +87,13 @@ speed() {
     fi
     mkdir -p "$RESULTS"
     for size in "${loops[@]}"; do
-        local batch=()
-        [ "$SMOKE" = 1 ] || case "$size" in tiny) batch=(--batch_size 512) ;; small) batch=(--batch_size 256) ;; *) batch=(--batch_size 128) ;; esac
-        measure "step_${name}_$size" benchmarks.step --size "$size" "${how[@]}" "${batch[@]}" \
+        local options=("${how[@]}")
+        [ "$SMOKE" = 1 ] || case "$size" in tiny) options+=(--batch_size 512) ;; small) options+=(--batch_size 256) ;; *) options+=(--batch_size 128) ;; esac
+        measure "step_${name}_$size" benchmarks.step --size "$size" "${options[@]}" \
             --variants restated_nor mae nor nor_r20 mae+compile nor+compile
-        measure "memory_${name}_$size" benchmarks.memory --size "$size" "${how[@]}" "${batch[@]}"
-        measure "bill_${name}_$size" benchmarks.bill --size "$size" "${how[@]}" "${batch[@]}" --price "${PRICE:-3.19}"
-        measure "roofline_${name}_$size" benchmarks.roofline --size "$size" "${how[@]}" "${batch[@]}" --variants mae nor nor+compile
+        measure "memory_${name}_$size" benchmarks.memory --size "$size" "${options[@]}"
+        measure "bill_${name}_$size" benchmarks.bill --size "$size" "${options[@]}" --price "${PRICE:-3.19}"
+        measure "roofline_${name}_$size" benchmarks.roofline --size "$size" "${options[@]}" --variants mae nor nor+compile
     done
     [ -z "${IMAGES:-}" ] || measure "input_$name" benchmarks.input "$IMAGES" --num_workers "$(nproc)"
 }

@@ -10,11 +10,11 @@ import torch
 from tools.tables import PROJECT
 
 
-def suite(*words, **variables):
-    """Run scripts/gpu_suite.sh; return the exit code and the output."""
+def suite(*words, folder=PROJECT, **variables):
+    """Run scripts/gpu_suite.sh in a folder; return the exit code and the output."""
     environment = os.environ | {"NOR_MAE_PYTHON": sys.executable, "SMOKE": "0", "DATA": ""} | variables
     ended = subprocess.run(
-        ["bash", "scripts/gpu_suite.sh", *words], cwd=PROJECT, env=environment, capture_output=True, text=True
+        ["bash", PROJECT / "scripts/gpu_suite.sh", *words], cwd=folder, env=environment, capture_output=True, text=True
     )
     return ended.returncode, ended.stdout + ended.stderr
 
@@ -25,6 +25,12 @@ def test_what_is_missing_is_listed_before_work():
     assert code != 0 and "GPU: none" in output and 'no images in ""; study and small need CIFAR-10' in output
     code, output = suite("speeds")
     assert code == 2 and "Name a part: check, tests, speed, study, small or all, found 'speeds'." in output
+
+
+def test_paths_are_relative_to_the_folder_of_the_command(tmp_path):
+    (tmp_path / "given" / "train").mkdir(parents=True)
+    _, output = suite("check", folder=tmp_path, DATA="given", IMAGES="photos")
+    assert f"DATA: {tmp_path}/given\nIMAGES: {tmp_path}/photos\n" in output
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def lines(path: Path, texts: Iterable[str]) -> None:
 
 
 def splits(images: list[list[Image.Image]]) -> list[tuple[str, int, int, Image.Image]]:
-    """Yield (train or test, class, number, image)."""
+    """Return (train or test, class, number, image) of each image."""
     return [
         ("train" if number < TRAIN else "test", digit, number, image)
         for digit, group in enumerate(images)
