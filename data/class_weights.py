@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from data.folders import some
 from data.images import BadImage
 from data.sources import Source
 
@@ -65,8 +66,7 @@ def resolve_class_weights(
                 f"{' ...' * (len(names) > 10)}): give one for each, in this order, or `{BALANCED}`"
             )
         listed = [f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True)]
-    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    log.info("class weights (%s): %s%s", how, ", ".join(listed[:MOST_LISTED]), more)
+    log.info("class weights (%s): %s", how, some(listed, MOST_LISTED))
     return weights.tolist()
 
 

@@ -30,7 +30,7 @@ from data.depth import with_range
 from data.folders import describe_contents, images_below, some, split_named, visible_folders
 from data.images import BadImage, Pair, blamed_on, read_orientation, read_stored
 from data.mask_files import IGNORE, MOST_LISTED, Coding, read_mask
-from data.sources import Names, Source, read_class_list
+from data.sources import Names, Source, join_path, read_class_list, report_unreadable
 from data.splits import (
     CLASSES,
     HELD_OUT,
@@ -153,17 +153,13 @@ class _Folder:
         image_names = Names(os.path.join("images", inside, images[stem]) for stem in order)
         mask_names = Names(os.path.join(self.masks, inside, masks[stem]) for stem in order)
         read = functools.partial(_read_pair, self.root, image_names, mask_names, self.coding, self.channels)
-        path = functools.partial(_path, self.root, image_names)
+        path = functools.partial(join_path, self.root, image_names)
         source = Source(image_names, read, classes=self.names, selection=self.selection, path=path)
         first = not self.value_range
         source = with_range(source, self.channels, self.value_range, report=first or split_named(inside)[0] == "train")
         self.value_range[:] = source.value_range
         log.info("data: %s: %d images with masks", os.path.join(self.root, "images", inside), len(source))
         return source, mask_names
-
-
-def _path(root: str, names: Sequence[str], index: int) -> str:
-    return os.path.join(root, names[index])
 
 
 def _by_stem(folder: str, what: str, suffixes: tuple[str, ...] = ()) -> dict[str, str]:
@@ -175,7 +171,7 @@ def _by_stem(folder: str, what: str, suffixes: tuple[str, ...] = ()) -> dict[str
             jpeg = "; JPEG changes the numbers at every edge" if suffix.lower() in (".jpg", ".jpeg") else ""
             raise ValueError(f"{folder}/{name} cannot be a mask: masks are {', '.join(suffixes)} files{jpeg}")
         if stem in found:
-            raise ValueError(f"{folder} holds {found[stem]} and {name}: which of them is meant?")
+            raise ValueError(f"{folder} holds two files of one name, {found[stem]} and {name}: remove or rename one")
         found[stem] = name
     if not found:
         raise ValueError(f"no {what} in {folder}: it holds {describe_contents(folder)}")
@@ -197,13 +193,14 @@ def _open_folder(options: SegmentOptions) -> _Folder:
     listed = options.class_list or (str(ADE20K) if ade else os.path.join(root, CLASSES))
     if not os.path.isfile(listed):
         raise ValueError(
-            f"{listed} does not exist: give --class_list FILE, a class's name a line in the order of the masks' numbers"
+            f"{listed} does not exist: give --class_list FILE with one class name per line, in the order of the values "
+            "in the masks"
         )
     names, digest = read_class_list(listed)
     if len(names) < 2:
         raise ValueError(
-            f"{listed} lists one class, {names[0]}, and then every pixel is of it: list what is around it as a class "
-            f"too, such as background (number 0) and {names[0]} (number 1)"
+            f"{listed} lists only the class {names[0]}, so every pixel would belong to it: also list the rest, for "
+            f"example background (0) and {names[0]} (1)"
         )
     coding = Coding.of(options, len(names))
     if not coding.values and 0 <= (number := coding.ignore - coding.reduce_zero) < len(names):
@@ -294,13 +291,12 @@ def _report(folder: _Folder, looks: Sequence[_Look], total: Counter[int]) -> Non
     sum_ = total.total()
     shares = [
         f"{folder.coding.show(value)} {100 * count / sum_:.1f}%{' (ignored)' * (value == folder.coding.ignore)}"
-        for value, count in total.most_common(MOST_LISTED)
+        for value, count in total.most_common()
     ]
-    more = f" and {len(total) - MOST_LISTED} more" if len(total) > MOST_LISTED else ""
     log.info(
-        "masks: %s; values: %s%s",
+        "masks: %s; values: %s",
         ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
-        *(", ".join(shares), more),
+        some(shares, MOST_LISTED),
     )
     if kinds["palette"]:
         log.info("masks with a palette: the indices are used, not the colours")
@@ -392,6 +388,7 @@ def _read_scene(split: str, channels: int, index: int) -> Pair:
 # ---- splits ----------------------------------------------------------------------------------------------------------
 
 
+@report_unreadable()
 def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
     """Return pairs for training, for selecting the best epoch, and for testing. Raises ValueError if impossible.
 
@@ -421,6 +418,7 @@ def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
     return Splits(train, choice, chosen_on, test)
 
 
+@report_unreadable()
 def open_test(options: SegmentOptions, processes: Processes) -> Source:
     """Return the test pairs only."""
     if _is_scenes(options):

@@ -8,6 +8,7 @@ cases (is this folder labelled?) are resolved by documented rules and logged, to
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import glob
 import hashlib
@@ -15,7 +16,7 @@ import importlib
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -229,15 +230,22 @@ def open_split(options: RunOptions, split: str, *, known: Sequence[str] | None =
     return open_source(options.dataset, options.data_path, split, known=known, exact=exact, **how)
 
 
+@contextlib.contextmanager
+def report_unreadable() -> Iterator[None]:
+    """Convert the error of a file or folder that cannot be read to ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot read {error.filename or 'the data'}: {error.strerror or error}") from error
+
+
+@report_unreadable()
 def _open(wanted: _Wanted) -> Source:
     """Open exactly this split."""
     dataset, data_path, split, in_chans = wanted.dataset, wanted.data_path, wanted.split, wanted.in_chans
     kind, _, name = dataset.partition("/")
     if dataset == "folder":
-        try:
-            return _open_folder(wanted)
-        except OSError as error:
-            raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+        return _open_folder(wanted)
     if dataset == "digits":
         return _open_digits(split, in_chans)
     if dataset == "scenes":
@@ -341,7 +349,7 @@ def _open_folder(wanted: _Wanted) -> Source:
     notes = [f"left out: {line}" for line in found.left_out()] + notes
     compact = Names(names)
     read = functools.partial(_read_file, root, compact, wanted.in_chans)
-    path = functools.partial(_file, root, compact)
+    path = functools.partial(join_path, root, compact)
     lazily = functools.partial(read, lazy=True)
     source = Source(
         compact, read, labels, classes, selection, path, read_lazily=lazily, notes=tuple(notes), problem=problem
@@ -449,7 +457,7 @@ def _selected_classes(
     if numbers and not others:
         foreign = [name for name in foreign if images_below(os.path.join(base, name))]
         if foreign:
-            raise ValueError(f"{base} has images of classes that training has not: {some(foreign)}")
+            raise ValueError(f"{base} has images of classes that the training images do not have: {some(foreign)}")
     notes = []
     if others and foreign:
         notes.append(f"left out: {len(foreign)} folders that the class list does not name ({some(foreign)})")
@@ -464,7 +472,7 @@ def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:
         path = IMAGENET100 if class_list == "imagenet100" else Path(class_list)
         if not path.is_file():
             raise ValueError(f"class_list {class_list!r} is neither the word imagenet100 nor a file of folder names")
-        classes = [line.strip() for line in _read_list(path).splitlines() if line.strip()]
+        classes = [line.strip() for line in _read_list(path).split("\n") if line.strip()]
     else:
         classes = list(class_list)
     twice = [name for name, count in collections.Counter(classes).items() if count > 1]
@@ -483,10 +491,11 @@ def _read_list(path: Path) -> str:
 
 
 def _read_file(root: str, names: Sequence[str], in_chans: int, index: int, lazy: bool = False) -> np.ndarray:
-    return read_stored(_file(root, names, index), in_chans, lazy=lazy)
+    return read_stored(join_path(root, names, index), in_chans, lazy=lazy)
 
 
-def _file(root: str, names: Sequence[str], index: int) -> str:
+def join_path(root: str, names: Sequence[str], index: int) -> str:
+    """Return the path of an image below the folder `root`."""
     return os.path.join(root, names[index])
 
 
@@ -521,7 +530,7 @@ def _open_list(wanted: _Wanted) -> Source:
         labels, classes, problem, notes = found.numbers, found.classes, found.problem, found.notes
     notes += _repeated(path, rows)
     read = functools.partial(_read_file, root, names, wanted.in_chans)
-    path_of, lazily = functools.partial(_file, root, names), functools.partial(read, lazy=True)
+    path_of, lazily = functools.partial(join_path, root, names), functools.partial(read, lazy=True)
     source = Source(names, read, labels, classes, path=path_of, read_lazily=lazily, notes=tuple(notes), problem=problem)
     return _log_source(source, str(path), f"paths relative to {root}")
 

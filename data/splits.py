@@ -83,7 +83,7 @@ def open_splits(options: ClassifierOptions) -> Splits:
         *(len(train), len(images), each, len(classes)),
         *(metric(options), len(choice), chosen_on, len(evaluated)),
     )
-    return Splits(replace(train, classes=_enough(classes, options.num_classes)), choice, chosen_on, evaluated)
+    return Splits(replace(train, classes=_extend_classes(classes, options.num_classes)), choice, chosen_on, evaluated)
 
 
 def _choose(
@@ -163,7 +163,7 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
             log.warning("the %s images have no labels (%s) and are not evaluated", split, test.problem)
             continue
         found, foreign = match_classes(test.classes or [], trained)
-        return like(train, test, split) if found and not foreign else test
+        return align_classes(train, test, split) if found and not foreign else test
     images = _training_images(options)
     return divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
 
@@ -175,12 +175,13 @@ def _nothing(index: int) -> None:
 def read_classes(folder: Path) -> list[str]:
     """Read the class names of a classifier from its run folder; an empty list if they are not stored."""
     file = folder / CLASSES
-    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    # Not splitlines, which also splits at characters that may be part of a name, such as U+2028.
+    return [name for name in file.read_text(encoding="utf-8").split("\n") if name] if file.is_file() else []
 
 
 def metric(options: ClassifierOptions) -> str:
     """Return the metric of a data set: `acc1`, or `mean_class_acc`, the average of the accuracies of the classes."""
-    return "mean_class_acc" if options.dataset in MEAN_CLASS_ACC else "acc1"
+    return "mean_class_acc" if options.dataset.lower() in MEAN_CLASS_ACC else "acc1"
 
 
 def subset(labels: np.ndarray, share: float, per_class: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
@@ -193,14 +194,15 @@ def subset(labels: np.ndarray, share: float, per_class: int, seed: int, groups: 
     Returns:
         Indices, in order.
     """
+    classes = _shuffled(labels, seed)
     wanted = {}
-    for label, group in _shuffled(labels, seed):
+    for label, group in classes:
         if per_class > len(group):
             raise ValueError(f"labels_per_class is {per_class}, but class {label} has {len(group)} images")
         wanted[label] = per_class or max(1, round(share * len(group)))
     if groups is not None and (per_class or share < 1):
         return whole_groups(labels, groups, wanted, seed)
-    return np.sort(np.concatenate([group[: wanted[label]] for label, group in _shuffled(labels, seed)]))
+    return np.sort(np.concatenate([group[: wanted[label]] for label, group in classes]))
 
 
 def hold_out(
@@ -245,7 +247,7 @@ def whole_groups(
     left = {label: int((labels == label).sum()) for label in wanted}
     missing, chosen = dict(wanted), []
     order = np.random.RandomState(seed).permutation(np.unique(groups))
-    members = {int(group): np.flatnonzero(groups == group) for group in order}
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     for group in order.tolist():
         counts = {
             int(label): int(count)
@@ -287,7 +289,7 @@ def number_groups(source: Source, group_by: str) -> np.ndarray | None:
         if pattern.groups != 1:
             raise ValueError(f"group_by {group_by!r} has {pattern.groups} groups in parentheses; one names the group")
         found = [pattern.search(name) for name in names]
-        without = [name for name, match in zip(names, found, strict=True) if match is None]
+        without = [name for name, match in zip(names, found, strict=True) if match is None or match[1] is None]
         if without:
             raise ValueError(
                 f"group_by {group_by!r} is not found in {len(without)} of {len(names)} names, such as {without[0]}"
@@ -317,13 +319,12 @@ def warn_of_split_folders(
     names: Sequence[str], chosen: np.ndarray, what: str, labels: np.ndarray | None = None
 ) -> None:
     """Log a warning if a random split puts images of one folder on both sides, unless folders are classes."""
-    folders = np.array([os.path.dirname(name) for name in names])
-    inside = np.zeros(len(names), bool)
-    inside[chosen] = True
-    if labels is not None and len(np.unique(folders)) <= len(np.unique(labels)):
+    folders, number = np.unique([os.path.dirname(name) for name in names], return_inverse=True)
+    if labels is not None and len(folders) <= len(np.unique(labels)):
         return
-    real = [folder for folder in np.unique(folders).tolist() if folder and not folder.endswith(".tar")]
-    both = [folder for folder in real if 0 < inside[folders == folder].sum() < (folders == folder).sum()]
+    total, held = np.bincount(number), np.bincount(number[chosen], minlength=len(folders))
+    real = [place for place, folder in enumerate(folders.tolist()) if folder and not folder.endswith(".tar")]
+    both = [str(folders[place]) for place in real if 0 < held[place] < total[place]]
     if both and len(real) > 1:
         log.warning(
             "%s: images of %d of %d folders are on both sides, such as %s. If a folder holds frames of one film or "
@@ -382,7 +383,7 @@ def _labels(source: Source) -> np.ndarray:
     return source.labels
 
 
-def _enough(classes: list[str], num_classes: int) -> list[str]:
+def _extend_classes(classes: list[str], num_classes: int) -> list[str]:
     """Return the class names, extended by unnamed classes to the requested number."""
     return classes + [str(label) for label in range(len(classes), num_classes)]
 
@@ -413,10 +414,10 @@ def _evaluation_images(options: ClassifierOptions, split: str, train: Source) ->
     if source.labels is None:
         log.warning("the %d %s images have no labels (%s) and are not used", len(source), split, source.problem)
         return None
-    return like(train, source, split)
+    return align_classes(train, source, split)
 
 
-def like(known: Source, other: Source, what: str = "validation") -> Source:
+def align_classes(known: Source, other: Source, what: str = "validation") -> Source:
     """Return `other` with the class indices of `known`; classes may be missing in `other`.
 
     Args:
@@ -431,7 +432,7 @@ def like(known: Source, other: Source, what: str = "validation") -> Source:
         counts = np.bincount(labels, minlength=len(other.classes))
         foreign = [name for name in foreign if counts[other.classes.index(name)]]
         if foreign:
-            raise ValueError(f"the {what} images are of classes that training has not: {some(foreign)}")
+            raise ValueError(f"the {what} images are of classes that the training images do not have: {some(foreign)}")
         labels = np.array([numbers.get(name, -1) for name in other.classes])[labels]
     if labels.max() >= len(classes) or labels.min() < 0:
         wrong = labels.max() if labels.max() >= len(classes) else labels.min()

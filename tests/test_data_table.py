@@ -188,7 +188,7 @@ def _(root, text):
 @row("`val` with a class that `train` lacks")
 def _(root, text):
     several(root, "train/a", "train/b", "val/a", "val/c")
-    refused("val has images of classes that training has not: c", root)
+    refused("val has images of classes that the training images do not have: c", root)
 
 
 @row("`test` without labels")

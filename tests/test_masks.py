@@ -1,6 +1,7 @@
 """Images with masks: layouts, values in all kinds of files, splits, scenes; and errors before training."""
 
 import hashlib
+import os
 import struct
 import zlib
 
@@ -178,7 +179,7 @@ def test_training_masks_of_one_class_are_refused(tmp_path, values, label):
 
 
 def test_a_list_of_one_class_is_refused_with_advice(tmp_path):
-    with pytest.raises(ValueError, match=r"lists one class, tumour, .*background \(number 0\) and tumour \(number 1\)"):
+    with pytest.raises(ValueError, match=r"lists only the class tumour, .*background \(0\) and tumour \(1\)"):
         opened(binary(tmp_path, names=("tumour",)))
 
 
@@ -479,7 +480,7 @@ def broken(root, what):
         ("empty", r"no images in .*val: it holds nothing"),
         ("void", r"not one pixel of the 4 masks in .* has a class"),
         ("no classes", r"classes\.txt does not exist: give --class_list FILE"),
-        ("twice", r"holds 1\.jpg and 1\.png: which of them is meant"),
+        ("twice", r"holds two files of one name, 1\.jpg and 1\.png: remove or rename one"),
         ("no train", r"has val images with masks, and none in a folder train"),
         ("no val masks", r"has a folder images/val, and no masks/val"),
         ("no masks", r"must hold a folder images, and a folder masks or annotations; it holds .*labels"),
@@ -488,6 +489,20 @@ def broken(root, what):
 def test_what_is_wrong_is_named_before_training(tmp_path, what, words):
     with pytest.raises(ValueError, match=words):
         opened(broken(tmp_path, what))
+
+
+@pytest.mark.parametrize("open_", [masks.open_splits, masks.open_test])
+def test_a_folder_of_pairs_that_may_not_be_read_is_reported(tmp_path, monkeypatch, open_):
+    root, scandir = paint(tmp_path), os.scandir
+
+    def refuse(path):
+        if os.path.samefile(path, root / "masks"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="cannot read .*masks/: Permission denied"):
+        open_(options(root), ALONE)
 
 
 def test_options_that_do_not_fit_the_masks_are_refused(tmp_path):

@@ -272,6 +272,21 @@ def test_a_pack_that_is_not_as_it_was_made_is_refused(folder, tmp_path, logged, 
     assert pack.main(["--verify", str(tmp_path / "pack")]) == 2
 
 
+@pytest.mark.parametrize("name", ["pack.json", "names.bin"])
+def test_a_pack_that_may_not_be_read_is_reported(folder, tmp_path, logged, monkeypatch, name):
+    packed(folder, tmp_path / "pack")
+    opened = io.open
+
+    def refuse(path, *arguments, **more):
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(io, "open", refuse)  # called by the methods of Path
+    with pytest.raises(ValueError, match=f"cannot read .*{name}: Permission denied"):
+        open_source("auto", str(tmp_path / "pack"))
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image
 
 from data.images import BadImage
-from data.sources import IMAGENET100, TORCHVISION, Names, open_source
+from data.sources import IMAGENET100, TORCHVISION, Names, open_source, read_class_list
 
 
 def put(root, *names, size=(4, 3)):
@@ -172,7 +172,7 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch, forbidden):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match="cannot read the folder .*: Permission denied"):
+    with pytest.raises(ValueError, match="cannot read .*: Permission denied"):
         open_source("auto", str(tmp_path))
 
 
@@ -265,6 +265,8 @@ def test_a_class_list_may_hold_any_name_and_begin_with_a_mark(tmp_path):
     put(tmp_path, "a/1.png", "Käse/1.png")
     (tmp_path / "list.txt").write_bytes("\ufeffKäse\r\na\r\n".encode())
     assert open_source("auto", str(tmp_path), class_list=str(tmp_path / "list.txt")).classes == ["Käse", "a"]
+    (tmp_path / "list.txt").write_text("x\u2028y\nz\x85z\n", encoding="utf-8")  # characters at which splitlines splits
+    assert read_class_list(str(tmp_path / "list.txt"))[0] == ["x\u2028y", "z\x85z"]
 
 
 def test_lists_that_may_not_be_read(tmp_path, monkeypatch):

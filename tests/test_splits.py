@@ -1,6 +1,8 @@
 """Random splits: complete groups, enough images to select the best epoch, and paths with ~."""
 
 import logging
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,7 @@ def test_groups_by_folder_and_what_is_logged_without(tmp_path, caplog):
         ("(", "neither the word folder nor a regular expression"),
         ("(movie[0-9])", "is not found in 160 of 160 names, such as a/film0_0.png"),
         ("(film)", "all images are in one group"),
+        ("film(x)?", "is not found in 160 of 160 names, such as a/film0_0.png"),
     ],
 )
 def test_groups_that_cannot_be_meant(tmp_path, group_by, message):
@@ -83,6 +86,50 @@ def test_whole_groups_reach_what_is_wanted_and_leave_every_class_some():
         splits.hold_out(labels, 0.25, 0, groups=labels)
     small, large = (splits.subset(labels, share, 0, 5, groups) for share in (0.2, 0.6))
     assert set(small) < set(large)
+
+
+def test_classes_may_have_any_name(tmp_path):
+    """Names that `splitlines` would split."""
+    names = ["a\u2028b", "c\x85d", "e\x0cf"]
+    images = replace(source_of(["1"], [0]), classes=names)
+    splits.write_lists(splits.Splits(images, images, splits.VAL, images), tmp_path)
+    assert splits.read_classes(tmp_path) == names
+    assert splits.read_classes(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("dataset", "metric"),
+    [("torch/Caltech101", "mean_class_acc"), ("torch/OXFORD_IIIT_PET", "mean_class_acc"), ("torch/CIFAR10", "acc1")],
+)
+def test_the_metric_belongs_to_the_data_set_in_any_case(dataset, metric):
+    assert splits.metric(FinetuneOptions(dataset=dataset, data_path="D")) == metric
+
+
+def test_folders_on_both_sides_are_counted(caplog):
+    """Compared with a loop over the folders; images in no folder and in archives do not count."""
+    drawn = np.random.RandomState(0)
+    folders = ["", "a/", "a/b/", "c/", "set.tar/", "d/"]
+    names = [f"{folders[drawn.randint(6)]}{number}.jpg" for number in range(40)] + ["alone/1.jpg"]
+    chosen = np.sort(drawn.permutation(41)[:12])
+    sides = {}
+    for number, name in enumerate(names):
+        folder = name.rpartition("/")[0]
+        if folder and not folder.endswith(".tar"):
+            sides.setdefault(folder, set()).add(number in chosen)
+    both = sorted(folder for folder, found in sides.items() if len(found) == 2)
+    splits.warn_of_split_folders(names, chosen, "test_share")
+    assert f"images of {len(both)} of {len(sides)} folders are on both sides, such as {both[0]}." in caplog.text
+    caplog.clear()
+    splits.warn_of_split_folders(names, chosen, "test_share", np.arange(41))
+    assert not caplog.text, "folders are not more than classes"
+
+
+def test_many_folders_take_no_time_that_grows_with_their_square():
+    names = [f"film{number % 20_000}/{number}.jpg" for number in range(60_000)]
+    began = time.process_time()
+    splits.warn_of_split_folders(names, np.arange(0, 60_000, 10), "test_share")
+    splits.whole_groups(np.zeros(60_000, int), np.arange(60_000) % 20_000, {0: 6_000}, 0)
+    assert time.process_time() - began < 5
 
 
 def test_segmentation_keeps_groups_whole(tmp_path, caplog):

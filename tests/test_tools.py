@@ -56,7 +56,7 @@ def test_knn_takes_labels_by_class_name_where_a_class_has_no_validation_images(r
     assert what == "validation" and bank.labels.tolist() == [0, 1, 2]
     assert queries.labels.tolist() == [0, 2]
     (tmp_path / "train" / "a" / "x.png").unlink()
-    with pytest.raises(ValueError, match="classes that training has not: a"):
+    with pytest.raises(ValueError, match="classes that the training images do not have: a"):
         knn.splits(trained, str(tmp_path))
 
 

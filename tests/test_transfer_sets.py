@@ -197,5 +197,5 @@ def test_labels_outside_the_range_are_refused(tmp_path):
         paint(tmp_path / f"{number}.png", number)
     write_lines(tmp_path / "train.txt", ["0.png 0", "1.png 1"])
     write_lines(tmp_path / "val.txt", ["2.png 0", "3.png 7"])
-    with pytest.raises(ValueError, match="the val images are of classes that training has not: 7"):
+    with pytest.raises(ValueError, match="the val images are of classes that the training images do not have: 7"):
         splits.open_splits(FinetuneOptions(data_path=str(tmp_path / "train.txt")))

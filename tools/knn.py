@@ -25,7 +25,7 @@ from data.files import write_json
 from data.folders import NoSplit
 from data.images import CROP_SHARE, EVAL_CROPS, describe_eval_crop
 from data.sources import Source
-from data.splits import divide, like
+from data.splits import align_classes, divide
 from tools import classifiers, given
 from tools.command import reports_errors, require_at_least
 from tools.given import Trained
@@ -68,7 +68,7 @@ def splits(trained: Trained, data_path: str, group_by: str = "") -> tuple[Source
     if queries.labels is None:
         log.warning("the validation images have no labels (%s); training images are the queries", queries.problem)
         return *divide(bank, SHARE, 0, group_by, "queries"), "held-out training"
-    return bank, like(bank, queries), "validation"
+    return bank, align_classes(bank, queries), "validation"
 
 
 def measure(

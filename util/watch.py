@@ -17,7 +17,7 @@ from data.folders import NoSplit
 from data.images import CROP_SHARE, describe_eval_crop
 from data.loader import EvalSamples, Source, eval_batches, eval_transform
 from data.sources import open_split
-from data.splits import like
+from data.splits import align_classes
 from options import PretrainOptions
 from util.features import encode_source, select_reading
 from util.knn import knn_accuracy
@@ -58,7 +58,7 @@ class OnlineKNN(EpochTask):
         self.bank_index = list(range(len(train)))
         validation = open_validation(options, train)
         if validation is not None and validation.labels is not None:
-            self.queries, self.query_index = like(train, validation), list(range(len(validation)))
+            self.queries, self.query_index = align_classes(train, validation), list(range(len(validation)))
             what = f"the {len(validation)} images of the val split"
         else:
             self.query_index = self.bank_index[::10]
