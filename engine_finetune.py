@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data.loader import Batch
 from data.splits import Splits, metric
 from options import ClassifierOptions
+from util.confusion import confusion
 from util.distributed import Processes
 from util.evaluation import Evaluation
 from util.run import Run
@@ -86,8 +87,7 @@ class Objective(nn.Module):
             loss = self._mixed_loss(logits, targets)
         else:
             logits, distilled = self._logits(images)
-            weight = self._weights_on(logits.device)
-            loss = F.cross_entropy(logits, labels, weight=weight, label_smoothing=self.smoothing)
+            loss = F.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=self.smoothing)
         if self.distillation is None:
             return {"loss": loss}
         part, share = self.distillation.loss(distilled, images), self.distillation.weight
@@ -95,14 +95,9 @@ class Objective(nn.Module):
 
     def _mixed_loss(self, logits_NC: Tensor, targets_NC: Tensor) -> Tensor:
         """Compute the loss for target distributions over the classes; torch divides by N even with class weights."""
-        weights = self._weights_on(logits_NC.device)
+        weights = self.class_weights
         loss = F.cross_entropy(logits_NC, targets_NC, weight=weights)
         return loss if weights is None else loss * len(targets_NC) / (targets_NC * weights).sum()
-
-    def _weights_on(self, device: torch.device) -> Tensor | None:
-        if self.class_weights is not None and self.class_weights.device != device:
-            self.class_weights = self.class_weights.to(device)
-        return self.class_weights
 
     def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits for the label loss and those for the distillation loss, which may be the same."""
@@ -137,7 +132,8 @@ def evaluate(
     model.eval()
     device = processes.device
     table_3C = torch.zeros(3, classes, dtype=torch.int64, device=device)  # per class: images, top-1 and top-5 hits
-    confusion_CC = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    listed = classes if classes <= MOST_CONFUSED else 0
+    confusion_CC = torch.zeros(listed, listed, dtype=torch.int64, device=device)
     loss = torch.zeros((), device=device)
     for batch in batches:
         batch = batch.to(device)
@@ -145,27 +141,26 @@ def evaluate(
         with autocast():
             logits_NC = model(batch.images).float()
         loss += F.cross_entropy(logits_NC, batch.labels, reduction="sum")
-        hit_Nk = logits_NC.topk(min(5, classes), dim=1).indices == batch.labels[:, None]
-        counted_3N = torch.stack([torch.ones_like(batch.labels), hit_Nk[:, 0].long(), hit_Nk.any(dim=1).long()])
-        table_3C.index_add_(1, batch.labels, counted_3N)
-        pair_N = batch.labels * classes + logits_NC.argmax(dim=1)
-        confusion_CC += torch.bincount(pair_N, minlength=classes * classes).view(classes, classes)
+        predicted_N = logits_NC.argmax(dim=1)  # topk chooses another class among equal logits
+        right_N = predicted_N == batch.labels
+        in_five_N = right_N | (logits_NC.topk(min(5, classes), dim=1).indices == batch.labels[:, None]).any(dim=1)
+        table_3C.index_add_(1, batch.labels, torch.stack([torch.ones_like(right_N), right_N, in_five_N]).long())
+        if listed:
+            confusion_CC += confusion(batch.labels, predicted_N, classes)
     model.train(was_training)
     shares = processes.gather((table_3C.cpu(), float(loss), confusion_CC.cpu()))
     table_3C = torch.stack([share[0] for share in shares]).sum(dim=0).double()
     images, right, in_five = table_3C
     present = images > 0
     top5 = {"acc5": 100 * float(in_five.sum() / images.sum())} if classes > 5 else {}
-    confusion: dict[str, Any] = {}
-    if classes <= MOST_CONFUSED:
-        confusion["confusion"] = torch.stack([share[2] for share in shares]).sum(dim=0).tolist()
+    matrix = {"confusion": torch.stack([share[2] for share in shares]).sum(dim=0).tolist()} if listed else {}
     return {
         "acc1": 100 * float(right.sum() / images.sum()),
         **top5,
         "mean_class_acc": 100 * float((right[present] / images[present]).mean()),
         "loss": sum(share[1] for share in shares) / float(images.sum()),
         "images": int(images.sum()),
-        **confusion,
+        **matrix,
     }
 
 

@@ -44,10 +44,7 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, masks: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         masks = masks.long()
-        if self.class_weights is not None and self.class_weights.device != masks.device:
-            self.class_weights = self.class_weights.to(masks.device)
-        weights = self.class_weights
-        segmentation, auxiliary = (cross_entropy(logits, masks, weights) for logits in self.model(images))
+        segmentation, auxiliary = (cross_entropy(logits, masks, self.class_weights) for logits in self.model(images))
         loss = segmentation + self.auxiliary * auxiliary
         return {"loss": loss, "segmentation": segmentation, "auxiliary": auxiliary}
 

@@ -86,16 +86,16 @@ TERMS: dict[str, TermEntry] = {
     "teacher3": TermEntry(TeacherOptions, "models_teacher:FurtherTeacherTerm"),
 }
 
-ATTENTION = {
+MAE_LITE = {
     **{"student_tap": "attention", "teacher_tap": "attention", "student_block": -1, "teacher_block": -1},
     **{"normalize": "none", "distance": "l2", "adaptor": "heads"},
 }
 """MAE-Lite: logits of the last blocks' attention, the student's through a convolution over heads."""
 
-RELATIONS = {
+TINY_MIM = {
     **{"extra_block": True, "teacher_block": 0.75, "adaptor": "none", "normalize": "softmax", "distance": "kl"},
 }
-ASYMMETRIC = {
+AMD = {
     **{"teacher_input": "superset", "teacher_mask_ratio": 0.75, "normalize": "none", "distance": "l2"},
 }
 PROTEUS = {
@@ -127,18 +127,18 @@ METHODS: dict[str, Method] = {
     "dmae": Method(terms={"teacher": {}}, note="DMAE: imitates a larger, trained encoder"),
     "nor_dmae": Method(terms={"teacher": {}, "neighbor": {}}, note="DMAE and NoR-MAE together"),
     "mae_lite_distill": Method(
-        terms={"teacher": ATTENTION},
+        terms={"teacher": MAE_LITE},
         note="MAE-Lite with distillation: imitates the attention of a teacher's last block",
     ),
     "d2_mae": Method(
-        terms={"teacher": ATTENTION | {"extra_block": True}},
+        terms={"teacher": MAE_LITE | {"extra_block": True}},
         note="D2-MAE: decodes an inner block's output and imitates attention from an additional block",
         defaults={"reconstruct_block": 0.67},
     ),
     "tiny_mim": Method(
         terms={
-            "teacher": RELATIONS | {"student_tap": "attention", "teacher_tap": "attention"},
-            "teacher2": RELATIONS | {"student_tap": "values", "teacher_tap": "values"},
+            "teacher": TINY_MIM | {"student_tap": "attention", "teacher_tap": "attention"},
+            "teacher2": TINY_MIM | {"student_tap": "values", "teacher_tap": "values"},
         },
         note="TinyMIM: imitates attention and value relations of whole images, without masks and reconstruction",
         defaults={"mask_ratio": 0.0, "reconstruction_weight": 0.0, "input_jitter": 0.4, "drop_path": 0.1},
@@ -156,10 +156,9 @@ METHODS: dict[str, Method] = {
     ),
     "amd": Method(
         terms={
-            "teacher": ASYMMETRIC | {"weight": 0.5, "student_block": 0.5, "teacher_block": 0.5, "tokens": "visible"},
-            "teacher2": ASYMMETRIC | {"weight": 0.5, "student_block": -1, "teacher_block": -1, "tokens": "visible"},
-            "teacher3": ASYMMETRIC
-            | {"student_block": -1, "teacher_block": -1, "tokens": "extra", "adaptor": "generator"},
+            "teacher": AMD | {"weight": 0.5, "student_block": 0.5, "teacher_block": 0.5, "tokens": "visible"},
+            "teacher2": AMD | {"weight": 0.5, "student_block": -1, "teacher_block": -1, "tokens": "visible"},
+            "teacher3": AMD | {"student_block": -1, "teacher_block": -1, "tokens": "extra", "adaptor": "generator"},
         },
         note="AMD: imitates a teacher that sees more patches, also on those that only the teacher sees",
         defaults={"mask_ratio": 0.9},
@@ -371,7 +370,7 @@ def _named(term: str) -> Iterator[None]:
 
 
 def from_options(options: Mapping[str, Any]) -> Pretrainer:
-    """Build the model of a run's stored options, in which `terms` are complete: one of the method's may be missing.
+    """Build the model of a run's stored options. A term of the method that is not in their `terms` was removed.
 
     The model is for inspection: what only training needs, such as a teacher's checkpoint, is not read.
     """
@@ -388,7 +387,7 @@ def from_checkpoint(path: str | Path) -> tuple[Pretrainer, dict[str, Any]]:
     state = load(path)
     if "method" not in state["options"]:
         raise ValueError(
-            f"{path} is not a pretraining checkpoint: it holds a fine-tuned model. tools.encoder.load_encoder(path) "
+            f"{path} is not a pretraining checkpoint: it contains a fine-tuned model. tools.encoder.load_encoder(path) "
             "loads its encoder"
         )
     model = from_options(state["options"])
@@ -397,9 +396,9 @@ def from_checkpoint(path: str | Path) -> tuple[Pretrainer, dict[str, Any]]:
 
 
 def encoder_weights(weights: Mapping[str, Tensor], options: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Return, of the weights of a run with these options, those whose encoder gives the features.
+    """Return the weights of the encoder that is evaluated and exported, under plain names.
 
-    They are under their plain names. For most methods that is all weights; for DINO it is the teacher's encoder.
+    For most methods that is all weights; for DINO it is the teacher's encoder.
     """
     from models_vit import PLAIN_TENSORS
 

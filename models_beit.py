@@ -2,8 +2,8 @@
 
 Bao et al., "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022. Rectangles of patches are replaced by a learned
 token; a linear layer on the encoder's last norm gives the logits of the K tokens for hidden patches only, and the loss
-is the cross-entropy with what a frozen tokenizer says. The released code takes the tokens of DALL-E's tokenizer, whose
-file is a pickle; here the tokenizer is trained on the user's own images (models_tokenizer.py).
+is the cross-entropy with the tokens of a frozen tokenizer. The released code uses DALL-E's tokenizer, whose file is a
+pickle; here the tokenizer is trained on the user's own images (models_tokenizer.py).
 
 The encoder has absolute positions and no layer scale, as the release's 800-epoch variant for ImageNet-1K. Differences:
 positions are fixed sine-cosine instead of learned, the encoder's initial weights are MAE's, the tokenizer sees the
@@ -110,6 +110,10 @@ class BEiT(TokenPrediction, BlockMaskedViT):
         if not strength:
             return (crop,)
         return (replace(crop, jitter=(strength, strength, strength, 0.0), jitter_prob=1.0),)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the class token, which the release does not decay; it decays the mask token."""
+        return {"cls_token"}
 
     @property
     def num_predicted(self) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
@@ -22,17 +21,17 @@ from models_vit import (
     FIRST_LAYERS,
     SIZES,
     LoadReport,
+    Normalization,
     VisionTransformer,
     encoder_sizes,
     load_from_run,
     patch_grid,
+    prepare_images,
+    read_depth,
     read_patch_size,
     read_patch_stem,
     renormalization,
 )
-
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel."""
 
 HEAD_STD, PROBE_STD = 2e-5, 0.01  # standard deviation of the head's initial weights in MAE, for fine-tuning and probes
 TOKEN_STD = 0.02  # standard deviation of the class token when trained from scratch
@@ -155,7 +154,7 @@ def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Ma
         made_with: The options of the run that wrote them; empty where they are not known.
 
     Raises:
-        ValueError: If they hold no encoder of this model, or one with another number of attention heads, which the
+        ValueError: If they contain no encoder of this model, or one with another number of attention heads, which the
             shapes of weights do not show.
     """
     other_head = "head.weight" in weights and weights["head.weight"].shape[0] != model.num_classes
@@ -193,7 +192,7 @@ def load_classifier(model: Classifier, weights: Mapping[str, Tensor], made_with:
     report = load_encoder(model, weights, made_with)
     if report.missing:
         pool = " (another global_pool?)" if any("norm" in name for name in report.missing) else ""
-        raise ValueError(f"these weights are of another classifier{pool}: without {', '.join(report.missing[:5])}")
+        raise ValueError(f"these weights are of another classifier{pool}: missing {', '.join(report.missing[:5])}")
 
 
 class TeacherClassifier(nn.Module):
@@ -221,14 +220,9 @@ class TeacherClassifier(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `[N, C]`."""
-        if images.shape[1] == 1:
-            images = images.expand(-1, self.classifier.in_chans, -1, -1)
-        if self.scale is not None and self.shift is not None:
-            images = images * self.scale + self.shift
-        size = self.classifier.patch_embed.img_size
-        if tuple(images.shape[-2:]) != tuple(size):
-            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
-        return self.classifier(images)
+        network = self.classifier
+        size = network.patch_embed.img_size
+        return network(prepare_images(images, network.in_chans, self.scale, self.shift, size))
 
 
 def load_teacher(
@@ -264,14 +258,14 @@ def load_teacher(
         input_size=(input_size[0], input_size[1]),
         in_chans=in_chans,
         embed_dim=channels,
-        depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        depth=read_depth(weights),
         num_heads=made_with.get("num_heads") or 0,
         patch_stem=read_patch_stem(weights),
         global_pool="avg" if "fc_norm.weight" in weights else "token",
         distill_token=distill_token,
     )
     load_classifier(classifier, weights, made_with)
-    own = (tuple(made_with.get("mean") or ()), tuple(made_with.get("std") or ()))
+    own: Normalization = (tuple(made_with.get("mean") or ()), tuple(made_with.get("std") or ()))
     if not all(own):
         own = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if in_chans == 3 else images
     if len(images[0]) not in (1, len(own[0])):

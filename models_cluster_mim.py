@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models_beit import TokenPrediction
-from models_mae import MaskedAutoencoderViT, Masking, View, take
+from models_mae import MaskedAutoencoderViT, Masking, View, by_rank, take
 from models_vit import at_least_float32, without_autocast
 from options.cluster_mim import ClusterMIMOptions
 
@@ -39,7 +39,7 @@ class ClusterMIM(TokenPrediction, MaskedAutoencoderViT):
 
     def hidden(self, ids_restore: Tensor) -> Tensor:
         """Return the hidden patches `[N, L - V]`."""
-        return ids_restore.argsort(dim=1)[:, self.num_visible :]
+        return by_rank(ids_restore)[:, self.num_visible :]
 
     def decode(self, latent: Tensor, masking: Masking, taps: dict[int, Tensor]) -> Tensor:
         """Decode `[N, 1 + V, D]` to the hidden patches: `[N, L - V, E]`, after the decoder's norm."""

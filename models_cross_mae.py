@@ -20,6 +20,7 @@ from models_mae import (
     Masking,
     View,
     at_least_float32,
+    by_rank,
     take,
     without_autocast,
 )
@@ -120,7 +121,7 @@ class CrossMAE(MaskedAutoencoderViT):
 
     def predicted(self, ids_restore: Tensor) -> Tensor:
         """Return the hidden patches `[N, Q]` that training predicts: those with the least noise after the visible."""
-        return ids_restore.argsort(dim=1)[:, self.num_visible :][:, : self.num_predicted]
+        return by_rank(ids_restore)[:, self.num_visible :][:, : self.num_predicted]
 
     def decode(self, latent: Tensor, masking: Masking, taps: dict[int, Tensor]) -> Tensor:
         """Decode the patches that training predicts; return `[N, Q, E]` after the decoder's norm."""

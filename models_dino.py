@@ -1,7 +1,7 @@
-"""DINO: small and large crops of an image shall have the class distribution that a teacher sees in the large ones.
+"""DINO: train a student to match, from small and large crops, a teacher's output distribution for the large crops.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021. A head turns the class token into
-scores of K classes that have no meaning beforehand. The teacher is a moving average of the student; a centre subtracted
+scores of K outputs without a predefined meaning. The teacher is a moving average of the student; a centre subtracted
 from its scores and a low temperature keep it from collapsing.
 
 State: the student's encoder under MAE's names, its head as `head.*`, the teacher's encoder and head as `teacher.*`, and
@@ -9,8 +9,8 @@ State: the student's encoder under MAE's names, its head as `head.*`, the teache
 (directions); torch's names for the same, `last_layer.parametrizations.weight.original0` and `original1`, can be loaded.
 Features are the teacher's.
 
-Differences to the release: the learning rate follows the schedule of all methods here, which reaches its highest value
-one step later.
+Differences from the release: the learning rate follows the schedule of all methods here, which reaches its highest
+value one step later.
 
 N images of this process   V views   K outputs   D encoder channels   L patches
 """
@@ -198,7 +198,7 @@ def resampling_matrix(grid: tuple[int, int], new_grid: tuple[int, int]) -> Tenso
 
 
 class DINO(Pretrainer):
-    """DINO: the student predicts from all crops what the teacher makes of the two large ones.
+    """DINO: the student predicts from all crops the teacher's output for the two large ones.
 
     Accumulating gradients gives the result of the larger batch, unless the head has batch norm: the centre moves once
     per update, by all its images.

@@ -63,7 +63,7 @@ class View:
     """`[N, C, H, W]` normalised."""
     labels: Tensor | None
     noise: Tensor
-    """`[N, L]` for the mask or, if terms use noise too, `[N, R, L]` with the mask's row first."""
+    """`[N, R, L]`: the mask's row first, then those of the terms."""
     tokens: Tensor
     """`[N, L, D]` embeddings of all patches, with positions; empty if only the visible patches were embedded."""
     ids_keep: Tensor
@@ -112,6 +112,8 @@ class Term(nn.Module):
     """Number of rows of noise that the term needs. The first of them is `view.noise[:, noise_row]`; the model sets
     `noise_row`."""
     noise_row: int = 1
+    needs_two_images: bool = False
+    """Whether a forward pass needs at least two images, as batch norm does."""
     images_together: Literal["", "device", "ranks"] = ""
     """Which images the term compares with each other: none, those of a forward pass on one device, or on all."""
 
@@ -170,11 +172,23 @@ class SumOverRanks(torch.autograd.Function):
         return total
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """Return the mean of `x` over all processes, or `x` itself if there is only one."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    return x if world_size() == 1 else SumOverRanks.apply(x) / world_size()
+
+
+def all_ranks(x: Tensor) -> Tensor:
+    """Return the rows of all processes in the order of their ranks, without gradient."""
+    x = x.detach()
+    if world_size() == 1:
         return x
-    return SumOverRanks.apply(x) / dist.get_world_size()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 class BatchNormOverRanks(nn.BatchNorm1d):
@@ -189,7 +203,7 @@ class BatchNormOverRanks(nn.BatchNorm1d):
             return super().forward(x)
         with without_autocast(x):
             values = at_least_float32(x)
-            count = len(x) * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
+            count = len(x) * world_size()
             mean = mean_over_ranks(values.mean(dim=0))
             centred = values - mean
             variance = mean_over_ranks(centred.square().mean(dim=0))
@@ -262,6 +276,11 @@ def jitter_colours(images: Tensor, numbers: Tensor, strength: float) -> Tensor:
     return images
 
 
+def by_rank(ids_restore: Tensor) -> Tensor:
+    """Return the patches of each image by ascending noise, visible ones first: `[N, L]`."""
+    return ids_restore.argsort(dim=1)
+
+
 def random_masking(noise: Tensor, visible: int) -> Masking:
     """Keep the `visible` patches with the smallest `noise` `[N, L]` of each image."""
     ids_shuffle = noise.argsort(dim=1, stable=True)  # among thousands of float32 values there are ties
@@ -285,6 +304,7 @@ class MaskedImageModel(Pretrainer):
     drops_hidden: ClassVar[bool] = True
     """Whether the encoder gets the visible patches only; otherwise hidden patches are replaced by a token."""
 
+    decoder_blocks: nn.ModuleList
     decoder_pred: nn.Linear
     mask_token: nn.Parameter
     decoder_pos_embed: nn.Parameter
@@ -324,6 +344,8 @@ class MaskedImageModel(Pretrainer):
             raise ValueError(f"outputs of blocks {sorted(taps)} are required; the encoder has blocks 0 to {depth - 1}")
         self.taps = tuple(sorted(taps))
         self.decoder_hidden = tuple(sorted({block for term in self.terms.values() for block in term.decoder_hidden}))
+        if self.decoder_hidden and not self.predicts:  # no loss would train the blocks after them
+            self.decoder_blocks = self.decoder_blocks[: self.decoder_hidden[-1] + 1]
         self._check_everything_is_trained()
 
     def _prepare_jitter(self, strength: float) -> None:
@@ -629,5 +651,4 @@ class MaskedAutoencoderViT(MaskedImageModel):
             decoded = self.decode(latent, masking, taps)
         if self.predicts:
             pred = at_least_float32(self.decoder_pred(decoded))
-        noise = noise if self.noise_rows > 1 else noise[:, 0]
         return View(images, labels, noise, tokens, *masking, latent, taps, decoded, pred, hidden)

@@ -7,9 +7,10 @@ average gives the keys. Each query is classified among the keys of the other vie
 State: the encoder under MAE's names, `projector.*`, `predictor.*`, and the key encoder and its projector as
 `teacher.*`. The indices within projector and predictor are those of the release (Linear, BatchNorm, ReLU, ...).
 
-Differences to the release: the fixed positions have the column's channels first, as everywhere in this project (there:
-the row's), which is the same up to a permutation of the channels. The key encoder is updated at the end of a step with
-the next step's momentum, not at the start of the next step: the same weights, and a refused update changes nothing.
+Differences from the release: the fixed positions have the column's channels first, as everywhere in this project
+(there: the row's), which is the same up to a permutation of the channels. The key encoder is updated at the end of a
+step with the next step's momentum, not at the start of the next step: the same weights, and a skipped update changes
+nothing.
 
 N images of this process   M images of all processes   C channels of the projection   D encoder channels
 """
@@ -22,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_mae import BatchNormOverRanks
+from models_mae import BatchNormOverRanks, all_ranks, world_size
 from models_vit import (
     Crop,
     Pretrainer,
@@ -73,16 +74,6 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float, offset: int = 0) 
         k = F.normalize(at_least_float32(k.detach()), dim=1)
         own = torch.arange(offset, offset + len(q), device=q.device)
         return 2 * temperature * F.cross_entropy(q @ k.T / temperature, own)
-
-
-def gather_over_ranks(x: Tensor) -> tuple[Tensor, int]:
-    """Return the rows of all processes, in the order of their ranks, without gradients; and where this one's begin."""
-    x = x.detach()
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x, 0
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts), dist.get_rank() * len(x)
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -191,6 +182,7 @@ class MoCoV3(Pretrainer):
             raise ValueError(f"MoCo-v3 takes a list of two views of the same images, found {found}")
         temperature = self.options.temperature
         q1, q2 = (self.queries(view) for view in images)
-        (k1, offset), (k2, _) = (gather_over_ranks(self.keys(view)) for view in images)
+        k1, k2 = (all_ranks(self.keys(view)) for view in images)
+        offset = dist.get_rank() * len(images[0]) if world_size() > 1 else 0
         loss = contrastive_loss(q1, k2, temperature, offset) + contrastive_loss(q2, k1, temperature, offset)
         return {"loss": loss, "contrastive": loss}

@@ -26,6 +26,7 @@ from models_mae import (
     Term,
     View,
     at_least_float32,
+    by_rank,
     mean_over_ranks,
     random_masking,
     take,
@@ -220,9 +221,7 @@ def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", 
         elif relation == "token_off_diagonal":
             z_cnp = (z_cnp.sum(dim=1, keepdim=True) - z_cnp) * (L / P)
         if by_hand:
-            a = (
-                predicted if normalize == "token" else z
-            )  # the same tensor as in the model, so saving it needs no memory
+            a = predicted if normalize == "token" else z  # `predicted` is the model's tensor: saving it needs no memory
             return MeanProduct.apply(a, z_cnp, normalize == "token", predicted_in)
         return (z * z_cnp).sum(dim=2).mean()
 
@@ -305,6 +304,11 @@ class NeighborTerm(Term):
             )
         if self.normalization(model) == "token" and self.width(model) < 2:
             raise ValueError("normalize 'token' needs patches of more than one value")
+        if self.options.space == "embedding" and model.reconstruction_weight == 0:
+            raise ValueError(
+                "space 'embedding' leaves the prediction layer untrained without reconstruction: use space 'pixels' or "
+                "a reconstruction_weight above 0"
+            )
 
     def width(self, model: MaskedImageModel) -> int:
         """Return the width of what is related: P for predicted pixels, E for decoder embeddings."""
@@ -316,7 +320,7 @@ class NeighborTerm(Term):
         return "none" if self.options.cnp == "released" and not standardized else self.options.normalize
 
     def scale(self, model: MaskedImageModel) -> dict[str, float]:
-        """Return the weight times the largest magnitude of the relation, which equal predictions reach.
+        """Return the weight times the factor of the mean correlation in the relation.
 
         Empty unless tokens are standardised.
         """
@@ -327,7 +331,7 @@ class NeighborTerm(Term):
             "off_diagonal": (f"({letter}-1)", P - 1),
             "diagonal": (f"({letter}-1)", P - 1),
             "alignment": (f"2({letter}-1)/{letter}", 2 * (P - 1) / P),
-            "token_off_diagonal": ("L(L-1)", L * (L - 1)),
+            "token_off_diagonal": (f"L(L-1)({letter}-1)/{letter}", L * (L - 1) * (P - 1) / P),
         }
         if self.normalization(model) != "token" or self.options.relation not in reach:
             return {}
@@ -396,7 +400,7 @@ class NeighborTerm(Term):
         if self.options.tokens == "all":
             return z
         V = view.ids_keep.shape[1]
-        ids = view.ids_keep if self.options.tokens == "visible" else view.ids_restore.argsort(dim=1)[:, V:]
+        ids = view.ids_keep if self.options.tokens == "visible" else by_rank(view.ids_restore)[:, V:]
         return take(z, ids)
 
     def forward(self, model: MaskedImageModel, view: View) -> Tensor:

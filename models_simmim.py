@@ -1,12 +1,13 @@
-"""SimMIM: the encoder gets the image with some places replaced, and one linear layer predicts what they hide.
+"""SimMIM: the encoder gets the image with some patches replaced, and one linear layer predicts the hidden ones.
 
 Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022. Cells of several patches are replaced by
-a learned token before positions are added; the encoder sees all places. A linear layer predicts the raw pixels of each
+a learned token before positions are added; the encoder sees all patches. A linear layer predicts the raw pixels of each
 patch; the loss is the mean absolute difference over hidden patches.
 
 The encoder is that of the other methods, with fixed positions, so that their features compare and one program
 fine-tunes them. The release differs: no absolute positions, a relative position bias shared by its blocks, layer scale,
-drop path, no bias of keys, crops resized bilinearly. Its initial weights and weight decay are used here.
+drop path, no bias of keys, crops resized bilinearly, coefficients of AdamW (0.9, 0.999), not MAE's (0.9, 0.95). Its
+initial weights and weight decay are used here.
 
 `ReplacedViT` is the base of this kind of method. They differ in what they hide (`draw_mask`) and what they predict
 (`make_target`). `BlockMaskedViT` is the base of those that hide rectangles, as BEiT does: Bao et al., "BEiT: BERT
@@ -34,7 +35,7 @@ INIT_STD = 0.02
 
 
 class ReplacedViT(MaskedImageModel):
-    """Replace hidden patches by a learned token, encode every place, predict with one linear layer."""
+    """Replace hidden patches by a learned token, encode all patches, predict with one linear layer."""
 
     drops_hidden: ClassVar[bool] = False
 
@@ -57,14 +58,13 @@ class ReplacedViT(MaskedImageModel):
         return self.encode_tokens(torch.where(mask[:, :, None] > 0, blank.to(tokens.dtype), tokens))
 
     def observe(self, images: Tensor, labels: Tensor | None = None, *, noise: Tensor | None = None) -> View:
-        """Replace, encode and predict. All ids are kept, in order, because the encoder gets every place."""
+        """Replace, encode and predict. All ids are kept, in order, because the encoder gets every patch."""
         tokens = self.embed(images)
         noise = self._complete(noise, images)
         mask = self.draw_mask(noise[:, 0])
         latent, taps = self.encode_replaced(tokens, mask)
         decoded = self.select(latent[:, 1:], mask)
         pred = at_least_float32(self.decoder_pred(decoded))
-        noise = noise if self.noise_rows > 1 else noise[:, 0]
         ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
         return View(images, labels, noise, tokens, ids, ids, mask, latent, taps, decoded, pred)
 

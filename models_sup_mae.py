@@ -30,6 +30,7 @@ class LabelTerm(Term):
     Options: ClassVar[type] = LabelOptions
     options: LabelOptions
     needs_labels = True
+    needs_two_images = True
     images_together = "device"
 
     def attach(self, model: MaskedImageModel) -> None:

@@ -42,7 +42,7 @@ def standardize(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class Target(nn.Module):
-    """What the patches of an image should be predicted as, and the error of a prediction."""
+    """Base of the prediction targets: the target of each patch, and the error of a prediction."""
 
     name: ClassVar[str] = "reconstruction"
     """Name of the loss part."""
@@ -154,7 +154,7 @@ class Tokens(Target):
         self._size = (0, 0)
 
     def hold(self, tokenizer: Any, grid: tuple[int, int]) -> None:
-        """Take tokens from `tokenizer`, for images of (rows, columns) patches.
+        """Set the tokenizer, for images of (rows, columns) patches.
 
         A tokenizer with patches of another size gets the images resized to as many patches of its own.
         """
@@ -179,9 +179,9 @@ class Tokens(Target):
         return loss.view_as(target)
 
     def pixels(self, pred: Tensor, images: Tensor) -> Tensor | None:
-        """Return what the tokenizer shows for the most likely tokens; None where it cannot show tokens.
+        """Return the patches that the tokenizer decodes from the most likely tokens.
 
-        Patches of another size than the model's are None too.
+        None if it does not decode to pixels, or has another patch size.
         """
         tokenizer = self.tokenizer.network
         if tokenizer is None or self._size != images.shape[-2:]:

@@ -31,13 +31,14 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from models_mae import DECODERS, MaskedAutoencoderViT, MaskedImageModel, Masking, Term, View, block_number
+from models_mae import DECODERS, MaskedAutoencoderViT, MaskedImageModel, Masking, Term, View, block_number, by_rank
 from models_vit import (
     ENCODER_INPUT,
     FIRST_LAYERS,
     PATCH_STEMS,
     Block,
     FrozenNetwork,
+    Normalization,
     Reader,
     VisionTransformer,
     at_least_float32,
@@ -47,6 +48,8 @@ from models_vit import (
     load_matching,
     parse_name,
     patch_grid,
+    prepare_images,
+    read_depth,
     read_patch_size,
     read_patch_stem,
     renormalization,
@@ -56,9 +59,6 @@ from models_vit import (
 )
 from options.mae import MAEOptions
 from options.teacher import RELATIONS, TeacherOptions
-
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel."""
 
 IMAGENET: Normalization = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -166,7 +166,7 @@ def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_wit
     """
     path = options.checkpoint
     embed_dim = weights["cls_token"].shape[-1]
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    depth = read_depth(weights)
     heads = attention_heads(trained_with, embed_dim, options.num_heads)
     if not heads:
         raise ValueError(
@@ -204,7 +204,7 @@ def build_plain(
         "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / options.embed_dim,
     }
     if decoder:
-        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("decoder_blocks."))
+        depth = read_depth(weights, "decoder_blocks.")
         width, heads = options.decoder_embed_dim, options.decoder_num_heads
         own = MAEOptions(decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads)
         teacher: VisionTransformer = MaskedAutoencoderViT(**sizes, options=own)
@@ -318,14 +318,7 @@ class Teacher(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """Convert the student's images to the channels, normalisation and size that the teacher expects."""
-        if images.shape[1] == 1 and self.in_chans != 1:
-            images = images.expand(-1, self.in_chans, -1, -1)
-        if self.scale is not None and self.shift is not None:
-            images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
-        size = self.encoder.patch_embed.img_size
-        if tuple(images.shape[-2:]) != tuple(size):
-            images = F.interpolate(at_least_float32(images), size, mode="bicubic", antialias=True)
-        return images
+        return prepare_images(images, self.in_chans, self.scale, self.shift, self.encoder.patch_embed.img_size)
 
     def embed(self, images: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the tokens `[N, prefix + patches, T]` of the patches `ids` (None: all) and their rotary positions."""
@@ -531,8 +524,7 @@ class TeacherTerm(Term):
             assert min(self.taps) >= ENCODER_INPUT
         depth = options.depth
         if options.teacher_tap == "decoder" and self._holder[0]._weights:
-            names = self._holder[0]._weights
-            depth = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("decoder_blocks."))
+            depth = read_depth(self._holder[0]._weights, "decoder_blocks.")
         if options.teacher_tap != "features":
             self.teacher_block = block_number("teacher_block", options.teacher_block or 0.75, depth)
         wanted, tap = self._holder[0].wanted, (options.teacher_tap, self.teacher_block)
@@ -669,7 +661,7 @@ class TeacherTerm(Term):
             if self.options.teacher_input == "visible":
                 ids = view.ids_keep
             elif self.options.teacher_input == "superset":
-                ids = view.ids_restore.argsort(dim=1)[:, : self._teacher_patches(model)]
+                ids = by_rank(view.ids_restore)[:, : self._teacher_patches(model)]
             masking = Masking(view.ids_keep, view.ids_restore, view.mask)
             view.shared[key] = teacher(view.images, masking, ids, holder.wanted[self.input_name])
         kind = "qkv" if self.options.relates else self.options.teacher_tap
@@ -732,7 +724,7 @@ class TeacherTerm(Term):
         teacher_everywhere = self.options.teacher_tap == "decoder" or self.options.teacher_input == "full"
         if tokens == "hidden":
             masked = self.options.masked_pass > 0
-            wanted = self.masked_ids(model, view)[0] if masked else view.ids_restore.argsort(1)[:, V:]
+            wanted = self.masked_ids(model, view)[0] if masked else by_rank(view.ids_restore)[:, V:]
             return take(student, wanted + 1), take(teacher, wanted + 1)
         if tokens == "all" and student_everywhere:
             return student, teacher
@@ -747,7 +739,7 @@ class TeacherTerm(Term):
         student, ids = self.student_tokens(model, view)
         if options.tokens == "extra":
             V = view.ids_keep.shape[1]
-            extra = view.ids_restore.argsort(dim=1)[:, V : self._teacher_patches(model)]
+            extra = by_rank(view.ids_restore)[:, V : self._teacher_patches(model)]
             positions = take(model.pos_embed[:, 1:].expand(len(extra), -1, -1), extra)
             return compare(self.head(student, positions), teacher[:, 1 + V :], options)
         student, teacher = self.paired(model, view, student, ids, teacher)

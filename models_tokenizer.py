@@ -1,10 +1,10 @@
-"""Tokenizers: what turns each patch of an image into one of K tokens, which BEiT, PeCo and ClusterMIM predict.
+"""Tokenizers: convert each patch of an image into one of K tokens, which BEiT, PeCo and ClusterMIM predict.
 
-`VQTokenizer` is an autoencoder of pixels with a discrete middle (van den Oord et al., "Neural Discrete Representation
-Learning", NeurIPS 2017), with transformers as encoder and decoder. With a perceptual loss it is the tokenizer of PeCo
-as far as the paper's abstract describes it (Dong et al., "PeCo", AAAI 2023; no code or codebook was released).
-`VQKDTokenizer` reconstructs the features of a frozen teacher (Peng et al., "BEiT v2", 2022). Both are trained as every
-other method; `KMeansTokenizer` is fitted by `python -m tools.tokenizer kmeans`.
+`VQTokenizer` is an autoencoder of pixels with a discrete bottleneck (van den Oord et al., "Neural Discrete
+Representation Learning", NeurIPS 2017), with transformers as encoder and decoder. With a perceptual loss it is the
+tokenizer of PeCo as far as the paper's abstract describes it (Dong et al., "PeCo", AAAI 2023; no code or codebook was
+released). `VQKDTokenizer` reconstructs the features of a frozen teacher (Peng et al., "BEiT v2", 2022). Both are
+trained like every other method; `KMeansTokenizer` is fitted by `python -m tools.tokenizer kmeans`.
 
 Codes are unit vectors that follow the vectors assigned to them by moving averages, with dead ones replaced, or the
 points of a grid (Mentzer et al., "Finite Scalar Quantization", ICLR 2024).
@@ -18,17 +18,16 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_mae import DECODERS
+from models_mae import DECODERS, all_ranks, world_size
 from models_targets import Pixels, Target, nearest_center, patchify, scaled_to, unpatchify
 from models_vit import (
-    SIZES,
     Block,
     FrozenNetwork,
     Pretrainer,
@@ -36,13 +35,14 @@ from models_vit import (
     Reader,
     VisionTransformer,
     at_least_float32,
+    attention_heads,
     compute_digest,
     encoder_sizes,
     initialize,
     load_matching,
-    parse_name,
     patch_grid,
     position_table,
+    read_depth,
     read_patch_stem,
     require_plain_encoder,
     require_sizes,
@@ -101,11 +101,11 @@ class Quantizer(nn.Module):
         self._counts = counts if self._counts is None else self._counts + counts
 
     def forget(self) -> None:
-        """Drop what was counted since the last update."""
+        """Discard the counts since the last update."""
         self._counts = None
 
     def after_update(self, taken: Tensor) -> None:
-        """Take in what was counted, on all ranks, unless the update was refused."""
+        """Add the counts of all ranks to the moving average, unless the update was skipped."""
         if self._counts is not None:
             counts = total_over_ranks(self._counts)
             usage = self.decay * self.usage + (1 - self.decay) * counts
@@ -191,7 +191,10 @@ class EMACodebook(Quantizer):
         self.forget()
 
     def _candidates(self, vectors: Tensor) -> Tensor:
-        """Of vectors `[N, L, Z]` as many of each image as make K on all ranks, at places that differ by update."""
+        """Return at least K of the vectors `[N, L, Z]` over all ranks, if there are so many.
+
+        The number is the same for each image, and the positions change with every update.
+        """
         N, L, _ = vectors.shape
         each = min(L, math.ceil(self.tokens / (N * world_size())))
         first = self.updates * STRIDE
@@ -248,10 +251,6 @@ class FSQ(Quantizer):
         return (digits - self.steps) / self.steps
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def total_over_ranks(x: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes, without gradient."""
     if world_size() == 1:
@@ -261,20 +260,11 @@ def total_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
-def all_ranks(x: Tensor) -> Tensor:
-    """Return the rows of all processes in the order of their ranks, without gradient."""
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
 # ---- frozen encoders -------------------------------------------------------------------------------------------------
 
 
 class Encoder(VisionTransformer):
-    """A trained encoder that is only read: of ours, MAE's or timm's."""
+    """A frozen encoder from a checkpoint of this project, MAE or timm."""
 
     def __init__(self, weights: Mapping[str, Tensor], heads: int, img_size: tuple[int, int]) -> None:
         first = weights["patch_embed.proj.weight"]
@@ -285,7 +275,7 @@ class Encoder(VisionTransformer):
             num_classes=0,
             global_pool="token",
             embed_dim=first.shape[0],
-            depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+            depth=read_depth(weights),
             num_heads=heads,
             mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / first.shape[0],
             weight_init="skip",
@@ -312,14 +302,11 @@ class Encoder(VisionTransformer):
         images = scaled_to(images, self.patch_embed.img_size)
         if not blocks:
             return [self.forward_features(images)[:, 1:]]
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]  # type: ignore[index]
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)  # type: ignore[index, operator]
-        x, found = torch.cat([cls_token, x], dim=1), []
-        for number, block in enumerate(self.blocks[: max(blocks)], start=1):
-            x = block(x)
-            if number in blocks:
-                found.append(x[:, 1:])
-        return found
+        indices = [block - 1 for block in blocks]
+        outputs = self.forward_intermediates(
+            images, indices=indices, intermediates_only=True, output_fmt="NLC", stop_early=True
+        )
+        return cast(list[Tensor], outputs)
 
 
 def encoder_from(
@@ -331,7 +318,7 @@ def encoder_from(
         weights: Those of the checkpoint, with or without a decoder and a head.
         trained_with: Its run's options; empty for a checkpoint of another project.
         path: Of the checkpoint, for messages.
-        heads: Attention heads, if the options do not contain them; 0: the usual number for the channels.
+        heads: Attention heads, if the options do not contain them; 0: the only usual number for the channels.
 
     Returns:
         The encoder and the SHA-256 of its weights.
@@ -344,16 +331,16 @@ def encoder_from(
     wanted = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
     missing = [name for name in wanted if name not in weights]
     if missing:
-        raise ValueError(f"{path} holds no encoder: without {', '.join(missing)}")
+        raise ValueError(f"{path} contains no encoder: {', '.join(missing)} missing")
     require_plain_encoder(weights, where=f"the weights in {path}")
     own = {n: w for n, w in weights.items() if n.startswith(("blocks.", "patch_embed.", "norm.", *wanted[:2]))}
     width, patch_size = own["cls_token"].shape[-1], own["patch_embed.proj.weight"].shape[-1]
-    usual = {size.embed_dim: size.num_heads for size in SIZES.values()}.get(width, 0)
-    if "model" in trained_with:
-        heads = trained_with.get("num_heads") or SIZES[parse_name(trained_with["model"])[0]].num_heads
-    heads = heads or usual
+    heads = attention_heads(trained_with, width, heads)
     if not heads or width % heads:
-        raise ValueError(f"{path}: an encoder of {width} channels has {heads or 'an unknown number of'} heads; give it")
+        raise ValueError(
+            f"{path}: {heads or 'an unknown number of'} attention heads for an encoder of {width} channels: give "
+            "--perceptual_heads, --teacher_heads or, with tools.tokenizer, --encoder_heads"
+        )
     side = math.isqrt(own["pos_embed"].shape[1] - 1) * patch_size
     size = tuple(trained_with.get("input_size", (side, side)))
     encoder = Encoder(own, heads, size)
@@ -368,8 +355,8 @@ def require_digest(name: str, expected: str, found: str, path: str) -> None:
     """Raise ValueError where a run was made with other weights than those that are found now."""
     if expected and expected != found:
         raise ValueError(
-            f"{path} holds other weights than this run was started with: {name} is {expected[:12]}..., "
-            f"the file's is {found[:12]}...; give the file of then, or start a new run"
+            f"{path} has other weights than at the start of this run: {name} was {expected[:12]}..., and is now "
+            f"{found[:12]}...; use the original file, or start a new run"
         )
 
 
@@ -379,7 +366,7 @@ def require_digest(name: str, expected: str, found: str, path: str) -> None:
 class Tokenizer(Pretrainer):
     """Base of the tokenizers that are trained: encode the image, quantise each patch, decode all of them.
 
-    A subclass says what is decoded (`decoded_width`) and what the loss is.
+    A subclass creates the prediction layer (`make_head`) and computes the loss (`parts`).
     """
 
     Options: ClassVar[type] = TokenizerOptions
@@ -416,13 +403,6 @@ class Tokenizer(Pretrainer):
     def make_head(self, width: int) -> None:
         """Create `decoder_pred`, from the decoder's channels to what it predicts."""
         raise NotImplementedError
-
-    @torch.no_grad()
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Set MAE's initial weights and positions. The arguments are timm's and unused."""
-        self._set_positions()
-        nn.init.normal_(self.cls_token, std=0.02)
-        self.apply(initialize)
 
     def _set_positions(self) -> None:
         self.pos_embed.data = position_table(self.grid, self.embed_dim).to(self.pos_embed)
@@ -697,7 +677,7 @@ def find_checkpoint(path: str) -> str:
 
 
 def load_tokenizer(read: Reader, path: str) -> tuple[Any, str, Mapping[str, Any]]:
-    """Build the tokenizer of a run of ours or of a k-means file. Nothing in the file is executed.
+    """Build the tokenizer of a run of this project or of a k-means file. Nothing in the file is executed.
 
     Returns:
         The tokenizer, the SHA-256 of what decides its tokens, and the options that it was made with.

@@ -121,7 +121,7 @@ def load_segmenter(model: Segmenter, weights: Mapping[str, Tensor], made_with: M
         raise ValueError(f"these weights are for {theirs} classes, the data has {model.classes}")
     missing = load_encoder(model, weights, made_with).missing
     if missing:
-        raise ValueError(f"these weights are of another segmenter: without {', '.join(missing[:5])}")
+        raise ValueError(f"these weights are of another segmenter: missing {', '.join(missing[:5])}")
 
 
 class Neck(nn.Module):
@@ -197,14 +197,15 @@ class FCNHead(nn.Module):
         return self.classify(self.dropout(self.conv(features)))
 
 
-def conv(channels: int, wanted: int, side: int) -> nn.Sequential:
+def conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
     """Create a convolution with batch norm and ReLU."""
-    layer = nn.Conv2d(channels, wanted, side, padding=side // 2, bias=False)
+    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(layer, nn.BatchNorm2d(wanted), nn.ReLU(inplace=True))
+    return nn.Sequential(layer, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 def classifier(channels: int, classes: int) -> nn.Conv2d:
+    """Create the 1 x 1 convolution that returns the logits."""
     layer = nn.Conv2d(channels, classes, 1)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp as Mlp
 from timm.layers.patch_embed import PatchEmbed
@@ -54,6 +55,9 @@ SIZES: dict[str, Size] = {
 
 ONE_WIDTH_TWO_HEADS = {192: "12 in NoR-MAE and MAE-Lite, 3 in DeiT and timm"}
 INPUT_SIZE = 224
+
+Normalization = tuple[Sequence[float], Sequence[float]]
+"""Mean and standard deviation of each channel."""
 
 
 def attention_heads(options: Mapping[str, Any], embed_dim: int, given: int = 0) -> int:
@@ -188,6 +192,11 @@ FIRST_LAYERS = {"linear": "patch_embed.proj.weight", "conv": "patch_embed.proj.0
 def read_patch_stem(weights: Container[str]) -> str:
     """Return the patch stem of weights, a key of `PATCH_STEMS`."""
     return "conv" if FIRST_LAYERS["conv"] in weights else "linear"
+
+
+def read_depth(names: Iterable[str], prefix: str = "blocks.") -> int:
+    """Return the number of blocks of an encoder, from the names of its weights; 0 without any."""
+    return 1 + max((int(name.split(".")[1]) for name in names if name.startswith(prefix)), default=-1)
 
 
 def read_patch_size(weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> int:
@@ -397,10 +406,9 @@ def load_from_run(model: VisionTransformer, weights: Mapping[str, Tensor], made_
         ValueError: as `load_matching`, and if the encoder of the weights has more blocks or another number of heads,
             which the shapes of the weights do not show.
     """
-    blocks = {int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)}
-    depth = len(model.blocks)
-    if blocks and max(blocks) >= depth:
-        raise ValueError(f"these weights are of an encoder with {max(blocks) + 1} blocks, the model has {depth}")
+    theirs, depth = read_depth(weights), len(model.blocks)
+    if theirs > depth:
+        raise ValueError(f"these weights are of an encoder with {theirs} blocks, the model has {depth}")
     if not made_with:
         if model.embed_dim in ONE_WIDTH_TWO_HEADS:
             log.warning(
@@ -464,9 +472,7 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
-def renormalization(
-    own: tuple[Sequence[float], Sequence[float]], other: tuple[Sequence[float], Sequence[float]]
-) -> tuple[Tensor, Tensor]:
+def renormalization(own: Normalization, other: Normalization) -> tuple[Tensor, Tensor]:
     """Return `scale` and `shift`, `[channels, 1, 1]`, that change the normalisation of images: x * scale + shift.
 
     Args:
@@ -477,6 +483,22 @@ def renormalization(
         [torch.tensor(values, dtype=torch.float64)[:, None, None] for values in pair] for pair in (own, other)
     )
     return (std / other_std).float(), ((mean - other_mean) / other_std).float()
+
+
+def prepare_images(
+    images: Tensor, channels: int, scale: Tensor | None, shift: Tensor | None, size: Sequence[int]
+) -> Tensor:
+    """Convert images `[N, C, H, W]` to the channels (grey ones only), normalisation and size of another network.
+
+    `scale` and `shift` are those of `renormalization`; None: the images have its normalisation.
+    """
+    if images.shape[1] == 1:
+        images = images.expand(-1, channels, -1, -1)
+    if scale is not None and shift is not None:
+        images = images * scale.to(images.dtype) + shift.to(images.dtype)
+    if tuple(images.shape[-2:]) != tuple(size):
+        images = F.interpolate(at_least_float32(images), tuple(size), mode="bicubic", antialias=True)
+    return images
 
 
 def at_least_float32(x: Tensor) -> Tensor:

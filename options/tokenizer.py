@@ -50,7 +50,8 @@ class VQTokenizerOptions(TokenizerOptions):
     perceptual_encoder: str = result("")
     """The frozen encoder of these features: a checkpoint of MAE's, timm's or ours."""
     perceptual_heads: int = result(0)
-    """Attention heads of the perceptual encoder; 0: from its checkpoint, or the usual number for its channels."""
+    """Attention heads of the perceptual encoder; 0: from its checkpoint, or the usual number for its channels;
+    with 192 channels there are two (12, and 3 in DeiT), so it must be given."""
     perceptual_blocks: tuple[int, ...] = result(())
     """Blocks, counted from 1, whose outputs are compared; empty: the end of each quarter (3, 6, 9 and 12 of 12)."""
     perceptual_digest: str = result("")
@@ -72,7 +73,8 @@ class VQKDTokenizerOptions(TokenizerOptions):
     teacher_dim: int = shape(0)
     """Channels of the teacher; 0: from its checkpoint."""
     teacher_heads: int = result(0)
-    """Attention heads of the teacher; 0: from its checkpoint, or the usual number for its channels."""
+    """Attention heads of the teacher; 0: from its checkpoint, or the usual number for its channels;
+    with 192 channels there are two (12, and 3 in DeiT), so it must be given."""
     teacher_digest: str = result("")
     """SHA-256 of the teacher's weights, which a run stores, so that it does not resume with another teacher."""
 

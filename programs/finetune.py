@@ -186,7 +186,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
     optimizer = plan.make_optimizer(processes.device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if options.ema else None
     run.prepare(model, batches, optimizer, total_steps=options.steps, **({"ema": average} if average else {}))
-    objective = plan.make_objective(run.trained)
+    objective = plan.make_objective(run.trained).to(processes.device)
     sources = {"choice": found.choice, "test": found.test}
     evaluated = average or model
     tasks = [
@@ -195,7 +195,7 @@ def train(options: FinetuneOptions, processes: Processes) -> None:
 
     def update_average() -> None:
         if average:
-            move_average(average, model, options.ema or 0.0, run.stepper.taken)
+            move_average(average, model, options.ema, run.stepper.taken)
 
     with run:
         if processes.main:

@@ -68,6 +68,9 @@ def complete_options(options: PretrainOptions, model: Pretrainer, source: Source
         model.prepare(methods.load_pretrained, len(source.classes))
     for path, made_with in model.helpers.items():
         require_same_statistics(options, path, made_with)
+    for name, term in model.loss_terms.items():
+        if term.needs_two_images and options.batch_size == 1:
+            raise ValueError(f"batch_size 1: the batch norm of the term {name} needs at least 2 images on a device")
     return replace(options, value_range=source.value_range, **methods.resolved_options(options, model))
 
 

@@ -137,7 +137,7 @@ def run(options: ProbeOptions) -> None:
             classes=found.classes,
             prepare=encode if options.augment else None,
             class_weights=image_weights(options.class_weights, found.train),
-        )
+        ).to(processes.device)
         tasks = [make_evaluation(options, run, model, found, features.batches)]
         with run:
             if processes.main:

@@ -178,7 +178,7 @@ def train(options: SegmentOptions, processes: Processes) -> None:
         min_lr=options.min_lr,
     )
     run.prepare(model, batches, optimizer, schedule, total_steps=total_steps)
-    objective = plan.make_objective(run.trained)
+    objective = plan.make_objective(run.trained).to(processes.device)
     windows = make_windows(options, model.patch)
     sources = {"choice": found.choice, "test": found.test}
 

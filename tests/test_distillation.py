@@ -458,6 +458,15 @@ def test_every_distance_and_normalisation(distance, normalize):
     assert term(model, view).item() == pytest.approx((total / count).item(), rel=1e-4)
 
 
+def test_decoder_blocks_after_the_compared_one_are_left_out():
+    """No loss would train them, which DistributedDataParallel refuses."""
+    model = small("g2sd", decoder_depth=4, terms={"teacher": {"student_block": 0.5}})
+    images, _, noise = batch(model)
+    model(images, noise=noise)["loss"].backward()
+    assert len(model.decoder_blocks) == 2
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
 def test_hidden_tokens_of_decoders_are_compared_in_one_order():
     model = small("g2sd", terms={"teacher": {"tokens": "hidden"}})
     images, _, noise = batch(model)

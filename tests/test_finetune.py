@@ -207,6 +207,22 @@ def test_evaluation_is_what_a_loop_counts():
     assert figures["confusion"] == counted
 
 
+@pytest.mark.parametrize("classes", [2, 7])
+def test_equal_logits_count_alike_in_the_accuracy_and_in_the_confusion_matrix(classes):
+    labels = torch.arange(400) % classes
+    logits = torch.randint(0, 2, (400, classes), generator=torch.Generator().manual_seed(0)).float()  # many ties
+    batch = Batch(logits, labels, None, torch.arange(400))
+    figures = evaluate(nn.Identity(), [batch], classes=classes, processes=ALONE, autocast=torch.no_grad)
+    right = sum(figures["confusion"][c][c] for c in range(classes))
+    assert figures["acc1"] == 100 * right / 400 and figures.get("acc5", 100) >= figures["acc1"]
+
+
+def test_more_than_100_classes_have_no_confusion_matrix():
+    batch = Batch(torch.eye(101), torch.arange(101), None, torch.arange(101))
+    figures = evaluate(nn.Identity(), [batch], classes=101, processes=ALONE, autocast=torch.no_grad)
+    assert figures["acc1"] == 100 and "confusion" not in figures
+
+
 def test_few_classes_have_no_top_5():
     logits, labels = torch.eye(5), torch.arange(5)
     batch = Batch(logits, labels, None, torch.arange(5))

@@ -17,7 +17,7 @@ from models_nor_mae import neighbor_relation
 from models_targets import Tokens
 from programs import pretrain
 from tests.small import batch, direct, small, teacher_checkpoint, tokenizer_checkpoint
-from util import checkpoint
+from util import checkpoint, optim
 from util.distributed import Processes
 from util.run import resolve
 
@@ -218,7 +218,7 @@ def test_a_model_without_its_tokenizer_encodes_and_says_so_when_trained(method):
     [
         ({"tokenizer": ""}, "no tokenizer is given"),
         ({"tokenizer": "/nowhere.pth"}, "/nowhere.pth"),
-        ({"token_digest": "0" * 64}, "other weights than this run was started with"),
+        ({"token_digest": "0" * 64}, "other weights than at the start of this run"),
         ({"tokens": 25}, "tokens is 25, and .* has 24"),
         ({"in_chans": 1}, "3 channels, in_chans is 1"),
     ],
@@ -287,6 +287,14 @@ def test_drop_path_rises_to_its_rate():
     model = small("beit", depth=3, drop_path=0.2)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("method", ["beit", "peco", "simmim"])
+def test_the_class_token_is_not_decayed_and_the_mask_token_is(method):
+    model = small(method)
+    groups = optim.pretrain_groups(model, 0.05)
+    decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decayed[id(model.cls_token)] == 0.0 and decayed[id(model.mask_token)] == 0.05
 
 
 def test_a_key_bias_changes_nothing():

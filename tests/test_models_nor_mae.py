@@ -640,8 +640,32 @@ def test_the_effective_weight():
     assert scale() == {"weight x (P-1)": pytest.approx(5e-5 * 47)}
     assert scale(weight=1.0, space="embedding") == {"weight x (E-1)": 11.0}
     assert scale(relation="alignment", weight=0.0192) == {"weight x 2(P-1)/P": pytest.approx(0.0192 * 2 * 47 / 48)}
-    assert scale(relation="token_off_diagonal", tokens="visible", weight=1.0) == {"weight x L(L-1)": 20.0}
+    assert scale(relation="token_off_diagonal", tokens="visible", weight=1.0) == {
+        "weight x L(L-1)(P-1)/P": pytest.approx(20 * 47 / 48)  # L: 5 visible patches
+    }
     assert scale(normalize="none") == scale(relation="off_diagonal_squared") == scale(False, cnp="released") == {}
+
+
+@pytest.mark.parametrize("relation", ["off_diagonal", "diagonal", "token_off_diagonal"])
+def test_equal_predictions_have_the_effective_weight(relation):
+    """token_off_diagonal relates every prediction with those of the other patches: all are equal here."""
+    model = build(relation=relation, weight=1.0)
+    equal = torch.randn(48).expand(2, model.num_patches, 48)
+    (reach,) = model.terms["neighbor"].scale(model).values()
+    assert neighbor_relation(equal, equal, relation).abs().item() == pytest.approx(reach, rel=1e-4)
+
+
+def test_embeddings_without_a_reconstruction_are_refused():
+    """No part of the loss would train the prediction layer."""
+    with pytest.raises(ValueError, match="space 'embedding' leaves the prediction layer untrained"):
+        methods.build(
+            "nor_mae",
+            "mae_vit_tiny_patch16",
+            reconstruction_weight=0.0,
+            terms={"neighbor": {"space": "embedding"}},
+            **dict(input_size=64, embed_dim=16, depth=1, num_heads=2),
+            **dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2),
+        )
 
 
 def test_one_graph_holds_the_term_and_its_gradient():

@@ -2,6 +2,7 @@
 
 import math
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_it_joins_the_neighbour_term():
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LabelTerm(LabelOptions(**options))
+
+
+def test_batch_norm_of_one_image_is_refused_before_training():
+    from main_pretrain import parse_options
+    from programs.pretrain import build_model, complete_options
+
+    options = parse_options("--method sup_mae --input_size 16 --model mae_vit_tiny_patch8 --depth 1".split())
+    source = types.SimpleNamespace(classes=["cat", "dog"], value_range=())
+    with pytest.raises(ValueError, match="batch_size 1: the batch norm of the term label needs at least 2 images"):
+        complete_options(replace(options, batch_size=1), build_model(options), source)
 
 
 def test_pretraining_takes_the_classes_of_its_images():

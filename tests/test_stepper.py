@@ -193,6 +193,50 @@ def test_recent_batches_name_what_was_not_finite():
     assert list_bad_losses(recent) == ["neighbor", "loss"]
 
 
+def test_a_first_update_that_is_skipped_leaves_sgd_as_it_was():
+    """The fused step would otherwise use momentum that nothing has set."""
+    found = []
+    for data in (batches(3), [torch.full((4, 3), math.nan), *batches(3)]):
+        model, _ = make()
+        optimizer = optim.sgd(optim.pretrain_groups(model, 0.05), 1e-2)
+        schedule = optim.warmup_cosine(optimizer, epochs=9, warmup_epochs=0, steps_per_epoch=9, min_lr=1e-2)
+        run(model, Stepper(model, optimizer, schedule), data)
+        found.append(weights(model))
+    assert torch.equal(*found)
+
+
+class Dropper:
+    """Hooks that remove one gradient, as DINO does for the last layer in its first epochs."""
+
+    def __init__(self, parameter):
+        self.parameter, self.taken = parameter, []
+
+    def before_step(self, progress):
+        pass
+
+    def adjust_gradients(self, progress):
+        self.parameter.grad = None
+
+    def after_update(self, taken):
+        self.taken.append(bool(taken))
+
+
+def test_an_update_that_the_scaler_skips_for_a_removed_gradient_is_counted_as_skipped():
+    model, _ = make()
+    hooks = Dropper(model[2].bias)
+    optimizer = optim.adamw(optim.pretrain_groups(model, 0.05), 1e-2)
+    schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=0, steps_per_epoch=2, min_lr=0.0)
+    stepper = Stepper(model, optimizer, schedule, fp16=True, hooks=hooks)
+    before = weights(model)
+    with stepper.micro_step():
+        handle = model[2].bias.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+        stepper({"loss": model(batches(1)[0]).square().mean()}, INDEX)
+    assert torch.equal(weights(model), before) and hooks.taken == [False] and stepper.bad_steps() == (1, 1)
+    handle.remove()
+    run(model, stepper, batches(1))
+    assert not torch.equal(weights(model), before) and hooks.taken == [False, True] and stepper.bad_steps() == (1, 0)
+
+
 class Recorder:
     """Hooks that record their calls and remove the gradient of one parameter."""
 

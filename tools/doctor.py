@@ -212,7 +212,7 @@ def train_a_little(plan: Plan, optimizer: torch.optim.Optimizer, device: torch.d
     if options.compile and compiles(device):
         plan.model.compile()
     amp = precision.resolve_amp(options.amp, device)
-    objective = plan.make_objective(plan.model)
+    objective = plan.make_objective(plan.model).to(device)
     schedule = optim.warmup_cosine(optimizer, epochs=2, warmup_epochs=1, steps_per_epoch=count, min_lr=0)
     hooks: Any = plan.model if hasattr(plan.model, "before_step") else None
     stepper = Stepper(plan.model, optimizer, schedule, clip_grad=options.clip_grad, fp16=amp == "fp16", hooks=hooks)

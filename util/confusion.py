@@ -1,4 +1,4 @@
-"""Metrics of a segmenter from one confusion matrix, and their table.
+"""The confusion matrix of classes, and the metrics of a segmenter from it, with their table.
 
 K classes
 """
@@ -17,7 +17,7 @@ METRIC = "miou"
 
 
 def confusion(masks: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Count pixels by true class and predicted class, int64 `[K, K]`; pixels of class IGNORE are not counted."""
+    """Count pixels, or images, by true class and predicted class, int64 `[K, K]`; class IGNORE is not counted."""
     cells = classes**2
     cell = torch.where(masks == IGNORE, cells, masks * classes + predicted).flatten()
     # bincount and boolean indexing would synchronise a GPU, because the sizes of their results depend on the data.

@@ -33,7 +33,11 @@ def adamw(
 
 def sgd(groups: list[dict], lr: float, device: torch.device | None = None) -> torch.optim.SGD:
     """Create SGD with momentum 0.9 over `groups`, fused as in `adamw`."""
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=_fused(device))
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=_fused(device))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:  # a fused first step that is skipped would leave them uninitialised
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:

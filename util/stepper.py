@@ -156,13 +156,15 @@ class Stepper:
     def _update(self) -> None:
         self.schedule.step_update(self.step)
         self._scaler.unscale_(self.optimizer)
+        overflow = torch.zeros_like(self._bad[0], dtype=torch.bool)
         if self._hooks is not None:
+            if self._scaler.is_enabled():  # which also skips for a gradient that is now removed
+                overflow = ~torch.isfinite(torch.nn.utils.get_total_norm(self._gradients()))
             self._hooks.adjust_gradients(self.progress())
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = torch.nn.utils.get_total_norm(self._gradients())
         if self.clip_grad > 0:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip_grad, self.grad_norm)
-        bad = self._refused()
+        bad = self._refused() | overflow
         if self._scaler.is_enabled():
             self._scaler.step(self.optimizer)
             self._scaler.update()
@@ -180,6 +182,9 @@ class Stepper:
         self.taken = ~bad
         if self._hooks is not None:
             self._hooks.after_update(self.taken)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
 
     def progress(self) -> Progress:
         return Progress(self.step, self._total_steps, self._steps_per_epoch, self.optimizer.param_groups)
