@@ -53,7 +53,7 @@ def torchcodec_jpeg() -> Decode | None:
         import torchcodec
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError) as error:  # missing, or incompatible with this version of torch
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         log.warning("data: JPEG files are decoded by Pillow (slower, same pixels): torchcodec fails (%s)", reason)
         return None
     if not all(_agree(decode_jpeg, subsampling) for subsampling in ("4:4:4", "4:2:0")):
@@ -64,6 +64,11 @@ def torchcodec_jpeg() -> Decode | None:
         return None
     log.info("data: JPEG files are decoded by torchcodec %s", torchcodec.__version__)
     return decode_jpeg
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _agree(decode: Decode, subsampling: str) -> bool:
@@ -103,7 +108,7 @@ def png_values(data: bytes) -> np.ndarray:
         from torchcodec.decoders import decode_png
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"a PNG file of 16 bits in colour, which needs torchcodec, and that fails ({str(error).splitlines()[:1]}): "
+            f"a PNG file of 16 bits in colour, which needs torchcodec, and that fails ({first_line(error)}): "
             "store it with 8 bits, as a TIFF file or as a .npy array"
         ) from error
     file = torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -353,11 +353,10 @@ class EvalSamples(Dataset):
         return replace(collate(samples, self.mean, self.std, allocate), problems=problems)
 
 
-def _has_jpeg_files(samples: Samples) -> bool:
-    """Return whether some of the first images are JPEG files."""
-    source = getattr(samples, "source", None)
-    names = [] if source is None else source.names[:100]
-    return any(str(name).lower().endswith((".jpg", ".jpeg")) for name in names)
+def _may_decode_jpeg(samples: Samples) -> bool:
+    """Return whether images of 3 channels are read from files or archives, which may be JPEG whatever their names."""
+    source, channels = getattr(samples, "source", None), len(getattr(samples, "mean", ()))
+    return source is not None and channels == 3 and bool(source.read_lazily or source.path)
 
 
 class Loader:
@@ -375,7 +374,7 @@ class Loader:
         self._processes: list[Any] = []
         self._loader: DataLoader | None = None
         self._feed = _Feed()
-        if num_workers and _has_jpeg_files(samples):
+        if num_workers and _may_decode_jpeg(samples):
             torchcodec_jpeg()  # decided before the fork, so that the workers do not each log it
         # At exit, multiprocessing sends the remaining children a signal that the workers ignore, and waits for them.
         # The finalizer stops the workers before that, or when the loader is deleted.
@@ -400,10 +399,10 @@ class Loader:
                 if retried:
                     raise RuntimeError(
                         f"data loading workers {what} twice in one epoch ({details}). {advice}; "
-                        "with num_workers 0 this process loads, and shows the error itself"
+                        "--num_workers 0 loads the images in this process, which shows the original error"
                     ) from lost
                 retried = True
-                log.warning("a data loading worker %s (%s); starting all of them again where they were", what, details)
+                log.warning("a data loading worker %s (%s); restarting all workers at the same batch", what, details)
                 stream = self._from_workers(keys, done, count)
                 continue
             done += 1

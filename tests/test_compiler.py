@@ -13,7 +13,7 @@ def test_a_machine_that_cannot_compile_says_why_in_one_line(monkeypatch, caplog)
 
     monkeypatch.setattr(torch, "compile", fails)
     assert not compiles(CPU)
-    assert "(No working C++ compiler found); steps are taken as they are, which is slower" in caplog.text
+    assert "torch.compile does not work on this machine (No working C++ compiler found); training" in caplog.text
 
 
 def test_one_that_can_says_nothing(monkeypatch, caplog):

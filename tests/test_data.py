@@ -593,10 +593,13 @@ def test_the_main_process_chooses_the_decoder_for_its_workers(monkeypatch):
     chosen = []
     monkeypatch.setattr(data, "torchcodec_jpeg", lambda: chosen.append(1))
     samples = make_samples(images=16)
-    samples.source = replace(samples.source, names=["a.png"] * 16)
     data.Loader(samples, 2, False)
-    assert not chosen, "there are no JPEG files"
-    samples.source = replace(samples.source, names=["a.JPG"] * 16)
-    data.Loader(samples, 0, False)
+    assert not chosen, "the images are not read from files"
+    for number, files in enumerate(({"path": str}, {"read_lazily": Pictures()}), start=1):  # of packs: not their names
+        samples.source = replace(samples.source, names=["a.png"] * 16, **{"path": None, "read_lazily": None} | files)
+        data.Loader(samples, 0, False)
+        data.Loader(samples, 2, False)
+        assert len(chosen) == number
+    samples.mean = samples.std = (0.5,)
     data.Loader(samples, 2, False)
-    assert len(chosen) == 1
+    assert len(chosen) == 2, "torchcodec decodes three channels only"

@@ -159,6 +159,17 @@ def test_without_torchcodec_pillow_decodes_and_the_log_says_so(monkeypatch, capl
     assert "JPEG files are decoded by Pillow" in caplog.text and "torchcodec" in caplog.text
 
 
+def test_a_png_of_sixteen_bits_without_torchcodec_gives_the_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(ValueError, match=r"that fails \(import of torchcodec.decoders halted[^']*\): store it"):
+        decode.png_values(b"")
+
+
+@pytest.mark.parametrize(("message", "line"), [("\n a b\nc", "a b"), ("", "OSError"), (" \n", "OSError")])
+def test_the_first_line_of_an_error(message, line):
+    assert decode.first_line(OSError(message)) == line
+
+
 def test_a_torchcodec_with_other_pixels_is_not_used(monkeypatch, caplog):
     import torchcodec.decoders
 

@@ -6,6 +6,8 @@ import logging
 
 import torch
 
+from data.decode import first_line
+
 log = logging.getLogger(__name__)
 
 
@@ -14,7 +16,10 @@ def compiles(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("compile: this machine cannot (%s); steps are taken as they are, which is slower", lines[0])
+        log.warning(
+            "--compile: torch.compile does not work on this machine (%s); training continues without it, which is "
+            "slower",
+            first_line(error),
+        )
         return False
     return True

@@ -50,7 +50,7 @@ def test_workers_that_hang_are_replaced_where_they_were(caplog, seconds):
     stop(batches)
     found += stream
     assert torch.equal(images(found), images(make_batches(num_workers=0).epoch(0)))
-    assert "worker hung (no batch for 1 s); starting all" in caplog.text
+    assert "worker hung (no batch for 1 s); restarting all" in caplog.text
     after = [process.pid for process in batches._loader._processes]
     assert not set(before) & set(after) and not any(os.path.exists(f"/proc/{pid}") for pid in before)
     batches.close()
