@@ -29,10 +29,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import parser, progress, publish, table, where
+from benchmarks.measure import parser, progress, publish, where
 from tests.faults import inject
 from tests.faults.few import CLASSIFIER, LAST_STEP, few
 from tests.runs import Training, assert_same_end, final, finish, losses, metrics, start_ranks, tiny_for
+from tools.markdown import make_table
 
 PRETRAIN, FINETUNE, PROBE = "main_pretrain", "main_finetune", "main_linprobe"
 NAMES = {PRETRAIN: "pretraining", FINETUNE: "fine-tuning", PROBE: "linear probe"}
@@ -301,7 +302,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return (
         f"# Kills: {len(result['kills'])} in {result['runs']} runs, seed {result['setting']['seed']}\n\n"
         f"{where(result['machine'])} Saved every {intervals} steps; it took {result['took_seconds'] / 60:.1f} minutes."
-        "\n\n" + table(columns, rows)
+        "\n\n" + make_table(columns, rows)
     )
 
 
