@@ -91,18 +91,25 @@ def require_free(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Create a temporary folder beside `folder` and rename it to `folder` at the end; on an error it is removed.
 
+    Args:
+        folder: The folder to write.
+        replace: Remove an existing `folder` at the end.
+
     Raises:
-        ValueError: If `folder` is neither new nor empty.
+        ValueError: If `folder` is neither new nor empty, without `replace`.
     """
-    require_free(folder)
+    if not replace:
+        require_free(folder)
     temporary = temporary_path(folder)  # so that `folder` exists only when it is complete
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if replace:
+            shutil.rmtree(folder)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

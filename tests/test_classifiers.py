@@ -12,7 +12,10 @@ KNN = {"raw pixels": 98.2, "untrained encoder": 54.0, "pretrained encoder": 87.2
 
 def record(folder, labels, metric="acc1", last=70.0, options=None, **more):
     folder.mkdir(parents=True)
-    accuracy = {name: {"acc1": value, "mean_class_acc": value - 1} for name, value in (("last", last), ("best", 71.5))}
+    accuracy = {
+        name: {"acc1": value, "mean_class_acc": value - 1, "miou": value}
+        for name, value in (("last", last), ("best", 71.5))
+    }
     result = {"accuracy": accuracy, "metric": metric, "best_chosen_on": "held-out training images"}
     (folder / "result.json").write_text(json.dumps(result | {"steps": 1200, "images_seen": 76800} | more))
     (folder / "images_train.txt").write_text("a\t0\n" * labels)
@@ -25,6 +28,7 @@ def quickstart(tmp_path):
     """Write the results of a pretrained encoder and its classifiers."""
     (tmp_path / "result.json").write_text(json.dumps({"steps": 9}))  # pretraining, not a classifier
     (tmp_path / "knn.json").write_text(json.dumps({"accuracy": KNN, "protocol": "k = 20"}))
+    record(tmp_path / "segmented", 100, metric="miou")  # not a classifier
     record(tmp_path / "finetuned", 100, options={"init_from": "last.pth", "from_scratch": False}, last=88.76)
     record(tmp_path / "linprobe", 100, options={"init_from": "last.pth"}, metric="mean_class_acc", knn_acc1=64.4)
     record(tmp_path / "scratch", 100, options={"init_from": "last.pth", "from_scratch": True}, last=64.5)

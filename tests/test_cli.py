@@ -1,5 +1,6 @@
 """The installed command runs the programs of the checkout, and the installation contains nothing else."""
 
+import logging
 import subprocess
 import sys
 import tomllib
@@ -43,6 +44,24 @@ def test_the_command_shows_the_help_of_its_program_without_importing_torch(tmp_p
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.endswith("False\n"), done.stderr
     assert "--data_path" in done.stdout and ("--worker_timeout" in done.stdout) == shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "no-such-run", "photos"],
+        ["embed", "no-such-run", "photos"],
+        ["export", "timm", "no-such-run"],
+        ["tokenizer", "kmeans", "no-such-folder", "--output", "tokens.pth"],
+    ],
+)
+def test_tools_log_to_the_terminal(words, monkeypatch, tmp_path):
+    root = logging.getLogger()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.WARNING)
+    assert cli.main(words) == 2
+    assert root.level == logging.INFO and len(root.handlers) == 1
 
 
 def test_only_the_command_is_installed():

@@ -162,4 +162,7 @@ def test_devices_are_checked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="no GPU"):
         pick_device("cuda")
+    for name in ("gpu", "cuda:x"):
+        with pytest.raises(ValueError, match=f"expected auto, cpu, cuda, cuda:N or mps, found '{name}'"):
+            pick_device(name)
     assert pick_device("auto").type in ("cpu", "mps")

@@ -35,6 +35,12 @@ def test_an_unstable_run_is_replayed(method, tmp_path, capsys):
     assert "not finite" in capsys.readouterr().out
 
 
+def test_an_unknown_precision_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        replay.main(["dump.json", "--amp", "fp8"])
+    assert "--amp: invalid choice: 'fp8'" in capsys.readouterr().err
+
+
 def test_a_replayed_step_has_the_temperature_of_its_epoch(tmp_path):
     temperatures = "--warmup_teacher_temp 0.01 --teacher_temp 0.04 --warmup_teacher_temp_epochs 10"
     words = [

@@ -295,9 +295,17 @@ def test_what_a_writer_gets_wrong_is_never_kept(name, pretrained, tmp_path, monk
         right.write(replace(encoder, model=model, arguments=arguments), folder)
 
     monkeypatch.setitem(export.FORMATS, name, replace(right, write=with_wrong_heads))
-    assert run_tool(name, pretrained[0], "--output", tmp_path / "out") == 2
+    words = [name, pretrained[0], "--output", tmp_path / "out"]
+    assert run_tool(*words) == 2
     assert "other tokens" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "export.json").write_text("earlier")
+    assert run_tool(*words, "--overwrite") == 2
+    assert [path.read_text() for path in tmp_path.rglob("*.*")] == ["earlier"]
+    monkeypatch.setitem(export.FORMATS, name, right)
+    assert run_tool(*words, "--overwrite") == 0
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["format"] == name
 
 
 @ON_RECTANGLES
@@ -374,6 +382,8 @@ def test_the_facts_hold_what_a_user_must_know_and_nothing_of_the_machine(pretrai
     assert "/home/me" not in text + json.dumps(facts) and "data_path" not in text
     for said in ("6 attention heads", f"{height} x {width} pixels", "abc123", "42.5", "neighbor", "Apache License 2.0"):
         assert said in text
+    assert run_tool("timm", folder, "--input_size", f"{width}x{height}", "--output", tmp_path / "other") == 0
+    assert "42.5" not in (tmp_path / "other" / "README.md").read_text()  # measured at the size of training
 
 
 @ON_RECTANGLES

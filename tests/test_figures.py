@@ -97,7 +97,7 @@ def test_grey_and_many_channels_are_shown_as_far_as_a_screen_can():
     five = torch.rand(2, 5, 4, 6)
     np.testing.assert_array_equal(subject.as_pictures(five), five[:, :3].movedim(1, -1).numpy())
     assert Subject([shown()], pixels(channels=5), ["a", "b"]).channels_note == [
-        "FigureModel: the first 3 channels, as red, green and blue, of 5."
+        "Shown: the first 3 channels, as red, green and blue, of 5."
     ]
 
 

@@ -361,6 +361,19 @@ def test_places_that_are_something_else_are_refused(folder, tmp_path, logged):
     assert "thesis.txt" in logged[-1]
     assert pack.main(["--verify", str(folder)]) == 2
     assert "is not a pack" in logged[-1]
+    inside = tmp_path / "pack" / "train" / "thesis.txt" / "pack"
+    assert pack.main([str(folder), "--output", str(inside)]) == 2
+    assert "Not a directory" in logged[-1]
+
+
+def test_a_missing_val_split_is_left_out_and_one_of_other_classes_is_refused(folder, tmp_path, logged):
+    for name in "ab":
+        (folder / "val" / name).rename(folder / "val" / f"other {name}")
+    assert pack.main([str(folder), "--output", str(tmp_path / "pack"), "--num_workers", "1"]) == 2
+    assert logged[-1].startswith("error: no images in")
+    shutil.rmtree(folder / "val")
+    packed(folder, tmp_path / "pack")
+    assert "the split val is not packed: no val images" in logged[-1]
 
 
 def test_raw_pixels_of_other_channels_are_refused(folder, tmp_path, logged):

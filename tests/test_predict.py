@@ -71,7 +71,7 @@ def photos(tmp_path):
 
 
 def run_tool(*words):
-    return predict.main([*map(str, words), "--device", "cpu"])
+    return predict.main(["--device", "cpu", *map(str, words)])
 
 
 def test_masks_are_those_of_the_programs_evaluation(segmenter, photos, tmp_path, capsys):
@@ -166,6 +166,7 @@ def test_what_cannot_be_predicted_is_refused(tmp_path, classifier, segmenter, ph
         ([classifier[0], tmp_path / "text"], "not one of 1 images can be read"),
         ([classifier[0], photos, "--batch_size", "0"], "batch_size: must be at least 1"),
         ([tmp_path / "nowhere", photos], "nowhere: it does not exist"),
+        ([classifier[0], photos, "--device", "cuda:99"], "has no GPU 99"),
     ]
     for number, (words, told) in enumerate(cases):
         assert run_tool(*words, "--output", tmp_path / f"out{number}") == 2, words

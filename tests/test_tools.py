@@ -1,6 +1,7 @@
 """Tools that open a trained model: correct results for a known model, and messages for unsupported input."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,23 @@ def test_knn_writes_three_rows_of_held_out_accuracy(run, capsys):
     assert f"{found['accuracy']['untrained encoder']:.2f}" in capsys.readouterr().out
 
 
+def write_shades(folder, count):
+    """Write grey images, each in its own shade."""
+    folder.mkdir(parents=True)
+    for shade in range(count):
+        Image.fromarray(np.full((8, 8), shade, np.uint8)).save(folder / f"{shade}.png")
+
+
+def test_knn_on_other_data_has_its_own_file(run, tmp_path):
+    for split in ("train", "val"):
+        for name in "ab":
+            write_shades(tmp_path / "photos" / split / name, 12)
+    (run / "knn.json").write_text("of the run")
+    assert knn.main([str(run), "--device", "cpu", "--data_path", str(tmp_path / "photos")]) == 0
+    assert (run / "knn.json").read_text() == "of the run"
+    assert json.loads((run / "knn-photos.json").read_text())["protocol"].startswith("Data: photos. Average")
+
+
 def test_knn_takes_labels_by_class_name_where_a_class_has_no_validation_images(run, tmp_path):
     for split, classes in {"train": "abc", "val": "ac"}.items():
         for brightness, name in enumerate(classes):
@@ -62,9 +80,7 @@ def test_knn_takes_labels_by_class_name_where_a_class_has_no_validation_images(r
 
 def test_knn_sets_training_images_aside_where_there_are_no_validation_images(run, tmp_path, caplog):
     for name in "ab":
-        (tmp_path / name).mkdir(parents=True)
-        for shade in range(40):
-            Image.fromarray(np.full((8, 8), shade, np.uint8)).save(tmp_path / name / f"{shade}.png")
+        write_shades(tmp_path / name, 40)
     bank, queries, what = knn.splits(given.load(run, "cpu"), str(tmp_path))
     assert what == "held-out training" and "no val images" in caplog.text
     assert (len(bank), np.bincount(queries.labels).tolist()) == (60, [10, 10])  # a minimum of 20, not a tenth of 80
@@ -75,6 +91,17 @@ def test_knn_refuses_data_without_labels(run, tmp_path, capsys):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
     assert knn.main([str(run), "--data_path", str(tmp_path), "--device", "cpu"]) == 2
     assert "need labels" in capsys.readouterr().err
+
+
+def test_neighbor_statistics_have_the_mask_ratio_of_the_run_and_do_not_need_val(run, tmp_path, monkeypatch):
+    write_shades(tmp_path / "photos", 3)
+    trained = given.load(run, "cpu")
+    monkeypatch.setattr(given, "load", lambda *_: replace(trained, options=trained.options | {"mask_ratio": 0.5}))
+    subjects = []
+    monkeypatch.setattr(neighbor_statistics, "measure", lambda _, subject: subjects.append(subject) or {})
+    words = ["--data_path", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert neighbor_statistics.main([str(run), *words]) == 0
+    assert [(len(each.pixels), each.mask_ratio) for each in subjects] == [(3, 0.5)]
 
 
 @pytest.mark.parametrize(

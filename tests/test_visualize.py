@@ -278,7 +278,8 @@ def test_listed_files_are_all_shown_in_order_and_a_folders_are_drawn_by_the_seed
         (["separation", *["{run}"] * 5], "5 models do not fit side by side; at most 4"),
         (["neighbors", "{run}", "--images", "{tmp}/none"], "does not exist"),
         (["neighbors", "{run}", "--images", "{tmp}/other.pth", "{tmp}"], "takes image files, or one folder"),
-        (["neighbors", "{run}", "--mask_ratio", "1.5"], "leaves"),
+        (["neighbors", "{run}", "--mask_ratio", "0.999"], "leaves"),
+        (["reconstruction", "{run}", "--mask_ratio", "1.5"], "--mask_ratio: must be more than 0 and less than 1"),
         (["neighbors", "{run}", "--output", "{tmp}/x.bmp"], "a figure is written as .png, .svg, .pdf"),
         (["relations", "{tmp}"], "not a run folder"),
     ],
@@ -290,8 +291,17 @@ def test_what_cannot_be_drawn_is_refused_with_a_message(run, tmp_path, capsys, w
     assert message.format(tmp=tmp_path) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--count", "0"], ["--input_size", "8xx"], ["--similarity", "colour"]])
-def test_wrong_arguments_are_refused_before_anything_is_read(words, capsys):
-    with pytest.raises(SystemExit):
-        visualize.main(["neighbors", *words])
-    assert words[0] in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", "0"], "--count: must be at least 1, found 0"),
+        (["--input_size", "8xx"], "--input_size: expected"),
+        (["--similarity", "colour"], "--similarity: invalid choice: 'colour'"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_read(words, message, capsys):
+    try:
+        assert visualize.main(["neighbors", "no-such-model", *words]) == 2
+    except SystemExit:  # argparse
+        pass
+    assert message in capsys.readouterr().err

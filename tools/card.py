@@ -18,6 +18,7 @@ import methods
 from data.images import describe_eval_crop
 from options import FinetuneOptions
 from tools.encoder import Encoder
+from tools.markdown import make_table
 from util.logging import environment
 
 MACHINE = {
@@ -64,7 +65,7 @@ def facts(encoder: Encoder) -> dict[str, Any]:
             "commit": _commit(encoder.run),
             "options": {name: _names_only(value) for name, value in encoder.options.items() if name not in MACHINE},
         },
-        "measured": _measured(encoder.run) if encoder.options else {},
+        "measured": _measured(encoder),
         "exported": {"commit": here["commit"], "versions": here["versions"]},
     }
 
@@ -75,9 +76,11 @@ def _commit(run: Path) -> str:
     return json.loads(file.read_text())[-1]["commit"] if file.is_file() else ""
 
 
-def _measured(run: Path) -> dict[str, Any]:
-    """Return the results in the run folder."""
-    found = {}
+def _measured(encoder: Encoder) -> dict[str, Any]:
+    """Return the results in the run folder; none if the export has another input size than the run."""
+    if not encoder.options or tuple(encoder.options["input_size"]) != encoder.image_shape[1:]:
+        return {}
+    found, run = {}, encoder.run
     if (run / "knn.json").is_file():
         found["nearest_neighbours"] = json.loads((run / "knn.json").read_text())
     if (run / "result.json").is_file():
@@ -108,6 +111,7 @@ def readme(encoder: Encoder, facts: Mapping[str, Any], *, library: str, usage: s
     }
     what = f"a classifier of {encoder.classes} classes" if encoder.classes else "an encoder, without decoder or head"
     name = f"{encoder.options['model']}, {encoder.method}" if encoder.options else encoder.checkpoint.stem
+    trained = f"{origin['updates']:,} updates, {origin['images_seen']:,} images" if origin["updates"] else ""
     averaged = " with the moving average of its weights" if encoder.options.get("ema") else ""
     rows = {
         "method": encoder.method,
@@ -118,8 +122,8 @@ def readme(encoder: Encoder, facts: Mapping[str, Any], *, library: str, usage: s
         "preparation": _preparation(encoder),
         "mean": ", ".join(f"{value:g}" for value in facts["input"]["mean"]),
         "std": ", ".join(f"{value:g}" for value in facts["input"]["std"]),
-        "`features`": f"{encoder.pooling}; all figures below are of these" if facts["measured"] else encoder.pooling,
-        "trained for": f"{origin['updates']:,} updates, {origin['images_seen']:,} images" if origin["updates"] else "?",
+        "`features`": f"{encoder.pooling}; all metrics below use these" if facts["measured"] else encoder.pooling,
+        "trained for": trained or "not known",
         "trained with commit": origin["commit"] or "not known",
         "exported with commit": facts["exported"]["commit"] or "not known",
         "checked": checked,
@@ -127,7 +131,7 @@ def readme(encoder: Encoder, facts: Mapping[str, Any], *, library: str, usage: s
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}\n\nThis is {what}, exported from `{origin['checkpoint']}`{averaged}.",
-        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in rows.items()),
+        make_table(["", ""], list(rows.items())).rstrip(),
         f"## Use\n\n```python\n{usage.strip()}\n```\n\n`images` are prepared as the table says.",
     ]
     if encoder.class_names:

@@ -28,6 +28,7 @@ FINE_TUNED, LINEAR, NEIGHBORS, SCRATCH = KINDS = (
     "nearest neighbours of the frozen encoder",
     "from scratch",
 )
+METRICS = ("acc1", "mean_class_acc")
 PIXELS_NOTE = (
     "Raw pixels do well on small centred images such as digits, where strokes of a class fall on the same pixels; on "
     "photographs they usually do worse than a trained encoder."
@@ -120,7 +121,7 @@ def classifiers_below(folder: Path) -> list[Path]:
     """Return this folder and its subfolders that contain a finished classifier."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     results = [path for path in (folder, *inside) if (path / "result.json").exists()]
-    return [path for path in results if "accuracy" in json.loads((path / "result.json").read_text())]
+    return [path for path in results if json.loads((path / "result.json").read_text()).get("metric") in METRICS]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0)
     words = parser.parse_args(argv)
+    talk(True)
     require_at_least(words, batch_size=1, num_workers=0)
     size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
     device = pick_device(words.device)
@@ -114,5 +115,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    talk(True)
     sys.exit(main())

@@ -118,7 +118,7 @@ class Encoder:
     def method(self) -> str:
         """Short description of the training method."""
         names = {"pretrain": self.options.get("method", ""), "finetune": "fine-tuning"}
-        return names.get(self.program, "another program's")
+        return names.get(self.program, "unknown (weights of another program)")
 
     @property
     def run(self) -> Path:

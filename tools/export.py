@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import time
@@ -39,12 +38,11 @@ from tools.command import reports_errors
 from tools.encoder import Encoder
 from util import checkpoint
 from util.extras import EXPORT_PACKAGES, require_packages
-
-PROJECT = Path(__file__).resolve().parent.parent
+from util.logging import talk
 
 TIMED_RUNS, TIMED_SECONDS = 50, 5.0
 
-Answers = Callable[[Tensor], Mapping[str, Tensor]]
+Outputs = Callable[[Tensor], Mapping[str, Tensor]]
 """A function from normalised images to the outputs of an `Encoder`, or some of them."""
 
 
@@ -55,7 +53,7 @@ class Format:
     library: str
     """The library that loads it."""
     write: Callable[[Encoder, Path], None]
-    read: Callable[[Path], Answers]
+    read: Callable[[Path], Outputs]
     usage: Callable[[Encoder], str]
     """Code that loads it, for the model card; FOLDER stands for the export."""
 
@@ -80,7 +78,7 @@ def write_timm(encoder: Encoder, folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
-def read_timm(folder: Path) -> Answers:
+def read_timm(folder: Path) -> Outputs:
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     def outputs(images: Tensor) -> Mapping[str, Tensor]:
@@ -95,13 +93,13 @@ def read_timm(folder: Path) -> Answers:
 
 
 def use_timm(encoder: Encoder) -> str:
-    answer = "logits" if encoder.classes else "features"
+    output = "logits" if encoder.classes else "features"
     return f"""
 import timm
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-{answer} = model(images)
+{output} = model(images)
 tokens = model.forward_features(images)
 """
 
@@ -196,7 +194,7 @@ def has_hf_processor(encoder: Encoder) -> bool:
     return channels == 3 and height == width
 
 
-def read_hf(folder: Path) -> Answers:
+def read_hf(folder: Path) -> Outputs:
     import transformers
 
     (kind,) = json.loads((folder / "config.json").read_text())["architectures"]
@@ -216,31 +214,31 @@ def read_hf(folder: Path) -> Answers:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Disable progress bars."""
-    from transformers.utils import logging as talk
+    from transformers.utils import logging
 
-    shown = talk.is_progress_bar_enabled()
-    talk.disable_progress_bar()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            talk.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def use_hf(encoder: Encoder) -> str:
-    kind, answer = "AutoModel", "tokens = model(images).last_hidden_state\nfeatures = tokens[:, 1:].mean(dim=1)"
+    kind, output = "AutoModel", "tokens = model(images).last_hidden_state\nfeatures = tokens[:, 1:].mean(dim=1)"
     if encoder.classes:
-        kind, answer = "AutoModelForImageClassification", "logits = model(images).logits"
+        kind, output = "AutoModelForImageClassification", "logits = model(images).logits"
     model = f'model = {kind}.from_pretrained("FOLDER").eval()'
     if not has_hf_processor(encoder):
-        return f"from transformers import {kind}\n\n{model}\n{answer}"
+        return f"from transformers import {kind}\n\n{model}\n{output}"
     return f"""
 from transformers import AutoImageProcessor, {kind}
 
 {model}
 prepare = AutoImageProcessor.from_pretrained("FOLDER")
 images = prepare(picture, return_tensors="pt")["pixel_values"]
-{answer}
+{output}
 """
 
 
@@ -267,7 +265,7 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
     export_segmenter.write_onnx(graph, encoder.probe(3), card.facts(encoder), folder / "model.onnx", graph.names)
 
 
-def read_onnx(folder: Path) -> Answers:
+def read_onnx(folder: Path) -> Outputs:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -316,7 +314,7 @@ def check(encoder: Encoder, name: str, folder: Path) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def milliseconds(rivals: Mapping[str, Answers], image: Tensor) -> dict[str, float]:
+def milliseconds(rivals: Mapping[str, Outputs], image: Tensor) -> dict[str, float]:
     """Measure the median time of each function for one image, in turns, so that other load affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for outputs in rivals.values():
@@ -332,25 +330,28 @@ def milliseconds(rivals: Mapping[str, Answers], image: Tensor) -> dict[str, floa
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def export(name: str, encoder: Encoder, output: Path) -> str:
+def export(name: str, encoder: Encoder, output: Path, *, replace: bool = False) -> str:
     """Write the encoder in a format to a new or empty folder, and check it.
+
+    Args:
+        replace: Replace an earlier export in the folder, once the new one is complete.
 
     Returns:
         A sentence about the check.
 
     Raises:
         ValueError: the encoder has no such format, or the folder is not empty.
-        Mismatch: the check failed; the folder is removed.
+        Mismatch: the check failed; what was written is removed.
     """
     if encoder.patch_stem == "conv" and name != "onnx":
         raise ValueError(
             f"{FORMATS[name].library} has no convolutional patch stem, which this encoder has: export it to onnx"
         )
-    with new_folder(output) as growing:
+    with new_folder(output, replace=replace) as growing:
         FORMATS[name].write(encoder, growing)
         differences = check(encoder, name, growing)
         checked = "the largest difference is " + ", ".join(
-            f"{difference:.1e} in {answer}" for answer, difference in differences.items()
+            f"{difference:.1e} in {output_name}" for output_name, difference in differences.items()
         )
         facts = card.facts(encoder) | {"format": name, "largest_difference": differences}
         if name == "onnx":
@@ -368,12 +369,10 @@ def export(name: str, encoder: Encoder, output: Path) -> str:
     return checked
 
 
-def prepare_output(words: argparse.Namespace, run: Path) -> Path:
-    """Return the folder to write to; with --overwrite, remove an earlier export there."""
+def choose_output(words: argparse.Namespace, run: Path) -> tuple[Path, bool]:
+    """Return the folder to write to, and whether an earlier export in it is replaced."""
     output = words.output or run / "export" / words.format
-    if words.overwrite and (output / "export.json").is_file():
-        shutil.rmtree(output)
-    return output
+    return output, words.overwrite and (output / "export.json").is_file()
 
 
 @reports_errors
@@ -382,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Export a pretrained encoder or a fine-tuned classifier to timm, Hugging Face transformers or ONNX."
     )
     parser.add_argument(
-        "format", choices=[*FORMATS, "torch"], help="torch: of a segmenter, which otherwise has onnx alone"
+        "format", choices=[*FORMATS, "torch"], help="torch: segmenters only, which can also be exported to onnx"
     )
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--output", type=Path, help="a new folder (default: export/FORMAT in the run folder)")
@@ -390,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input_size", help="pixels of the images, e.g. 224 or 160x96 (default: as in training)")
     parser.add_argument("--num_heads", type=int, default=0, help="attention heads, for weights of other programs")
     words = parser.parse_args(argv)
+    talk(True)
     if words.format in FORMATS:
         require_packages(words.format, EXPORT_PACKAGES[words.format], "export.txt")
     file = checkpoint.find_file(words.model)
@@ -397,15 +397,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words.input_size or words.num_heads:
             raise ValueError("input_size and num_heads do not apply to a segmenter: its run states them")
         trained = segmenter.load(file)
-        output = prepare_output(words, trained.run)
-        sys.stdout.write(export_segmenter.export(words.format, trained, output))
+        output, replace = choose_output(words, trained.run)
+        sys.stdout.write(export_segmenter.export(words.format, trained, output, replace=replace))
         return 0
     if words.format not in FORMATS:
         raise ValueError(f"{file} is not a segmenter; torch is a format of segmenters, see also timm")
     size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
     encoder = encoders.load(words.model, input_size=size, num_heads=words.num_heads)
-    output = prepare_output(words, encoder.run)
-    checked = export(words.format, encoder, output)
+    output, replace = choose_output(words, encoder.run)
+    checked = export(words.format, encoder, output, replace=replace)
     channels, height, width = encoder.image_shape
     sys.stdout.write(
         f"Written: {output}\n"

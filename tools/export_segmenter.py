@@ -10,6 +10,7 @@ N images   K classes   H W rows and columns of a window
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def write_onnx(
     graph: nn.Module, images: Tensor, about: Mapping[str, Any], path: Path, outputs: Sequence[str] = ("logits",)
 ) -> None:
     """Write an ONNX graph for any batch size and a fixed image size, with `about` as its metadata."""
+    for library in ("onnxscript", "onnx_ir"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # they log every optimisation of the graph
     program = torch.onnx.export(
         graph,
         (images,),
@@ -134,12 +137,15 @@ def check(graph: Graph, name: str, path: Path) -> float:
     return difference
 
 
-def export(name: str, trained: Trained, output: Path) -> str:
+def export(name: str, trained: Trained, output: Path, *, replace: bool = False) -> str:
     """Write a segmenter to a new or empty folder, check it, and return a summary.
+
+    Args:
+        replace: Replace an earlier export in the folder, once the new one is complete.
 
     Raises:
         ValueError: If segmenters cannot be exported to this format, or the folder is not empty.
-        Mismatch: If the check failed; the folder is removed.
+        Mismatch: If the check failed; what was written is removed.
     """
     if name not in FORMATS:
         raise ValueError(
@@ -148,7 +154,7 @@ def export(name: str, trained: Trained, output: Path) -> str:
         )
     rows, columns = trained.options.input_size
     about, path = describe(trained, name), output / FILES[name]
-    with new_folder(output) as folder:
+    with new_folder(output, replace=replace) as folder:
         graph = Graph(trained, (rows, columns)).eval()
         file = folder / FILES[name]
         {"onnx": write_onnx, "torch": write_torch}[name](

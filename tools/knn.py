@@ -5,7 +5,8 @@
 There are three rows: raw pixels, the untrained encoder (same options, same seed), and the trained encoder. The effect
 of training is the difference between the last two. Raw pixels are a strong baseline for small, centred images with the
 same lighting, such as digits, and a weak one for photographs. Labels are needed. The results are written to knn.json in
-the run folder, and tools/report.py shows them.
+the run folder, and tools/report.py shows them; with --data_path they are written to knn-NAME.json, which reports do not
+show.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def splits(trained: Trained, data_path: str, group_by: str = "") -> tuple[Source
     return bank, align_classes(bank, queries), "validation"
 
 
+def name_data(data_path: str) -> str:
+    """Return the last part of the path of a data set."""
+    return Path(data_path).resolve().name
+
+
 def measure(
     trained: Trained,
     data_path: str = "",
@@ -102,6 +108,7 @@ def measure(
 
     seen = trained.updates * trained.options["total_batch_size"]
     protocol = (
+        f"Data: {name_data(data_path or trained.options['data_path'])}. "
         f"{POOLS[pool]} (or all pixels), k = {K}, temperature {TEMPERATURE}. "
         f"Bank: {len(bank):,} training images, queries: {len(queries):,} {query_images} images. "
         f"Images: {describe_eval_crop(tuple(trained.options['input_size']), CROP_SHARE, eval_crop)}. "
@@ -136,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     talk(main=True)
     trained = given.load(words.model, words.device)
     found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop, words.group_by)
-    write_json(trained.run / "knn.json", found)
+    name = f"knn-{name_data(words.data_path)}.json" if words.data_path else "knn.json"
+    write_json(trained.run / name, found)
     sys.stdout.write(f"{classifiers.neighbors_table(found)}\n")
     return 0
 

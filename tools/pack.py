@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import write_json
+from data.folders import NoSplit
 from data.loader import allowed_bad
 from data.packs import (
     MANIFEST,
@@ -70,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar=("LOW", "HIGH"),
         help="of images of more than 8 bits, as for training",
     )
-    parser.add_argument("--split", nargs="+", choices=["train", "val"], help="None: train, and val if there is one")
+    parser.add_argument(
+        "--split", nargs="+", choices=["train", "val"], help="splits to pack (default: train, and val if there is one)"
+    )
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="maximum share of unreadable images")
     parser.add_argument("--verify", type=Path, metavar="PACK", help="only check a pack and its source")
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 act(folder)
         else:
             pack(given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         log.error("error: %s", error)
         return 2
     except BrokenProcessPool:
@@ -122,7 +125,7 @@ def pack(given: argparse.Namespace) -> None:
         }
         try:
             source = open_split(origin, recipe.channels, classes, value_range)
-        except ValueError as error:
+        except NoSplit as error:
             if given.split or split == "train":
                 raise
             log.info("the split val is not packed: %s", error)

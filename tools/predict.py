@@ -240,10 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT", help="of main_segment.py or main_finetune.py")
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, and folders of any depth")
     parser.add_argument("--output", type=Path, help="a new folder (default: predictions in the run's folder)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time, of a classifier")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images, of a classifier")
     words = parser.parse_args(argv)
+    talk(True)
     require_at_least(words, batch_size=1, num_workers=0)
     device = pick_device(words.device)
     summary = predict(words.model, words.images, words.output, device, words.batch_size, words.num_workers)
@@ -252,5 +253,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    talk(True)
     sys.exit(main())

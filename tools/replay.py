@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "dump", type=Path, help="debug/bad-step-NNNNNNNN.json of a run; with its .pth in the same folder"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--amp", default="", help="none, bf16 or fp16 (default: as in the run)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--amp", default="", choices=["none", "bf16", "fp16"], help="(default: as in the run)")
     parser.add_argument("--data_path", default="", help="folder of the images (default: that of the run)")
     given = parser.parse_args(argv)
     talk(main=True)

@@ -363,7 +363,7 @@ def classes_section(run: RunRecords) -> str:
         wrong = max((n for n in range(len(names)) if n != number), key=lambda n: counts[n], default=None)
         mistaken = f"{names[wrong]} ({counts[wrong]})" if wrong is not None and counts[wrong] else ""
         rows.append(([name, f"{100 * counts[number] / total:.2f}" if total else "", total, mistaken], False))
-    parts = [html_table(["class", "accuracy %", "images", "most often taken for"], rows)]
+    parts = [html_table(["class", "accuracy %", "images", "most often confused with"], rows)]
     if len(names) <= 30:
         head = "<th></th>" + "".join(f"<th>{cell(name)}</th>" for name in names)
         body = ""

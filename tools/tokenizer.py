@@ -94,7 +94,6 @@ class Fit:
         tokenizer: Computes the vectors of an image that are clustered.
         options: Options that affect the result; a fit does not resume with other values.
         partial: File of the state.
-        batch_size: Images per batch.
         device: Device of the encoder.
         num_workers: Processes that load images.
     """
@@ -219,14 +218,14 @@ class Fit:
 
 def fit_kmeans(words: argparse.Namespace) -> str:
     """Fit a tokenizer and write it; return a message for the user."""
-    sizes = {name: read(getattr(words, name), tuple[int, int], name) for name in ("input_size",)}
+    size = read(words.input_size, tuple[int, int], "input_size")
     require_at_least(words, tokens=2, epochs=1, batch_size=1, patch_size=1, num_workers=0)
     given = {name: read(getattr(words, name), tuple[float, ...], name) for name in ("mean", "std")}
     for name, values in given.items():
         if values and len(values) != words.in_chans:
             raise ValueError(f"{name}: {len(values)} values for in_chans {words.in_chans}")
     mean, std = pixel_statistics(words.in_chans, given["mean"], given["std"])
-    grid = patch_grid(sizes["input_size"], words.patch_size)
+    grid = patch_grid(size, words.patch_size)
     output = Path(words.output)
     source = open_source(words.dataset, words.images, words.split, in_chans=words.in_chans, class_list=words.class_list)
     encoder, digest = None, ""
@@ -237,13 +236,13 @@ def fit_kmeans(words: argparse.Namespace) -> str:
             raise ValueError(f"{path} takes {encoder.patch_embed.proj.in_channels} channels, not {words.in_chans}")
         encoder.requires_grad_(False).eval()
     tokenizer = KMeansTokenizer(torch.zeros(words.tokens, 1), words.patch_size, grid, encoder, words.cosine)
-    tokenizer.set_input_size(sizes["input_size"])
+    tokenizer.set_input_size(size)
     options = {
         "method": KMEANS,
         "model": KMEANS,
         "tokens": words.tokens,
         "patch_size": words.patch_size,
-        "input_size": list(sizes["input_size"]),
+        "input_size": list(size),
         "in_chans": words.in_chans,
         "mean": list(mean),
         "std": list(std),
@@ -294,7 +293,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kmeans.add_argument("--epochs", type=int, default=10, help="passes over the images (default: 10)")
     kmeans.add_argument("--batch_size", type=int, default=256, help="images (default: 256)")
     kmeans.add_argument("--seed", type=int, default=0)
-    kmeans.add_argument("--device", default="auto", help="of the encoder: auto, cpu, cuda or mps")
+    kmeans.add_argument("--device", default="auto", help="of the encoder: auto, cpu, cuda, cuda:N or mps")
     kmeans.add_argument("--num_workers", type=int, default=4)
     return parser.parse_args(argv)
 
@@ -302,11 +301,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     words = parse(argv)
+    talk(True)
     message = fit_kmeans(words)
     sys.stdout.write(message)
     return 0
 
 
 if __name__ == "__main__":
-    talk(True)
     sys.exit(main())

@@ -7,7 +7,7 @@
 
 A model is a run folder, a checkpoint, a model's name (random weights), or NAME=FILE (`tools/figures/models.py`).
 Figures are written as PNG and SVG and added to TensorBoard: in the folder `figures` of the run if one run is shown,
-otherwise in `figures` of the current folder. To add a figure, add a file to `tools/figures` and an entry to `PICTURES`.
+otherwise in `output/figures`. To add a figure, add a file to `tools/figures` and an entry to `PICTURES`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import get_args
 
 from matplotlib.figure import Figure
 
-from tools.command import reports_errors
+from options.schema import read
+from tools.command import reports_errors, require_at_least
 from tools.figures import models, similarity, style
 from tools.figures.attention import attention
 from tools.figures.collapse import collapse
@@ -57,19 +58,6 @@ PICTURES = {
 }
 
 
-def sides(text: str) -> tuple[int, int]:
-    """Parse `224`, or rows and columns as `160x96`."""
-    parts = text.lower().split("x")
-    rows, columns = (int(part) for part in (parts if len(parts) == 2 else parts * 2))
-    return rows, columns
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog="A model is: RUN_FOLDER, CHECKPOINT, NAME or NAME=WEIGHTS_FILE."
@@ -81,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
         made.add_argument(
             "--output", type=Path, nargs="+", default=[], metavar="FILE",
-            help=f"files to write, .png, .svg or .pdf (default: figures/{name}.png and .svg)",
+            help=f"files to write, .png, .svg or .pdf (default: {name}.png and .svg in `figures/` in the run folder, "
+            "or in `output/figures/`)",
         )  # fmt: skip
         made.add_argument("--no_tensorboard", action="store_true", help="do not add the figure to TensorBoard")
         return made
@@ -93,11 +82,11 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--images", nargs="+", default=[], metavar="PATH", help=f"{what} {default}")
         how_many = "all of them" if count is None else count
         made.add_argument(
-            "--count", type=positive, help=f"how many of a folder's images, drawn by the seed (default: {how_many})"
+            "--count", type=int, help=f"how many of a folder's images, drawn by the seed (default: {how_many})"
         )
         made.add_argument("--seed", type=int, default=0, help="seed of masks, random weights and selected images")
         made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-        made.add_argument("--input_size", type=sides, help="pixels, as 224 or 160x96 (default: the model's own)")
+        made.add_argument("--input_size", help="pixels, as 224 or 160x96 (default: the model's own)")
 
     for name, picture in PICTURES.items():
         made = command(name, picture.draw)
@@ -117,13 +106,13 @@ def parser() -> argparse.ArgumentParser:
     made = command("similarity", similarity.similarity)
     add_models(made, None)
     made.add_argument("--crop", choices=list(similarity.CROPS), default="centre", help="(default: centre)")
-    made.add_argument("--batch_size", type=positive, default=32)
+    made.add_argument("--batch_size", type=int, default=32)
     made.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
     made = command("relations", relations)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     made = command("figure9", figure9)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs or checkpoints of main_segment.py")
-    made.add_argument("--count", type=positive, default=4, help="how many of the test images (default: 4)")
+    made.add_argument("--count", type=int, default=4, help="how many of the test images (default: 4)")
     made.add_argument("--seed", type=int, default=0, help="seed of the selected images")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     made.add_argument("--data_path", default="", help="folder of images and masks (default: that of the run)")
@@ -133,7 +122,8 @@ def parser() -> argparse.ArgumentParser:
 def load_models(words: argparse.Namespace) -> list[FigureModel]:
     """Load the models. Raises ValueError if they differ in image size or channels."""
     norm_pix_loss = getattr(words, "norm_pix_loss", False)
-    how = {"device": words.device, "seed": words.seed, "input_size": words.input_size, "norm_pix_loss": norm_pix_loss}
+    size = read(words.input_size, tuple[int, int], "--input_size") if words.input_size else None
+    how = {"device": words.device, "seed": words.seed, "input_size": size, "norm_pix_loss": norm_pix_loss}
     found = [models.load(word, **how) for word in words.models]
     sizes = {shown.size for shown in found}
     if len(sizes) > 1:
@@ -143,8 +133,14 @@ def load_models(words: argparse.Namespace) -> list[FigureModel]:
 
 
 def choose_mask_ratio(words: argparse.Namespace, found: Sequence[FigureModel]) -> float:
-    """Return the mask ratio given by the user, or that of the first model."""
+    """Return the mask ratio given by the user, or that of the first model.
+
+    Raises:
+        ValueError: The given ratio is not between 0 and 1.
+    """
     given = getattr(words, "mask_ratio", None)
+    if given is not None and not 0 < given < 1:
+        raise ValueError(f"--mask_ratio: must be more than 0 and less than 1, found {given:g}")
     return getattr(found[0].model, "mask_ratio", 0.75) if given is None else given
 
 
@@ -207,6 +203,8 @@ def draw(words: argparse.Namespace) -> list[Path]:
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     words = parser().parse_args(argv)
+    least = {"count": 1, "batch_size": 1, "num_workers": 0}
+    require_at_least(words, **{name: least[name] for name in least if getattr(words, name, None) is not None})
     talk(main=True)
     written = draw(words)
     sys.stdout.write(f"Written: {', '.join(map(str, written))}\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import signal
 import socket
 import sys
@@ -80,6 +81,8 @@ class NoDevice(ValueError):  # noqa: N818 - the name describes the error
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises NoDevice if it is not available."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise NoDevice(f"--device: expected auto, cpu, cuda, cuda:N or mps, found {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda"):

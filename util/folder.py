@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 STARTS = "environment.json"
 FILES = (
     *("options.yaml", STARTS, "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json"),
-    *("classes.txt", "images_*.txt", "events.out.tfevents.*", WANDB_FILE, "knn.json", "report.html", "curves.png"),
+    *("classes.txt", "images_*.txt", "events.out.tfevents.*", WANDB_FILE, "knn.json", "knn-*.json", "report.html"),
+    "curves.png",
 )
 FOLDERS = ("checkpoints", "samples", "debug", "figures", "wandb")
 

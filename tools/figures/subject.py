@@ -101,7 +101,7 @@ class Subject:
         if channels in (1, 3):
             return []
         what = "channel" if channels == 2 else "3 channels, as red, green and blue,"
-        return [f"FigureModel: the first {what} of {channels}."]
+        return [f"Shown: the first {what} of {channels}."]
 
     @torch.inference_mode()
     def neighbors(self, shown: FigureModel, similarity: Similarity) -> tuple[Tensor, Tensor]:
