@@ -286,7 +286,7 @@ class Packing:
                 label = -1 if self.labels is None else int(self.labels[image])
                 rows.append([image, shard, offset, len(stored), height, width, label, size, time])
                 offset += len(stored)
-        self._read_back(shard, rows)
+        self._read_back(rows)
         note = {"bytes": offset, "sha256": sha256(self.folder / shard_name(shard)), "rows": rows, "left_out": problems}
         write_json(self._note(shard), note)
         return len(self.shard_indices(shard))
@@ -304,7 +304,7 @@ class Packing:
                 raise BadImage(path, error.strerror or str(error)) from error
         return *self.recipe.store(self.read(image), file), size, time
 
-    def _read_back(self, shard: int, rows: list[list[int]]) -> None:
+    def _read_back(self, rows: list[list[int]]) -> None:
         """Raise OSError unless every image of the shard can be read from disk."""
         index = np.array([tuple(row[1:]) for row in rows], ROW)
         for number in range(len(rows)):

@@ -35,7 +35,7 @@ from programs.plan import Plan
 from programs.training import train_epochs
 from util import distributed, optim
 from util.distributed import Processes
-from util.logging import RunLog, talk
+from util.logging import RunLog, log_to_terminal
 from util.run import Run, resolve, share_batches
 from util.tasks import EpochTask, Pictures
 from util.threads import choose_threads
@@ -225,7 +225,7 @@ def run(options: PretrainOptions) -> None:
     options = resolve(options)
     torch.manual_seed(options.seed)
     with distributed.start(options.device) as processes:
-        talk(processes.main)
+        log_to_terminal(processes.main)
         plan = make_plan(options, processes)
         options, model, source, batches = plan.options, plan.model, plan.source, plan.batches
         if options.init_from:

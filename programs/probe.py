@@ -29,7 +29,7 @@ from util import distributed, optim
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled, select_reading
 from util.knn import knn_accuracy
-from util.logging import talk
+from util.logging import log_to_terminal
 from util.run import Run, resolve, share_batches
 from util.threads import choose_threads
 
@@ -109,7 +109,7 @@ def run(options: ProbeOptions) -> None:
     torch.manual_seed(options.seed)
     encoder, knn_pool = load_encoder(options)
     with distributed.start(options.device) as processes:
-        talk(processes.main)
+        log_to_terminal(processes.main)
         found = splits.open_splits(options)
         options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
         model = LinearProbe(encoder.embed_dim, found.classes).to(processes.device)

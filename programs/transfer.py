@@ -18,7 +18,7 @@ from models_vit import LoadReport, for_channels
 from options import EncoderOptions, TransferOptions, describe_model
 from util import distributed, optim, precision
 from util.distributed import Processes
-from util.logging import talk
+from util.logging import log_to_terminal
 
 log = logging.getLogger("transfer")
 
@@ -36,7 +36,7 @@ def train_or_evaluate(options: Options, train: Work[Options], evaluate: Work[Opt
     """Train or evaluate, according to the (resolved) options, together with the other processes."""
     torch.manual_seed(options.seed)
     with distributed.start(options.device) as processes:
-        talk(processes.main)
+        log_to_terminal(processes.main)
         (evaluate if options.eval else train)(options, processes)
 
 

@@ -341,9 +341,10 @@ def test_a_kill_before_the_best_has_its_name_costs_nothing(tmp_path):
     assert result(tmp_path / "run")["accuracy"] == accuracy and accuracy["best"]
 
 
-def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_place(tmp_path):
-    model = nn.Linear(2, 2)
-    checkpoint.save(tmp_path / "best.pth", {"format": 1, "model": model.state_dict(), "options": {}, "epoch": 3})
+def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_place(tmp_path, caplog):
+    model, average = nn.Linear(2, 2), {"weight": torch.full((2, 2), 7.0), "bias": torch.zeros(2)}
+    best = {"format": 1, "model": model.state_dict(), "ema": average, "options": {}, "epoch": 3}
+    checkpoint.save(tmp_path / "best.pth", best)
     run = SimpleNamespace(
         processes=ALONE,
         checkpoints=tmp_path,
@@ -352,7 +353,10 @@ def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_plac
     )
     how = {"metric": "acc1", "chosen_on": "the test images", "every": 1, "describe": str}
     evaluation = Evaluation(run, model, lambda images: {"acc1": 50.0, "images": 4}, **how)
-    assert evaluation.at_end()["accuracy"].keys() == {"last", "best"}
+    with caplog.at_level("INFO"):
+        assert evaluation.at_end()["accuracy"].keys() == {"last", "best"}
+    assert torch.equal(model.weight, average["weight"]), "the average is evaluated"
+    assert "the best epoch, epoch 3, was chosen by acc1 on the test images" in caplog.text
     run.state.best = {"epoch": 4}
     assert evaluation.at_end()["accuracy"].keys() == {"last"}
 

@@ -7,7 +7,7 @@ import math
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.test_checkpoint import disk_full_after
-from util.logging import JsonLines, RunLog, log_file, talk
+from util.logging import JsonLines, RunLog, log_file, log_to_terminal
 
 
 def test_half_a_line_left_by_a_kill_is_cut_off_and_nothing_else(tmp_path):
@@ -73,9 +73,9 @@ def test_the_log_file_begins_with_earlier_messages(tmp_path, monkeypatch):
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", root.level)
     for said in ("refused", "data"):
-        talk(main=True, keep=True)
+        log_to_terminal(main=True, keep=True)
         logging.info(said)
-    talk(main=True)
+    log_to_terminal(main=True)
     with log_file(tmp_path / "train.log"):
         logging.info("epoch")
     logging.info("later")

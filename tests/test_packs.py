@@ -48,7 +48,7 @@ def logged(monkeypatch):
     lines = []
     for level in ("info", "warning", "error"):
         monkeypatch.setattr(pack.log, level, lambda text, *words: lines.append(text % words if words else text))
-    monkeypatch.setattr(pack, "talk", lambda main: None)
+    monkeypatch.setattr(pack, "log_to_terminal", lambda main: None)
     monkeypatch.setattr(pack, "SHARD_IMAGES", (4, 8192))  # several shards
     return lines
 

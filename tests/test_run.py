@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,7 +213,7 @@ def test_another_total_batch_size_resumes_after_as_many_images(tmp_path):
     said = finish(tmp_path / "run", *accepted)
     finish(tmp_path / "completed", *accepted)
     first = 1352 // 512 + step * 256 // 512
-    assert f"step {STEPS_PER_EPOCH + step} counts as {first}" in said
+    assert f"step {STEPS_PER_EPOCH + step} becomes step {first}" in said
     rates = {line["step"]: line["lr"] for line in metrics(tmp_path / "completed")}
     run_id = metrics(tmp_path / "run")[-1]["run_id"]
     there = {line["step"]: line["lr"] for line in metrics(tmp_path / "run") if line["run_id"] == run_id}
@@ -411,12 +410,13 @@ def test_a_loss_that_stays_bad_stops_with_a_dump(tmp_path):
     ("seconds", "step", "device", "logged"),
     [(60, 2, "cpu", True), (2, 2, "cpu", False), (60, 3, "cpu", False), (60, 2, "meta", False)],
 )
-def test_slow_steps_on_a_cpu_log_how_long_the_run_takes(seconds, step, device, logged, caplog):
+def test_slow_steps_on_a_cpu_log_how_long_the_run_takes(seconds, step, device, logged, caplog, monkeypatch):
+    monkeypatch.setattr("util.records.time.monotonic", lambda: 1000.0)
     records = Records.__new__(Records)
     records.state = SimpleNamespace(stepper=SimpleNamespace(step=step))
     records.processes = SimpleNamespace(device=torch.device(device))
     records.options = SimpleNamespace(log_every=20)
-    records._first_step_at, records._first_step, records._total_steps = time.monotonic() - seconds, 0, 62
+    records._first_step_at, records._first_step, records._total_steps = 1000.0 - seconds, 0, 62
     with caplog.at_level("INFO"):
         records._announce_slow_steps()
-    assert ("a step takes 60 s: at this speed the 60 that are left take 1:00:00" in caplog.text) == logged
+    assert ("a step takes 60 s: the remaining 60 steps take about 1:00:00 at this speed" in caplog.text) == logged

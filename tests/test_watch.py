@@ -12,7 +12,7 @@ from data.sources import open_source
 from tests.runs import Training, assert_same_end, finish, start_ranks
 from util.features import encode_source
 from util.knn import knn_accuracy
-from util.watch import contact_sheet, written
+from util.watch import contact_sheet, select_rgb, write_sheet
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,12 @@ def test_a_sheet_undoes_the_normalisation_and_repeats_pixels():
     assert sheet[0, 0].tolist() == [255, 255, 255], "white between the images"
 
 
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (5, [0, 1, 2])])
+def test_images_of_any_number_of_channels_are_shown_in_three(channels, shown):
+    images = torch.arange(channels).float().view(1, channels, 1, 1).expand(2, channels, 4, 6)
+    assert select_rgb(images)[:, :, 2, 3].tolist() == [shown, shown] and select_rgb(images[0]).shape == (3, 4, 6)
+
+
 def paint(path, red, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 90, (16, 16, 3), dtype=np.uint8)
@@ -89,7 +95,7 @@ def test_a_val_split_smaller_than_the_number_of_processes_is_shared(tmp_path):
 
 def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "samples").write_text("a file in the folder's place")
-    picture = written(torch.zeros(10, 30, 3, dtype=torch.uint8), "black", tmp_path / "samples" / "recon.png")
+    picture = write_sheet(torch.zeros(10, 30, 3, dtype=torch.uint8), "black", tmp_path / "samples" / "recon.png")
     assert picture.shape[1:] == (30, 3) and "cannot write" in caplog.text
 
 

@@ -42,7 +42,7 @@ from util import optim, precision
 from util.compiler import compiles
 from util.distributed import Processes, pick_device
 from util.extras import require_extras
-from util.logging import talk
+from util.logging import log_to_terminal
 from util.meters import Means
 from util.stepper import Stepper
 
@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="number of processes of the run, one per device")
     parser.add_argument("--batches", type=int, default=10, help="batches to train on for the estimate")
     given, words = parser.parse_known_args(argv)
-    talk(main=True)
+    log_to_terminal(main=True)
     wrong = False
     require_at_least(given, processes=1, batches=1)
     try:

@@ -35,7 +35,7 @@ from tools import encoder as encoders
 from tools.command import reports_errors, require_at_least
 from tools.encoder import Encoder
 from util.distributed import pick_device
-from util.logging import talk
+from util.logging import log_to_terminal
 
 
 def embed(
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0)
     words = parser.parse_args(argv)
-    talk(True)
+    log_to_terminal(True)
     require_at_least(words, batch_size=1, num_workers=0)
     size = read(words.input_size, tuple[int, int], "input_size") if words.input_size else None
     device = pick_device(words.device)

@@ -32,7 +32,7 @@ from tools.command import reports_errors, require_at_least
 from tools.given import Trained
 from util.features import encode_source, load_pixels
 from util.knn import knn_accuracy
-from util.logging import talk
+from util.logging import log_to_terminal
 
 K, TEMPERATURE = 20, 0.07
 SHARE = 0.1  # share of the training images that are queries if there are no validation images
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     words = parser.parse_args(argv)
     require_at_least(words, batch_size=1, num_workers=0)
-    talk(main=True)
+    log_to_terminal(main=True)
     trained = given.load(words.model, words.device)
     found = measure(trained, words.data_path, words.batch_size, words.num_workers, words.eval_crop, words.group_by)
     name = f"knn-{name_data(words.data_path)}.json" if words.data_path else "knn.json"

@@ -36,7 +36,7 @@ from tools.figures import models, separation
 from tools.figures.collapse import token_similarity
 from tools.figures.subject import Subject, chosen, read_images
 from tools.given import Trained
-from util.logging import talk
+from util.logging import log_to_terminal
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = parser.parse_args(argv)
     require_at_least(args, images=1)
-    talk(True)
+    log_to_terminal(True)
     trained = given.load(args.run, args.device)
     if "mask_ratio" not in trained.options:
         raise ValueError(f"{trained.run}: the method {trained.options['method']} masks no patches")

@@ -46,7 +46,7 @@ from data.packs import (
 )
 from data.sources import Source, open_source
 from tools.command import require_at_least
-from util.logging import talk
+from util.logging import log_to_terminal
 
 log = logging.getLogger("pack")
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", type=Path, metavar="PACK", help="only check a pack and its source")
     parser.add_argument("--detach", type=Path, metavar="PACK", help="make a pack independent of its source")
     given = parser.parse_args(argv)
-    talk(main=True)
+    log_to_terminal(main=True)
     try:
         if given.verify or given.detach:
             act = verify if given.verify else detach

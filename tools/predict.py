@@ -41,7 +41,7 @@ from tools.command import reports_errors, require_at_least
 from tools.encoder import Encoder
 from util import checkpoint
 from util.distributed import pick_device
-from util.logging import talk
+from util.logging import log_to_terminal
 from util.overlay import colours, overlay, to_rgb
 
 log = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time, of a classifier")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images, of a classifier")
     words = parser.parse_args(argv)
-    talk(True)
+    log_to_terminal(True)
     require_at_least(words, batch_size=1, num_workers=0)
     device = pick_device(words.device)
     summary = predict(words.model, words.images, words.output, device, words.batch_size, words.num_workers)

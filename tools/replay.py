@@ -26,7 +26,7 @@ from data.loader import Batch
 from tools.command import reports_errors
 from util import checkpoint, precision
 from util.distributed import Processes, pick_device
-from util.logging import talk
+from util.logging import log_to_terminal
 from util.stepper import Progress, seed_micro_step
 
 ALL_FINITE = 1  # exit code if the problem does not occur again
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--amp", default="", choices=["none", "bf16", "fp16"], help="(default: as in the run)")
     parser.add_argument("--data_path", default="", help="folder of the images (default: that of the run)")
     given = parser.parse_args(argv)
-    talk(main=True)
+    log_to_terminal(main=True)
     replay = Replay(given.dump, device=given.device, amp=given.amp, data_path=given.data_path)
     report = [(where, found) for where, batch in replay.micro_batches() for found in replay.findings(batch)]
     for where, found in report:

@@ -36,7 +36,7 @@ from options.schema import read
 from tools.command import reports_errors, require_at_least
 from util import checkpoint
 from util.distributed import pick_device
-from util.logging import talk
+from util.logging import log_to_terminal
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +301,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     words = parse(argv)
-    talk(True)
+    log_to_terminal(True)
     message = fit_kmeans(words)
     sys.stdout.write(message)
     return 0

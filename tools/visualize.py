@@ -34,7 +34,7 @@ from tools.figures.reconstruction import reconstruction
 from tools.figures.relations import relations
 from tools.figures.separation import separated
 from tools.figures.subject import Similarity, Subject, chosen, open_images, read_images
-from util.logging import talk
+from util.logging import log_to_terminal
 
 FRESH = "mae_vit_tiny_patch16"
 
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = parser().parse_args(argv)
     least = {"count": 1, "batch_size": 1, "num_workers": 0}
     require_at_least(words, **{name: least[name] for name in least if getattr(words, name, None) is not None})
-    talk(main=True)
+    log_to_terminal(main=True)
     written = draw(words)
     sys.stdout.write(f"Written: {', '.join(map(str, written))}\n")
     return 0

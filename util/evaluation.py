@@ -48,7 +48,7 @@ class Evaluation(EpochTask):
         self._of_last_epoch: dict[str, Any] | None = None  # its metrics on the test images, if they are known
 
     def _measure(self, images: str) -> dict[str, Any]:
-        """Return what `measure` computes. A run that was asked to stop leaves: only some of the images may be in it."""
+        """Return what `measure` computes; raise Interrupted if a stop was requested, as some images may be missing."""
         metrics = self.measure(images)
         self.run.leave_if_stopped()
         return metrics
@@ -63,8 +63,10 @@ class Evaluation(EpochTask):
 
     def _best_weights(self, best: Path) -> dict[str, Tensor] | None:
         """Return the weights of the best epoch, or None if they could not be saved."""
-        if best.is_file() and checkpoint.load(best)["epoch"] == self.run.state.best["epoch"] + 1:
-            return checkpoint.load_model(best, averaged=True)[0]
+        if best.is_file():
+            state = checkpoint.load(best)
+            if state["epoch"] == self.run.state.best["epoch"] + 1:
+                return state.get("ema") or state["model"]
         log.warning("the best epoch could not be saved when it ended: only the last one is evaluated")
         return None
 

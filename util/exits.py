@@ -15,7 +15,7 @@ from data.loader import NothingReadable
 from util import distributed
 from util.distributed import NoDevice
 from util.folder import AlreadyFinished
-from util.logging import talk
+from util.logging import log_to_terminal
 from util.stepper import Unstable
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def run_program(run: Callable[[Options], None], options: Options) -> int:
     immediately with 130. Other exceptions are bugs and are raised. The caller's signal handlers are restored at the
     end.
     """
-    talk(main=int(os.environ.get("RANK", "0")) == 0, keep=True)
+    log_to_terminal(main=int(os.environ.get("RANK", "0")) == 0, keep=True)
     before = distributed.on_stop_signals(_stopped_early)  # until the run installs its own handlers
     code = None
     try:

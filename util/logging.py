@@ -48,7 +48,7 @@ class _Kept(logging.Handler):
         self.records.append(record)
 
 
-def talk(main: bool, *, keep: bool = False) -> None:
+def log_to_terminal(main: bool, *, keep: bool = False) -> None:
     """Log to the terminal: everything from the main process, warnings from the others.
 
     `keep` also stores the lines for the next `log_file`.
@@ -80,7 +80,7 @@ class _Careful(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[logging.Handler]:
-    """Also write log lines, with their time, to `path`, starting with those kept by `talk`; return the handler."""
+    """Also write log lines, with their time, to `path`, first those kept by `log_to_terminal`; return the handler."""
     handler: logging.Handler
     try:
         handler = _Careful(path, encoding="utf-8", errors="backslashreplace")  # file names may contain any bytes

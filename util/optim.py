@@ -86,7 +86,10 @@ def restore_groups(optimizer: torch.optim.Optimizer, model: nn.Module, stored: S
     if sizes != [len(group["params"]) for group in optimizer.param_groups] and sizes == [
         len(group["params"]) for group in plain
     ]:
-        log.warning("this run was started by an earlier version, which decays more parameters; it resumes so")
+        log.warning(
+            "this run was started by an earlier version, which decays more parameters; this run keeps its parameter "
+            "groups"
+        )
         for group, earlier in zip(optimizer.param_groups, plain, strict=True):
             group["params"] = earlier["params"]
 

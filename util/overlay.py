@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.masks import IGNORE
-from util.watch import contact_sheet, written
+from util.watch import contact_sheet, select_rgb, write_sheet
 
 GOLDEN = 0.618034  # distance of consecutive hues (the circle is 1), so that they differ much for any number of classes
 SHADES = ((0.75, 0.95), (0.45, 1.0), (0.9, 0.65))  # saturation and value, used in turn
@@ -41,7 +41,7 @@ def overlay(image_CHW: Tensor, mask_HW: Tensor, classes: int) -> Tensor:
 def to_rgb(image_CHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Convert a normalised image with any number of channels to RGB `[3, H, W]` between 0 and 1."""
     pixels = (image_CHW.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).clamp(0, 1)
-    return pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    return select_rgb(pixels)
 
 
 def tile(picture_CHW: Tensor) -> Tensor:
@@ -60,4 +60,4 @@ def mask_sheet(made: Sequence[tuple[Tensor, Tensor, Tensor]], classes: int, path
     ]
     rows = [torch.stack(row) for row in zip(*columns, strict=True)]
     sheet = contact_sheet(rows, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return written(sheet, "rows: image, mask, predicted mask; black is no class", path)
+    return write_sheet(sheet, "rows: image, mask, predicted mask; black is no class", path)

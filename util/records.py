@@ -139,8 +139,8 @@ class Records:
         if seconds * min(steps, self.options.log_every) > SLOW:
             left = datetime.timedelta(seconds=round(seconds * steps))
             log.info(
-                "a step takes %.0f s: at this speed the %d that are left take %s. Smaller images, larger patches "
-                "or a smaller model are faster",
+                "a step takes %.0f s: the remaining %d steps take about %s at this speed. Smaller images, larger "
+                "patches or a smaller model are faster",
                 seconds,
                 steps,
                 left,
@@ -178,7 +178,7 @@ class Records:
         if 0 < SPIKE * usual < highest:
             log.warning(
                 "step %d: a loss of %.4g since the last line, %.0f times the usual %.4g, gradient norm %.3g; if this "
-                "stays, try a lower learning rate or --clip_grad",
+                "persists, try a lower learning rate or --clip_grad",
                 self._step,
                 highest,
                 highest / usual,

@@ -270,7 +270,6 @@ class Run:
         self.records.after_epoch(**values)
         self.state.epoch, self.state.epoch_step = self.state.epoch + 1, 0
         self.means.reset()
-        self.records.exchange_problems()
         state = self.state.state_dict()
         if self.processes.main:
             self._saver.save_epoch(state, is_best=self.state.is_best)
@@ -293,7 +292,9 @@ class Run:
         try:
             self.records.write_result(seconds_saving=self._saver.seconds, **values)
         except OSError as error:
-            raise CannotSave(f"training is done, but result.json is not written ({error}): start again") from error
+            raise CannotSave(
+                f"training is complete, but result.json could not be written ({error}): run the same command again"
+            ) from error
 
 
 def resolve(options: Options) -> Options:

@@ -113,7 +113,8 @@ class TrainingState:
         self.problems = dict(state["problems"])
         if (then := state["sampler"]["world_size"]) != self.processes.world_size:
             log.warning(
-                "resuming with %d processes instead of %d: the order of images stays, sums are rounded differently",
+                "resuming with %d processes instead of %d: the order of images is unchanged, sums are rounded "
+                "differently",
                 self.processes.world_size,
                 then,
             )
@@ -137,7 +138,10 @@ class TrainingState:
             return state
         offset = sampler["offset"] * sampler["batch"] // now
         step = state["epoch"] * self.steps_per_epoch + offset
-        log.warning("%d images a step, not %d: step %d counts as %d", now, sampler["batch"], state["step"], step)
+        log.warning(
+            "resuming with total_batch_size %d instead of %d: step %d becomes step %d",
+            *(now, sampler["batch"], state["step"], step),
+        )
         return {**state, "step": step, "sampler": {**sampler, "offset": offset}}
 
 

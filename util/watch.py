@@ -130,10 +130,10 @@ def draw_reconstructions(run: Run, model: Any, options: PretrainOptions, source:
     caption = f"rows: {', '.join(ROWS.get(name, name) for name in made)}"
     if getattr(options, "norm_pix_loss", False):
         caption += "; predictions are of standardised patches, undone with each patch's true mean and deviation"
-    return written(sheet, caption, path)
+    return write_sheet(sheet, caption, path)
 
 
-def written(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
+def write_sheet(sheet_HWC: Tensor, caption: str, path: Path) -> Tensor:
     """Add the caption to an image, write it to `path` if possible, and return it as uint8 `[H, W, 3]`."""
     picture = with_caption(sheet_HWC, caption)
     try:
@@ -148,13 +148,16 @@ def contact_sheet(rows: Sequence[Tensor], mean: Sequence[float], std: Sequence[f
     """Arrange rows of normalised images `[N, C, H, W]` in one uint8 image `[H', W', 3]`; small images are enlarged."""
     images = torch.cat(list(rows))
     pixels = images * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
-    channels = pixels.shape[1]
-    if channels != 3:  # grey, or the first three of many
-        pixels = pixels[:, :3] if channels > 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     enlarge = max(1, 96 // pixels.shape[-1])
-    pixels = pixels.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
+    pixels = select_rgb(pixels).repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
     grid = make_grid(pixels.clamp(0, 1), nrow=len(rows[0]), padding=2, pad_value=1.0)
     return (grid * 255).round().to(torch.uint8).permute(1, 2, 0)
+
+
+def select_rgb(pixels: Tensor) -> Tensor:
+    """Return the first three channels of images `[..., C, H, W]`, or the first one three times if there are fewer."""
+    channels = [0, 1, 2] if pixels.shape[-3] >= 3 else [0, 0, 0]
+    return pixels[..., channels, :, :]
 
 
 def with_caption(sheet_HWC: Tensor, caption: str) -> Any:
