@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import time
@@ -38,7 +39,7 @@ from tools.command import reports_errors
 from tools.encoder import Encoder
 from util import checkpoint
 from util.extras import EXPORT_PACKAGES, require_packages
-from util.logging import talk
+from util.logging import log_to_terminal
 
 TIMED_RUNS, TIMED_SECONDS = 50, 5.0
 
@@ -389,7 +390,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input_size", help="pixels of the images, e.g. 224 or 160x96 (default: as in training)")
     parser.add_argument("--num_heads", type=int, default=0, help="attention heads, for weights of other programs")
     words = parser.parse_args(argv)
-    talk(True)
+    log_to_terminal(True)
+    for library in ("onnxscript", "onnx_ir", "timm"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # they log every step of writing and loading
     if words.format in FORMATS:
         require_packages(words.format, EXPORT_PACKAGES[words.format], "export.txt")
     file = checkpoint.find_file(words.model)
