@@ -381,7 +381,7 @@ def test_nothing_is_evaluated_twice(chosen_on, best, evaluated, tmp_path):
         state=state,
         options=SimpleNamespace(epochs=2),
         source=SimpleNamespace(classes=["a", "b"]),
-        save_best=lambda name, value: None,
+        record_best=lambda name, value: None,
         leave_if_stopped=lambda: None,
     )
     calls = []

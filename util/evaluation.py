@@ -57,7 +57,7 @@ class Evaluation(EpochTask):
         metrics = self._measure("choice")
         if self.chosen_on == TEST and epoch + 1 == self.run.options.epochs:
             self._of_last_epoch = dict(metrics)
-        self.run.save_best(self.metric, metrics[self.metric])
+        self.run.record_best(self.metric, metrics[self.metric])
         group = "test" if self.chosen_on == TEST else "val"
         return {f"{group}_{name}": value for name, value in metrics.items() if isinstance(value, float)}
 

@@ -174,16 +174,14 @@ class Run:
             self._saver.save(state)
         self._decisions.saved()
 
-    def save_best(self, name: str, value: float) -> bool:
-        """Save this state as `best.pth` at the end of the epoch if `value` is at least the highest so far.
+    def record_best(self, name: str, value: float) -> None:
+        """Record this epoch as the best if `value` is at least the highest so far; `end_epoch` then writes best.pth.
 
         Among equal values the latest is the best: with few images, the first epoch, with a learning rate near 0, often
         ties with later ones.
         """
-        if self.state.best and value < self.state.best["value"]:
-            return False
-        self.state.best = {"name": name, "value": value, "epoch": self.state.epoch}
-        return True
+        if not self.state.best or value >= self.state.best["value"]:
+            self.state.best = {"name": name, "value": value, "epoch": self.state.epoch}
 
     # ---- training --------------------------------------------------------------------------------------------------
 

@@ -268,7 +268,7 @@ def first_epoch_is_best(then: Callable[[], None] | None = None) -> None:
     """Let the first epoch be the best; then call `then`."""
     from util.run import Run
 
-    save_best = Run.save_best
-    Run.save_best = lambda self, name, value: not self.state.best and save_best(self, name, value)
+    record_best = Run.record_best
+    Run.record_best = lambda self, name, value: None if self.state.best else record_best(self, name, value)
     if then:
         then()
