@@ -299,8 +299,8 @@ def test_the_heads_of_192_channels_must_be_given():
     """They are 12 here and 3 in DeiT, and the weights do not tell."""
     weights = methods.build("mae", "mae_vit_tiny_patch16", input_size=32, depth=1).state_dict()
     with pytest.raises(ValueError, match="unknown number of attention heads for an encoder of 192 channels"):
-        encoder_from(weights, {}, "foreign.pth")
-    assert encoder_from(weights, {}, "foreign.pth", heads=3)[0].heads == 3
+        encoder_from(weights, {}, "other.pth")
+    assert encoder_from(weights, {}, "other.pth", heads=3)[0].heads == 3
     assert encoder_from(weights, {"model": "mae_vit_tiny_patch16", "input_size": (32, 32)}, "own.pth")[0].heads == 12
 
 
