@@ -229,7 +229,7 @@ def test_mapped_values_are_classes_in_the_order_given(tmp_path):
 def test_a_mapping_that_cannot_be_is_refused(tmp_path, given, words):
     with pytest.raises(ValueError, match=words):
         opened(binary(tmp_path), **given)
-    with pytest.raises(ValueError, match="mask_values: says itself"):
+    with pytest.raises(ValueError, match="mask_values: already assigns values to classes"):
         SegmentOptions(mask_values=("0", "255"), reduce_zero_label=True)
 
 
