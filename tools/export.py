@@ -215,15 +215,15 @@ def read_hf(folder: Path) -> Outputs:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Disable progress bars."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def use_hf(encoder: Encoder) -> str:

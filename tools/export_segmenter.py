@@ -10,7 +10,6 @@ N images   K classes   H W rows and columns of a window
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,6 @@ def write_onnx(
     graph: nn.Module, images: Tensor, about: Mapping[str, Any], path: Path, outputs: Sequence[str] = ("logits",)
 ) -> None:
     """Write an ONNX graph for any batch size and a fixed image size, with `about` as its metadata."""
-    for library in ("onnxscript", "onnx_ir"):
-        logging.getLogger(library).setLevel(logging.WARNING)  # they log every optimisation of the graph
     program = torch.onnx.export(
         graph,
         (images,),
