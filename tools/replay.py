@@ -57,7 +57,7 @@ class Replay:
         self.model, self.source = self._plan.model, self._plan.source
         self.trained = self._plan.make_objective(self.model)
         self.model.load_state_dict(state["model"])
-        self.model.to(self.device).train()
+        self.trained.to(self.device).train()
 
     def micro_batches(self) -> Iterator[tuple[str, Batch]]:
         """Yield the batches of the last step of every process. Raises ValueError if the data has changed."""
