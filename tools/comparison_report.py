@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from scipy import stats
 
 from tools.comparison_file import Comparison
@@ -251,8 +251,9 @@ def picture(comparison: Comparison, results: Sequence[Result]) -> Figure:
         name = f"{measure}, %" if measures[measure] == 1 else measure
         if comparison.seconds:
             axis.set_xscale("log")
-            axis.xaxis.set_major_formatter(LogFormatter())  # 70 and not 7 x 10^1
-            axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 70 and not 7 x 10^1
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.set_xlabel(f"{comparison.clock.upper()} seconds of pretraining")
             axis.set_ylabel(name)
         else:
