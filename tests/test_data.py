@@ -441,7 +441,7 @@ def test_an_exited_worker_is_replaced_at_its_position(two_workers, caplog, impat
     with caplog.at_level(logging.WARNING):
         found += stream
     assert_same(found, make_batches(make_samples(bad=[3, 4])).epoch(0))
-    assert f"worker died (process {before[0]}, exit code -9); starting all" in caplog.text
+    assert f"worker died (process {before[0]}, exit code -9); restarting all" in caplog.text
     assert not set(before) & {process.pid for process in workers_of(two_workers)}
 
 

@@ -309,7 +309,7 @@ def test_a_fine_tuned_checkpoint_is_refused_with_advice(tmp_path):
     from util import checkpoint
 
     checkpoint.save(tmp_path / "last.pth", {"format": checkpoint.FORMAT, "model": {}, "options": {"mixup": 0.8}})
-    with pytest.raises(ValueError, match="holds a fine-tuned model. tools.encoder.load_encoder"):
+    with pytest.raises(ValueError, match="contains a fine-tuned model. tools.encoder.load_encoder"):
         methods.from_checkpoint(tmp_path / "last.pth")
 
 

@@ -159,7 +159,7 @@ def test_what_is_no_fitting_segmenter_is_refused():
     encoder = models_classifier.build("mae_vit_tiny_patch8", num_classes=5, **SMALL)
     with pytest.raises(ValueError, match="not of a segmenter"):
         models_upernet.load_segmenter(segmenter(), encoder.state_dict(), {})
-    with pytest.raises(ValueError, match="without neck"):
+    with pytest.raises(ValueError, match="missing neck"):
         part = {name: value for name, value in weights.items() if not name.startswith("neck.")}
         models_upernet.load_segmenter(segmenter(), part, {})
     with pytest.raises(ValueError, match="2 attention heads, the model has 4"):

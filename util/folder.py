@@ -150,8 +150,12 @@ class RunFolder:
                 path.unlink()
         for name in FOLDERS:
             folder = self.path / name
-            for path in folder.iterdir() if folder.is_dir() else ():  # `folder` may be a link to another disk
+            if not folder.is_dir():
+                continue
+            for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if not folder.is_symlink():  # a link to another disk stays
+                folder.rmdir()
 
     def _choose(self) -> tuple[Path | None, dict[str, Any] | None]:
         """Return the checkpoint to resume from (--resume, or the latest valid one) and its content, or (None, None)."""
