@@ -29,6 +29,7 @@ from options.schema import (
 Run = TypeVar("Run", bound="RunOptions")
 
 SIZES = ("tiny", "small", "base", "large", "huge")
+DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 TORCHRUN = "use torchrun, which starts the processes and sets the rank of each"
 EncoderFormat = Literal["timm", "hf", "onnx"]
 SUBMITIT = "it is an option of MAE's submitit scripts: under Slurm use scripts/slurm.sh"
@@ -225,7 +226,7 @@ class RunOptions(Options):
             "total_batch_size",
             *parts,
         )
-        known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        known = re.fullmatch(DEVICES, self.device)
         require(known is not None, f"expected auto, cpu, cuda, cuda:N or mps, found {self.device!r}", "device")
         require(self.device != "cpu" or self.amp != "fp16", "fp16 is for GPUs; use bf16 or none", "amp", "device")
         require(

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import programs
-from data.decode import torchcodec_jpeg
+from data.decode import first_line, torchcodec_jpeg
 from data.images import BadImage, Pair
 from data.loader import Source, allowed_bad, pixel_statistics
 from engine_pretrain import train_one_epoch
@@ -194,7 +194,7 @@ def devices(device: torch.device, processes: int) -> Iterator[Finding]:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         yield Finding(GOOD if right else WRONG, "NCCL", f"{nccl}: a sum over {count} GPUs gave {sums}")
     except RuntimeError as error:
-        yield Finding(WRONG, "NCCL", str(error).splitlines()[0])
+        yield Finding(WRONG, "NCCL", first_line(error))
 
 
 @dataclass(frozen=True)

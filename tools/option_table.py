@@ -14,6 +14,7 @@ from pathlib import Path
 
 import methods
 from options import FinetuneOptions, PretrainOptions, ProbeOptions, SegmentOptions, flatten, option_table, show
+from tools.markdown import make_table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 COMMAND = "python -m tools.option_table --write"
@@ -63,13 +64,13 @@ def page() -> str:
 
 
 def _method_defaults() -> str:
-    rows = ["| method | defaults |", "|---|---|"]
+    rows = []
     for name in methods.METHODS:
         found = {option: value for option, value in flatten(methods.preset(name)).items() if value != {}}
         if found:
             cells = [f"`{option} {show(value)}`".replace("'", "") for option, value in found.items()]
-            rows.append(f"| `{name}` | {', '.join(cells)} |")
-    return "\n".join(rows) + "\n"
+            rows.append([f"`{name}`", ", ".join(cells)])
+    return make_table(["method", "defaults"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from options.run import DEVICES
+
 T = TypeVar("T")
 
 CONTINUE, SAVE, STOP = 0, 1, 2  # requests of a rank at the end of a step; the highest one wins
@@ -81,7 +83,7 @@ class NoDevice(ValueError):  # noqa: N818 - the name describes the error
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises NoDevice if it is not available."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(DEVICES, name):
         raise NoDevice(f"--device: expected auto, cpu, cuda, cuda:N or mps, found {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
