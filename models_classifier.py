@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from models_vit import (
     FIRST_LAYERS,
-    SIZES,
     LoadReport,
     Normalization,
     VisionTransformer,
+    attention_heads,
     encoder_sizes,
     load_from_run,
     patch_grid,
@@ -226,7 +226,11 @@ class TeacherClassifier(nn.Module):
 
 
 def load_teacher(
-    weights: Mapping[str, Tensor], made_with: Mapping[str, Any], classes: int, images: Normalization
+    weights: Mapping[str, Tensor],
+    made_with: Mapping[str, Any],
+    classes: int,
+    images: Normalization,
+    num_heads: int = 0,
 ) -> TeacherClassifier:
     """Build a trained classifier as a teacher.
 
@@ -236,22 +240,27 @@ def load_teacher(
             from the weights and whose images are taken to be normalised as ImageNet's.
         classes: Number of classes of the data.
         images: Mean and standard deviation of the images that it will get.
+        num_heads: Attention heads, if `made_with` is empty; 0: the only usual number for the channels.
 
     Raises:
-        ValueError: The weights are not those of a plain ViT with a head for this number of classes.
+        ValueError: The weights are not those of a plain ViT with a head for this number of classes, or its attention
+            heads are not known.
     """
     first = FIRST_LAYERS[read_patch_stem(weights)]
     if first not in weights or "head.weight" not in weights:
         raise ValueError(f"the weights are not those of a classifier: {first} or head.weight is missing")
     in_chans, channels = weights[first].shape[1], weights["pos_embed"].shape[-1]
     patch_size = read_patch_size(weights, made_with)
-    sizes = {size.embed_dim: name for name, size in SIZES.items()}
-    if not made_with and channels not in sizes:
-        raise ValueError(f"the encoder has {channels} channels, and its attention heads are not known")
+    heads = attention_heads(made_with, channels, num_heads)
+    if num_heads not in (0, heads):
+        raise ValueError(f"it was trained with {heads} attention heads, not with {num_heads}")
+    if not heads:
+        raise ValueError(f"an encoder of {channels} channels with an unknown number of heads: give --distill_heads")
     distill_token = "dist_token" in weights
     side = patch_size * math.isqrt(weights["pos_embed"].shape[1] - 1 - distill_token)
-    model = made_with.get("model") or f"mae_vit_{sizes[channels]}_patch{patch_size}"
+    model = made_with.get("model") or f"mae_vit_tiny_patch{patch_size}"
     input_size = tuple(made_with.get("input_size") or (side, side))
+    made_with = {"model": model, "input_size": input_size, "num_heads": heads, **made_with}
     classifier = build(
         model,
         num_classes=classes,
@@ -259,7 +268,7 @@ def load_teacher(
         in_chans=in_chans,
         embed_dim=channels,
         depth=read_depth(weights),
-        num_heads=made_with.get("num_heads") or 0,
+        num_heads=heads,
         patch_stem=read_patch_stem(weights),
         global_pool="avg" if "fc_norm.weight" in weights else "token",
         distill_token=distill_token,

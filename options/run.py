@@ -472,6 +472,9 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
     distill_from: str = result("", section="Distillation")
     """Checkpoint of a trained classifier of the same classes, whose predictions are learned beside the labels: one of
     main_finetune.py, or a plain ViT's with a head (MAE, timm)."""
+    distill_heads: int = result(0)
+    """Attention heads of the teacher; 0: from its checkpoint, or the usual number for its channels; 192 channels have
+    12 in this family and 3 in DeiT and timm, so it must be given."""
     distill_weight: float = result(0.5)
     """Weight of the teacher's predictions in the loss; the labels have 1 minus that."""
     distill_labels: Literal["soft", "hard"] = result("soft")
@@ -504,6 +507,7 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
     def _check(self) -> None:
         super()._check()
         self._at_least(0, "color_jitter", "mixup", "cutmix")
+        self._at_least(0, "distill_heads")
         self._between(0, 1, "distill_weight")
         require(self.distill_temperature > 0, "must be more than 0", "distill_temperature")
         self._between(0, 1, "reprob")

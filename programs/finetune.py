@@ -61,7 +61,11 @@ def load_teacher(options: FinetuneOptions, device: torch.device) -> tuple[Finetu
         raise ValueError(f"distill_digest is {options.distill_digest}, but {options.distill_from} has {found}")
     try:
         teacher = models_classifier.load_teacher(
-            weights, made_with, options.num_classes, (tuple(options.mean), tuple(options.std))
+            weights,
+            made_with,
+            options.num_classes,
+            (tuple(options.mean), tuple(options.std)),
+            options.distill_heads,
         )
     except ValueError as problem:
         raise ValueError(f"distill_from: {options.distill_from} cannot be the teacher: {problem}") from problem

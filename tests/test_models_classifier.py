@@ -72,9 +72,9 @@ def test_a_teacher_of_colour_images_gets_grey_ones_as_equal_channels():
 
 @pytest.mark.parametrize("distill_token", [False, True])
 def test_sizes_of_a_file_without_options_are_read_from_its_weights(distill_token):
-    """A model of MAE or timm: ViT-Tiny with 3 heads by its 192 channels, ImageNet's statistics."""
+    """A model of MAE or timm: 6 heads by its 384 channels, ImageNet's statistics."""
     model = classifier(
-        (20, 20), embed_dim=0, num_heads=0, depth=2, distill_token=distill_token,
+        (20, 20), model="mae_vit_small_patch4", embed_dim=0, num_heads=0, depth=2, distill_token=distill_token,
         global_pool="token" if distill_token else "avg",
     )  # fmt: skip
     images = torch.randn(2, 3, 20, 20)
@@ -88,10 +88,20 @@ def test_sizes_of_a_file_without_options_are_read_from_its_weights(distill_token
     )
 
 
+@pytest.mark.parametrize("heads", [3, 12])
+def test_heads_of_a_tiny_teacher_of_another_project_must_be_given(heads, caplog):
+    model = classifier(embed_dim=192, num_heads=heads)
+    images, statistics = torch.randn(2, 3, 16, 16), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    with pytest.raises(ValueError, match="192 channels with an unknown number of heads: give --distill_heads"):
+        load_teacher(model.state_dict(), {}, 3, statistics)
+    assert torch.equal(load_teacher(model.state_dict(), {}, 3, statistics, heads)(images), model(images))
+    assert not caplog.records
+
+
 def test_a_grey_teacher_without_options_takes_the_normalisation_of_the_data():
-    model = classifier(embed_dim=0, num_heads=0, in_chans=1)
+    model = classifier(in_chans=1)
     images = torch.randn(2, 1, 16, 16)
-    assert torch.equal(load_teacher(model.state_dict(), {}, 3, ((0.2,), (0.5,)))(images), model(images))
+    assert torch.equal(load_teacher(model.state_dict(), {}, 3, ((0.2,), (0.5,)), 2)(images), model(images))
 
 
 def test_weights_that_cannot_teach_are_refused():
@@ -103,8 +113,12 @@ def test_weights_that_cannot_teach_are_refused():
         rest = {name: value for name, value in weights.items() if name != missing}
         with pytest.raises(ValueError, match="not those of a classifier: patch_embed.proj.weight or head.weight"):
             load_teacher(rest, options, 3, colour)
-    with pytest.raises(ValueError, match="has 16 channels, and its attention heads are not known"):
+    with pytest.raises(ValueError, match="16 channels with an unknown number of heads: give --distill_heads"):
         load_teacher(weights, {}, 3, colour)
+    with pytest.raises(ValueError, match="was trained with 2 attention heads, not with 4"):
+        load_teacher(weights, options, 3, colour, 4)
+    with pytest.raises(ValueError, match="3 heads do not divide 16 channels"):
+        load_teacher(weights, {}, 3, colour, 3)
     grey = classifier(in_chans=1)
     with pytest.raises(ValueError, match="its images have 1 channels, the data 3"):
         load_teacher(grey.state_dict(), options_of(grey, (0.3,), (0.1,)), 3, colour)

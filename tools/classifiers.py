@@ -70,7 +70,7 @@ def read_classifier(folder: Path) -> Iterator[Row]:
     """Yield the results of a run of main_finetune.py or main_linprobe.py; a probe also has a kNN result."""
     result = json.loads((folder / "result.json").read_text())
     metric, accuracy = result["metric"], result["accuracy"]
-    labels = len((folder / "images_train.txt").read_text().splitlines())
+    labels = (folder / "images_train.txt").read_bytes().count(b"\n")
     best = accuracy["best"][metric] if "best" in accuracy else None
     trained = (result["best_chosen_on"], labels, result["steps"], result["images_seen"])
     yield Row(read_kind(folder), folder.name, metric, accuracy["last"][metric], best, *trained)
