@@ -185,7 +185,7 @@ def run(
     stop = Stop(60 * minutes)
     with _heard(stop):
         while waiting or running:
-            for job in [] if stop.asked else list(waiting):
+            for job in [] if stop.asked or len(running) >= at_once else list(waiting):
                 missing = {path for path in job.after if not path.exists()}
                 if missing - {other.done for other in (*waiting, *running)}:
                     say(f"{_title(job, jobs, root)}: skipped, because a job that it needs failed")
