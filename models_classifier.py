@@ -258,13 +258,13 @@ def load_teacher(
         raise ValueError(f"an encoder of {channels} channels with an unknown number of heads: give --distill_heads")
     distill_token = "dist_token" in weights
     side = patch_size * math.isqrt(weights["pos_embed"].shape[1] - 1 - distill_token)
-    model = made_with.get("model") or f"mae_vit_tiny_patch{patch_size}"
-    input_size = tuple(made_with.get("input_size") or (side, side))
-    made_with = {"model": model, "input_size": input_size, "num_heads": heads, **made_with}
+    model = f"mae_vit_tiny_patch{patch_size}"
+    made_with = {"model": model, "input_size": (side, side), "num_heads": heads, **made_with}
+    rows, columns = made_with["input_size"]
     classifier = build(
-        model,
+        made_with["model"],
         num_classes=classes,
-        input_size=(input_size[0], input_size[1]),
+        input_size=(rows, columns),
         in_chans=in_chans,
         embed_dim=channels,
         depth=read_depth(weights),

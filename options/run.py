@@ -506,8 +506,7 @@ class FinetuneOptions(TransferOptions, ClassifierOptions):
 
     def _check(self) -> None:
         super()._check()
-        self._at_least(0, "color_jitter", "mixup", "cutmix")
-        self._at_least(0, "distill_heads")
+        self._at_least(0, "color_jitter", "mixup", "cutmix", "distill_heads")
         self._between(0, 1, "distill_weight")
         require(self.distill_temperature > 0, "must be more than 0", "distill_temperature")
         self._between(0, 1, "reprob")
