@@ -251,11 +251,7 @@ def load_teacher(
         raise ValueError(f"the weights are not those of a classifier: {first} or head.weight is missing")
     in_chans, channels = weights[first].shape[1], weights["pos_embed"].shape[-1]
     patch_size = read_patch_size(weights, made_with)
-    heads = attention_heads(made_with, channels, num_heads)
-    if num_heads not in (0, heads):
-        raise ValueError(f"it was trained with {heads} attention heads, not with {num_heads}")
-    if not heads:
-        raise ValueError(f"an encoder of {channels} channels with an unknown number of heads: give --distill_heads")
+    heads = attention_heads(made_with, channels, num_heads, option="distill_heads", file="the teacher")
     distill_token = "dist_token" in weights
     side = patch_size * math.isqrt(weights["pos_embed"].shape[1] - 1 - distill_token)
     model = f"mae_vit_tiny_patch{patch_size}"

@@ -167,11 +167,9 @@ def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_wit
     path = options.checkpoint
     embed_dim = weights["cls_token"].shape[-1]
     depth = read_depth(weights)
-    heads = attention_heads(trained_with, embed_dim, options.num_heads)
-    if not heads:
-        raise ValueError(
-            f"checkpoint {path} does not contain the teacher's attention heads: give --terms.teacher.num_heads"
-        )
+    heads = attention_heads(
+        trained_with, embed_dim, options.num_heads, option="terms.teacher.num_heads", file=f"the teacher in {path}"
+    )
     return _agreed(options, embed_dim=embed_dim, depth=depth, num_heads=heads, digest=compute_digest(weights))
 
 

@@ -310,7 +310,11 @@ class Encoder(VisionTransformer):
 
 
 def encoder_from(
-    weights: Mapping[str, Tensor], trained_with: Mapping[str, Any], path: str, heads: int = 0
+    weights: Mapping[str, Tensor],
+    trained_with: Mapping[str, Any],
+    path: str,
+    heads: int = 0,
+    heads_option: str = "encoder_heads",
 ) -> tuple[Encoder, str]:
     """Build the encoder of a checkpoint.
 
@@ -319,6 +323,7 @@ def encoder_from(
         trained_with: Its run's options; empty for a checkpoint of another project.
         path: Of the checkpoint, for messages.
         heads: Attention heads, if the options do not contain them; 0: the only usual number for the channels.
+        heads_option: The option of `heads`, for messages.
 
     Returns:
         The encoder and the SHA-256 of its weights.
@@ -335,12 +340,7 @@ def encoder_from(
     require_plain_encoder(weights, where=f"the weights in {path}")
     own = {n: w for n, w in weights.items() if n.startswith(("blocks.", "patch_embed.", "norm.", *wanted[:2]))}
     width, patch_size = own["cls_token"].shape[-1], own["patch_embed.proj.weight"].shape[-1]
-    heads = attention_heads(trained_with, width, heads)
-    if not heads or width % heads:
-        raise ValueError(
-            f"{path}: {heads or 'an unknown number of'} attention heads for an encoder of {width} channels: give "
-            "--perceptual_heads, --teacher_heads or, with tools.tokenizer, --encoder_heads"
-        )
+    heads = attention_heads(trained_with, width, heads, option=heads_option, file=path)
     side = math.isqrt(own["pos_embed"].shape[1] - 1) * patch_size
     size = tuple(trained_with.get("input_size", (side, side)))
     encoder = Encoder(own, heads, size)
@@ -500,7 +500,7 @@ class VQTokenizer(Tokenizer):
             raise ValueError("a perceptual loss needs --perceptual_encoder CHECKPOINT")
         path = find_checkpoint(options.perceptual_encoder)
         weights, trained_with = read(path)
-        encoder, digest = encoder_from(weights, trained_with, path, options.perceptual_heads)
+        encoder, digest = encoder_from(weights, trained_with, path, options.perceptual_heads, "perceptual_heads")
         require_digest("perceptual_digest", options.perceptual_digest, digest, path)
         depth, blocks = len(encoder.blocks), options.perceptual_blocks
         blocks = blocks or tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)}))
@@ -576,7 +576,7 @@ class VQKDTokenizer(Tokenizer):
             raise ValueError("vqkd_tokenizer reconstructs the features of a teacher: give --teacher CHECKPOINT")
         path = find_checkpoint(options.teacher)
         weights, trained_with = read(path)
-        teacher, digest = encoder_from(weights, trained_with, path, options.teacher_heads)
+        teacher, digest = encoder_from(weights, trained_with, path, options.teacher_heads, "teacher_heads")
         require_digest("teacher_digest", options.teacher_digest, digest, path)
         if teacher.patch_embed.proj.in_channels != self.in_chans:
             raise ValueError(

@@ -60,21 +60,47 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each channel."""
 
 
-def attention_heads(options: Mapping[str, Any], embed_dim: int, given: int = 0) -> int:
+def attention_heads(
+    options: Mapping[str, Any],
+    embed_dim: int,
+    given: int = 0,
+    *,
+    option: str = "num_heads",
+    file: str = "the checkpoint",
+) -> int:
     """Return the attention heads of a checkpoint's encoder, which its weights do not determine.
 
     Args:
         options: of the run that wrote the checkpoint; {} for the weights of another project.
         embed_dim: channels of the encoder.
-        given: what the user states, for weights of another project.
+        given: the number in the user's options; 0: none.
+        option: the option of `given`, for messages.
+        file: the checkpoint, for messages.
 
     Returns:
-        The heads of the run; else `given`; else those of all known encoders of that width, or 0 if these differ.
+        The heads of the run; else `given`; else those of all known encoders of that width, which is logged.
+
+    Raises:
+        ValueError: If the number is not known, is not the given one, or does not divide the channels.
     """
     if "model" in options:
-        return options.get("num_heads") or SIZES[parse_name(options["model"])[0]].num_heads
+        heads = options.get("num_heads") or SIZES[parse_name(options["model"])[0]].num_heads
+        if given not in (0, heads):
+            raise ValueError(f"{option}: {file} was trained with {heads} attention heads, not with {given}")
+        return heads
     usual = {size.embed_dim: size.num_heads for size in SIZES.values() if size.embed_dim not in ONE_WIDTH_TWO_HEADS}
-    return given or usual.get(embed_dim, 0)
+    heads = given or usual.get(embed_dim, 0)
+    if not heads:
+        known = f": {ONE_WIDTH_TWO_HEADS[embed_dim]}" if embed_dim in ONE_WIDTH_TWO_HEADS else ""
+        raise ValueError(
+            f"{option}: weights do not show the number of attention heads, and {file} does not contain it "
+            f"for its width {embed_dim}{known}. Give --{option}; a wrong number gives wrong features without an error"
+        )
+    if heads < 1 or embed_dim % heads:
+        raise ValueError(f"{option}: {heads} heads cannot share {embed_dim} channels")
+    if not given:
+        log.info("%s: %d attention heads, as every ViT of %d channels in the MAE family has", file, heads, embed_dim)
+    return heads
 
 
 def parse_name(model: str) -> tuple[str, int]:

@@ -262,6 +262,7 @@ def test_a_comparison_from_the_sweep_to_the_report(tiny, tmp_path, capsys):
     assert len(results) == 3 * 2 * 2
     first = next(each for each in results if each.row == "beit" and each.seed == 1)
     assert (first.values, first.preparing, first.commit) == ({"linear": 51.0}, 10.0, "abc")
+    assert comparison_report.list_devices(results) == "a processor"
     comparison_report.write(tmp_path / "r.md", tiny.comparison, results, {"mae": tiny.sweep_scores(mae)})
     text = (tmp_path / "r.md").read_text()
     assert "| mae | 2 | 4 | 100 | 12 | 55.5 ± 0.7 |" in text
@@ -336,6 +337,13 @@ def test_another_machine_continues_from_the_records(tiny, tmp_path, capsys):
     started = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  python ")]
     assert [line.rpartition(" ")[2] for line in started] == [str(again), str(lost)]
     assert comparison.run(other, [beit]) == 0 and len(comparison.measured(other, [beit])) == 4
+    (needed,) = other.needed_runs(other.budgets(beit)["images"])
+    environment = (needed / "environment.json").read_text().replace("a processor", "a faster one")
+    (needed / "environment.json").write_text(environment)
+    results = comparison.measured(other, [mae, beit])
+    assert comparison_report.list_devices(results) == (
+        "a processor (mae); a processor / a faster one (beit). Do not compare the seconds of different devices"
+    )
 
 
 def test_a_lost_teacher_is_trained_again_with_what_it_needs(tmp_path):

@@ -310,7 +310,7 @@ def test_what_a_writer_gets_wrong_is_never_kept(name, pretrained, tmp_path, monk
 
 @ON_RECTANGLES
 def test_options_with_another_head_count_than_the_run_built_are_noticed(pretrained, monkeypatch):
-    monkeypatch.setattr(encoders, "_heads", lambda *anything: 3)
+    monkeypatch.setattr(encoders, "attention_heads", lambda *anything, **more: 3)
     with pytest.raises(encoders.Mismatch, match="extracted from"):
         encoders.load(pretrained[0])
 

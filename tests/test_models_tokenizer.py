@@ -298,7 +298,7 @@ def test_block_outputs_are_those_of_timm():
 def test_the_heads_of_192_channels_must_be_given():
     """They are 12 here and 3 in DeiT, and the weights do not tell."""
     weights = methods.build("mae", "mae_vit_tiny_patch16", input_size=32, depth=1).state_dict()
-    with pytest.raises(ValueError, match="unknown number of attention heads for an encoder of 192 channels"):
+    with pytest.raises(ValueError, match="encoder_heads: .* other.pth does not contain it for its width 192"):
         encoder_from(weights, {}, "other.pth")
     assert encoder_from(weights, {}, "other.pth", heads=3)[0].heads == 3
     assert encoder_from(weights, {"model": "mae_vit_tiny_patch16", "input_size": (32, 32)}, "own.pth")[0].heads == 12
@@ -310,7 +310,7 @@ def test_an_encoder_of_timm_and_of_other_patches_can_teach(tmp_path):
     torch.manual_seed(0)
     sizes = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
     torch.save(timm.models.VisionTransformer(**sizes).state_dict(), tmp_path / "timm.pth")
-    with pytest.raises(ValueError, match="an unknown number of attention heads for an encoder of 24 channels"):
+    with pytest.raises(ValueError, match="timm.pth does not contain it for its width 24. Give --teacher_heads"):
         small("vqkd_tokenizer", teacher=str(tmp_path / "timm.pth"))
     model = small("vqkd_tokenizer", teacher=str(tmp_path / "timm.pth"), teacher_heads=3)
     images, _, _ = batch(model)
@@ -325,6 +325,12 @@ def test_an_encoder_of_timm_and_of_other_patches_can_teach(tmp_path):
         ("vqkd_tokenizer", {"teacher_dim": 8}, "teacher_dim is 8, and the teacher .* has 24"),
         ("vqkd_tokenizer", {"in_chans": 1}, "takes 3 channels, in_chans is 1"),
         ("vqkd_tokenizer", {"teacher": "HEADLESS"}, "contains no encoder"),
+        ("vqkd_tokenizer", {"teacher_heads": 2}, "teacher_heads: .* was trained with 3 attention heads, not with 2"),
+        (
+            "vq_tokenizer",
+            {"perceptual": 1.0, "perceptual_encoder": "TEACHER", "perceptual_heads": 2},
+            "perceptual_heads: .* was trained with 3 attention heads, not with 2",
+        ),
         ("vq_tokenizer", {"perceptual": 1.0}, "needs --perceptual_encoder"),
         ("vq_tokenizer", {"perceptual_encoder": "TEACHER"}, "no effect with perceptual 0"),
         ("vq_tokenizer", {"levels": (8, 1), "quantizer": "fsq"}, "at least 2 each"),

@@ -1,5 +1,6 @@
 """Sizes, positions and initial weights against numbers computed by hand, and weights that come from other models."""
 
+import logging
 import math
 
 import pytest
@@ -160,15 +161,42 @@ def test_positions_of_another_size_are_resampled_without_antialiasing():
     ("options", "embed_dim", "given", "heads"),
     [
         ({"model": "mae_vit_tiny_patch16", "num_heads": 0}, 192, 0, 12),
-        ({"model": "mae_vit_tiny_patch16", "num_heads": 3}, 192, 6, 3),  # a run states its own
+        ({"model": "mae_vit_tiny_patch16", "num_heads": 3}, 192, 3, 3),
         ({}, 768, 0, 12),
         ({}, 768, 6, 6),
-        ({}, 192, 0, 0),  # 12 or 3
-        ({}, 100, 0, 0),
     ],
 )
-def test_attention_heads_come_from_the_run_else_from_the_user_else_from_the_width(options, embed_dim, given, heads):
+def test_attention_heads_come_from_the_run_else_from_the_user_else_from_the_width(
+    options, embed_dim, given, heads, caplog
+):
+    caplog.set_level(logging.INFO)
     assert attention_heads(options, embed_dim, given) == heads
+    assert bool(caplog.records) == (not options and not given)  # an assumption is logged
+
+
+@pytest.mark.parametrize(
+    ("options", "embed_dim", "given", "message"),
+    [
+        (
+            {"model": "mae_vit_tiny_patch16"},
+            192,
+            3,
+            "my_heads: the file was trained with 12 attention heads, not with 3",
+        ),
+        ({}, 192, 0, "my_heads: .* its width 192: 12 in NoR-MAE and MAE-Lite, 3 in DeiT and timm. Give --my_heads"),
+        (
+            {},
+            100,
+            0,
+            "my_heads: weights do not show .* the file does not contain it for its width 100. Give --my_heads",
+        ),
+        ({}, 192, 5, "my_heads: 5 heads cannot share 192 channels"),
+        ({}, 192, -3, "my_heads: -3 heads cannot share 192 channels"),
+    ],
+)
+def test_attention_heads_that_are_unknown_or_wrong_are_refused(options, embed_dim, given, message):
+    with pytest.raises(ValueError, match=message):
+        attention_heads(options, embed_dim, given, option="my_heads", file="the file")
 
 
 def test_weights_of_a_run_come_with_its_grid_and_its_heads():

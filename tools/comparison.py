@@ -277,11 +277,16 @@ class Plan:
         name = {"cpu": "cpu_seconds", "wall": "seconds"}[self.comparison.clock]
         return sum(start[name] for start in starts) if all(name in start for start in starts) else None
 
+    def needed_runs(self, training: Training) -> list[Path]:
+        """The folders of the runs that a training needs, each once: a teacher of several terms is trained once."""
+        needs = [need for need in training.needs.values() if isinstance(need, Training)]
+        return list(
+            dict.fromkeys(each for need in needs for each in (self.pretraining(need, 0), *self.needed_runs(need)))
+        )
+
     def preparing(self, training: Training) -> float | None:
         """Seconds of the runs that a training needs, without fitting k-means centres; None if unknown."""
-        needed = [need for need in training.needs.values() if isinstance(need, Training)]
-        distinct = list({need.name: need for need in needed}.values())  # a teacher of several terms is trained once
-        times = [time for need in distinct for time in (self.spent(self.pretraining(need, 0)), self.preparing(need))]
+        times = [self.spent(folder) for folder in self.needed_runs(training)]
         return None if None in times else sum(time for time in times if time is not None)
 
     def equal_compute(self, row: Row) -> Training | str | None:
@@ -299,8 +304,7 @@ class Plan:
         times = [seconds for folder in folders if (seconds := self.spent(folder)) is not None]
         if not times:
             return f"runs were killed whose time is now unknown: {', '.join(str(folder) for folder in folders)}"
-        needed = [self.pretraining(each, 0) for each in best.needs.values() if isinstance(each, Training)]
-        if not all((folder / "result.json").exists() for folder in needed):
+        if not all((folder / "result.json").exists() for folder in self.needed_runs(best)):
             return None
         preparing = self.preparing(best)
         if preparing is None:
@@ -373,7 +377,8 @@ def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
                     for measure, path in evaluation.measures.items()
                 }
                 if values:
-                    environment = comparison_report.read_environment(folder)
+                    commit, _ = comparison_report.read_environment(folder)
+                    timed = (folder, *plan.needed_runs(training))
                     found.append(
                         comparison_report.Result(
                             row=row.name,
@@ -387,8 +392,8 @@ def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
                             preparing=plan.preparing(training),
                             options={name: value for name, value in training.set.items() if name != "blr"},
                             recipe=training.recipe,
-                            commit=environment[0],
-                            device=environment[1],
+                            commit=commit,
+                            device=" / ".join(dict.fromkeys(comparison_report.read_environment(f)[1] for f in timed)),
                         )
                     )
     return found

@@ -49,6 +49,7 @@ class Result:
     recipe: str
     commit: str
     device: str
+    """Of the training and of the runs that it needed."""
 
     @property
     def total(self) -> float | None:
@@ -210,10 +211,19 @@ def markdown(
             f"\n## Learning rates\n\n`blr` and {comparison.chosen_by} accuracy on held-out training images, seed 0; "
             f"* marks the one used.\n\n{make_table(['row', 'sweep'], rates)}"
         )
-    commits, devices = (
-        ", ".join(dict.fromkeys(getattr(each, name) for each in results)) for name in ("commit", "device")
-    )
-    return f"{text}\nCommit: {commits or '-'}. Device: {devices or '-'}.\n"
+    commits = ", ".join(dict.fromkeys(each.commit for each in results))
+    return f"{text}\nCommit: {commits or '-'}. Device: {list_devices(results)}.\n"
+
+
+def list_devices(results: Sequence[Result]) -> str:
+    """Return the device of all results, or the rows of each device."""
+    rows: dict[str, dict[str, None]] = {}
+    for each in results:
+        rows.setdefault(each.device, {})[each.row] = None
+    if len(rows) < 2:
+        return next(iter(rows), "-")
+    listed = "; ".join(f"{device} ({', '.join(names)})" for device, names in rows.items())
+    return f"{listed}. Do not compare the seconds of different devices"
 
 
 def picture(comparison: Comparison, results: Sequence[Result]) -> Figure:

@@ -12,7 +12,6 @@ N images   L patches   D channels   C H W image
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,6 @@ from data.loader import pixel_statistics
 from data.splits import read_classes
 from models_vit import (
     FIRST_LAYERS,
-    ONE_WIDTH_TWO_HEADS,
     PATCH_STEMS,
     SIZES,
     VisionTransformer,
@@ -46,8 +44,6 @@ from models_vit import (
     require_plain_encoder,
 )
 from util import checkpoint
-
-log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # relative to the largest value if that exceeds 1
 ARCHITECTURES = {size: f"vit_{size}_patch16_224" for size in SIZES} | {"huge": "vit_huge_patch14_224"}
@@ -268,7 +264,7 @@ def _arguments(file: Path, weights: Mapping[str, Tensor], options: Mapping[str, 
         "fc_norm": has_fc_norm,
         "embed_dim": width,
         "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        "num_heads": _heads(file, width, options, num_heads),
+        "num_heads": attention_heads(options, width, num_heads, file=str(file)),
         "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / width,
         # An export for timm stores the arguments, which a class cannot be one of.
         **({"embed_layer": PATCH_STEMS[stem]} if stem != "linear" else {}),
@@ -281,23 +277,6 @@ def _pool(options: Mapping[str, Any], has_head: bool, has_fc_norm: bool) -> str:
     if has_head and not has_fc_norm:
         return "token"
     return methods.feature_pool(options)
-
-
-def _heads(file: Path, width: int, options: Mapping[str, Any], num_heads: int) -> int:
-    heads = attention_heads(options, width, num_heads)
-    if options and num_heads not in (0, heads):
-        raise ValueError(f"num_heads: {file} was trained with {heads} attention heads, not with {num_heads}")
-    if not heads:
-        known = f": {ONE_WIDTH_TWO_HEADS[width]}" if width in ONE_WIDTH_TWO_HEADS else ""
-        raise ValueError(
-            f"num_heads: weights do not show the number of attention heads, and {file} does not contain it "
-            f"for its width {width}{known}. Give --num_heads; a wrong number gives wrong features without an error"
-        )
-    if heads < 1 or width % heads:
-        raise ValueError(f"num_heads: {heads} heads cannot share {width} channels")
-    if not options and not num_heads:
-        log.info("%s: %d attention heads, as every ViT of %d channels in the MAE family has", file, heads, width)
-    return heads
 
 
 def _fill(model: VisionTransformer, weights: Mapping[str, Tensor], file: Path, ours: bool) -> None:
