@@ -393,6 +393,17 @@ def test_variables_of_tables_are_refused(name, monkeypatch, capsys):
     assert "do not apply to a comparison" in capsys.readouterr().err
 
 
+def test_the_report_shows_that_a_measure_lacks_seeds():
+    measures = Evaluation("main_linprobe.py", {"linear": "accuracy.last.acc1", "k-NN": "knn_acc1"})
+    rows = (Row("mae", Training("mae_vit_cpu_cifar10"), (0, 1, 2)),)
+    results = [result("mae", seed, 50 + seed) for seed in (0, 1, 2)]
+    results[0] = dataclasses.replace(results[0], values={"linear": 50.0, "k-NN": 30.0})
+    text = comparison_report.make_tables(
+        Comparison("c", "C", "mae", rows, {"probe": measures}, {}), results, "images", {}
+    )
+    assert "| 51.0 ± 1.0 | 30.0 (1 of 3 seeds) |" in text
+
+
 def test_one_star_marks_the_rate_of_a_tie_that_is_used():
     assert (
         comparison_report.list_scores({1e-3: 40.0, 2e-3: 50.0, 4e-3: 50.0}) == "0.001: 40.0, 0.002: 50.0 *, 0.004: 50.0"

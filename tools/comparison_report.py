@@ -166,10 +166,11 @@ def make_tables(comparison: Comparison, results: Sequence[Result], budget: str, 
             accuracies.append([row.name, "0", why, *[""] * (2 + len(measures))])
             continue
         seconds = [each.total for each in mine if each.total is not None]
-        cells = [
-            spread([each.values[measure] for each in mine if measure in each.values], digits)
-            for measure, digits in measures.items()
-        ]
+        cells = []
+        for measure, digits in measures.items():
+            values = [each.values[measure] for each in mine if measure in each.values]
+            missing = f" ({len(values)} of {len(mine)} seeds)" if len(values) < len(mine) else ""
+            cells.append(spread(values, digits) + missing)
         times = f"{statistics.mean(seconds):.0f}" if seconds else "-"
         accuracies.append([row.name, str(len(mine)), f"{mine[0].epochs}", f"{mine[0].images:,}", times, *cells])
         if row.name != comparison.reference:
