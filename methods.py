@@ -382,14 +382,16 @@ def from_options(options: Mapping[str, Any]) -> Pretrainer:
 
 def from_checkpoint(path: str | Path) -> tuple[Pretrainer, dict[str, Any]]:
     """Load the trained model of one of our checkpoints, on the CPU in evaluation mode, and its run's options."""
-    from util.checkpoint import load
+    from util.checkpoint import find_program, load
 
     state = load(path)
     if "method" not in state["options"]:
-        raise ValueError(
-            f"{path} is not a pretraining checkpoint: it contains a fine-tuned model. tools.encoder.load_encoder(path) "
-            "loads its encoder"
-        )
+        held = {
+            "finetune": "a fine-tuned model. tools.encoder.load_encoder(path) loads its encoder",
+            "segment": "a segmenter. Give the checkpoint that it was trained from",
+            "probe": "a linear classifier without its encoder. Give the checkpoint that it was trained on",
+        }[find_program(state)]
+        raise ValueError(f"{path} is not a pretraining checkpoint: it contains {held}")
     model = from_options(state["options"])
     model.load_state_dict(state["model"])
     return model.eval(), state["options"]
@@ -417,11 +419,11 @@ def feature_pool(options: Mapping[str, Any]) -> str:
 def load_pretrained(path: str | Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     """Load the weights of any checkpoint for another model to start from, and its run's options, if it is one of ours.
 
-    See `encoder_weights`.
+    The moving average of the weights, if the run has one; see also `encoder_weights`.
     """
     from util.checkpoint import load_model
 
-    weights, options = load_model(path)
+    weights, options = load_model(path, averaged=True)
     return encoder_weights(weights, options), options
 
 

@@ -222,6 +222,8 @@ def neighbor_relation(z: Tensor, z_cnp: Tensor, relation: str = "off_diagonal", 
             z_cnp = (z_cnp.sum(dim=1, keepdim=True) - z_cnp) * (L / P)
         if by_hand:
             a = predicted if normalize == "token" else z  # `predicted` is the model's tensor: saving it needs no memory
+            if relation == "token_off_diagonal" and predicted_in is torch.float16:
+                predicted_in = torch.float32  # a sum over all tokens exceeds the largest number of float16
             return MeanProduct.apply(a, z_cnp, normalize == "token", predicted_in)
         return (z * z_cnp).sum(dim=2).mean()
 

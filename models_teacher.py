@@ -158,7 +158,7 @@ def resolved(options: TeacherOptions, weights: Mapping[str, Tensor], trained_wit
 
     Args:
         options: The configured options.
-        weights: See `encoder_weights`.
+        weights: See `encoder_weights`; those of the last norm and of a decoder may be there as well.
         trained_with: The options of the teacher's run; empty if they are unknown.
 
     Raises:
@@ -450,6 +450,7 @@ class TeacherTerm(Term):
         self.wanted: dict[str, tuple[tuple[str, int], ...]] = {}  # of all terms that use this teacher, by `input_name`
         self._weights: dict[str, Tensor] = {}
         self._trained_with: Mapping[str, Any] = {}
+        self._last_norm = True
         self._holder: tuple[TeacherTerm, ...] = ()  # in a tuple, so that it is not a submodule
         self._holder_name = ""
 
@@ -468,11 +469,15 @@ class TeacherTerm(Term):
             found = {"embed_dim": made.embed_dim, "depth": len(made.blocks), "num_heads": heads}
             self.options = _agreed(self.options, **found, digest=compute_digest(weights))
             self._weights = dict(weights)
+            self._last_norm = not isinstance(made.norm, nn.Identity)
             return
         plain = encoder_weights(weights, self.options.checkpoint)
-        self.options = resolved(self.options, plain, self._trained_with)
         parts = ("norm.", "decoder", "mask_token")
         self._weights = plain | {name: weights[name] for name in weights if name.startswith(parts)}
+        self._last_norm = "norm.weight" in weights or "fc_norm.weight" not in weights
+        if self.options.digest == compute_digest(plain):  # of a run that was started before the digest had all parts
+            self.options = replace(self.options, digest="")
+        self.options = resolved(self.options, self._weights, self._trained_with)
         if self.options.teacher_tap == "decoder":
             self.options = self._with_decoder()
 
@@ -523,6 +528,11 @@ class TeacherTerm(Term):
         depth = options.depth
         if options.teacher_tap == "decoder" and self._holder[0]._weights:
             depth = read_depth(self._holder[0]._weights, "decoder_blocks.")
+        if options.teacher_tap == "features" and not self._holder[0]._last_norm:
+            raise ValueError(
+                f"the teacher in {self._holder[0].options.checkpoint} has no norm before its tokens are averaged, so "
+                "teacher_tap 'features' does not exist: use teacher_tap 'block' with teacher_block -1"
+            )
         if options.teacher_tap != "features":
             self.teacher_block = block_number("teacher_block", options.teacher_block or 0.75, depth)
         wanted, tap = self._holder[0].wanted, (options.teacher_tap, self.teacher_block)

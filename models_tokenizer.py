@@ -313,6 +313,7 @@ def encoder_from(
     weights: Mapping[str, Tensor],
     trained_with: Mapping[str, Any],
     path: str,
+    in_chans: int,
     heads: int = 0,
     heads_option: str = "encoder_heads",
 ) -> tuple[Encoder, str]:
@@ -322,6 +323,7 @@ def encoder_from(
         weights: Those of the checkpoint, with or without a decoder and a head.
         trained_with: Its run's options; empty for a checkpoint of another project.
         path: Of the checkpoint, for messages.
+        in_chans: Channels of the images.
         heads: Attention heads, if the options do not contain them; 0: the only usual number for the channels.
         heads_option: The option of `heads`, for messages.
 
@@ -329,7 +331,8 @@ def encoder_from(
         The encoder and the SHA-256 of its weights.
 
     Raises:
-        ValueError: If there is no encoder in the checkpoint, or its heads are not known.
+        ValueError: If there is no encoder in the checkpoint, its heads are not known, it takes another number of
+            channels, or it has no norm before its tokens are averaged.
     """
     if read_patch_stem(weights) == "conv":
         raise ValueError(f"{path} has a convolutional patch stem, which encoders of tokenizers cannot have")
@@ -338,6 +341,11 @@ def encoder_from(
     if missing:
         raise ValueError(f"{path} contains no encoder: {', '.join(missing)} missing")
     require_plain_encoder(weights, where=f"the weights in {path}")
+    if "fc_norm.weight" in weights and "norm.weight" not in weights:
+        raise ValueError(f"{path} is a classifier without a norm before its tokens are averaged: use its encoder's run")
+    theirs = weights["patch_embed.proj.weight"].shape[1]
+    if theirs != in_chans:
+        raise ValueError(f"{path} takes {theirs} channels, not {in_chans}")
     own = {n: w for n, w in weights.items() if n.startswith(("blocks.", "patch_embed.", "norm.", *wanted[:2]))}
     width, patch_size = own["cls_token"].shape[-1], own["patch_embed.proj.weight"].shape[-1]
     heads = attention_heads(trained_with, width, heads, option=heads_option, file=path)
@@ -500,7 +508,8 @@ class VQTokenizer(Tokenizer):
             raise ValueError("a perceptual loss needs --perceptual_encoder CHECKPOINT")
         path = find_checkpoint(options.perceptual_encoder)
         weights, trained_with = read(path)
-        encoder, digest = encoder_from(weights, trained_with, path, options.perceptual_heads, "perceptual_heads")
+        heads, option = options.perceptual_heads, "perceptual_heads"
+        encoder, digest = encoder_from(weights, trained_with, path, self.in_chans, heads, option)
         require_digest("perceptual_digest", options.perceptual_digest, digest, path)
         depth, blocks = len(encoder.blocks), options.perceptual_blocks
         blocks = blocks or tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)}))
@@ -576,13 +585,9 @@ class VQKDTokenizer(Tokenizer):
             raise ValueError("vqkd_tokenizer reconstructs the features of a teacher: give --teacher CHECKPOINT")
         path = find_checkpoint(options.teacher)
         weights, trained_with = read(path)
-        teacher, digest = encoder_from(weights, trained_with, path, options.teacher_heads, "teacher_heads")
+        heads, option = options.teacher_heads, "teacher_heads"
+        teacher, digest = encoder_from(weights, trained_with, path, self.in_chans, heads, option)
         require_digest("teacher_digest", options.teacher_digest, digest, path)
-        if teacher.patch_embed.proj.in_channels != self.in_chans:
-            raise ValueError(
-                f"the teacher in {path} takes {teacher.patch_embed.proj.in_channels} channels, "
-                f"in_chans is {self.in_chans}"
-            )
         teacher.resize(self.grid)
         self.teacher.hold(teacher)
         self.helpers = {path: trained_with}
@@ -695,7 +700,7 @@ def load_tokenizer(read: Reader, path: str) -> tuple[Any, str, Mapping[str, Any]
             own = {n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")}
             side = own["patch_embed.proj.weight"].shape[-1]
             size = {"input_size": (grid[0] * side, grid[1] * side)}
-            encoder, _ = encoder_from(own, size, path, made_with["encoder_heads"])
+            encoder, _ = encoder_from(own, size, path, made_with["in_chans"], made_with["encoder_heads"])
         kmeans = KMeansTokenizer(weights["centers"], made_with["patch_size"], grid, encoder, made_with["cosine"])
         return kmeans, compute_digest(weights), made_with
     if kind not in TRAINED:

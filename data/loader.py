@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
@@ -96,6 +96,31 @@ def pixel_statistics(in_chans: int, mean: Sequence[float] = (), std: Sequence[fl
     """
     usual = IMAGENET if in_chans == 3 else ((0.5,) * in_chans, (0.5,) * in_chans)
     return tuple(mean) or usual[0], tuple(std) or usual[1]
+
+
+def require_same_statistics(own: tuple[Floats, Floats], path: str, made_with: Mapping[str, Any]) -> None:
+    """Raise ValueError if a frozen network was trained with another normalisation of images.
+
+    Args:
+        own: Mean and standard deviation of the images.
+        path: Of the network's checkpoint, for messages.
+        made_with: The options of its run. Without options, ImageNet's normalisation is assumed for 3 channels, and a
+            difference is logged.
+    """
+    if not {"in_chans", "mean", "std"} <= made_with.keys():
+        usual = pixel_statistics(len(own[0]))
+        if not made_with and len(own[0]) == 3 and own != usual:
+            log.warning(
+                "%s does not contain its normalisation of images; most such files need ImageNet's, mean %s and std %s. "
+                "It gets images with mean %s and std %s",
+                *(path, *usual, *own),
+            )
+        return
+    theirs = pixel_statistics(made_with["in_chans"], made_with["mean"], made_with["std"])
+    for name, mine, other in zip(("mean", "std"), own, theirs, strict=True):
+        if tuple(mine) != tuple(other):
+            needed = ",".join(f"{value:g}" for value in other)
+            raise ValueError(f"{path} was made for images with another {name}: give --{name} {needed}")
 
 
 @functools.lru_cache(maxsize=32)

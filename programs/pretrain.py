@@ -27,6 +27,7 @@ from data.loader import (
     eval_transform,
     pixel_statistics,
     pretrain_transform,
+    require_same_statistics,
 )
 from data.sources import open_split
 from models_vit import Pretrainer, load_from_run
@@ -66,24 +67,13 @@ def complete_options(options: PretrainOptions, model: Pretrainer, source: Source
     """Return the options, completed with values from the data and from checkpoints that were read."""
     if source.classes is not None:
         model.prepare(methods.load_pretrained, len(source.classes))
+    own = pixel_statistics(options.in_chans, options.mean, options.std)
     for path, made_with in model.helpers.items():
-        require_same_statistics(options, path, made_with)
+        require_same_statistics(own, path, made_with)
     for name, term in model.loss_terms.items():
         if term.needs_two_images and options.batch_size == 1:
             raise ValueError(f"batch_size 1: the batch norm of the term {name} needs at least 2 images on a device")
     return replace(options, value_range=source.value_range, **methods.resolved_options(options, model))
-
-
-def require_same_statistics(options: PretrainOptions, path: str, made_with: Mapping[str, Any]) -> None:
-    """Raise ValueError if a frozen network was trained with another normalisation of images."""
-    if not {"in_chans", "mean", "std"} <= made_with.keys():
-        return
-    own = pixel_statistics(options.in_chans, options.mean, options.std)
-    theirs = pixel_statistics(made_with["in_chans"], made_with["mean"], made_with["std"])
-    for name, mine, other in zip(("mean", "std"), own, theirs, strict=True):
-        if tuple(mine) != tuple(other):
-            needed = ",".join(f"{value:g}" for value in other)
-            raise ValueError(f"{path} was made for images with another {name}: give --{name} {needed}")
 
 
 def make_batches(options: PretrainOptions, model: Pretrainer, source: Source, processes: Processes) -> Batches:

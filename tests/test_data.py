@@ -38,6 +38,7 @@ from data.loader import (
     mix,
     pixel_statistics,
     pretrain_transform,
+    require_same_statistics,
 )
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -282,6 +283,19 @@ def test_pixel_statistics():
     assert pixel_statistics(3) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert pixel_statistics(5) == ((0.5,) * 5, (0.5,) * 5)
     assert pixel_statistics(1, [0.1], [0.2]) == ((0.1,), (0.2,))
+
+
+def test_a_frozen_network_needs_the_normalisation_that_it_was_trained_with(caplog):
+    ours, usual = ((0.1, 0.2, 0.3), (0.5,) * 3), pixel_statistics(3)
+    run = {"in_chans": 3, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
+    require_same_statistics(ours, "a.pth", run)
+    with pytest.raises(ValueError, match="a.pth was made for images with another mean: give --mean 0.1,0.2,0.3"):
+        require_same_statistics(usual, "a.pth", run)
+    require_same_statistics(usual, "timm.pth", {})
+    require_same_statistics(((0.5,), (0.5,)), "grey.pth", {})
+    assert not caplog.records
+    require_same_statistics(ours, "timm.pth", {})
+    assert "timm.pth does not contain its normalisation of images; most such files need ImageNet's" in caplog.text
 
 
 # --- epochs -----------------------------------------------------------------------------------------------------------

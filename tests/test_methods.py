@@ -7,6 +7,7 @@ import methods
 from methods import METHODS, TERMS, build, own_options, preset
 from models_mae import MaskedAutoencoderViT, MaskedImageModel
 from tests.small import SMALL, batch, options_of, small
+from util import checkpoint
 
 # ---- the contract ---------------------------------------------------------------------------------------------------
 
@@ -305,12 +306,24 @@ def test_images_of_whole_numbers_are_refused_with_advice():
         model.encode(torch.zeros(1, 3, 16, 20, dtype=torch.uint8))
 
 
-def test_a_fine_tuned_checkpoint_is_refused_with_advice(tmp_path):
-    from util import checkpoint
-
-    checkpoint.save(tmp_path / "last.pth", {"format": checkpoint.FORMAT, "model": {}, "options": {"mixup": 0.8}})
-    with pytest.raises(ValueError, match="contains a fine-tuned model. tools.encoder.load_encoder"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixup": 0.8}, "contains a fine-tuned model. tools.encoder.load_encoder"),
+        ({"max_class_share": 0.75}, "contains a segmenter. Give the checkpoint that it was trained from"),
+        ({}, "contains a linear classifier without its encoder. Give the checkpoint that it was trained on"),
+    ],
+)
+def test_a_checkpoint_of_another_program_is_refused_with_advice(tmp_path, options, message):
+    checkpoint.save(tmp_path / "last.pth", {"format": checkpoint.FORMAT, "model": {}, "options": options})
+    with pytest.raises(ValueError, match=message):
         methods.from_checkpoint(tmp_path / "last.pth")
+
+
+def test_another_model_starts_from_the_averaged_weights(tmp_path):
+    parts = {"model": {"a": torch.zeros(1)}, "ema": {"a": torch.ones(1)}}
+    checkpoint.save(tmp_path / "last.pth", {"format": checkpoint.FORMAT, "options": {"mixup": 0.8}} | parts)
+    assert methods.load_pretrained(tmp_path / "last.pth")[0]["a"] == 1
 
 
 def test_an_option_of_other_methods_is_refused_with_the_first_three_of_them():

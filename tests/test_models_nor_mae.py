@@ -301,6 +301,19 @@ def test_relations_are_float32_at_least_and_give_the_companion_no_gradient(relat
     assert z.grad is not None and z_cnp.grad is None
 
 
+@pytest.mark.parametrize("patch_size", [2, 4, 16])
+@pytest.mark.parametrize("relation", ["off_diagonal", "diagonal", "token_off_diagonal"])
+def test_gradients_are_finite_in_float16(relation, patch_size):
+    """As with autocast, the predictions are float16, and the loss is scaled by 65536 times its weight."""
+    torch.manual_seed(0)
+    L, P = (224 // patch_size) ** 2, 3 * patch_size**2
+    z, z_cnp = torch.randn(1, L, P, requires_grad=True), torch.randn(1, L, P)
+    exact = torch.autograd.grad(neighbor_relation(z, z_cnp, relation) * 5e-5 * 65536, z)[0]
+    half = neighbor_relation(z.half(), z_cnp.half(), relation) * 5e-5 * 65536
+    (gradient,) = torch.autograd.grad(half, z)
+    assert gradient.isfinite().all() and (gradient - exact).norm() < 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("relation", ["off_diagonal", "diagonal", "token_off_diagonal"])
 def test_linear_relations_save_one_half_precision_tensor_beside_their_input(relation, dtype):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionRope
@@ -190,6 +191,33 @@ def test_a_teacher_of_another_grid_has_its_positions_resampled(tmp_path):
 def test_what_cannot_teach_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small("dmae", terms={"teacher": options})
+
+
+def test_every_part_that_a_tap_may_use_is_in_the_digest(tmp_path):
+    sizes = TEACHER | {"num_heads": 3}
+    model = its_model()
+    plain = compute_digest(encoder_weights(dict(model.state_dict()), ""))
+    found = small("g2sd").terms["teacher"].options.digest
+    with torch.no_grad():
+        model.norm.weight.add_(0.5)
+    other = write_checkpoint(tmp_path / "norm.pth", model, {"method": "mae"} | sizes)
+    with pytest.raises(ValueError, match="digest is .*, and the teacher"):
+        small("g2sd", terms={"teacher": {"checkpoint": other, "digest": found}})
+    # A run that was started before the norm counted resumes, and stores the new digest.
+    options = small("g2sd", terms={"teacher": {"digest": plain}}).terms["teacher"].options
+    assert options.digest == found != plain
+
+
+def test_features_need_a_norm_before_the_average(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"img_size": (16, 20), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    for pool in ("avg", "token"):
+        torch.save(timm.models.VisionTransformer(**sizes, global_pool=pool).state_dict(), tmp_path / f"{pool}.pth")
+    given = {"checkpoint": str(tmp_path / "avg.pth"), "num_heads": 3}
+    with pytest.raises(ValueError, match="no norm before its tokens are averaged.*'block' with teacher_block -1"):
+        small("proteus", terms={"teacher": given})
+    small("proteus", terms={"teacher": given | {"checkpoint": str(tmp_path / "token.pth")}})
+    small("dmae", terms={"teacher": given})
 
 
 def test_other_files_and_encoders_are_refused(tmp_path):

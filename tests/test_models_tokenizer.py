@@ -1,6 +1,7 @@
 """Codes, tokenizers and k-means against loops, closed forms and known values."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -266,7 +267,7 @@ def test_vqkd_compares_directions_with_the_teachers_features():
 
 
 def test_the_perceptual_loss_is_the_distance_of_unit_features():
-    encoder, _ = encoder_from(*checkpoint.load_model(teacher_checkpoint()), "teacher")
+    encoder, _ = encoder_from(*checkpoint.load_model(teacher_checkpoint()), "teacher", 3)
     model = small("vq_tokenizer", perceptual=0.3, perceptual_encoder=teacher_checkpoint())
     assert model.options.perceptual_blocks == (1, 2, 3, 4)
     images, _, _ = batch(model)
@@ -287,7 +288,7 @@ def test_the_perceptual_loss_is_the_distance_of_unit_features():
 
 
 def test_block_outputs_are_those_of_timm():
-    encoder, _ = encoder_from(*checkpoint.load_model(teacher_checkpoint()), "teacher")
+    encoder, _ = encoder_from(*checkpoint.load_model(teacher_checkpoint()), "teacher", 3)
     images, _, _ = batch(small("mae"))
     (second, last) = encoder.eval().features(images, (2, 4))
     expected = encoder.forward_intermediates(images, indices=[1, 3], output_fmt="NLC", intermediates_only=True)
@@ -299,14 +300,13 @@ def test_the_heads_of_192_channels_must_be_given():
     """They are 12 here and 3 in DeiT, and the weights do not tell."""
     weights = methods.build("mae", "mae_vit_tiny_patch16", input_size=32, depth=1).state_dict()
     with pytest.raises(ValueError, match="encoder_heads: .* other.pth does not contain it for its width 192"):
-        encoder_from(weights, {}, "other.pth")
-    assert encoder_from(weights, {}, "other.pth", heads=3)[0].heads == 3
-    assert encoder_from(weights, {"model": "mae_vit_tiny_patch16", "input_size": (32, 32)}, "own.pth")[0].heads == 12
+        encoder_from(weights, {}, "other.pth", 3)
+    assert encoder_from(weights, {}, "other.pth", 3, heads=3)[0].heads == 3
+    own = {"model": "mae_vit_tiny_patch16", "input_size": (32, 32)}
+    assert encoder_from(weights, own, "own.pth", 3)[0].heads == 12
 
 
 def test_an_encoder_of_timm_and_of_other_patches_can_teach(tmp_path):
-    import timm
-
     torch.manual_seed(0)
     sizes = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
     torch.save(timm.models.VisionTransformer(**sizes).state_dict(), tmp_path / "timm.pth")
@@ -323,7 +323,17 @@ def test_an_encoder_of_timm_and_of_other_patches_can_teach(tmp_path):
         ("vqkd_tokenizer", {"teacher": ""}, "give --teacher"),
         ("vqkd_tokenizer", {"teacher_digest": "0" * 64}, "other weights"),
         ("vqkd_tokenizer", {"teacher_dim": 8}, "teacher_dim is 8, and the teacher .* has 24"),
-        ("vqkd_tokenizer", {"in_chans": 1}, "takes 3 channels, in_chans is 1"),
+        ("vqkd_tokenizer", {"in_chans": 1}, "takes 3 channels, not 1"),
+        (
+            "vq_tokenizer",
+            {"perceptual": 1.0, "perceptual_encoder": "TEACHER", "in_chans": 1},
+            "takes 3 channels, not 1",
+        ),
+        (
+            "vqkd_tokenizer",
+            {"teacher": "AVERAGING", "teacher_heads": 3},
+            "without a norm before its tokens are averaged",
+        ),
         ("vqkd_tokenizer", {"teacher": "HEADLESS"}, "contains no encoder"),
         ("vqkd_tokenizer", {"teacher_heads": 2}, "teacher_heads: .* was trained with 3 attention heads, not with 2"),
         (
@@ -349,7 +359,22 @@ def test_an_encoder_of_timm_and_of_other_patches_can_teach(tmp_path):
 )
 def test_what_does_not_fit_is_refused(tmp_path, method, changes, message):
     torch.save({"model": {"head.weight": torch.zeros(1)}}, tmp_path / "headless.pth")
-    files = {"TEACHER": teacher_checkpoint(), "HEADLESS": str(tmp_path / "headless.pth")}
+    averaging = timm.models.VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        class_token=True,
+        global_pool="avg",
+        num_classes=5,
+    )
+    torch.save(averaging.state_dict(), tmp_path / "averaging.pth")
+    files = {
+        "TEACHER": teacher_checkpoint(),
+        "HEADLESS": str(tmp_path / "headless.pth"),
+        "AVERAGING": str(tmp_path / "averaging.pth"),
+    }
     with pytest.raises(ValueError, match=message):
         small(
             method,
@@ -411,7 +436,7 @@ def test_centres_of_pixels_and_of_features():
     pixels = KMeansTokenizer(centers, 4, (4, 5))
     assert pixels.tokenize(images)[0, :7].tolist() == list(range(7)) and pixels.tokens == 7
     torch.testing.assert_close(pixels.show(torch.tensor([[3]]))[0, 0], centers[3])
-    encoder, _ = encoder_from(*checkpoint.load_model(teacher_checkpoint()), "teacher")
+    encoder, _ = encoder_from(*checkpoint.load_model(teacher_checkpoint()), "teacher", 3)
     features = encoder.features(images)[0]
     plain = KMeansTokenizer(features[1, :9].clone(), 4, (4, 5), encoder)
     assert plain.tokenize(images)[1, :9].tolist() == list(range(9)) and plain.show(torch.tensor([[3]])) is None

@@ -118,7 +118,7 @@ def test_methods_and_tools_that_have_no_use_for_it_refuse_it(tmp_path):
     with pytest.raises(ValueError, match="unknown patch_stem 'cnn': it is linear or conv"):
         small("mae", patch_stem="cnn")
     with pytest.raises(ValueError, match=r"x\.pth has a convolutional patch stem, which encoders of tokenizers"):
-        encoder_from(small("mae", patch_stem="conv").state_dict(), {}, "x.pth")
+        encoder_from(small("mae", patch_stem="conv").state_dict(), {}, "x.pth", 3)
 
 
 # ---- its weights -----------------------------------------------------------------------------------------------------

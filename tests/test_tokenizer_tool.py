@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 
 from data.sources import open_source
 from models_tokenizer import load_tokenizer
-from tests.small import teacher_checkpoint
+from tests.small import options_of, small, teacher_checkpoint, write_checkpoint
 from tools import tokenizer as tool
 from util import checkpoint
 
@@ -81,8 +82,27 @@ def test_features_of_an_encoder_are_clustered(tmp_path):
     assert tool.main(["kmeans", *words, "--output", str(tmp_path / "km.pth")]) == 0
     tokenizer, _, options = load_tokenizer(checkpoint.load_model, str(tmp_path / "km.pth"))
     assert tokenizer.centers.shape == (8, 24) and options["cosine"] and tokenizer.encoder.heads == 3
-    tokens = tokenizer.tokenize(torch.randn(2, 3, 16, 20))
-    assert tokens.shape == (2, 20) and tokens.max() < 8
+    images = torch.randn(2, 3, 16, 20)
+    tokens, (features,) = tokenizer.tokenize(images), tokenizer.encoder.features(images)
+    torch.testing.assert_close(tokenizer.centers.norm(dim=1), torch.ones(8))
+    assert torch.equal(tokens, F.cosine_similarity(features[:, :, None], tokenizer.centers, dim=-1).argmax(dim=-1))
+
+
+def test_the_features_of_a_dino_run_are_its_teachers(tmp_path, capsys):
+    model = small("dino")
+    with torch.no_grad():
+        for parameter in model.teacher.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    options = options_of("dino", model) | {"in_chans": 3, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
+    path = write_checkpoint(tmp_path / "dino.pth", model, options)
+    words = "digits --in_chans 3 --input_size 16x20 --patch_size 4 --num_workers 0 --batch_size 64 --device cpu".split()
+    words += ["--tokens", "8", "--epochs", "1", "--encoder", path, "--output", str(tmp_path / "km.pth")]
+    assert tool.main(["kmeans", *words]) == 2
+    assert "was made for images with another mean: give --mean 0.1,0.2,0.3" in capsys.readouterr().err
+    assert tool.main(["kmeans", *words, "--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.5"]) == 0
+    tokenizer, _, _ = load_tokenizer(checkpoint.load_model, str(tmp_path / "km.pth"))
+    images = torch.randn(2, 3, 16, 20)
+    torch.testing.assert_close(tokenizer.encoder.features(images)[0], model.eval().encode(images)[:, 1:])
 
 
 @pytest.mark.parametrize(
@@ -95,6 +115,7 @@ def test_features_of_an_encoder_are_clustered(tmp_path):
         (["--input_size", "x"], "input_size"),
         (["--encoder", "/nowhere.pth"], "/nowhere.pth"),
         (["--encoder", "TEACHER"], "takes 3 channels, not 1"),
+        (["--cosine"], "cosine and encoder_heads have no effect without --encoder"),
     ],
 )
 def test_bad_input_is_refused(tmp_path, capsys, words, message):

@@ -25,10 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
-from data.loader import Batch, EvalSamples, eval_batches, eval_transform, pixel_statistics
+import methods
+from data.loader import (
+    Batch,
+    EvalSamples,
+    eval_batches,
+    eval_transform,
+    pixel_statistics,
+    require_same_statistics,
+)
 from data.sources import Source, open_source
 from models_tokenizer import KMEANS, KMeansTokenizer, encoder_from, find_checkpoint
 from models_vit import patch_grid
@@ -186,6 +195,8 @@ class Fit:
     def finished(self) -> dict[str, Any]:
         """Return the content of the finished file, with the token counts of up to 10,000 images."""
         centers = torch.from_numpy(np.ascontiguousarray(self.kmeans.cluster_centers_)).float()
+        if self.tokenizer.cosine:  # the nearest of unit vectors has the largest cosine similarity
+            centers = F.normalize(centers, dim=1)
         encoder = self.tokenizer.encoder
         final = KMeansTokenizer(
             centers, self.tokenizer.patch_size, self.tokenizer.grid, encoder, self.tokenizer.cosine
@@ -225,15 +236,17 @@ def fit_kmeans(words: argparse.Namespace) -> str:
         if values and len(values) != words.in_chans:
             raise ValueError(f"{name}: {len(values)} values for in_chans {words.in_chans}")
     mean, std = pixel_statistics(words.in_chans, given["mean"], given["std"])
+    if not words.encoder and (words.cosine or words.encoder_heads):
+        raise ValueError("cosine and encoder_heads have no effect without --encoder")
     grid = patch_grid(size, words.patch_size)
     output = Path(words.output)
     source = open_source(words.dataset, words.images, words.split, in_chans=words.in_chans, class_list=words.class_list)
     encoder, digest = None, ""
     if words.encoder:
         path = find_checkpoint(words.encoder)
-        encoder, digest = encoder_from(*checkpoint.load_model(path), path, words.encoder_heads)
-        if encoder.patch_embed.proj.in_channels != words.in_chans:
-            raise ValueError(f"{path} takes {encoder.patch_embed.proj.in_channels} channels, not {words.in_chans}")
+        weights, made_with = methods.load_pretrained(path)
+        encoder, digest = encoder_from(weights, made_with, path, words.in_chans, words.encoder_heads)
+        require_same_statistics((mean, std), path, made_with)
         encoder.requires_grad_(False).eval()
     tokenizer = KMeansTokenizer(torch.zeros(words.tokens, 1), words.patch_size, grid, encoder, words.cosine)
     tokenizer.set_input_size(size)
