@@ -221,13 +221,26 @@ def test_another_total_batch_size_resumes_after_as_many_images(tmp_path):
     assert max(there) == 3 * (1352 // 512)
 
 
-def test_a_term_of_another_shape_is_refused_with_a_message(tmp_path):
+def contents(folder):
+    """Return the bytes of every file in a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_term_of_another_shape_is_refused_with_a_message_and_nothing_is_changed(tmp_path):
     words = ["--method", "sup_mae", "--epochs"]
     finish(tmp_path / "run", *words, 1, "--terms.label.hidden", 16)
+    before = contents(tmp_path / "run")
     accepted = ["--terms.label.hidden", 8, "--allow_change", "epochs", "terms.label.hidden"]
     training = Training(tmp_path / "run", *words, 2, *accepted)
     assert training.wait() == 2
     assert "is of another model" in training.stderr and "terms.label.head" in training.stderr
+    after = contents(tmp_path / "run")
+    after.pop(Path("run.lock"), None)  # a forked process calls no exit handlers
+    assert after == before
+    last = tmp_path / "run" / "checkpoints" / "last.pth"
+    training = Training(tmp_path / "other", *words, 2, *accepted, "--resume", last)
+    assert training.wait() == 2 and "is of another model" in training.stderr
+    assert contents(tmp_path / "other").keys() <= {Path("run.lock")}
 
 
 def test_a_run_stopped_just_before_its_result_has_the_same_result(tmp_path):

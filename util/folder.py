@@ -1,11 +1,12 @@
 """Prepare the folder of a run, and select the checkpoint from which the run resumes, before any work starts.
 
 Re-running the same command resumes from the latest valid checkpoint. A command with other options is refused, with a
-table of the differences. Only files written by this project are ever removed.
+table of the differences; a refused command changes nothing. Only files written by this project are ever removed.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -50,13 +51,13 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / "result.json"
         self.lock = RunLock(self.path)
+        self._created = False  # by this start
 
-    def prepare_start(self, data: str, **facts: Any) -> tuple[str, dict[str, Any] | None]:
-        """Prepare and lock the folder.
+    def find_start(self, data: str) -> tuple[str, dict[str, Any] | None]:
+        """Lock the folder and find the checkpoint to resume from; files are changed only by `begin`.
 
         Args:
             data: Fingerprint of the training images.
-            facts: Added to environment.json.
 
         Returns:
             The path and content of the checkpoint to resume from, or ("", None) for a new run.
@@ -69,11 +70,43 @@ class RunFolder:
             self._check()
             with contextlib.ExitStack() as undo:
                 self._take(undo, data)
-                start = self._prepare_start(data, facts)
+                chosen, state = self._look(data)
                 undo.pop_all()
         except OSError as error:
-            raise ValueError(f"--output_dir {self.path} cannot be read or written ({error.strerror})") from error
-        return start
+            raise self._unusable(error) from error
+        return str(chosen or ""), state
+
+    def begin(self, data: str, **facts: Any) -> None:
+        """Write options.yaml and a new entry of environment.json, and remove what belongs to earlier runs.
+
+        Args:
+            data: Fingerprint of the training images.
+            facts: Added to environment.json.
+
+        Raises:
+            ValueError: the folder cannot be written.
+        """
+        try:
+            if self.checkpoints.exists() and not os.access(self.checkpoints, os.W_OK):
+                raise ValueError(f"--output_dir {self.path} cannot be written")
+            if self._overwrites():
+                self._clear()
+            elif self.options.overwrite:
+                log.info("restarted by the launcher: --overwrite was applied at the first start, resuming")
+            earlier = self._earlier_starts()
+            # First, because this file marks the folder as that of a run.
+            write_text(self.path / "options.yaml", yaml.safe_dump(to_dict(self.options), sort_keys=False))
+            self.checkpoints.mkdir(exist_ok=True)
+            for name in checkpoint.remove_leftovers(self.checkpoints):
+                log.info("removed %s, left behind by an interrupted save", name)
+            start = {**facts, "data": data, "launches": distributed.launches(), **environment()}
+            write_json(self.path / STARTS, [*earlier, start])
+            self.result.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> ValueError:
+        return ValueError(f"--output_dir {self.path} cannot be read or written ({error.strerror})")
 
     def _take(self, undo: contextlib.ExitStack, data: str) -> None:
         """Create the folder if it does not exist, and lock it; `undo` restores the previous state."""
@@ -81,30 +114,27 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if new:
-                undo.callback(self._remove_if_empty)
-            undo.callback(self.lock.release)
+                self._created = True
+                atexit.register(self.leave)
+            undo.callback(self.leave)
             self.lock.acquire()
         except OSError as error:
             if not self.options.overwrite:
                 self._look(data)  # a finished run is recognised without writing
             raise ValueError(f"--output_dir {self.path} cannot be created or written ({error.strerror})") from error
 
-    def _remove_if_empty(self) -> None:
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
+    def leave(self) -> None:
+        """Unlock the folder, and remove it if this start has created it and nothing is in it."""
+        self.lock.release()
+        if self._created:
+            atexit.unregister(self.leave)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
 
-    def _prepare_start(self, data: str, facts: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
-        earlier = self._earlier_starts()
-        if self.options.overwrite and distributed.is_restart(earlier[-1].get("launches", []) if earlier else []):
-            log.info("restarted by the launcher: --overwrite was applied at the first start, resuming")
-        elif self.options.overwrite:
-            self._clear()
-            earlier = []
-        chosen, state = self._look(data)
-        self._prepare()
-        start = {**facts, "launches": distributed.launches(), **environment()}
-        write_json(self.path / STARTS, [*earlier, start])
-        return str(chosen or ""), state
+    def _overwrites(self) -> bool:
+        """Return whether --overwrite applies: not when a launcher restarts the command by itself."""
+        starts = self._earlier_starts()
+        return self.options.overwrite and not distributed.is_restart(starts[-1].get("launches", []) if starts else [])
 
     def _look(self, data: str) -> tuple[Path | None, dict[str, Any] | None]:
         """Return `_choose()`; raise AlreadyFinished or, for a checkpoint of another run, ValueError."""
@@ -159,7 +189,7 @@ class RunFolder:
 
     def _choose(self) -> tuple[Path | None, dict[str, Any] | None]:
         """Return the checkpoint to resume from (--resume, or the latest valid one) and its content, or (None, None)."""
-        found = checkpoint.candidates(self.checkpoints)
+        found = [] if self._overwrites() else checkpoint.candidates(self.checkpoints)
         if self.options.resume != "auto":
             try:
                 named = checkpoint.find_file(self.options.resume)
@@ -208,13 +238,3 @@ class RunFolder:
             )
         for difference in changed:
             log.warning("resuming with another %s: %r -> %r", difference.name, difference.old, difference.new)
-
-    def _prepare(self) -> None:
-        # First, because this file marks the folder as that of a run.
-        write_text(self.path / "options.yaml", yaml.safe_dump(to_dict(self.options), sort_keys=False))
-        self.result.unlink(missing_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
-        if not os.access(self.checkpoints, os.W_OK):
-            raise ValueError(f"--output_dir {self.path} cannot be written")
-        for name in checkpoint.remove_leftovers(self.checkpoints):
-            log.info("removed %s, left behind by an interrupted save", name)

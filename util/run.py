@@ -36,7 +36,7 @@ from util.state import TrainingState
 from util.stepper import Stepper
 
 Options = TypeVar("Options", bound=RunOptions)
-
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Run:
     """
 
     def __init__(self, options: RunOptions, processes: Processes, source: Source):
-        """Acquire the run's folder and find the checkpoint to resume from.
+        """Acquire the run's folder and find the checkpoint to resume from; no file is changed before `with run:`.
 
         Args:
             options: Resolved options, see `resolve`.
@@ -68,27 +68,25 @@ class Run:
         folder = RunFolder(options)
         self.folder, self.checkpoints = folder.path, folder.checkpoints
         self.run_id = processes.broadcast(f"{int(time.time()):x}-{os.getpid():x}")
-        self._run_folder, self._lock = folder, folder.lock
+        self._run_folder = folder
         self._saver = Saver(folder, options)
         self._decisions = Decisions(options, processes)
-        facts = {"run_id": self.run_id, "processes": processes.world_size, "device": str(processes.device)}
-        self._start, self._start_state = self._together(lambda: folder.prepare_start(source.fingerprint, **facts))
+        found = self._in_main(lambda: folder.find_start(source.fingerprint))
+        start, self._start_state = found or ("", None)  # only the main process has the content
+        self._start: str = processes.broadcast(start)
 
-    def _together(self, prepare: Callable[[], tuple[str, dict[str, Any] | None]]) -> tuple[str, dict[str, Any] | None]:
-        """Call `prepare` in the main process. All processes return the path, or raise its error.
-
-        Only the main process returns the content.
-        """
-        path, state, failure = "", None, None
+    def _in_main(self, act: Callable[[], Result]) -> Result | None:
+        """Call `act` in the main process, which returns its result, the others None; all processes raise its error."""
+        result, failure = None, None
         if self.processes.main:
             try:
-                path, state = prepare()
+                result = act()
             except (ValueError, OSError, AlreadyFinished) as error:
                 failure = error
-        path, failure = self.processes.broadcast((path, failure))
+        failure = self.processes.broadcast(failure)
         if failure is not None:
             raise failure
-        return path, state
+        return result
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -154,8 +152,6 @@ class Run:
         self.records = Records(self.folder, self.run_id, self.source, batches, self.state)
         if stored:
             self.state.load_state_dict(stored, self._start)
-            if processes.main and self.state.is_best and Path(self._start) == self.checkpoints / checkpoint.LAST:
-                self._saver.name_best()
 
     def _warmup_cosine(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
         return optim.warmup_cosine(
@@ -186,13 +182,22 @@ class Run:
     # ---- training --------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Run:
-        self._open = ExitStack()
-        self._open.callback(self._lock.release)
+        with ExitStack() as undo:
+            undo.callback(self._run_folder.leave)
+            self._in_main(self._begin)
+            self._open = undo.pop_all()
         if self.processes.main:
             self._open.callback(self._record_end, time.monotonic(), time.process_time())
         self._decisions.listen()
         self.records.open(self._open, self.total_steps)
         return self
+
+    def _begin(self) -> None:
+        """Change the files of the folder, now that nothing can refuse the start any more."""
+        facts = {"run_id": self.run_id, "processes": self.processes.world_size, "device": str(self.processes.device)}
+        self._run_folder.begin(self.source.fingerprint, **facts)
+        if self.state.is_best and Path(self._start) == self.checkpoints / checkpoint.LAST:
+            self._saver.name_best()
 
     def _record_end(self, began: float, cpu_began: float) -> None:
         """Add the wall-clock and CPU seconds of this start, since the given times, to environment.json."""
