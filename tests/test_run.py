@@ -14,12 +14,14 @@ import pytest
 import torch
 import yaml
 
+import main_pretrain
 import util.exits
 import util.folder
 import util.run
-from tests.runs import Training, assert_same_end, final, finish, losses, metrics
+from tests.runs import TINY, Training, assert_same_end, final, finish, losses, metrics
 from util import checkpoint
 from util.distributed import STOP_SIGNALS
+from util.folder import RunFolder
 from util.records import Records
 
 STEPS_PER_EPOCH = 5
@@ -241,6 +243,52 @@ def test_a_term_of_another_shape_is_refused_with_a_message_and_nothing_is_change
     training = Training(tmp_path / "other", *words, 2, *accepted, "--resume", last)
     assert training.wait() == 2 and "is of another model" in training.stderr
     assert contents(tmp_path / "other").keys() <= {Path("run.lock")}
+
+
+def started(folder, *words, data="digits"):
+    """Return the folder of a run that has just been started in this process."""
+    run = RunFolder(main_pretrain.parse_options([*TINY, "--output_dir", str(folder), *words]))
+    run.find_start(data)
+    run.begin(data)
+    run.leave()
+    return run
+
+
+def test_a_finished_run_without_its_checkpoints_is_refused_and_kept(tmp_path):
+    started(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    before = contents(tmp_path)
+    for words in ([], ["--lr", "1"]):
+        with pytest.raises(ValueError, match=r"is finished .*, but its checkpoints are gone: use another --output_dir"):
+            started(tmp_path, *words)
+        assert contents(tmp_path) == before
+    started(tmp_path, "--overwrite")
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "data", "dropped"),
+    [
+        (["--num_workers", "1"], "digits", ""),
+        (["--lr", "1", "--mask_ratio", "0.5"], "digits", "lr, mask_ratio"),
+        ([], "other", "data (files and labels)"),
+    ],
+)
+def test_curves_of_another_run_that_saved_no_checkpoint_are_removed(words, data, dropped, tmp_path, caplog):
+    started(tmp_path)
+    curves = [tmp_path / name for name in ("log.txt", "metrics.jsonl", "events.out.tfevents.1")]
+    for path in (*curves, tmp_path / "train.log"):
+        path.write_text("earlier\n")
+    started(tmp_path, *words, data=data)
+    assert [path.exists() for path in curves] == [not dropped] * 3
+    said = f"removed log.txt of an earlier start, not saved, with another {dropped}"
+    assert (said in caplog.text) == bool(dropped)
+    assert (tmp_path / "train.log").exists()
+    (tmp_path / "log.txt").write_text("saved\n")
+    checkpoint.save(tmp_path / "checkpoints" / "last.pth", {"format": 1})
+    run = RunFolder(main_pretrain.parse_options([*TINY, "--output_dir", str(tmp_path), "--seed", "5"]))
+    run.begin(data)
+    assert (tmp_path / "log.txt").exists(), "the options of a checkpoint are compared, and its lines are kept"
 
 
 def test_a_run_stopped_just_before_its_result_has_the_same_result(tmp_path):

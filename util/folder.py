@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ from util.logging import environment
 log = logging.getLogger(__name__)
 
 STARTS = "environment.json"
+CURVES = ("log.txt", "metrics.jsonl", "events.out.tfevents.*")
 FILES = (
-    *("options.yaml", STARTS, "train.log", "log.txt", "metrics.jsonl", "bad_images.txt", "result.json"),
-    *("classes.txt", "images_*.txt", "events.out.tfevents.*", WANDB_FILE, "knn.json", "knn-*.json", "report.html"),
-    "curves.png",
+    *("options.yaml", STARTS, "train.log", *CURVES, "bad_images.txt", "result.json"),
+    *("classes.txt", "images_*.txt", WANDB_FILE, "knn.json", "knn-*.json", "report.html", "curves.png"),
 )
 FOLDERS = ("checkpoints", "samples", "debug", "figures", "wandb")
 
@@ -94,6 +94,7 @@ class RunFolder:
             elif self.options.overwrite:
                 log.info("restarted by the launcher: --overwrite was applied at the first start, resuming")
             earlier = self._earlier_starts()
+            self._drop_curves_of_another_run(data, earlier)
             # First, because this file marks the folder as that of a run.
             write_text(self.path / "options.yaml", yaml.safe_dump(to_dict(self.options), sort_keys=False))
             self.checkpoints.mkdir(exist_ok=True)
@@ -104,6 +105,22 @@ class RunFolder:
             self.result.unlink(missing_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
+
+    def _drop_curves_of_another_run(self, data: str, earlier: Sequence[Mapping[str, Any]]) -> None:
+        """Remove the curves of earlier starts that saved no checkpoint, if these had other options or data."""
+        file = self.path / "options.yaml"
+        if not file.exists() or checkpoint.candidates(self.checkpoints):
+            return
+        try:
+            then = yaml.safe_load(file.read_text())
+        except (ValueError, yaml.YAMLError):  # after a power cut
+            then = None
+        changed = [d.name for d in differences(type(self.options), then or {}, to_dict(self.options))]
+        if earlier and earlier[-1].get("data", data) != data:
+            changed.append("data (files and labels)")
+        for path in [path for pattern in CURVES for path in self.path.glob(pattern)] if changed else []:
+            path.unlink()
+            log.warning("removed %s of an earlier start, not saved, with another %s", path.name, ", ".join(changed))
 
     def _unusable(self, error: OSError) -> ValueError:
         return ValueError(f"--output_dir {self.path} cannot be read or written ({error.strerror})")
@@ -138,6 +155,11 @@ class RunFolder:
 
     def _look(self, data: str) -> tuple[Path | None, dict[str, Any] | None]:
         """Return `_choose()`; raise AlreadyFinished or, for a checkpoint of another run, ValueError."""
+        if self.result.exists() and not self._overwrites() and not checkpoint.candidates(self.checkpoints):
+            raise ValueError(
+                f"the run in {self.path} is finished ({self.result}), but its checkpoints are gone: use another "
+                "--output_dir, or start from scratch with --overwrite"
+            )
         chosen, state = self._choose()
         if state is not None:
             self._compare(state, data)
