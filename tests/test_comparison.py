@@ -523,7 +523,7 @@ def test_the_comparison_runs_in_smoke_form(tmp_path):
         )
         assert ended.returncode == 0
     text = (tmp_path / "smoke" / "reports" / "leaderboard_cpu.md").read_text()
-    assert text.startswith("Smoke test") and "| nor_mae | 2 | 20 |" in text
+    assert text.startswith("Smoke test") and "| nor_mae | 2 | 10 |" in text
     text = (tmp_path / "smoke" / "reports" / "nor_explained_cpu.md").read_text()
     assert (
         "| row | seeds | epochs | images seen | cpu s | k-NN | linear | fine-tuned | 10 labels | separation |" in text
