@@ -18,7 +18,7 @@ import models_classifier
 from data.images import eval_transform
 from data.splits import CLASSES
 from options import FinetuneOptions, to_dict
-from tests.small import NARROW
+from tests.small import NARROW, options_of, small, write_checkpoint
 from tools import encoder as encoders
 from tools import export
 from util import checkpoint, extras
@@ -148,6 +148,20 @@ def test_an_encoder_has_the_same_outputs_after_export(name, pretrained, exported
         expected, found = model.encode(images), export.FORMATS[name].read(exported(name))(images)
     torch.testing.assert_close(found["tokens"], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["features"], expected[:, 1:].mean(dim=1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_features_of_methods_that_train_the_class_token_are_exported(name, tmp_path):
+    model = small("dino")
+    options = options_of("dino", model) | {"in_chans": 3, "mean": [], "std": [], "total_batch_size": 4}
+    path = write_checkpoint(tmp_path / "dino.pth", model, options)
+    assert run_tool(name, path, "--output", tmp_path / "out") == 0
+    images = images_for((3, *model.patch_embed.img_size))
+    with torch.no_grad():
+        expected, found = model.eval().encode(images)[:, 0], export.FORMATS[name].read(tmp_path / "out")(images)
+    torch.testing.assert_close(found["features"], expected, atol=1e-5, rtol=1e-5)
+    if name == "hf":
+        assert "features = tokens[:, 0]" in (tmp_path / "out" / "README.md").read_text()
 
 
 @ON_RECTANGLES

@@ -116,3 +116,36 @@ def test_torch_hub_loads_it_from_a_checkout(run):
     project = str(encoder.__file__).removesuffix("tools/encoder.py")
     model, transform = torch.hub.load(project, "load_encoder", str(run), source="local")
     assert model(transform(Image.new("RGB", (50, 40)))[None]).shape == (1, 24)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Return a folder of 12-bit images, and a run that was trained on them with a value range."""
+    folder = tmp_path_factory.mktemp("deep")
+    random = np.random.default_rng(0)
+    for number in range(6):
+        path = folder / "images" / "train" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = (16, 24) if number == 0 else (30, 40)
+        Image.fromarray(random.integers(0, 4096, size, dtype=np.uint16)).save(path)
+    words = [*MODEL, *DECODER, *RUN, "--in_chans", "1", "--value_range", "0", "4095"]
+    words += ["--data_path", str(folder / "images"), "--output_dir", str(folder / "run")]
+    assert main_pretrain.main(words) == 0
+    return folder / "images", folder / "run"
+
+
+@pytest.mark.parametrize("given", ["a path", "a picture", "an array"])
+def test_images_of_more_than_8_bits_are_scaled_as_in_training(deep, given, tmp_path):
+    photos, run = deep
+    assert embed.main([str(run), str(photos), "--output", str(tmp_path / "f.npz"), "--device", "cpu"]) == 0
+    expected = torch.from_numpy(np.load(tmp_path / "f.npz")["features"])
+    assert export.main(["timm", str(run), "--output", str(tmp_path / "timm")]) == 0
+    assert json.loads((tmp_path / "timm" / "export.json").read_text())["input"]["value_range"] == [0, 4095]
+    assert "0 to 4095 of others, scaled to 0 to 1" in (tmp_path / "timm" / "README.md").read_text()
+    opened = {"a path": str, "a picture": Image.open, "an array": lambda file: np.asarray(Image.open(file))}[given]
+    for path in (run, tmp_path / "timm"):
+        model, transform = load_encoder(path)
+        files = sorted((photos / "train").rglob("*.png"))
+        with torch.inference_mode():
+            found = model(torch.stack([transform(opened(file)) for file in files]))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

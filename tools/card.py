@@ -53,6 +53,7 @@ def facts(encoder: Encoder) -> dict[str, Any]:
             "scale": "0 to 1, then minus mean, over std",
             "mean": list(mean),
             "std": list(std),
+            "value_range": list(encoder.value_range),
             "interpolation": "bicubic, antialiased",
             "crop": encoder.crop_share,
             "eval_crop": encoder.eval_crop,
@@ -165,7 +166,11 @@ def _images(encoder: Encoder) -> str:
 
 def _preparation(encoder: Encoder) -> str:
     how = describe_eval_crop(encoder.image_shape[1:], encoder.crop_share, encoder.eval_crop)
-    return f"bicubic and antialiased, keeping proportions; {how}; values from 0 to 1, minus mean, over std"
+    scaled = "values from 0 to 1"
+    if encoder.value_range:
+        low, high = encoder.value_range
+        scaled = f"values of 8 bits, and {low:g} to {high:g} of others, scaled to 0 to 1"
+    return f"bicubic and antialiased, keeping proportions; {how}; {scaled}, minus mean, over std"
 
 
 def _yaml(value: Mapping[str, Any]) -> str:

@@ -28,7 +28,15 @@ from torch import Tensor
 import methods
 import models_classifier
 from data.folders import some
-from data.images import CROP_SHARE, array_pixels, classifier_crop_share, eval_transform, picture_pixels, read_image
+from data.images import (
+    CROP_SHARE,
+    array_pixels,
+    classifier_crop_share,
+    eval_transform,
+    picture_pixels,
+    read_image,
+    to_uint8,
+)
 from data.loader import pixel_statistics
 from data.splits import read_classes
 from models_vit import (
@@ -130,6 +138,11 @@ class Encoder:
     def eval_crop(self) -> str:
         """How the run evaluated images of the input size; see `data.images.eval_transform`."""
         return self.options.get("eval_crop", "keep_size")
+
+    @property
+    def value_range(self) -> tuple[float, ...]:
+        """Lowest and highest value of images of more than 8 bits; () if the run had none."""
+        return tuple(self.options.get("value_range", ()))
 
     @torch.inference_mode()
     def compute_outputs(self, images: Tensor) -> dict[str, Tensor]:
@@ -306,8 +319,9 @@ def _fill(model: VisionTransformer, weights: Mapping[str, Tensor], file: Path, o
 class Preprocess:
     """Turn an image into the input of an encoder, as all evaluations of this project do.
 
-    Resize and crop the centre to the encoder's size, scale to 0..1, and normalise each channel. The object can be
-    pickled and given to a `torch.utils.data.Dataset` as its transform.
+    Resize and crop the centre to the encoder's size, scale to 0..1, and normalise each channel. Images of more than
+    8 bits are first scaled by the `value_range` of training; see `data.images.to_uint8`. The object can be pickled and
+    given to a `torch.utils.data.Dataset` as its transform.
     """
 
     def __init__(
@@ -317,8 +331,9 @@ class Preprocess:
         mean: Sequence[float],
         std: Sequence[float],
         eval_crop: str = "keep_size",
+        value_range: Sequence[float] = (),
     ) -> None:
-        self.channels, self.size = image_shape[0], image_shape[1:]
+        self.channels, self.size, self.value_range = image_shape[0], image_shape[1:], tuple(value_range)
         self.crop = eval_transform(self.size, crop_share, eval_crop)
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
@@ -332,11 +347,14 @@ class Preprocess:
             ValueError: The image cannot be converted to the channels of the encoder.
         """
         if isinstance(image, str | os.PathLike):
-            pixels = read_image(os.fspath(image), self.channels)
-        elif isinstance(image, Image.Image):
-            pixels = picture_pixels(image, self.channels)
+            pixels = read_image(os.fspath(image), self.channels, self.value_range)
         else:
-            pixels = array_pixels(np.asarray(image), self.channels)
+            stored = (
+                picture_pixels(image, self.channels)
+                if isinstance(image, Image.Image)
+                else array_pixels(np.asarray(image), self.channels)
+            )
+            pixels = to_uint8(stored, self.channels, self.value_range)
         return (self.crop(pixels).float() / 255 - self.mean) / self.std
 
 
@@ -367,7 +385,7 @@ def load_encoder(
     found = load(path, input_size=size, num_heads=num_heads)
     found.model.reset_classifier(0)
     mean, std = found.statistics
-    return found.model, Preprocess(found.image_shape, found.crop_share, mean, std, found.eval_crop)
+    return found.model, Preprocess(found.image_shape, found.crop_share, mean, std, found.eval_crop, found.value_range)
 
 
 def _load_export(folder: Path, size: tuple[int, int] | None) -> tuple[VisionTransformer, Preprocess]:
@@ -383,5 +401,5 @@ def _load_export(folder: Path, size: tuple[int, int] | None) -> tuple[VisionTran
         model = other
     model.reset_classifier(0)
     shape = (expected["channels"], *(size or own))
-    eval_crop = expected.get("eval_crop", "keep_size")
-    return model, Preprocess(shape, expected["crop"], expected["mean"], expected["std"], eval_crop)
+    eval_crop, value_range = expected.get("eval_crop", "keep_size"), expected.get("value_range", ())
+    return model, Preprocess(shape, expected["crop"], expected["mean"], expected["std"], eval_crop, value_range)

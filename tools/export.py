@@ -158,6 +158,7 @@ def write_hf(encoder: Encoder, folder: Path) -> None:
         patch_size=encoder.arguments["patch_size"],
         num_channels=channels,
         pooler_act="linear",
+        image_features="class_token" if encoder.arguments["global_pool"] == "token" else "patch_average",
     )
     weights = hf_weights(encoder.model.state_dict())
     if encoder.classes:
@@ -207,7 +208,8 @@ def read_hf(folder: Path) -> Outputs:
             tokens = model.vit(images).last_hidden_state
             return {"tokens": tokens, "features": tokens[:, 0], "logits": model(images).logits}
         tokens = model(images).last_hidden_state
-        return {"tokens": tokens, "features": tokens[:, 1:].mean(dim=1)}
+        class_token = model.config.image_features == "class_token"
+        return {"tokens": tokens, "features": tokens[:, 0] if class_token else tokens[:, 1:].mean(dim=1)}
 
     return outputs
 
@@ -227,7 +229,8 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def use_hf(encoder: Encoder) -> str:
-    kind, output = "AutoModel", "tokens = model(images).last_hidden_state\nfeatures = tokens[:, 1:].mean(dim=1)"
+    pooled = "tokens[:, 0]" if encoder.arguments["global_pool"] == "token" else "tokens[:, 1:].mean(dim=1)"
+    kind, output = "AutoModel", f"tokens = model(images).last_hidden_state\nfeatures = {pooled}"
     if encoder.classes:
         kind, output = "AutoModelForImageClassification", "logits = model(images).logits"
     model = f'model = {kind}.from_pretrained("FOLDER").eval()'
