@@ -224,8 +224,9 @@ def test_another_total_batch_size_resumes_after_as_many_images(tmp_path):
 
 
 def contents(folder):
-    """Return the bytes of every file in a folder."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the bytes of every file in a folder, except the lock file."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def test_a_term_of_another_shape_is_refused_with_a_message_and_nothing_is_changed(tmp_path):
@@ -236,13 +237,32 @@ def test_a_term_of_another_shape_is_refused_with_a_message_and_nothing_is_change
     training = Training(tmp_path / "run", *words, 2, *accepted)
     assert training.wait() == 2
     assert "is of another model" in training.stderr and "terms.label.head" in training.stderr
-    after = contents(tmp_path / "run")
-    after.pop(Path("run.lock"), None)  # a forked process calls no exit handlers
-    assert after == before
+    assert contents(tmp_path / "run") == before
     last = tmp_path / "run" / "checkpoints" / "last.pth"
     training = Training(tmp_path / "other", *words, 2, *accepted, "--resume", last)
     assert training.wait() == 2 and "is of another model" in training.stderr
-    assert contents(tmp_path / "other").keys() <= {Path("run.lock")}
+    assert contents(tmp_path / "other") == {}
+
+
+def test_fewer_epochs_than_are_done_are_refused_and_an_earlier_file_is_named(tmp_path):
+    folder, fewer = tmp_path / "run", ["--epochs", 1, "--allow_change", "epochs"]
+    Training(folder, "--save_steps", 1, "--save_every", 1).kill_at(STEPS_PER_EPOCH + 3)
+    step, before = final(folder)["step"], contents(folder)
+    training = Training(folder, *fewer)
+    assert training.wait() == 2
+    first = folder / "checkpoints" / "epoch-0001.pth"
+    assert f"step {step} is beyond the 5 steps of --epochs 1: resume an earlier file, --resume {first}, or" in (
+        training.stderr
+    )
+    assert contents(folder) == before
+    finish(folder, *fewer, "--resume", first)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == result["last"]["step"] == final(folder)["step"] == STEPS_PER_EPOCH
+    assert "is finished" in finish(folder, *fewer)
+    finish(folder, "--epochs", 2, "--allow_change", "epochs")
+    first.unlink()
+    training = Training(folder, *fewer)
+    assert training.wait() == 2 and "step 10 is beyond the 5 steps of --epochs 1: give more epochs" in training.stderr
 
 
 def started(folder, *words, data="digits"):
@@ -443,6 +463,12 @@ def test_resuming_from_a_named_checkpoint_of_another_folder(completed, tmp_path)
     finish(tmp_path / "second", "--resume", tmp_path / "first" / "checkpoints" / "epoch-0001.pth")
     assert_same_end(completed, tmp_path / "second")
     assert [line["step"] for line in metrics(tmp_path / "second")][0] == STEPS_PER_EPOCH + 1
+
+
+def test_a_complete_checkpoint_of_another_folder_is_resumed_in_a_new_one(completed, tmp_path):
+    finish(tmp_path / "run", "--resume", completed / "checkpoints" / "epoch-0003.pth")
+    assert_same_end(completed, tmp_path / "run")
+    assert "is finished" in finish(tmp_path / "run")
 
 
 def test_only_the_newest_epoch_files_are_kept(tmp_path):

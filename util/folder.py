@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from data.files import temporary_path, write_json, write_text
+from data.files import link, temporary_path, write_json, write_text
 from options import RunOptions, differences, to_dict
 from util import checkpoint, distributed
 from util.boards import WANDB_FILE
@@ -106,6 +106,21 @@ class RunFolder:
         except OSError as error:
             raise self._unusable(error) from error
 
+    def adopt(self, start: Path, *, is_best: bool) -> None:
+        """Link the checkpoint that the run resumes from to `last.pth` and, if it is of the best epoch, to `best.pth`.
+
+        Raises:
+            ValueError: the folder cannot be written.
+        """
+        last, best = self.checkpoints / checkpoint.LAST, self.checkpoints / checkpoint.BEST
+        try:
+            if start != last:
+                link(start.resolve(), last, or_copy=True)
+            if is_best:  # the run may have been killed between the save and the link
+                link(start.resolve(), best, or_copy=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+
     def _drop_curves_of_another_run(self, data: str, earlier: Sequence[Mapping[str, Any]]) -> None:
         """Remove the curves of earlier starts that saved no checkpoint, if these had other options or data."""
         file = self.path / "options.yaml"
@@ -163,7 +178,7 @@ class RunFolder:
         chosen, state = self._choose()
         if state is not None:
             self._compare(state, data)
-            if self.result.exists() and state["epoch"] >= self.options.epochs:
+            if self.result.exists() and state["epoch"] == self.options.epochs:
                 raise AlreadyFinished(
                     f"the run in {self.path} is finished ({self.result}); --overwrite starts it from scratch"
                 )

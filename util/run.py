@@ -152,6 +152,19 @@ class Run:
         self.records = Records(self.folder, self.run_id, self.source, batches, self.state)
         if stored:
             self.state.load_state_dict(stored, self._start)
+            self._require_steps_left(batches.steps_per_epoch)
+
+    def _require_steps_left(self, steps_per_epoch: int) -> None:
+        """Raise ValueError if the run resumes beyond its end, because fewer epochs or steps are given than before."""
+        step, total = self.stepper.step, self.total_steps
+        if step <= total:
+            return
+        name = "steps" if getattr(self.options, "steps", 0) else "epochs"
+        files = checkpoint.kept_epochs(Path(self._start).parent)
+        earlier = [path for path in files if int(path.stem.removeprefix("epoch-")) * steps_per_epoch <= total]
+        advice = f"resume an earlier file, --resume {earlier[-1]}, or " if earlier else ""
+        asked = f"the {total} steps of --{name} {getattr(self.options, name)}"
+        raise ValueError(f"{self._start}: step {step} is beyond {asked}: {advice}give more {name}")
 
     def _warmup_cosine(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
         return optim.warmup_cosine(
@@ -196,8 +209,8 @@ class Run:
         """Change the files of the folder, now that nothing can refuse the start any more."""
         facts = {"run_id": self.run_id, "processes": self.processes.world_size, "device": str(self.processes.device)}
         self._run_folder.begin(self.source.fingerprint, **facts)
-        if self.state.is_best and Path(self._start) == self.checkpoints / checkpoint.LAST:
-            self._saver.name_best()
+        if self._start:
+            self._run_folder.adopt(Path(self._start), is_best=self.state.is_best)
 
     def _record_end(self, began: float, cpu_began: float) -> None:
         """Add the wall-clock and CPU seconds of this start, since the given times, to environment.json."""

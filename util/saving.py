@@ -64,8 +64,3 @@ class Saver:
             also.append(checkpoint.BEST)
         self.save(state, *also)
         checkpoint.drop_old_epochs(self.folder.checkpoints, self.options.keep)
-
-    def name_best(self) -> None:
-        """Link `last.pth` to `best.pth`, because the run may have been killed between the save and the link."""
-        checkpoints = self.folder.checkpoints
-        link(checkpoints / checkpoint.LAST, checkpoints / checkpoint.BEST, or_copy=True)
