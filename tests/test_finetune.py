@@ -342,9 +342,43 @@ def test_a_kill_before_the_best_has_its_name_costs_nothing(tmp_path):
     assert result(tmp_path / "run")["accuracy"] == accuracy and accuracy["best"]
 
 
+def first_is_best():
+    record = Run.record_best
+    Run.record_best = lambda self, name, value: None if self.state.best else record(self, name, value)
+
+
+def latest_is_best():
+    Run.record_best = lambda self, name, value: self.state.best.update(name=name, value=value, epoch=self.state.epoch)
+
+
+def test_a_run_resumed_from_an_epoch_file_in_a_new_folder_has_the_best_of_the_uninterrupted_one(tmp_path):
+    words = ["--epochs", 3, "--save_every", 1]
+    finish(tmp_path / "run", *words, script=SCRIPT, fault=first_is_best)
+    files, expected = tmp_path / "run" / "checkpoints", result(tmp_path / "run")
+    assert expected["accuracy"]["best"] != expected["accuracy"]["last"]
+    best = checkpoint.load(files / "epoch-0001.pth")["model"]["head.weight"]
+    for epoch in (1, 2):  # the best epoch itself, and the one after it
+        again = tmp_path / f"again{epoch}"
+        finish(again, *words, "--resume", files / f"epoch-000{epoch}.pth", script=SCRIPT, fault=first_is_best)
+        assert result(again)["accuracy"] == expected["accuracy"] and result(again)["best"] == expected["best"]
+        assert torch.equal(checkpoint.load(again / "checkpoints" / "best.pth")["model"]["head.weight"], best)
+
+
+def test_going_back_to_an_earlier_epoch_goes_back_to_its_best(tmp_path):
+    folder, words = tmp_path / "run", ["--epochs", 2, "--save_every", 1]
+    finish(folder, *words, script=SCRIPT, fault=latest_is_best)
+    assert checkpoint.load(folder / "checkpoints" / "best.pth")["epoch"] == 2
+    first = folder / "checkpoints" / "epoch-0001.pth"
+    words += ["--resume", first, "--lr", 1e-4, "--allow_change", "lr"]
+    finish(folder, *words, script=SCRIPT, fault=first_is_best)
+    assert result(folder)["best"]["epoch"] == 0 and "best" in result(folder)["accuracy"]
+    best = checkpoint.load(folder / "checkpoints" / "best.pth")
+    assert torch.equal(best["model"]["head.weight"], checkpoint.load(first)["model"]["head.weight"])
+
+
 def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_place(tmp_path, caplog):
     model, average = nn.Linear(2, 2), {"weight": torch.full((2, 2), 7.0), "bias": torch.zeros(2)}
-    best = {"format": 1, "model": model.state_dict(), "ema": average, "options": {}, "epoch": 3}
+    best = {"format": 1, "model": model.state_dict(), "ema": average, "options": {}, "epoch": 3, "best": {"epoch": 2}}
     checkpoint.save(tmp_path / "best.pth", best)
     run = SimpleNamespace(
         processes=ALONE,
@@ -374,7 +408,8 @@ def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_plac
 def test_nothing_is_evaluated_twice(chosen_on, best, evaluated, tmp_path):
     """The evaluation after the last epoch is reused if it used the test images, and if the last epoch is the best."""
     model = nn.Linear(2, 2)
-    checkpoint.save(tmp_path / "best.pth", {"format": 1, "model": model.state_dict(), "options": {}, "epoch": best + 1})
+    saved = {"format": 1, "model": model.state_dict(), "options": {}, "epoch": best + 1, "best": {"epoch": best}}
+    checkpoint.save(tmp_path / "best.pth", saved)
     state = SimpleNamespace(best={"epoch": best}, epoch=2)
     run = SimpleNamespace(
         processes=ALONE,

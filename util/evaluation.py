@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from data.splits import TEST
 from util import checkpoint
 from util.run import Run
+from util.state import is_of_best
 from util.tasks import EpochTask
 
 log = logging.getLogger(__name__)
@@ -62,12 +63,12 @@ class Evaluation(EpochTask):
         return {f"{group}_{name}": value for name, value in metrics.items() if isinstance(value, float)}
 
     def _best_weights(self, best: Path) -> dict[str, Tensor] | None:
-        """Return the weights of the best epoch, or None if they could not be saved."""
+        """Return the weights of the best epoch, or None if there is no checkpoint of it."""
         if best.is_file():
             state = checkpoint.load(best)
-            if state["epoch"] == self.run.state.best["epoch"] + 1:
+            if is_of_best(state, self.run.state.best):
                 return state.get("ema") or state["model"]
-        log.warning("the best epoch could not be saved when it ended: only the last one is evaluated")
+        log.warning("%s is not of the best epoch, or missing: only the last epoch is evaluated", best)
         return None
 
     def at_end(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from util.checkpoint import CheckpointError
 from util.lock import NAME as LOCK
 from util.lock import RunLock
 from util.logging import environment
+from util.state import is_of_best
 
 log = logging.getLogger(__name__)
 
@@ -106,18 +107,27 @@ class RunFolder:
         except OSError as error:
             raise self._unusable(error) from error
 
-    def adopt(self, start: Path, *, is_best: bool) -> None:
-        """Link the checkpoint that the run resumes from to `last.pth` and, if it is of the best epoch, to `best.pth`.
+    def adopt(self, start: Path, best: Mapping[str, Any], *, is_best: bool) -> None:
+        """Link the checkpoint that the run resumes from to `last.pth`, and that of its best epoch to `best.pth`.
+
+        Args:
+            start: The checkpoint that the run resumes from.
+            best: The best epoch that it records; {} if there is none.
+            is_best: Whether it was written after this epoch itself.
 
         Raises:
             ValueError: the folder cannot be written.
         """
-        last, best = self.checkpoints / checkpoint.LAST, self.checkpoints / checkpoint.BEST
+        last, kept = self.checkpoints / checkpoint.LAST, self.checkpoints / checkpoint.BEST
         try:
             if start != last:
                 link(start.resolve(), last, or_copy=True)
-            if is_best:  # the run may have been killed between the save and the link
-                link(start.resolve(), best, or_copy=True)
+            found = start if is_best else _find_best(best, kept, start.parent)
+            if found and found != kept:
+                link(found.resolve(), kept, or_copy=True)
+            elif not found and kept.exists():
+                kept.unlink()
+                log.warning("removed %s: it is not of the best epoch that %s records", kept, start)
         except OSError as error:
             raise self._unusable(error) from error
 
@@ -275,3 +285,14 @@ class RunFolder:
             )
         for difference in changed:
             log.warning("resuming with another %s: %r -> %r", difference.name, difference.old, difference.new)
+
+
+def _find_best(best: Mapping[str, Any], kept: Path, folder: Path) -> Path | None:
+    """Return the checkpoint of the epoch `best`: the file `kept`, or one in `folder`; None if neither is."""
+    if not best:
+        return None
+    for path in (kept, folder / checkpoint.BEST, folder / f"epoch-{best['epoch'] + 1:04d}.pth"):
+        with contextlib.suppress(CheckpointError):  # missing or damaged
+            if is_of_best(checkpoint.load(path), best):
+                return path
+    return None

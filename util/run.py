@@ -210,7 +210,7 @@ class Run:
         facts = {"run_id": self.run_id, "processes": self.processes.world_size, "device": str(self.processes.device)}
         self._run_folder.begin(self.source.fingerprint, **facts)
         if self._start:
-            self._run_folder.adopt(Path(self._start), is_best=self.state.is_best)
+            self._run_folder.adopt(Path(self._start), self.state.best, is_best=self.state.is_best)
 
     def _record_end(self, began: float, cpu_began: float) -> None:
         """Add the wall-clock and CPU seconds of this start, since the given times, to environment.json."""

@@ -145,5 +145,10 @@ class TrainingState:
         return {**state, "step": step, "sampler": {**sampler, "offset": offset}}
 
 
+def is_of_best(state: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    """Return whether the content of a checkpoint was saved after the epoch that `best` records."""
+    return state.get("best") == best and state["epoch"] == best["epoch"] + 1
+
+
 def precision_name(amp: str) -> str:
     return "full" if amp == "none" else amp
