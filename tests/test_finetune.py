@@ -278,7 +278,12 @@ def test_a_finished_run_tells_the_last_and_the_best(completed):
     assert found["accuracy"]["last"]["images"] == 445
     lines = [json.loads(line) for line in (completed / "log.txt").read_text().splitlines()]
     best = max(lines, key=lambda line: (line["val_acc1"], line["epoch"]))
-    assert found["best"] == {"name": "acc1", "value": best["val_acc1"], "epoch": best["epoch"]}
+    assert found["best"] == {
+        "name": "acc1",
+        "value": best["val_acc1"],
+        "epoch": best["epoch"],
+        "step": (best["epoch"] + 1) * STEPS_PER_EPOCH,
+    }
     assert checkpoint.load(completed / "checkpoints" / "best.pth")["epoch"] == best["epoch"] + 1
     train, choice, test = (
         (completed / f"images_{name}.txt").read_text().splitlines() for name in ("train", "choice", "test")
@@ -348,7 +353,8 @@ def first_is_best():
 
 
 def latest_is_best():
-    Run.record_best = lambda self, name, value: self.state.best.update(name=name, value=value, epoch=self.state.epoch)
+    record = Run.record_best
+    Run.record_best = lambda self, name, value: (self.state.best.clear(), record(self, name, value))
 
 
 def test_a_run_resumed_from_an_epoch_file_in_a_new_folder_has_the_best_of_the_uninterrupted_one(tmp_path):
@@ -379,11 +385,12 @@ def test_going_back_to_an_earlier_epoch_goes_back_to_its_best(tmp_path):
 def test_a_best_that_could_not_be_saved_costs_itself_and_no_other_takes_its_place(tmp_path, caplog):
     model, average = nn.Linear(2, 2), {"weight": torch.full((2, 2), 7.0), "bias": torch.zeros(2)}
     best = {"format": 1, "model": model.state_dict(), "ema": average, "options": {}, "epoch": 3, "best": {"epoch": 2}}
+    best["step"] = 30
     checkpoint.save(tmp_path / "best.pth", best)
     run = SimpleNamespace(
         processes=ALONE,
         checkpoints=tmp_path,
-        state=SimpleNamespace(best={"epoch": 2}, epoch=6),
+        state=SimpleNamespace(best={"epoch": 2}, is_best=False),
         leave_if_stopped=lambda: None,
     )
     how = {"metric": "acc1", "chosen_on": "the test images", "every": 1, "describe": str}
@@ -409,8 +416,9 @@ def test_nothing_is_evaluated_twice(chosen_on, best, evaluated, tmp_path):
     """The evaluation after the last epoch is reused if it used the test images, and if the last epoch is the best."""
     model = nn.Linear(2, 2)
     saved = {"format": 1, "model": model.state_dict(), "options": {}, "epoch": best + 1, "best": {"epoch": best}}
+    saved["step"] = 10
     checkpoint.save(tmp_path / "best.pth", saved)
-    state = SimpleNamespace(best={"epoch": best}, epoch=2)
+    state = SimpleNamespace(best={"epoch": best}, is_best=best == 1)
     run = SimpleNamespace(
         processes=ALONE,
         checkpoints=tmp_path,
@@ -464,6 +472,60 @@ def test_steps_end_a_run_within_an_epoch(tmp_path):
     finish(tmp_path / "killed", *words, script=SCRIPT)
     assert_same_end(tmp_path / "run", tmp_path / "killed")
     assert result(tmp_path / "killed")["accuracy"] == result(tmp_path / "run")["accuracy"]
+
+
+CONSTANT_RATE = ["--warmup_epochs", 0, "--lr", 1e-3, "--min_lr", 1e-3, "--layer_decay", 1, "--ema", 0.5]
+
+
+def test_a_run_that_is_given_more_steps_ends_like_one_that_had_them_from_the_start(tmp_path):
+    folder, accepted = tmp_path / "run", ["--allow_change", "steps"]
+    finish(tmp_path / "direct", *CONSTANT_RATE, "--steps", 12, script=SCRIPT)
+    finish(folder, *CONSTANT_RATE, "--steps", 7, script=SCRIPT)
+    said = finish(folder, *CONSTANT_RATE, "--steps", 9, *accepted, script=SCRIPT)  # within the epoch
+    assert "epoch 2 continues after 2 of 5 steps" in said
+    assert (result(folder)["steps"], result(folder)["last"]["step"], len(metrics(folder))) == (9, 9, 9)
+    finish(folder, *CONSTANT_RATE, "--steps", 12, *accepted, script=SCRIPT)  # beyond it
+    assert "is finished" in finish(folder, *CONSTANT_RATE, "--steps", 12, script=SCRIPT)
+    assert_same_end(tmp_path / "direct", folder)
+    one, other = final(tmp_path / "direct"), final(folder)
+    assert all(torch.equal(value, other["ema"][name]) for name, value in one["ema"].items())
+    assert losses(folder) == losses(tmp_path / "direct") and len(metrics(folder)) == 12
+    assert result(folder)["accuracy"]["last"] == result(tmp_path / "direct")["accuracy"]["last"]
+
+    def epochs(folder):
+        lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+        return {line["epoch"]: {name: line[name] for name in line.keys() - {"run_id"}} for line in lines}
+
+    assert epochs(folder) == epochs(tmp_path / "direct"), "means over all steps of an epoch"
+
+
+def test_the_best_of_an_epoch_cut_short_is_kept_when_more_steps_follow(tmp_path):
+    folder, words = tmp_path / "run", [*CONSTANT_RATE, "--eval_every", 2, "--save_every", 1]
+    finish(folder, *words, "--steps", 7, script=SCRIPT, fault=first_is_best)
+    before = result(folder)
+    finish(folder, *words, "--steps", 10, "--allow_change", "steps", script=SCRIPT, fault=first_is_best)
+    after = result(folder)
+    assert (after["best"], after["best"]["step"]) == (before["best"], 7)
+    assert after["accuracy"]["best"] == before["accuracy"]["last"] != after["accuracy"]["last"]
+    assert checkpoint.load(folder / "checkpoints" / "best.pth")["step"] == 7
+
+
+def test_steps_and_epochs_are_refused_with_advice_that_leads_on(tmp_path):
+    def refusal(*words):
+        training = Training(tmp_path / "run", *CONSTANT_RATE, *words, script=SCRIPT)
+        assert training.wait() == 2
+        return training.stderr
+
+    finish(tmp_path / "run", *CONSTANT_RATE, "--steps", 7, script=SCRIPT)
+    said = refusal("--steps", 17)
+    assert "steps  7 -> 17" in said and "accept it with --allow_change steps." in said
+    said = refusal("--epochs", 4, "--allow_change", "epochs")
+    assert "steps  7 -> 0" in said and "accept it with --allow_change epochs steps." in said
+    assert "step 7 is beyond the 6 steps of --steps 6: " in refusal("--steps", 6, "--allow_change", "steps")
+    batch = ["--total_batch_size", 128, "--allow_change", "steps", "total_batch_size"]
+    assert "continues only with total_batch_size 256, not 128" in refusal("--steps", 17, *batch)
+    finish(tmp_path / "run", *CONSTANT_RATE, "--epochs", 2, "--allow_change", "epochs", "steps", script=SCRIPT)
+    assert result(tmp_path / "run")["steps"] == len(metrics(tmp_path / "run")) == 10
 
 
 def follow_the_average():

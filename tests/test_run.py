@@ -293,6 +293,7 @@ def test_a_finished_run_without_its_checkpoints_is_refused_and_kept(tmp_path):
         ({"best.pth": (3, 60)}, {}, None, True),  # of a later epoch, which is discarded
         ({"best.pth": (2, 70)}, {}, None, True),  # of the same epoch in another run
         ({"best.pth": (3, 60)}, {"epoch-0002.pth": (2, 50)}, (2, 50), False),
+        ({"best.pth": (2, 50, 12)}, {}, None, True),  # after more steps of the same epoch
         ({}, {"best.pth": (2, 50)}, (2, 50), False),
         ({}, {"best.pth": (3, 60)}, None, False),
         ({"best.pth": None}, {"best.pth": (2, 50)}, (2, 50), False),  # damaged
@@ -301,9 +302,9 @@ def test_a_finished_run_without_its_checkpoints_is_refused_and_kept(tmp_path):
 def test_the_best_checkpoint_is_of_the_best_epoch_that_the_run_resumes_with(
     own, beside, kept, removed, tmp_path, caplog
 ):
-    def save(path, number, value):
-        best = {"name": "acc1", "value": value, "epoch": number - 1}
-        checkpoint.save(path, {"format": 1, "epoch": number, "best": best})
+    def save(path, number, value, step=10):
+        best = {"name": "acc1", "value": value, "epoch": number - 1, "step": 10}
+        checkpoint.save(path, {"format": 1, "epoch": number, "step": step, "best": best})
 
     folder = started(tmp_path / "run")
     start = tmp_path / "other" / "epoch-0004.pth"
@@ -312,13 +313,13 @@ def test_the_best_checkpoint_is_of_the_best_epoch_that_the_run_resumes_with(
     for place, files in ((folder.checkpoints, own), (start.parent, beside)):
         for name, saved in files.items():
             save(place / name, *saved) if saved else (place / name).write_bytes(b"")
-    folder.adopt(start, {"name": "acc1", "value": 50, "epoch": 1}, is_best=False)
+    folder.adopt(start, {"name": "acc1", "value": 50, "epoch": 1, "step": 10}, is_best=False)
     best = folder.checkpoints / "best.pth"
     found = checkpoint.load(best) if best.exists() else None
     assert (found and (found["epoch"], found["best"]["value"])) == kept
     assert (f"removed {best}: it is not of the best epoch that {start} records" in caplog.text) == removed
     assert (folder.checkpoints / "last.pth").read_bytes() == b"start"
-    folder.adopt(start, {"name": "acc1", "value": 60, "epoch": 3}, is_best=True)
+    folder.adopt(start, {"name": "acc1", "value": 60, "epoch": 3, "step": 20}, is_best=True)
     assert best.read_bytes() == b"start"
 
 

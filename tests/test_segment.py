@@ -344,7 +344,8 @@ def test_a_finished_run_tells_the_last_the_best_and_every_class(completed, data)
     lines = [json.loads(line) for line in (completed / "log.txt").read_text().splitlines()]
     assert {"val_miou", "val_mean_acc", "val_pixel_acc", "train_segmentation"} <= set(lines[-1])
     best = max(lines, key=lambda line: (line["val_miou"], line["epoch"]))
-    assert found["best"] == {"name": "miou", "value": best["val_miou"], "epoch": best["epoch"]}
+    step = final(completed)["step"] * (best["epoch"] + 1) // final(completed)["epoch"]
+    assert found["best"] == {"name": "miou", "value": best["val_miou"], "epoch": best["epoch"], "step": step}
     assert (completed / "classes.txt").read_text().split() == list(NAMES)
     assert len((completed / "images_train.txt").read_text().splitlines()) == 24
     assert [path.name for path in (completed / "samples").iterdir()] == ["masks_e0003.png"]
@@ -422,6 +423,11 @@ def test_steps_and_their_warmup_end_a_run_within_an_epoch(data, tmp_path):
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     top = rates[2]
     assert rates == pytest.approx([0, top / 2, top, *(top * (1 - step / 5) for step in range(1, 5))])
+    more = ["--steps", 10, "--allow_change", "steps"]
+    finish(tmp_path / "run", "--data_path", data, *words, *more, script=SCRIPT)
+    assert result(tmp_path / "run")["steps"] == 10
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    assert rates[7:] == pytest.approx([top * (1 - step / 8) for step in range(5, 8)])
 
 
 @pytest.mark.parametrize("kind", ["pretrained", "segmenter"])

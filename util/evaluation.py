@@ -63,7 +63,7 @@ class Evaluation(EpochTask):
         return {f"{group}_{name}": value for name, value in metrics.items() if isinstance(value, float)}
 
     def _best_weights(self, best: Path) -> dict[str, Tensor] | None:
-        """Return the weights of the best epoch, or None if there is no checkpoint of it."""
+        """Return the weights of the best epoch, or None if they were not saved."""
         if best.is_file():
             state = checkpoint.load(best)
             if is_of_best(state, self.run.state.best):
@@ -75,7 +75,7 @@ class Evaluation(EpochTask):
         """Evaluate the last and the best epoch on the test images, each only if this was not done before."""
         run = self.run
         accuracy = {"last": self._of_last_epoch or self._measure("test")}
-        if run.state.best["epoch"] == run.state.epoch - 1:
+        if run.state.is_best:
             accuracy["best"] = dict(accuracy["last"])
         else:
             weights = self._best_weights(run.checkpoints / checkpoint.BEST) if run.processes.main else None

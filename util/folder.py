@@ -188,11 +188,18 @@ class RunFolder:
         chosen, state = self._choose()
         if state is not None:
             self._compare(state, data)
-            if self.result.exists() and state["epoch"] == self.options.epochs:
+            if self.result.exists() and self._is_complete(state):
                 raise AlreadyFinished(
                     f"the run in {self.path} is finished ({self.result}); --overwrite starts it from scratch"
                 )
         return chosen, state
+
+    def _is_complete(self, state: Mapping[str, Any]) -> bool:
+        """Return whether no steps of the run are left after a checkpoint; False if that is not known yet."""
+        if steps := _given_steps(to_dict(self.options)):
+            return state["step"] == steps
+        # The last epoch of a run by --steps may have been cut short.
+        return state["epoch"] == self.options.epochs and not _given_steps(state["options"])
 
     def _earlier_starts(self) -> list[dict[str, Any]]:
         """Return the earlier starts in environment.json; an unreadable file (after a power cut) counts as empty."""
@@ -269,7 +276,9 @@ class RunFolder:
 
     def _compare(self, state: Mapping[str, Any], data: str) -> None:
         """Raise ValueError with a table of differences if the checkpoint has other options or other data."""
-        changed = differences(type(self.options), state["options"], to_dict(self.options))
+        now = to_dict(self.options)
+        derived = ("epochs",) if _given_steps(now) else ()
+        changed = [d for d in differences(type(self.options), state["options"], now) if d.name not in derived]
         refused = [d for d in changed if d.kind == "shape" or d.name not in self.options.allow_change]
         rows = [(d.name, repr(d.old), repr(d.new)) for d in refused]
         if state["data"] != data:
@@ -278,13 +287,18 @@ class RunFolder:
             width = max(len(name) for name, _, _ in rows)
             table = "".join(f"\n  {name:<{width}}  {old} -> {new}" for name, old, new in rows)
             excusable = all(d.kind != "shape" for d in refused) and len(rows) == len(refused)
-            advice = f", or accept it with --allow_change {' '.join(d.name for d in refused)}" if excusable else ""
+            advice = f", or accept it with --allow_change {' '.join(d.name for d in changed)}" if excusable else ""
             raise ValueError(
                 f"the run in {self.path} has other options or data (then -> now):{table}\n"
                 f"Use another --output_dir, start from scratch with --overwrite{advice}."
             )
         for difference in changed:
             log.warning("resuming with another %s: %r -> %r", difference.name, difference.old, difference.new)
+
+
+def _given_steps(options: Mapping[str, Any]) -> int:
+    """Return the option `steps`, from which the epochs are derived; 0: as given by `epochs`."""
+    return options.get("steps", 0)
 
 
 def _find_best(best: Mapping[str, Any], kept: Path, folder: Path) -> Path | None:

@@ -153,6 +153,9 @@ class Run:
         if stored:
             self.state.load_state_dict(stored, self._start)
             self._require_steps_left(batches.steps_per_epoch)
+            self._starts_at_best = self.state.is_best
+            if self.state.cut_short and self.stepper.step < self.total_steps:
+                self.state.reopen_epoch()
 
     def _require_steps_left(self, steps_per_epoch: int) -> None:
         """Raise ValueError if the run resumes beyond its end, because fewer epochs or steps are given than before."""
@@ -190,7 +193,7 @@ class Run:
         ties with later ones.
         """
         if not self.state.best or value >= self.state.best["value"]:
-            self.state.best = {"name": name, "value": value, "epoch": self.state.epoch}
+            self.state.best = {"name": name, "value": value, "epoch": self.state.epoch, "step": self.stepper.step}
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -210,7 +213,7 @@ class Run:
         facts = {"run_id": self.run_id, "processes": self.processes.world_size, "device": str(self.processes.device)}
         self._run_folder.begin(self.source.fingerprint, **facts)
         if self._start:
-            self._run_folder.adopt(Path(self._start), self.state.best, is_best=self.state.is_best)
+            self._run_folder.adopt(Path(self._start), self.state.best, is_best=self._starts_at_best)
 
     def _record_end(self, began: float, cpu_began: float) -> None:
         """Add the wall-clock and CPU seconds of this start, since the given times, to environment.json."""
@@ -285,7 +288,8 @@ class Run:
         self.records.check()
         self.records.after_epoch(**values)
         self.state.epoch, self.state.epoch_step = self.state.epoch + 1, 0
-        self.means.reset()
+        if not self.state.cut_short:  # if it was, later starts may add steps to it
+            self.means.reset()
         state = self.state.state_dict()
         if self.processes.main:
             self._saver.save_epoch(state, is_best=self.state.is_best)

@@ -38,7 +38,7 @@ class TrainingState:
     epoch_step: int = 0
     """Optimizer steps done in the current epoch."""
     best: dict[str, Any] = field(default_factory=dict)
-    """Metric, value and epoch (from 0) of the best epoch so far; {} if there is none."""
+    """Metric, value, epoch (from 0) and step of the best epoch so far; {} if there is none."""
     last: dict[str, Any] | None = None
     """Metrics of the last finished epoch."""
     problems: dict[str, str] = field(default_factory=dict)
@@ -47,7 +47,20 @@ class TrainingState:
     @property
     def is_best(self) -> bool:
         """Whether the epoch that has just ended is the best so far."""
-        return self.epoch_step == 0 and bool(self.best) and self.best["epoch"] == self.epoch - 1
+        return self.epoch_step == 0 and bool(self.best) and _is_end_of_best(self.epoch, self.stepper.step, self.best)
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the last epoch has ended before its last step, because `--steps` were done."""
+        return self.stepper.step < self.epoch * self.steps_per_epoch
+
+    def reopen_epoch(self) -> None:
+        """Resume within an epoch that was cut short, because more steps are given now."""
+        if self.best and self.best["epoch"] == self.epoch - 1:
+            self.best = {"step": self.stepper.step, **self.best}  # older files lack it
+        self.epoch -= 1
+        self.epoch_step = self.stepper.step - self.epoch * self.steps_per_epoch
+        log.info("epoch %d continues after %d of %d steps", self.epoch + 1, self.epoch_step, self.steps_per_epoch)
 
     def weights_dict(self) -> dict[str, Any]:
         """Return the part of `state_dict` from which a model can be built."""
@@ -76,7 +89,7 @@ class TrainingState:
                 "world_size": self.processes.world_size,
                 "batch": self.options.total_batch_size,
             },
-            "means": self.means.state_dict() if self.epoch_step else None,
+            "means": self.means.state_dict() if self.epoch_step or self.cut_short else None,
             "best": self.best,
             "last": self.last,
             "problems": dict(self.problems),
@@ -90,10 +103,10 @@ class TrainingState:
         """Restore the state that `state_dict` returned, read from `path`.
 
         Raises:
-            CheckpointError: The checkpoint is of another model.
+            CheckpointError: The checkpoint is of another model, or within an epoch of other batches.
         """
         self._require_same_model(state, path)
-        state = self._for_this_batch_size(state)
+        state = self._for_this_batch_size(state, path)
         self.model.load_state_dict(state["model"])
         self.stepper.load_state_dict(
             {
@@ -131,11 +144,16 @@ class TrainingState:
         if different := sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name)):
             raise checkpoint.CheckpointError(f"{path} is of another model: {', '.join(different[:5])} differ")
 
-    def _for_this_batch_size(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _for_this_batch_size(self, state: Mapping[str, Any], path: str) -> Mapping[str, Any]:
         """Return the state, with the step converted to another total_batch_size for the same number of images."""
         sampler, now = state["sampler"], self.options.total_batch_size
         if sampler["batch"] == now:
             return state
+        if state["means"] and not sampler["offset"]:
+            raise checkpoint.CheckpointError(
+                f"{path}: --steps had cut the last epoch short, it continues only with total_batch_size "
+                f"{sampler['batch']}, not {now}; resume the file of an earlier epoch"
+            )
         offset = sampler["offset"] * sampler["batch"] // now
         step = state["epoch"] * self.steps_per_epoch + offset
         log.warning(
@@ -147,7 +165,12 @@ class TrainingState:
 
 def is_of_best(state: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     """Return whether the content of a checkpoint was saved after the epoch that `best` records."""
-    return state.get("best") == best and state["epoch"] == best["epoch"] + 1
+    return state.get("best") == best and _is_end_of_best(state["epoch"], state["step"], best)
+
+
+def _is_end_of_best(epoch: int, step: int, best: Mapping[str, Any]) -> bool:
+    """Return whether `epoch` epochs were done at `step` when `best` was recorded; older files lack its step."""
+    return best["epoch"] == epoch - 1 and best.get("step", step) == step
 
 
 def precision_name(amp: str) -> str:
