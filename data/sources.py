@@ -457,7 +457,10 @@ def _selected_classes(
     if numbers and not others:
         foreign = [name for name in foreign if images_below(os.path.join(base, name))]
         if foreign:
-            raise ValueError(f"{base} has images of classes that the training images do not have: {some(foreign)}")
+            raise ValueError(
+                f"{base} has images of classes that the training images do not have: {some(foreign)}. Rename or remove "
+                "these folders, or list the classes to use in a file and name it with --class_list"
+            )
     notes = []
     if others and foreign:
         notes.append(f"left out: {len(foreign)} folders that the class list does not name ({some(foreign)})")

@@ -149,9 +149,11 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
     """Open the test images only.
 
     Their classes have the indices of the `trained` classes with the same names, because a class may be missing here. If
-    the names differ, classes keep their own order.
+    no name is the same, classes keep their own order, and a warning is logged.
+
+    Raises:
+        ValueError: Some names are the same and some are not, or none is and the number of classes differs.
     """
-    train = Source([], _nothing, np.empty(0, np.int64), trained or None)
     for split in ("test", "val"):
         try:
             test = open_split(options, split, known=trained or None, exact=True)
@@ -162,10 +164,31 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
         if test.labels is None:
             log.warning("the %s images have no labels (%s) and are not evaluated", split, test.problem)
             continue
-        found, foreign = match_classes(test.classes or [], trained)
-        return align_classes(train, test, split) if found and not foreign else test
-    images = _training_images(options)
+        return _align_with_trained(options, test, trained, split)
+    images = _align_with_trained(options, _training_images(options), trained, "test")
     return divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
+
+
+def _align_with_trained(options: ClassifierOptions, test: Source, trained: list[str], what: str) -> Source:
+    """Return `test` with the class indices of `trained`, or unchanged if no class name is the same."""
+    names = test.classes or []
+    if not trained:
+        return test
+    if match_classes(names, trained)[0]:
+        return align_classes(Source([], _nothing, np.empty(0, np.int64), trained), test, what)
+    if max(len(names), options.num_classes) != len(trained):
+        raise ValueError(
+            f"the classifier has {len(trained)} classes, the data have {len(names)}, and no class name is the same: "
+            f"the classifier has {some(trained)}; the data have {some(names)}. Rename the classes of the data to those "
+            f"of the classifier, which {CLASSES} in its run folder lists"
+        )
+    pairs = [f"{name} = {other}" for name, other in zip(names, trained, strict=False)]
+    log.warning(
+        "no class of the %s images has the name of a class of the classifier, so classes are compared by number: %s. "
+        "If they are not the same classes in this order, the accuracy is meaningless",
+        *(what, some(pairs)),
+    )
+    return test
 
 
 def _nothing(index: int) -> None:
@@ -432,7 +455,10 @@ def align_classes(known: Source, other: Source, what: str = "validation") -> Sou
         counts = np.bincount(labels, minlength=len(other.classes))
         foreign = [name for name in foreign if counts[other.classes.index(name)]]
         if foreign:
-            raise ValueError(f"the {what} images are of classes that the training images do not have: {some(foreign)}")
+            raise ValueError(
+                f"the {what} images are of classes that the training images do not have: {some(foreign)}; rename "
+                "these classes to those of the training images, or leave their images out"
+            )
         labels = np.array([numbers.get(name, -1) for name in other.classes])[labels]
     if labels.max() >= len(classes) or labels.min() < 0:
         wrong = labels.max() if labels.max() >= len(classes) else labels.min()

@@ -257,3 +257,50 @@ def test_label_files_that_count_from_1_are_refused_until_the_first_class_is_name
     found = opened(path, label_offset=1)
     assert found.train.classes == ["1", "2", "3"] and np.bincount(found.test.labels).tolist() == [7, 7, 7]
     refused("label_offset is for numbers in lists", put(tmp_path, "a/1.png", "b/1.png"), label_offset=1)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def labelled_images(root, kind, classes):
+    """Write 40 images of each class as `kind`, and return the data path."""
+    several(root, *[f"val/{name}" if kind == "val folder" else name for name in classes])
+    if "folder" in kind:
+        return root
+    lines = "".join(f"{name}/{number:03d}.png\t{name}\n" for name in classes for number in range(40))
+    (root / "train.txt").write_text(lines)
+    if kind == "val list":
+        (root / "val.txt").write_text(lines)
+    return root / "train.txt"
+
+
+def evaluated(root, trained, **options):
+    return splits.open_test(FinetuneOptions(data_path=str(root), test_share=0.25, **options), trained)
+
+
+@pytest.mark.parametrize("kind", ["folder", "val folder", "list", "val list"])
+@pytest.mark.parametrize("present", ["bac", "ca"])
+def test_evaluated_images_have_the_class_indices_of_the_classifier(tmp_path, kind, present, caplog):
+    found = evaluated(labelled_images(tmp_path, kind, present), ["c", "a", "b"])
+    assert found.classes == ["c", "a", "b"]
+    assert [found.classes[label] for label in found.labels] == [Path(name).parent.name for name in found.names]
+    assert len(found) == (40 if "val" in kind else 10) * len(present)
+    assert ("1 of 3 classes have no" in caplog.text) == (present == "ca")
+
+
+@pytest.mark.parametrize("kind", ["folder", "val folder", "list", "val list"])
+def test_evaluated_images_of_classes_that_the_classifier_lacks_are_refused(tmp_path, kind):
+    with pytest.raises(ValueError, match="of classes that the training images do not have: c.* [Rr]ename"):
+        evaluated(labelled_images(tmp_path, kind, "bc"), ["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "val folder", "list", "val list"])
+def test_classes_with_other_names_are_compared_by_number_with_a_warning(tmp_path, kind, caplog):
+    root = labelled_images(tmp_path, kind, "xy")
+    found = evaluated(root, ["a", "b"])
+    assert [["x", "y"][label] for label in found.labels] == [Path(name).parent.name for name in found.names]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [text for text in warnings if "classes are compared by number: x = a, y = b." in text]
+    with pytest.raises(ValueError, match="the classifier has 3 classes, the data have 2, .* has a, b, c; .* have x, y"):
+        evaluated(root, ["a", "b", "c"])
+    assert evaluated(root, ["a", "b", "c"], num_classes=3).classes == ["x", "y"]
