@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 Decode = Callable[..., Any]  # a file's tensor to uint8 [C, H, W]; torchcodec's own type also covers batches
 DecodePart = Callable[[bytes, int, int, int, int], np.ndarray | None]  # bytes, top, left, rows, columns to [H, W, 3]
 
+PNG = b"\x89PNG\r\n\x1a\n"
 START, END, START_OF_SCAN, APP1 = b"\xff\xd8\xff", b"\xff\xd9", 0xDA, 0xE1
 FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # start of frame: baseline, extended, progressive
 EXIF = b"Exif\0\0"
@@ -111,8 +112,10 @@ def png_values(data: bytes) -> np.ndarray:
             f"a PNG file of 16 bits in colour, which needs torchcodec, and that fails ({first_line(error)}): "
             "store it with 8 bits, as a TIFF file or as a .npy array"
         ) from error
+    data, orientation = split_png_exif(data)  # torchcodec ignores EXIF data after the pixels
     file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return decode_png(file, mode="UNCHANGED", output_dtype=torch.uint16).permute(1, 2, 0).numpy()
+    values_HWC = decode_png(file, mode="UNCHANGED", output_dtype=torch.uint16).permute(1, 2, 0).numpy()
+    return upright(values_HWC, orientation)
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -275,6 +278,20 @@ def orientation_in(exif: bytes) -> int:
     except struct.error:  # truncated
         pass
     return 1
+
+
+def split_png_exif(data: bytes) -> tuple[bytes, int]:
+    """Return a PNG file without its EXIF chunks, which may be before or after the pixels, and their orientation."""
+    kept, orientation, position = [data[: len(PNG)]], 1, len(PNG)
+    while position < len(data):
+        content = position + 8  # after the length and the name
+        end = content + int.from_bytes(data[position : position + 4], "big") + 4  # with the checksum
+        if data[position + 4 : content] == b"eXIf":
+            orientation = orientation_in(data[content : end - 4])
+        else:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept), orientation
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:

@@ -23,13 +23,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pixels
 
-from data.decode import EXIF, START, can_be_cut, jpeg_part, jpeg_pixels, orientation_in, png_values, upright
+from data.decode import EXIF, PNG, START, can_be_cut, jpeg_part, jpeg_pixels, orientation_in, png_values, upright
 from data.tiff import is_tiff, pillow_reads, tiff_values
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .npy".split()
 )
-PNG, NUMPY = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
+NUMPY = b"\x93NUMPY"
 HEIF = (".heic", ".heif", ".hif")
 HEIF_EXTRA = "HEIF photographs (.heic) can be read with an optional package: pip install -r requirements/heif.txt"
 if importlib.util.find_spec("pillow_heif") is not None:
@@ -221,8 +221,8 @@ def picture_pixels(picture: Image.Image, in_chans: int) -> np.ndarray:
     original = picture
     if picture.mode in ("P", "PA"):
         picture = picture.convert("RGBA")  # Pillow warns about transparent palettes that are converted to RGB
-    elif picture.mode in ("CMYK", "YCbCr"):
-        picture = picture.convert("RGB")  # Pillow has no direct conversion to L or RGBA
+    elif picture.mode in ("CMYK", "YCbCr", "LAB"):
+        picture = picture.convert("RGB")  # Pillow has no direct conversion of all of them to L and RGBA
     array_HWC = np.asarray(picture if picture.mode == mode else picture.convert(mode))
     return upright(array_HWC.reshape(*array_HWC.shape[:2], in_chans), read_orientation(original))
 

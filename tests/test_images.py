@@ -83,6 +83,25 @@ def test_cmyk_is_converted_by_pillow(tmp_path):
     assert read_image(path, 4)[..., 3].min() == 255
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_cie_lab_is_converted_to_srgb(tmp_path, channels):
+    """Compared with the formulas of CIE L*a*b* (white D50) and sRGB."""
+    lab = np.array([[[71, -12, -23], [61, 6, -21], [50, 0, 0]], [[100, 0, 0], [0, 0, 0], [60, 25, 20]]], float)
+    stored = np.stack([lab[..., 0] * 2.55, lab[..., 1] % 256, lab[..., 2] % 256], axis=-1).round().astype(np.uint8)
+    path = write(tmp_path / "a.tif", Image.frombytes("LAB", (3, 2), stored.tobytes()))
+    y = (lab[..., 0] + 16) / 116
+    ratios = np.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], axis=-1)
+    xyz = np.where(ratios > 6 / 29, ratios**3, 3 * (6 / 29) ** 2 * (ratios - 4 / 29)) * (0.9642, 1, 0.8249)
+    matrix = [[3.13386, -1.61687, -0.49061], [-0.97877, 1.91614, 0.03345], [0.07195, -0.22899, 1.40524]]
+    linear = (xyz @ np.array(matrix).T).clip(0, 1)
+    expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    if channels == 1:
+        expected = expected @ np.array([[0.299], [0.587], [0.114]])
+    found = read_image(path, channels)
+    np.testing.assert_allclose(found[..., :3], expected, atol=2)
+    assert channels != 4 or (found[..., 3] == 255).all()
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("transparency", [None, 0, b"\x00\x80\xff"])
 def test_a_palette_gives_its_colours_whatever_is_transparent(tmp_path, transparency):
@@ -211,15 +230,17 @@ def test_exif_orientation_is_applied_in_every_format(tmp_path, suffix, mode, cha
     assert (found.shape[0] > found.shape[1]) == (orientation > 4)
 
 
+@pytest.mark.parametrize("before", ["IDAT", "IEND"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_of_a_colour_png_of_sixteen_bits(tmp_path, orientation):
+def test_orientation_of_a_colour_png_of_sixteen_bits(tmp_path, orientation, before):
+    """The EXIF chunk may be before or after the pixels."""
     values = np.arange(4 * 6 * 3, dtype=np.uint16).reshape(4, 6, 3) * 800
     write_png16(tmp_path / "a.png", values, 2)
     data = (tmp_path / "a.png").read_bytes()
     exif = Image.Exif()
     exif[0x0112] = orientation
     tag = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
-    place = data.index(b"IDAT") - 4
+    place = data.index(before.encode()) - 4
     data = data[:place] + struct.pack(">I", len(tag) - 4) + tag + struct.pack(">I", zlib.crc32(tag)) + data[place:]
     with Image.open(io.BytesIO(data)) as opened:
         expected = np.asarray(ImageOps.exif_transpose(opened))  # the upper eight bits
