@@ -433,13 +433,8 @@ def _selected_classes(
     Returns:
         The files, the labels, and notes.
     """
-    base, prefix = root, ""
-    folders = visible_folders(root)
-    numbers, foreign = match_classes(folders, classes)
-    while not numbers and len(folders) == 1 and not holds_images(base):
-        base, prefix = os.path.join(base, folders[0]), f"{prefix}{folders[0]}/"
-        folders = visible_folders(base)
-        numbers, foreign = match_classes(folders, classes)
+    base, numbers, foreign = _find_class_folders(root, classes)
+    prefix = "" if base == root else f"{os.path.relpath(base, root)}/"
     if strict and len(numbers) < len(classes):
         missing = [name for number, name in enumerate(classes) if number not in numbers.values()]
         raise ValueError(
@@ -467,6 +462,37 @@ def _selected_classes(
     if differing := [name for name, number in numbers.items() if name != classes[number]]:
         notes.append(f"folders that name a class in other characters: {some([ascii(name) for name in differing])}")
     return found, np.repeat(np.arange(len(classes)), counts), notes
+
+
+def _find_class_folders(root: str, classes: list[str]) -> tuple[str, dict[str, int], list[str]]:
+    """Return the folder that holds folders of these classes, their class numbers, and the other folders in it."""
+    base = root
+    while True:
+        folders = visible_folders(base)
+        numbers, foreign = match_classes(folders, classes)
+        if numbers or len(folders) != 1 or holds_images(base):
+            return base, numbers, foreign
+        base = os.path.join(base, folders[0])
+
+
+@report_unreadable()
+def has_listed_classes(data_path: str, class_list: str) -> bool:
+    """Return whether `class_list` can select the classes of the images that `--eval` evaluates.
+
+    That is, `data_path` is a folder whose split `test` or `val` has a folder of a listed class; without these splits,
+    one of every listed class. False if the list cannot be read.
+    """
+    if not os.path.isdir(data_path):
+        return False
+    try:
+        classes = read_class_list(class_list)[0]
+    except ValueError:
+        return False
+    for split in ("test", "val", "train"):
+        with contextlib.suppress(NoSplit):
+            numbers = _find_class_folders(_split_folder(data_path, split)[0], classes)[1]
+            return len(numbers) >= (len(classes) if split == "train" else 1)
+    return False
 
 
 def read_class_list(class_list: str | Sequence[str]) -> tuple[list[str], str]:

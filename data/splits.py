@@ -456,8 +456,9 @@ def align_classes(known: Source, other: Source, what: str = "validation") -> Sou
         foreign = [name for name in foreign if counts[other.classes.index(name)]]
         if foreign:
             raise ValueError(
-                f"the {what} images are of classes that the training images do not have: {some(foreign)}; rename "
-                "these classes to those of the training images, or leave their images out"
+                f"the {what} images are of classes that the training images do not have: {some(foreign)}. Rename these "
+                "classes to those of the training images, or leave their images out (a file of the folders to use is "
+                "named with --class_list)"
             )
         labels = np.array([numbers.get(name, -1) for name in other.classes])[labels]
     if labels.max() >= len(classes) or labels.min() < 0:

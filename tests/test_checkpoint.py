@@ -11,6 +11,7 @@ import torch
 
 from data.files import link
 from options import OptionError
+from tests.test_sources import put
 from util import checkpoint
 from util.checkpoint import CheckpointError
 
@@ -253,6 +254,31 @@ def test_an_evaluation_inherits_the_data_unless_they_are_given(trained):
     given = {"eval": "true", "resume": trained}
     assert checkpoint.inherited(Schema, given) == {"model": "tiny", "data_path": "D"}
     assert checkpoint.inherited(Schema, given | {"data_path": "other"}) == {"model": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("folders", "dataset", "kept"),
+    [
+        (["val/a", "val/c", "train/a"], "auto", True),
+        (["NAME/train/a", "NAME/val/a"], "folder", True),
+        (["a", "b", "c"], "auto", True),
+        (["a", "c"], "auto", False),  # of a folder without splits all listed classes are read
+        (["val/1", "val/2", "train/a", "train/b"], "auto", False),
+        (["a", "b", "c"], "torch/cifar10", False),
+    ],
+)
+def test_an_evaluation_of_other_data_inherits_a_class_list_that_selects_folders_of_them(
+    trained, tmp_path, folders, dataset, kept
+):
+    (tmp_path / "classes.txt").write_text("b\na\n")
+    options = OPTIONS | {"class_list": str(tmp_path / "classes.txt")}
+    checkpoint.save(trained, state() | {"options": options})
+    for folder in folders:
+        put(tmp_path / "data", f"{folder}/1.png")
+    given = {"eval": "true", "resume": trained, "data_path": str(tmp_path / "data"), "dataset": dataset}
+    assert checkpoint.inherited(Schema, given).get("class_list") == (options["class_list"] if kept else None)
+    (tmp_path / "classes.txt").unlink()
+    assert "class_list" not in checkpoint.inherited(Schema, given)
 
 
 def test_the_evaluated_checkpoint_is_named_or_in_the_run_folder(trained, tmp_path):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import main_finetune
 from data import splits
 from data.sources import Names, Source, open_source
 from options import FinetuneOptions, PretrainOptions, SegmentOptions, parse
@@ -304,3 +306,19 @@ def test_classes_with_other_names_are_compared_by_number_with_a_warning(tmp_path
     with pytest.raises(ValueError, match="the classifier has 3 classes, the data have 2, .* has a, b, c; .* have x, y"):
         evaluated(root, ["a", "b", "c"])
     assert evaluated(root, ["a", "b", "c"], num_classes=3).classes == ["x", "y"]
+
+
+@pytest.mark.parametrize("below", ["", "val/"])
+def test_a_classifier_of_a_class_list_is_evaluated_on_data_with_more_classes(tmp_path, below):
+    data = several(tmp_path / "data", *[f"{below}{name}" for name in "abc"])
+    (tmp_path / "classes.txt").write_text("c\na\n")
+    run = tmp_path / "run" / "checkpoints" / "last.pth"
+    run.parent.mkdir(parents=True)
+    options = {"data_path": "elsewhere", "class_list": str(tmp_path / "classes.txt")}
+    checkpoint.save(run, {"format": 1, "model": {"weight": torch.ones(1)}, "options": options})
+    words = ["--eval", "--resume", str(run), "--data_path", str(data), "--test_share", "0.25"]
+    found = splits.open_test(main_finetune.parse_options(words), ["c", "a"])
+    assert found.classes == ["c", "a"] and np.bincount(found.labels).tolist() == ([40, 40] if below else [10, 10])
+    assert [found.classes[label] for label in found.labels] == [Path(name).parent.name for name in found.names]
+    with pytest.raises(ValueError, match="of classes that the training images do not have: b.*--class_list"):
+        splits.open_test(main_finetune.parse_options([*words, "--class_list", ""]), ["c", "a"])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.files import TEMPORARY, atomic_write, link
+from data.sources import has_listed_classes
 from options import OptionError, RunOptions
 
 FORMAT = 1  # incremented when older code can no longer read newer files
@@ -203,17 +204,23 @@ def load_options(path: str | Path, *names: str) -> dict[str, Any]:
 def inherited(schema: type[RunOptions], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that are inherited from the checkpoint named in `given`; {} for weights of another project.
 
-    If another number of channels is given, the mean and deviation of each channel are the averages over the encoder's
-    channels.
+    An evaluation also inherits the run's data; if other data are given, only the class list, if it selects folders of
+    them. If another number of channels is given, the mean and deviation of each channel are the averages over the
+    encoder's channels.
 
     Args:
         schema: The options of a program; `INHERITS` and `INHERITS_EVAL` list the names.
         given: Option names and their values as given on the command line.
     """
     if str(given.get("eval", "false")).lower() == "true":
-        # The run's own data, unless other data are given.
-        data = () if {"data_path", "data_dir", "dataset"} & given.keys() else ("data_path", "dataset", "class_list")
-        return load_options(evaluated_checkpoint(given), *schema.INHERITS_EVAL, *data)
+        own = load_options(evaluated_checkpoint(given), *schema.INHERITS_EVAL, "data_path", "dataset", "class_list")
+        if not {"data_path", "dataset"} & given.keys():
+            return own
+        names = set(schema.INHERITS_EVAL)
+        folder = str(given.get("data_path", "")) if given.get("dataset", "auto") in ("auto", "folder") else ""
+        if own.get("class_list") and "class_list" not in names and has_listed_classes(folder, own["class_list"]):
+            names.add("class_list")
+        return {name: value for name, value in own.items() if name in names}
     own, channels = load_options(given.get("init_from", ""), *schema.INHERITS), str(given.get("in_chans", ""))
     if channels.isdecimal() and int(channels) != own.get("in_chans", int(channels)):
         own |= {name: [sum(own[name]) / len(own[name])] * int(channels) for name in ("mean", "std") if own.get(name)}
