@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import models_classifier
 import models_upernet
-from data.images import Pair, classifier_crop_share, eval_transform, read_image
+from data.images import HEIF, HEIF_EXTRA, SUFFIXES, Pair, classifier_crop_share, eval_transform, read_image
 from data.loader import EvalSamples, pixel_statistics
 from data.segment_augment import eval_transform as pair_transform
 from data.sources import Source
@@ -74,6 +75,11 @@ def run_tool(*words):
     return predict.main(["--device", "cpu", *map(str, words)])
 
 
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
 def test_masks_are_those_of_the_programs_evaluation(segmenter, photos, tmp_path, capsys):
     folder, model, options = segmenter
     assert run_tool(folder, photos, "--output", tmp_path / "out") == 0
@@ -99,8 +105,7 @@ def test_masks_are_those_of_the_programs_evaluation(segmenter, photos, tmp_path,
             assert np.abs(np.asarray(drawn) - mixed).max() <= 1
     with Image.open(tmp_path / "out/masks/deep/b.png") as mask:
         assert mask.size == (40, 18), "as viewers show the photograph, which is stored as 18 x 40"
-    with open(tmp_path / "out" / "classes.csv", newline="") as file:
-        rows = list(csv.reader(file))
+    rows = read_table(tmp_path / "out" / "classes.csv")
     assert [row[:2] for row in rows] == [["number", "class"], ["0", "sky"], ["1", "grass"], ["2", "a cat"]]
     assert rows[1][2] == "#{:02x}{:02x}{:02x}".format(*colours(3)[0].tolist())
     assert (tmp_path / "out" / "bad_images.txt").read_text().startswith(str(photos / "broken.jpg"))
@@ -109,8 +114,7 @@ def test_masks_are_those_of_the_programs_evaluation(segmenter, photos, tmp_path,
 def test_classes_are_those_of_the_model(classifier, photos, tmp_path, capsys):
     folder, model = classifier
     assert run_tool(folder, photos / "deep", photos / "a.png", "--output", tmp_path / "out") == 0
-    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
-        header, *rows = csv.reader(file)
+    header, *rows = read_table(tmp_path / "out" / "predictions.csv")
     assert header == ["file", "predicted", "probability", *NAMES] and [row[0] for row in rows] == [
         "b.jpg",
         "c.png",
@@ -124,6 +128,74 @@ def test_classes_are_those_of_the_model(classifier, photos, tmp_path, capsys):
             shares = model(image[None]).softmax(dim=1)[0]
         np.testing.assert_allclose([float(value) for value in row[3:]], shares.numpy(), atol=2e-6)
         assert row[1] == NAMES[int(shares.argmax())] and float(row[2]) == pytest.approx(float(shares.max()), abs=1e-6)
+
+
+def test_files_that_are_left_out_are_logged(classifier, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data.images.SUFFIXES", SUFFIXES - {*HEIF})  # as without the optional package
+    for name in ("b.heic", "deep/c.HEIC", "notes.txt"):
+        (photos / name).write_text("")
+    assert run_tool(classifier[0], photos, "--output", tmp_path / "out") == 0
+    logged = capsys.readouterr().err
+    assert f"{photos}: left out: 3 files that are not images (2 .heic, 1 .txt)" in logged
+    assert f"{photos}: 2 {HEIF_EXTRA}" in logged
+    assert run_tool(classifier[0], photos / "b.heic", "--output", tmp_path / "out2") == 2
+    assert f"b.heic is not named like an image (.jpg .png .tif .npy ...). {HEIF_EXTRA}" in capsys.readouterr().err
+
+
+def test_a_classifier_distinguishes_images_by_their_suffix(classifier, segmenter, tmp_path, capsys):
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (24, 16)).save(tmp_path / name)
+    assert run_tool(classifier[0], tmp_path, "--output", tmp_path / "out") == 0
+    assert [row[0] for row in read_table(tmp_path / "out" / "predictions.csv")] == ["file", "a.jpg", "a.png"]
+    assert run_tool(segmenter[0], tmp_path, "--output", tmp_path / "out2") == 2
+    assert f"{tmp_path}/a.jpg and {tmp_path}/a.png would both be written as a: give" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (24, 16)).save(tmp_path / "other" / "a.png")
+    words = [classifier[0], tmp_path / "a.png", tmp_path / "a.png", tmp_path / "other"]
+    assert run_tool(*words, "--output", tmp_path / "out3") == 2
+    assert "would both be written as a.png: give them in two commands" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_reason_of_each_unreadable_image_is_listed(classifier, segmenter, photos, tmp_path, num_workers):
+    (photos / "empty.png").write_text("")
+    np.save(photos / "wide.npy", np.zeros((4, 5, 7), np.uint8))
+    np.save(photos / "endless.npy", np.full((4, 5, 3), np.inf, np.float32))
+    for folder in (classifier[0], segmenter[0]):
+        out = tmp_path / folder.name
+        # A batch of one image, so that some batches hold no readable image.
+        words = ["--output", out, "--num_workers", num_workers, "--batch_size", 1]
+        assert run_tool(folder, photos, *words) == 0
+        found = dict(line.split("\t") for line in (out / "bad_images.txt").read_text().splitlines())
+        told = {
+            "broken.jpg": "not an image of a known format",
+            "empty.png": "the file is empty",
+            "endless.npy": "floats, and no sampled file holds any: give --value_range LOW HIGH",
+            "wide.npy": "an array of shape [4, 5, 7] where [H, W, 3] is needed (--in_chans 7?)",
+        }
+        assert found == {str(photos / name): reason for name, reason in told.items()}
+
+
+def test_the_heads_of_another_programs_classifier_can_be_given(segmenter, tmp_path, capsys):
+    """Grey images, which the weights determine."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"in_chans": 1, "num_heads": 3}
+    model = models_classifier.build(num_classes=3, input_size=(16, 16), global_pool="token", **sizes).eval()
+    torch.nn.init.normal_(model.head.weight)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    words = [tmp_path / "model.safetensors", tmp_path / "a.png", "--output", tmp_path / "out"]
+    assert run_tool(*words) == 2
+    assert "--num_heads" in capsys.readouterr().err
+    assert run_tool(*words, "--num_heads", 3) == 0
+    (mean,), (std,) = pixel_statistics(1)
+    with torch.no_grad():
+        shares = model((torch.tensor(pixels)[None, None] / 255 - mean) / std).softmax(dim=1)[0]
+    found = read_table(tmp_path / "out" / "predictions.csv")[1]
+    np.testing.assert_allclose([float(value) for value in found[3:]], shares.numpy(), atol=2e-6)
+    assert run_tool(segmenter[0], tmp_path / "a.png", "--num_heads", 3) == 2
+    assert "num_heads does not apply to a segmenter" in capsys.readouterr().err
 
 
 def test_the_default_folder_is_the_runs_and_files_are_not_overwritten(classifier, photos, capsys):

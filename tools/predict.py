@@ -31,8 +31,8 @@ from torch import Tensor
 
 from data.depth import with_range
 from data.files import require_free, write_text
-from data.folders import images_below
-from data.images import BadImage, is_image_name, read_stored
+from data.folders import walk
+from data.images import HEIF, HEIF_EXTRA, BadImage, is_image_name, read_stored
 from data.loader import EvalSamples, eval_batches, eval_transform
 from data.sources import Names, Source
 from tools import encoder as encoders
@@ -49,43 +49,51 @@ log = logging.getLogger(__name__)
 MASKS, OVERLAYS, CLASSES, TABLE, BAD = "masks", "overlays", "classes.csv", "predictions.csv", "bad_images.txt"
 
 
-def find_images(paths: Sequence[str], output: Path) -> dict[str, str]:
-    """Find the image files in `paths`.
+def find_images(paths: Sequence[str], *, by_stem: bool) -> dict[str, str]:
+    """Find the image files in `paths`; files in folders that are left out are logged.
 
     Args:
         paths: Image files, and folders that are searched recursively.
-        output: A folder that is left out of the search.
+        by_stem: Whether the results are named without the suffix of the image.
 
     Returns:
-        The file of each image by the name of its results: the path relative to the folder, or the file name.
+        The file of each image by its name: the path relative to the folder, or the file name.
 
     Raises:
-        ValueError: For a path that does not exist, a folder without images, or two images with the same name.
+        ValueError: For a path that does not exist, a folder without images, or two images with the same result name.
     """
     found: dict[str, str] = {}
-    stems: dict[str, str] = {}
+    results: dict[str, str] = {}
     for path in paths:
-        if os.path.isdir(path):
-            inside = [(name, os.path.join(path, name)) for name in images_below(path)]
-            inside = [(name, file) for name, file in inside if output.resolve() not in Path(file).resolve().parents]
-            if not inside:
-                raise ValueError(f"no images in {path}")
-        elif os.path.isfile(path):
-            if not is_image_name(os.path.basename(path)):
-                raise ValueError(f"{path} is not named like an image (.jpg .png .tif .npy ...)")
-            inside = [(os.path.basename(path), path)]
-        else:
-            raise ValueError(f"{path} does not exist")
-        for name, file in inside:
-            stem = os.path.splitext(name)[0]
-            if stem in stems and os.path.realpath(stems[stem]) != os.path.realpath(file):
+        for name, file in _images_in(path):
+            result = os.path.splitext(name)[0] if by_stem else name
+            if result not in results:
+                results[result] = found[name] = file
+            elif os.path.realpath(results[result]) != os.path.realpath(file):
                 raise ValueError(
-                    f"{stems[stem]} and {file} would both be written as {stem}: give them in two commands, each with "
-                    "an --output of its own"
+                    f"{results[result]} and {file} would both be written as {result}: give them in two commands, each "
+                    "with an --output of its own"
                 )
-            if stem not in stems:
-                stems[stem] = found[name] = file
     return found
+
+
+def _images_in(path: str) -> list[tuple[str, str]]:
+    """Return the name and the file of each image in a folder, or those of an image file."""
+    if os.path.isdir(path):
+        found = walk(path)
+        for line in found.left_out():
+            log.warning("%s: left out: %s", path, line)
+        if heif := sum(found.other[suffix] for suffix in HEIF):
+            log.warning("%s: %d %s", path, heif, HEIF_EXTRA)
+        if not found.names:
+            raise ValueError(f"no images in {path}")
+        return [(name, os.path.join(path, name)) for name in found.names]
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist")
+    if not is_image_name(os.path.basename(path)):
+        heif_hint = f". {HEIF_EXTRA}" if path.lower().endswith(HEIF) else ""
+        raise ValueError(f"{path} is not named like an image (.jpg .png .tif .npy ...){heif_hint}")
+    return [(os.path.basename(path), path)]
 
 
 def open_images(files: dict[str, str], channels: int, value_range: Sequence[float]) -> Source:
@@ -167,6 +175,19 @@ def classify(
     return numbers, np.concatenate(parts)
 
 
+def find_reasons(source: Source, numbers: Sequence[int]) -> list[BadImage]:
+    """Read all images except `numbers` again, and return why they cannot be read."""
+    bad = []
+    for number in sorted({*range(len(source))} - {*numbers}):
+        try:
+            source.read(number)
+        except BadImage as error:
+            bad.append(error)
+        else:
+            bad.append(BadImage(source.names[number], "could be read only at the second attempt: run the tool again"))
+    return bad
+
+
 def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a CSV file."""
     text = io.StringIO(newline="")
@@ -188,15 +209,24 @@ def write_classes(encoder: Encoder, source: Source, numbers: list[int], shares_N
 
 
 def predict(
-    model: Path, images: Sequence[str], output: Path | None, device: torch.device, batch_size: int, num_workers: int
+    model: Path,
+    images: Sequence[str],
+    output: Path | None,
+    device: torch.device,
+    *,
+    batch_size: int,
+    num_workers: int,
+    num_heads: int = 0,
 ) -> str:
     """Write the predictions of a run's model for images, and return a summary.
+
+    `num_heads` is the number of attention heads of a classifier of another program; 0: not given.
 
     Raises:
         ValueError: If the model does not predict classes, or the images or the output folder cannot be used.
     """
     file = checkpoint.find_file(model)
-    weights, made_with = checkpoint.load_model(file, averaged=True)
+    weights = checkpoint.load_weights(file)
     program = checkpoint.program_at(file)
     if program == "pretrain" or (program in ("", "finetune") and "head.weight" not in weights):
         raise ValueError(
@@ -207,25 +237,27 @@ def predict(
         raise ValueError(
             f"{file} is a linear probe, which holds no encoder: fine-tune the encoder with main_finetune.py to predict"
         )
+    if program == "segment" and num_heads:
+        raise ValueError("num_heads does not apply to a segmenter, whose run states it: omit --num_heads")
     output = output or checkpoint.find_run(file) / "predictions"
     require_free(output)
-    files = find_images(images, output)
-    channels, value_range = made_with.get("in_chans", 3), made_with.get("value_range", ())
-    source = open_images(files, channels, value_range)
+    files = find_images(images, by_stem=program == "segment")
     if program == "segment":
         trained = segmenters.load(file)
+        source = open_images(files, trained.options.in_chans, trained.options.value_range)
         trained.model.to(device)
         output.mkdir(parents=True, exist_ok=True)
-        bad = [(error.path, error.reason) for error in segment(trained, source, output)]
+        errors = segment(trained, source, output)
         what = f"{MASKS}/ and {OVERLAYS}/ of {len(trained.class_names)} classes, which {CLASSES} lists"
     else:
-        encoder = encoders.load(file)
+        encoder = encoders.load(file, num_heads=num_heads)
+        source = open_images(files, encoder.image_shape[0], encoder.value_range)
         numbers, shares_NK = classify(encoder, source, device, batch_size, num_workers)
         output.mkdir(parents=True, exist_ok=True)
         write_classes(encoder, source, numbers, shares_NK, output / TABLE)
-        unread = sorted({*range(len(source))} - {*numbers})
-        bad = [(files[source.names[number]], "cannot be read") for number in unread]
+        errors = find_reasons(source, numbers)
         what = f"{TABLE}, {encoder.classes} classes"
+    bad = [(files.get(error.path, error.path), error.reason) for error in errors]  # the scaling states only the name
     if bad:
         write_text(output / BAD, "".join(f"{path}\t{reason}\n" for path, reason in bad))
     if len(bad) == len(source):
@@ -240,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT", help="of main_segment.py or main_finetune.py")
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, and folders of any depth")
     parser.add_argument("--output", type=Path, help="a new folder (default: predictions in the run's folder)")
+    parser.add_argument("--num_heads", type=int, default=0, help="attention heads, for weights of other programs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time, of a classifier")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images, of a classifier")
@@ -247,8 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_terminal(True)
     require_at_least(words, batch_size=1, num_workers=0)
     device = pick_device(words.device)
-    summary = predict(words.model, words.images, words.output, device, words.batch_size, words.num_workers)
-    sys.stdout.write(summary)
+    how = {"batch_size": words.batch_size, "num_workers": words.num_workers, "num_heads": words.num_heads}
+    sys.stdout.write(predict(words.model, words.images, words.output, device, **how))
     return 0
 
 
