@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from programs.transfer import (
     load_initial_weights,
     log_model,
     name_next_steps,
+    require_same_numbers,
     train_or_evaluate,
 )
 from util import checkpoint, optim
@@ -51,8 +52,16 @@ def require_pairs(options: FinetuneOptions) -> None:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, found {options.batch_size}")
 
 
-def load_teacher(options: FinetuneOptions, device: torch.device) -> tuple[FinetuneOptions, Distillation | None]:
-    """Load the classifier `distill_from`; return the options with its digest, and the distillation (None without)."""
+def load_teacher(
+    options: FinetuneOptions, classes: Sequence[str], device: torch.device
+) -> tuple[FinetuneOptions, Distillation | None]:
+    """Load the classifier `distill_from`; return the options with its digest, and the distillation (None without).
+
+    Args:
+        options: Of the run.
+        classes: The class names of the data.
+        device: Where the teacher runs.
+    """
     if not options.distill_from:
         return options, None
     weights, made_with = checkpoint.load_model(options.distill_from, averaged=True)
@@ -67,6 +76,9 @@ def load_teacher(options: FinetuneOptions, device: torch.device) -> tuple[Finetu
             (tuple(options.mean), tuple(options.std)),
             options.distill_heads,
         )
+        if made_with:
+            trained = splits.read_classes(checkpoint.find_run(Path(options.distill_from)))
+            require_same_numbers(trained, classes, "the teacher")
     except ValueError as problem:
         raise ValueError(f"distill_from: {options.distill_from} cannot be the teacher: {problem}") from problem
     log.info("teacher: %s, weight %g, %s labels", options.distill_from, options.distill_weight, options.distill_labels)
@@ -162,7 +174,7 @@ def make_plan(options: FinetuneOptions, processes: Processes, *, reading: Proces
     found = splits.open_splits(options)
     options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
     model = build_model(options, found.classes)
-    options, distillation = load_teacher(options, processes.device)
+    options, distillation = load_teacher(options, found.train.classes or [], processes.device)
     batches_of = partial(share_batches, options, training_images(options, found.train))
     if options.steps:
         options = replace(options, epochs=math.ceil(options.steps / batches_of(processes).steps_per_epoch))

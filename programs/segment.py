@@ -42,6 +42,7 @@ from programs.transfer import (
     load_initial_weights,
     log_model,
     name_next_steps,
+    require_same_numbers,
     train_or_evaluate,
 )
 from util import checkpoint, optim
@@ -124,6 +125,7 @@ def evaluate_checkpoint(options: SegmentOptions, processes: Processes) -> None:
     names = test.classes or []
     path = checkpoint.evaluated_checkpoint(vars(options))
     weights, made_with = checkpoint.load_model(path)
+    require_same_numbers(splits.read_classes(checkpoint.find_run(Path(path))), names, "the segmenter")
     model = build_model(options, len(names), processes)
     models_upernet.load_segmenter(model, weights, made_with)
     model.to(processes.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import methods
 import models_classifier
+from data.folders import some
 from models_classifier import Classifier
 from models_vit import LoadReport, for_channels
 from options import EncoderOptions, TransferOptions, describe_model
@@ -115,3 +116,30 @@ def log_model(options: TransferOptions, model: Classifier) -> None:
     start = f"from {options.init_from}" if options.init_from and not options.from_scratch else "from scratch"
     described = describe_model(vars(options))
     log.info("%s, %s: %.2f M weights, %d x %d patches", described, start, weights / 1e6, rows, columns)
+
+
+def require_same_numbers(trained: Sequence[str], names: Sequence[str], what: str) -> None:
+    """Check the classes of a trained model that is used without matching classes by name.
+
+    Args:
+        trained: Its class names; empty if they are not known.
+        names: The class names of the data.
+        what: Description of the model, for messages.
+
+    Raises:
+        ValueError: A class has another number in the data than in the model.
+    """
+    numbers = {name: number for number, name in enumerate(trained)}
+    for number, name in enumerate(names):
+        if numbers.get(name, number) != number:
+            raise ValueError(
+                f"{name} is class {numbers[name]} of {what}, and class {number} of the data: classes are compared by "
+                "number, so the data must list them in the same order"
+            )
+    pairs = [f"{name} = {theirs}" for name, theirs in zip(names, trained, strict=False) if name != theirs]
+    if pairs:
+        log.warning(
+            "%d classes have other names in %s, and classes are compared by number: %s. If they are not the same "
+            "classes, the result is meaningless",
+            *(len(pairs), what, some(pairs)),
+        )

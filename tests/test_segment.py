@@ -381,6 +381,12 @@ def test_eval_reports_the_metrics_of_training(completed, data, tmp_path):
     words = ["--window", "whole", "--flip"]
     other = finish(tmp_path / "none", "--eval", "--resume", path, "--data_path", data, *words, script=SCRIPT)
     assert "on 5 test images: mIoU" in other
+    names = (completed / "classes.txt").read_text().split()
+    (tmp_path / "reversed.txt").write_text("\n".join(reversed(names)))
+    words = ["--eval", "--resume", path, "--data_path", data, "--class_list", tmp_path / "reversed.txt"]
+    refused = Training(tmp_path / "none", *words, script=SCRIPT)
+    assert refused.wait() == 2
+    assert f"{names[-1]} is class 2 of the segmenter, and class 0 of the data" in refused.stderr
 
 
 def test_two_ranks_count_every_pixel_once(data, tmp_path):
