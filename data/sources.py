@@ -557,7 +557,7 @@ def _open_list(wanted: _Wanted) -> Source:
     if given:
         found = read_labels(given, str(path), wanted.label_offset)
         labels, classes, problem, notes = found.numbers, found.classes, found.problem, found.notes
-    notes += _repeated(path, rows)
+    notes += _repeated(path, root, rows)
     read = functools.partial(_read_file, root, names, wanted.in_chans)
     path_of, lazily = functools.partial(join_path, root, names), functools.partial(read, lazy=True)
     source = Source(names, read, labels, classes, path=path_of, read_lazily=lazily, notes=tuple(notes), problem=problem)
@@ -579,18 +579,19 @@ def _find_list(path: Path, split: str) -> Path:
     return found
 
 
-def _repeated(path: Path, rows: Sequence[tuple[str, str | None]]) -> list[str]:
+def _repeated(path: Path, root: str, rows: Sequence[tuple[str, str | None]]) -> list[str]:
     """Describe how often images are repeated in a list; raise ValueError if one has two labels."""
     labels: dict[str, str | None] = {}
     repeated = 0
     for name, label in rows:
-        if name not in labels:
-            labels[name] = label
+        file = os.path.normpath(os.path.join(root, name))  # ./a.jpg and a.jpg are one image
+        if file not in labels:
+            labels[file] = label
             continue
         repeated += 1
-        if labels[name] != label:
+        if labels[file] != label:
             raise ValueError(
-                f"{path}: {name} is listed with the labels {labels[name]!r} and {label!r}; an image has one class"
+                f"{path}: {name} is listed with the labels {labels[file]!r} and {label!r}; an image has one class"
             )
     return [f"{repeated} of {len(rows)} lines repeat an image"] if repeated else []
 

@@ -363,9 +363,16 @@ def _warn_of_split_folders(train: Source, chosen: np.ndarray, options: Classifie
 
 def _warn_of_overlap(train: Source, other: Source) -> None:
     """Log a warning with the number of images that are listed for both training and evaluation."""
-    both = set(train.names) & set(other.names)
+    trained = set(_files(train))
+    both = [name for name, file in zip(other.names, _files(other), strict=True) if file in trained]
     if both:
-        log.warning("%d of %d test images are also training images: %s", len(both), len(other), some(sorted(both)))
+        log.warning("%d of %d test images are also training images: %s", len(both), len(other), some(both))
+
+
+def _files(source: Source) -> list[str]:
+    """Return the file of each image of a list, in normalised form: a list may name ./a.jpg, a.jpg or /data/a.jpg."""
+    assert source.path is not None
+    return [os.path.normpath(source.path(index)) for index in range(len(source))]
 
 
 def _shuffled(labels: np.ndarray, seed: int) -> list[tuple[int, np.ndarray]]:

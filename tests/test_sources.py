@@ -337,6 +337,15 @@ def test_paths_are_relative_to_the_data_path_or_to_the_list_or_absolute(tmp_path
     assert open_source("auto", str(path)).read(0).shape == (3, 4, 3)
 
 
+def test_an_image_is_repeated_however_its_path_is_written(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    put(tmp_path, "x/1.png", "2.png")
+    listed(tmp_path, f"x/1.png\n./x/1.png\nx/../2.png\n{tmp_path}//x/1.png\n2.png\n")
+    assert "3 of 5 lines repeat an image" in caplog.text
+    with pytest.raises(ValueError, match=r"\./x/1\.png is listed with the labels 'a' and 'b'"):
+        listed(tmp_path, "x/1.png a\n./x/1.png b\n")
+
+
 def test_the_val_list_is_beside_the_train_list(tmp_path):
     put(tmp_path, "1.png", "2.png")
     (tmp_path / "my_val.txt").write_text("2.png\n")

@@ -174,6 +174,16 @@ def test_best_is_chosen_on_val_rather_than_on_six_images(tmp_path):
     assert len(found.choice) == 120 and len(found.train) == 300
 
 
+def test_test_images_that_are_trained_on_are_counted_however_their_paths_are_written(tmp_path, caplog):
+    several(tmp_path, "a", "b", count=30)
+    names = [f"{name}/{number:03d}.png" for name in "ab" for number in range(30)]
+    (tmp_path / "train.txt").write_text("".join(f"{name}\t{name[0]}\n" for name in names[:25] + names[30:55]))
+    written = ["./a/000.png", f"{tmp_path}/a/001.png", "b/../a/002.png", *names[25:30], *names[55:]]
+    (tmp_path / "val.txt").write_text("".join(f"{name}\t{Path(name).parent.name}\n" for name in written))
+    opened(tmp_path / "train.txt", holdout=0)
+    assert f"3 of 13 test images are also training images: ./a/000.png, {tmp_path}/a/001.png, b/../a" in caplog.text
+
+
 # ---- paths -----------------------------------------------------------------------------------------------------------
 
 
