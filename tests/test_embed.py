@@ -1,5 +1,7 @@
 """Features of a folder: equal to the encoder's, one for each readable image, with the right name."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,69 @@ def test_a_classifier_also_tells_its_logits(photos, tmp_path):
         expected = model(pixels(photos / "ant" / "b.png")[None])
     np.testing.assert_allclose(found["logits"][1], expected[0], atol=1e-5)
     assert found["logit_classes"].tolist() == ["x", "y", "z"] and found["features"].shape == (4, 24)
+
+
+@pytest.fixture
+def splits(tmp_path, photos):
+    """Create training images of ants, bees and wasps, and validation images of bees and wasps."""
+    for split, names in {"train": ("ant", "bee", "wasp"), "val": ("bee", "wasp")}.items():
+        for name in names:
+            shutil.copytree(photos / "bee", tmp_path / "splits" / split / name)
+    return tmp_path / "splits"
+
+
+def save_classifier(folder, classes):
+    torch.manual_seed(0)
+    options = FinetuneOptions(**SIZES, input_size=(16, 24), num_classes=len(classes), total_batch_size=8)
+    model = models_classifier.build(**SIZES, input_size=(16, 24), num_classes=len(classes))
+    save(folder / "checkpoints" / "last.pth", model, options)
+    (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes))
+    return folder
+
+
+def labels_of(model, images, split, file):
+    """Return the class name and the label of each image, and the names of the classes."""
+    assert run_tool(model, images, "--split", split, "--output", file) == 0
+    found = np.load(file)
+    named = [(name.split("/")[0], label) for name, label in zip(found["names"], found["labels"].tolist(), strict=True)]
+    return named, found["classes"].tolist()
+
+
+def test_labels_of_a_classifier_are_the_indices_of_its_logits(splits, tmp_path):
+    classes = ["wasp", "fly", "Bee", "ant"]
+    model = save_classifier(tmp_path / "run", classes)
+    for split in ("train", "val"):
+        named, found = labels_of(model, splits, split, tmp_path / "e.npz")
+        expected = {"wasp": 0, "bee": 2, "ant": 3}
+        assert all(label == expected[name] for name, label in named) and len(named) == (6 if split == "train" else 4)
+        assert found == classes == np.load(tmp_path / "e.npz")["logit_classes"].tolist()
+
+
+def test_labels_of_both_splits_are_numbered_alike(run, splits, tmp_path, capsys):
+    bird = save_classifier(tmp_path / "birds", ["bee", "swift"])
+    for model in (run[0], bird):
+        train, of_train = labels_of(model, splits, "train", tmp_path / "train.npz")
+        val, of_val = labels_of(model, splits, "val", tmp_path / "val.npz")
+        assert of_train == of_val == ["ant", "bee", "wasp"]
+        assert dict(train) == {"ant": 0, "bee": 1, "wasp": 2} and dict(val) == {"bee": 1, "wasp": 2}
+        told = "not the indices of the logits, do not compare them: the model has no class wasp (it has bee, swift)"
+        assert (told in capsys.readouterr().err) == (model == bird)
+
+
+@pytest.mark.parametrize("training", ["others", "unlabelled", "none"])
+def test_labels_that_cannot_be_numbered_as_the_training_images_are_logged(run, splits, tmp_path, capsys, training):
+    shutil.rmtree(splits / "train" / "wasp")
+    if training == "unlabelled":
+        shutil.rmtree(splits / "train" / "ant")
+    elif training == "none":
+        shutil.rmtree(splits / "train")
+        (splits / "train").mkdir()
+    named, found = labels_of(run[0], splits, "val", tmp_path / "val.npz")
+    assert dict(named) == {"bee": 0, "wasp": 1} and found == ["bee", "wasp"]
+    of_train = "the training images have no"
+    reason = {"others": f"{of_train} class wasp", "unlabelled": f"{of_train} labels", "none": "no images in"}
+    told = f"labels: not numbered as those of the training images, do not compare them: {reason[training]}"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,20 +13,26 @@ The file contains, in the order of the images:
     labels    int64 [n]        and `classes`, their names, if there is a folder for each class
     logits    float32 [n, C]   for a classifier; `logit_classes`: class names, if the run folder has them
 
+If the classifier has classes of these names, `classes` are `logit_classes`; otherwise those of `--split val` are the
+classes of the training images, so that labels of both splits can be compared. Other names are logged.
+
 Images that cannot be read are left out and logged.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.files import atomic_write
+from data.folders import match_classes, some
 from data.images import EVAL_CROPS, describe_eval_crop
 from data.loader import EvalSamples, eval_batches, eval_transform
 from data.sources import Source, open_source
@@ -36,6 +42,8 @@ from tools.command import reports_errors, require_at_least
 from tools.encoder import Encoder
 from util.distributed import pick_device
 from util.logging import log_to_terminal
+
+log = logging.getLogger(__name__)
 
 
 def embed(
@@ -70,6 +78,48 @@ def embed(
     return arrays
 
 
+def number_labels(source: Source, encoder: Encoder, images: str, split: str) -> Source:
+    """Return the source with labels that are numbered as the classes of the model, or of the training images.
+
+    Args:
+        source: The images of `split`.
+        encoder: A classifier, whose classes are used if those of the source are among them.
+        images: The data that contain the split; for `val`, the classes of its training images are used otherwise.
+        split: `train` or `val`.
+    """
+    if source.labels is None:
+        return source
+    if encoder.class_names:
+        numbered, foreign = _numbered_by(source, encoder.class_names)
+        if not foreign:
+            return numbered
+        log.warning(
+            "labels: not the indices of the logits, do not compare them: the model has no class %s (it has %s)",
+            *(some(foreign), some(encoder.class_names)),
+        )
+    if split == "val":
+        shape, value_range = encoder.image_shape, source.value_range
+        try:
+            train = open_source("auto", images, "train", in_chans=shape[0], value_range=value_range)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            numbered, foreign = _numbered_by(source, train.classes or [])
+            if not foreign:
+                return numbered
+            problem = f"the training images have no {f'class {some(foreign)}' if train.classes else 'labels'}"
+        log.warning("labels: not numbered as those of the training images, do not compare them: %s", problem)
+    return source
+
+
+def _numbered_by(source: Source, classes: Sequence[str]) -> tuple[Source, list[str]]:
+    """Return the source with indices of `classes` as labels, and the names of its labels that are not among them."""
+    own, labels = source.classes or [], np.asarray(source.labels)
+    numbers, foreign = match_classes([own[label] for label in np.unique(labels)], classes)
+    labels = np.array([numbers.get(name, -1) for name in own], np.int64)[labels]
+    return replace(source, labels=labels, classes=list(classes)), foreign
+
+
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays atomically."""
     with atomic_write(path) as file:
@@ -101,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     value_range = encoder.options.get("value_range", ())
     source = open_source("auto", words.images, words.split, in_chans=encoder.image_shape[0], value_range=value_range)
+    source = number_labels(source, encoder, words.images, words.split)
     how = {"batch_size": words.batch_size, "num_workers": words.num_workers}
     eval_crop = words.eval_crop or encoder.eval_crop
     arrays = embed(encoder, source, device=device, eval_crop=eval_crop, **how)
