@@ -80,3 +80,17 @@ def test_the_note_about_raw_pixels_is_given_where_they_are_better():
 def test_a_folder_without_a_classifier_is_reported(tmp_path, capsys):
     assert classifiers.main([str(tmp_path)]) == 2
     assert "no finished classifier" in capsys.readouterr().err
+
+
+def test_a_classifier_with_empty_options_has_no_kind(tmp_path):
+    record(tmp_path / "run", 100)
+    (tmp_path / "run" / "options.yaml").write_text("")
+    assert [(row.kind, row.last) for row in classifiers.rows_below([tmp_path])] == [("", 70.0)]
+
+
+@pytest.mark.parametrize("name", ["run/result.json", "knn.json"])
+def test_a_damaged_file_is_named(tmp_path, name, capsys):
+    record(tmp_path / "run", 100)
+    (tmp_path / name).write_text("")
+    assert classifiers.main([str(tmp_path)]) == 2
+    assert f"error: {tmp_path / name} is not valid JSON" in capsys.readouterr().err

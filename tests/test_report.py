@@ -10,6 +10,9 @@ import pytest
 import yaml
 from PIL import Image
 
+import methods
+import programs
+from options import to_dict
 from tools import records, report, report_page
 
 OPTIONS = {"method": "nor_mae", "model": "mae_vit_tiny_patch4", "epochs": 3, "total_batch_size": 100, "blr": 1.5e-4}
@@ -81,6 +84,129 @@ def test_figures_that_are_not_finite_are_not_drawn(run):
     read = records.read_run(folder)
     assert read.last("train_loss") == 0.25
     assert read.last("train_neighbor") == -0.25
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def epoch_line(start, epoch, step, loss):
+    return {"run_id": start, "epoch": epoch, "step": step, "train_loss": loss}
+
+
+def step_lines(start, steps, epoch=0):
+    return [{"run_id": start, "step": step, "epoch": epoch, "lr": 1.0} for step in steps]
+
+
+def test_what_a_later_start_never_reaches_again_does_not_count(run):
+    """The second start repeats from step 10 with a larger batch: its three epochs have 10, 15 and 20 steps."""
+    folder = run()
+    first, second = "6b0b50b9-2", "6b0b50b3-1"  # the names do not decide which is first
+    epochs = [epoch_line(first, epoch, 10 * epoch + 10, 5.0) for epoch in range(5)]
+    write_lines(folder / "log.txt", *epochs, epoch_line(second, 1, 15, 0.5), epoch_line(second, 2, 20, 0.25))
+    write_lines(folder / "metrics.jsonl", *step_lines(first, range(1, 51)), *step_lines(second, range(11, 21)))
+    write_lines(folder / "result.json", {"steps": 20, "images_seen": 2000, "last": {"train_loss": 0.25}})
+    read = records.read_run(folder)
+    cells, found = report.row(read), read.result
+    assert (cells["updates"], cells["images seen"]) == (f"{found['steps']}", f"{found['images_seen']:,}")
+    assert (cells["epochs"], cells["last loss"]) == ("3 of 3", "0.25")
+    assert [(line["epoch"], line["step"]) for line in read.epochs] == [(0, 10), (1, 15), (2, 20)]
+    assert [line["step"] for line in read.steps] == list(range(1, 21))
+    assert [line["run_id"] for line in read.steps] == [first] * 10 + [second] * 10
+
+
+def test_each_file_shows_what_is_replaced_in_the_other(run):
+    """With --log_every 10 the second start, from step 20, logs an epoch at step 26 and no step before it is killed."""
+    folder = run(finished=False)
+    write_lines(folder / "metrics.jsonl", *step_lines("a", (10, 20, 30)))
+    write_lines(folder / "log.txt", epoch_line("a", 0, 20, 1.0), epoch_line("b", 1, 26, 0.5))
+    read = records.read_run(folder)
+    assert [line["step"] for line in read.steps] == [10, 20] and read.updates == 26
+    write_lines(folder / "metrics.jsonl", *step_lines("a", (10, 20, 30)), *step_lines("b", (20,)))
+    write_lines(folder / "log.txt", epoch_line("a", 0, 20, 1.0), epoch_line("a", 1, 40, 0.5))
+    read = records.read_run(folder)
+    assert read.epochs == [] and read.updates == 20, "the second start has not logged the first epoch yet"
+
+
+def test_starts_are_in_the_order_of_the_environment(run):
+    folder = run(finished=False)
+    write_lines(folder / "metrics.jsonl", *step_lines("b", (10,)))
+    write_lines(folder / "log.txt", epoch_line("a", 0, 20, 1.0))
+    (folder / "environment.json").write_text(json.dumps([{"run_id": "a"}, {"run_id": "b"}]))
+    assert records.read_run(folder).epochs == []
+    (folder / "environment.json").write_text(json.dumps([{"run_id": "b"}, {"run_id": "a"}]))
+    assert len(records.read_run(folder).epochs) == 1
+
+
+def test_a_run_that_was_shortened_ends_where_its_result_says(run):
+    """Resumed with --epochs 2 from a checkpoint at the end of the second epoch: nothing more is logged."""
+    folder = run()
+    write_lines(folder / "result.json", {"steps": 20})
+    read = records.read_run(folder)
+    assert read.updates == 20 and read.values("train_loss") == [1.0, 0.5]
+
+
+def test_epochs_of_a_run_that_resumed_in_a_new_folder_are_counted_from_its_beginning(run):
+    folder = run()
+    write_lines(folder / "log.txt", epoch_line("a", 2, 30, 0.25))
+    read = records.read_run(folder)
+    assert report.row(read)["epochs"] == "3 of 3"
+    assert ("good", "Finished: 3 of 3 epochs.") in report_page.verdict(read)
+
+
+def test_damaged_lines_are_skipped_with_a_warning(run, caplog):
+    folder = run()
+    whole = (folder / "log.txt").read_text()
+    (folder / "log.txt").write_text('{}\n{"epoch": 0}\n7\n' + whole)
+    assert records.read_run(folder).values("train_loss") == [1.0, 0.5, 0.25]
+    wanted = f"{folder / 'log.txt'}: skipped 3 damaged lines, without the numbers epoch and step; the first is line 1"
+    assert caplog.messages == [wanted]
+
+
+@pytest.mark.parametrize("name", ["result.json", "knn.json"])
+def test_a_damaged_file_is_named(run, name, capsys):
+    folder = run()
+    (folder / name).write_text("")
+    assert report.main([str(folder)]) == 2
+    assert f"error: {folder / name} is not valid JSON (Expecting value" in capsys.readouterr().err
+
+
+def test_damaged_records_of_the_starts_are_left_out_with_a_warning(run, caplog):
+    folder = run()
+    (folder / "environment.json").write_text("")
+    assert report.main([str(folder)]) == 0
+    assert f"the starts of the run are not reported: {folder / 'environment.json'} is not valid" in caplog.text
+    assert "<h2>Environment" not in (folder / "report.html").read_text()
+
+
+def test_a_run_with_empty_options_is_reported(run, capsys):
+    folder = run()
+    (folder / "options.yaml").write_text("")
+    assert report.main([str(folder)]) == 0
+    assert "0.25" in capsys.readouterr().out
+    (folder / "options.yaml").write_text("epochs: [")
+    assert report.main([str(folder)]) == 2
+    assert f"{folder / 'options.yaml'} is not valid YAML" in capsys.readouterr().err
+    (folder / "options.yaml").write_text("epo")
+    assert report.main([str(folder)]) == 2
+    assert "contains no options by name, but 'epo'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", programs.PROGRAMS)
+def test_runs_of_every_program_are_reported_with_their_defaults(run, program):
+    folder = run(program)
+    if program == "pretrain":
+        options = methods.parse_options(["--init_from", "encoder.pth", "--data_path", "images"])
+    else:
+        options = programs.PROGRAMS[program](init_from="encoder.pth", data_path="images")
+    stored = to_dict(options)
+    (folder / "options.yaml").write_text(yaml.safe_dump(stored))
+    assert report.main([str(folder)]) == 0
+    changed, unchanged = (folder / "report.html").read_text().split("options at their defaults")
+    assert "<tr><td>init_from</td><td>encoder.pth</td><td></td></tr>" in changed
+    names = re.findall(r"<tr><td>([\w.]+)</td>", changed.split("<h2>Options</h2>")[1])
+    assert sorted(names) == ["data_path", "init_from"], "all others are at their defaults"
+    assert f"<tr><td>input_size</td><td>{stored['input_size']}</td><td>{stored['input_size']}</td></tr>" in unchanged
 
 
 def charts(runs):

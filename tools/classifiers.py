@@ -10,16 +10,14 @@ be compared directly. If a folder contains results of tools.knn, they follow.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tools.command import reports_errors
+from tools.records import read_json, read_options
 
 HEADER = ("classifier", "run", "last epoch %", "best epoch %", "best chosen on", "labels", "updates", "images seen")
 FINE_TUNED, LINEAR, NEIGHBORS, SCRATCH = KINDS = (
@@ -37,8 +35,7 @@ PIXELS_NOTE = (
 
 def read_kind(folder: Path) -> str:
     """Return the kind (see `KINDS`) of the run in `folder`, or "" if its options are not stored."""
-    path = folder / "options.yaml"
-    options = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    options = read_options(folder)
     if "from_scratch" not in options:  # only main_linprobe.py has no such option
         return LINEAR if options.get("init_from") else ""
     return FINE_TUNED if options["init_from"] and not options["from_scratch"] else SCRATCH
@@ -68,7 +65,7 @@ class Row:
 
 def read_classifier(folder: Path) -> Iterator[Row]:
     """Yield the results of a run of main_finetune.py or main_linprobe.py; a probe also has a kNN result."""
-    result = json.loads((folder / "result.json").read_text())
+    result = read_json(folder / "result.json")
     metric, accuracy = result["metric"], result["accuracy"]
     labels = (folder / "images_train.txt").read_bytes().count(b"\n")
     best = accuracy["best"][metric] if "best" in accuracy else None
@@ -121,7 +118,7 @@ def classifiers_below(folder: Path) -> list[Path]:
     """Return this folder and its subfolders that contain a finished classifier."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     results = [path for path in (folder, *inside) if (path / "result.json").exists()]
-    return [path for path in results if json.loads((path / "result.json").read_text()).get("metric") in METRICS]
+    return [path for path in results if (read_json(path / "result.json") or {}).get("metric") in METRICS]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -141,8 +138,8 @@ def table(folders: Sequence[Path]) -> str:
     if gain := compare_with_scratch(rows):
         text += f"\n{gain[1]}\n"
     for path in (folder / "knn.json" for folder in folders):
-        if path.exists():
-            text += f"\nNearest neighbours, {path.parent.name}:\n\n{neighbors_table(json.loads(path.read_text()))}"
+        if knn := read_json(path):
+            text += f"\nNearest neighbours, {path.parent.name}:\n\n{neighbors_table(knn)}"
     return text
 
 

@@ -67,7 +67,7 @@ def peak_lr(options: Mapping[str, Any]) -> float | None:
 def row(run: RunRecords) -> dict[str, str]:
     """Return the table row of a run."""
     options = run.options
-    done = f"{len(run.epochs)} of {options.get('epochs', '?')}"
+    done = f"{run.epochs_done} of {options.get('epochs', '?')}"
     speeds = sorted(record["images_per_s"] for record in run.steps if is_number(record.get("images_per_s")))
     losses = [name for name in (run.epochs[-1] if run.epochs else {}) if name.startswith("train_")]
     cells = {

@@ -284,7 +284,7 @@ def mean_and_deviation(values: Sequence[float], pattern: str) -> str:
 def verdict(run: RunRecords) -> list[tuple[str, str]]:
     """Return sentences about the run, each with `good`, `bad` or `plain`."""
     result, texts = run.result or {}, []
-    done, epochs = len(run.epochs), run.options.get("epochs", "?")
+    done, epochs = run.epochs_done, run.options.get("epochs", "?")
     if run.result is None:
         texts.append(("bad", f"Not finished: {done} of {epochs} epochs. Re-running the same command resumes the run."))
     else:
