@@ -240,7 +240,7 @@ def use_hf(encoder: Encoder) -> str:
 from transformers import AutoImageProcessor, {kind}
 
 {model}
-prepare = AutoImageProcessor.from_pretrained("FOLDER")
+prepare = AutoImageProcessor.from_pretrained("FOLDER")  # its crop may lie one pixel beside that of the table
 images = prepare(picture, return_tensors="pt")["pixel_values"]
 {output}
 """
