@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 TEST, VAL, HELD_OUT = "the test images", "the split val", "held-out training images"
 CLASSES = "classes.txt"  # in a run folder: the name of each class, in the order of the logits
+IMAGES = "images_{}.txt"  # in a run folder: the name and class number of each image that is used for {}
 MEAN_CLASS_ACC = ("torch/oxford_iiit_pet", "torch/caltech101")  # the literature reports the mean accuracy per class
 LEAST, LEAST_PER_CLASS = 20, 2  # minimum number of images on which the best epoch is selected
 MOST = 4  # at most one in MOST images of a class is held out to reach that minimum
@@ -154,6 +155,7 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
     Raises:
         ValueError: Some names are the same and some are not, or none is and the number of classes differs.
     """
+    trained = [_unescape(name) for name in trained]
     for split in ("test", "val"):
         try:
             test = open_split(options, split, known=trained or None, exact=True)
@@ -165,8 +167,7 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
             log.warning("the %s images have no labels (%s) and are not evaluated", split, test.problem)
             continue
         return _align_with_trained(options, test, trained, split)
-    images = _align_with_trained(options, _training_images(options), trained, "test")
-    return divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
+    return _leave_out_trained(options, _align_with_trained(options, _training_images(options), trained, "test"))
 
 
 def _align_with_trained(options: ClassifierOptions, test: Source, trained: list[str], what: str) -> Source:
@@ -189,6 +190,54 @@ def _align_with_trained(options: ClassifierOptions, test: Source, trained: list[
         *(what, some(pairs)),
     )
     return test
+
+
+def _leave_out_trained(options: ClassifierOptions, images: Source) -> Source:
+    """Return the test images among `images`, which have no split `test` or `val`.
+
+    They are drawn as in training. The lists in the folder of the evaluated run show if other images are drawn now, as
+    from a folder that has changed, and if `images` are other data, which are all evaluated.
+    """
+    train, choice, test = (_read_names(options, name) for name in ("train", "choice", "test"))
+    names, used = list(images.names), train | choice
+    if used and used.isdisjoint(names) and test.isdisjoint(names):
+        log.info("all %d images are evaluated: the run was trained on images with other names", len(images))
+        return images
+    drawn = divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
+    seen = len(used.intersection(drawn.names))
+    if seen:
+        log.warning(
+            "%d of the %d test images have names of images that the run was trained on or its best epoch selected on: "
+            "the data, test_share, subset_seed or group_by have changed since",
+            *(seen, len(drawn)),
+        )
+        if test and test.issubset(names):
+            drawn = take(images, np.flatnonzero([name in test for name in names]))
+            log.warning("the %d images of the run's images_test.txt are evaluated instead", len(drawn))
+    log.info(
+        "%d of %d images are evaluated; the others may have been used for training. Of a folder `test`, all images are "
+        "evaluated",
+        *(len(drawn), len(images)),
+    )
+    return drawn
+
+
+def _read_names(options: ClassifierOptions, name: str) -> set[str]:
+    """Return the names in a list that `write_lists` wrote into the folder of the evaluated run; empty without it."""
+    evaluated = options.resume if options.resume != "auto" else options.init_from or options.output_dir
+    if not evaluated:
+        return set()
+    path = Path(evaluated)  # of the run, or of a file in its folder checkpoints
+    file = next(
+        (file for folder in (path, *path.parents[:2]) if (file := folder / IMAGES.format(name)).is_file()), None
+    )
+    lines = _unescape(file.read_bytes().decode()).split("\n") if file else []
+    return {line.rpartition("\t")[0] for line in lines if line}
+
+
+def _unescape(text: str) -> str:
+    """Restore the bytes of file names that are not valid text, which `write_text` escapes."""
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), text)
 
 
 def _nothing(index: int) -> None:
@@ -405,7 +454,7 @@ def write_lists(splits: Splits, folder: Path) -> None:
     for name, source in lists.items():
         labels = [""] * len(source) if source.labels is None else [f"\t{label}" for label in source.labels]
         text = "".join(f"{path}{label}\n" for path, label in zip(source.names, labels, strict=True))
-        write_text(folder / f"images_{name}.txt", text)
+        write_text(folder / IMAGES.format(name), text)
 
 
 def _labels(source: Source) -> np.ndarray:
