@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hubconf
 import main_finetune
 import main_pretrain
 import methods
@@ -116,6 +117,15 @@ def test_torch_hub_loads_it_from_a_checkout(run):
     project = str(encoder.__file__).removesuffix("tools/encoder.py")
     model, transform = torch.hub.load(project, "load_encoder", str(run), source="local")
     assert model(transform(Image.new("RGB", (50, 40)))[None]).shape == (1, 24)
+
+
+def test_torch_hub_builds_a_method_as_documented():
+    command = next(line for line in hubconf.__doc__.splitlines() if '"build"' in line)
+    names = {"torch": torch, "CHECKOUT": str(encoder.__file__).removesuffix("tools/encoder.py")}
+    exec(command, names)
+    model = names["model"]
+    assert list(model.loss_terms) == ["neighbor"]
+    assert (model.embed_dim, model.patch_size, model.input_size) == (192, 16, (224, 224))
 
 
 @pytest.fixture(scope="module")
