@@ -10,18 +10,21 @@
 #   SMOKE=1 bash scripts/gpu_suite.sh all         all parts on a CPU with tiny models: does everything run?
 #
 # DATA is what torchvision unpacked (cifar-10-batches-py inside), or a folder train/CLASS/* and val/CLASS/*. IMAGES is a folder
-# of full-size photographs. NOR_MAE_PYTHON names a Python that has the packages, where none can be installed.
+# of full-size photographs. OUT (default: output/gpu_suite) is where the runs go. Relative paths start at the folder where the
+# command is typed. MINUTES (default: 9) is the time of a part. NOR_MAE_PYTHON names a Python that has the packages, where none
+# can be installed.
 set -euo pipefail
 
 PART="${1:-}"
 MINUTES="${MINUTES:-9}"
 SMOKE="${SMOKE:-0}"
 [ "$SMOKE" = 1 ] || SMOKE=0
-for name in DATA IMAGES; do
+for name in DATA IMAGES RESULTS OUT; do
     case "${!name:-}" in "" | /*) ;; *) export "$name=$PWD/${!name}" ;; esac
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
+[[ "$MINUTES" =~ ^[1-9][0-9]{0,5}$ ]] || complain "MINUTES is '$MINUTES': give a whole number of at least 1, such as MINUTES=9."
 prepare requirements.txt requirements/dev.txt
 RESULTS="${RESULTS:-benchmarks/results}"
 export OUT="${OUT:-$PWD/output/gpu_suite}"

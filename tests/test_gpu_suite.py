@@ -33,6 +33,32 @@ def test_paths_are_relative_to_the_folder_of_the_command(tmp_path):
     assert f"DATA: {tmp_path}/given\nIMAGES: {tmp_path}/photos\n" in output
 
 
+@pytest.fixture
+def recorder(tmp_path):
+    """Create a program in place of Python that prints its arguments and OUT."""
+    path = tmp_path / "python"
+    path.write_text('#!/bin/sh\necho "$@" "OUT=$OUT"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_results_and_runs_are_relative_to_the_folder_of_the_command(tmp_path, recorder):
+    given = {"SMOKE": "1", "RESULTS": "numbers", "OUT": "runs", "NOR_MAE_PYTHON": recorder}
+    code, output = suite("speed", folder=tmp_path, **given)
+    places = [line.split("--output ")[1] for line in output.splitlines() if "--output" in line]
+    names = [f"{name}_smoke_tiny.json" for name in ("step", "memory", "bill", "roofline")]
+    assert code == 0 and places == [f"{tmp_path}/numbers/{name} OUT={tmp_path}/runs" for name in names]
+    assert (tmp_path / "numbers").is_dir() and not (PROJECT / "numbers").exists()
+
+
+@pytest.mark.parametrize("minutes", ["0.5", "x", "-1", "0", "09"])
+@pytest.mark.parametrize("part", ["check", "speed"])
+def test_minutes_that_are_no_whole_number_are_refused(part, minutes, recorder):
+    code, output = suite(part, MINUTES=minutes, SMOKE="1", NOR_MAE_PYTHON=recorder)
+    wanted = f"MINUTES is '{minutes}': give a whole number of at least 1, such as MINUTES=9.\n"
+    assert (code, output) == (2, wanted)
+
+
 @pytest.mark.slow
 def test_every_part_runs_in_smoke_form(tmp_path):
     code, output = suite("all", SMOKE="1", RESULTS=str(tmp_path / "results"), OUT=str(tmp_path / "out"))
