@@ -67,3 +67,10 @@ def test_doctor_measures_a_run(method, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "images" in out and "memory" in out and "Traceback" not in out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("price", ["-1", "nan", "inf"])
+def test_doctor_refuses_a_price_below_zero(price, capsys):
+    assert doctor.main(["--price", price]) == 2
+    wanted = f"error: --price is {float(price)}; it must be a finite number of at least 0\n"
+    assert capsys.readouterr().err == wanted

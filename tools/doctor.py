@@ -35,6 +35,7 @@ from data.images import BadImage, Pair
 from data.loader import Source, allowed_bad, pixel_statistics
 from engine_pretrain import train_one_epoch
 from options import RunOptions, resolve_batch
+from options.schema import require_number
 from programs import parse_options
 from programs.plan import Plan
 from tools.command import reports_errors, require_at_least
@@ -311,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_terminal(main=True)
     wrong = False
     require_at_least(given, processes=1, batches=1)
+    if given.price is not None:
+        require_number("--price", given.price, 0)
     try:
         options = parse_options(COMMANDS[given.program], words)
     except ValueError as error:
