@@ -556,6 +556,8 @@ class ProbeOptions(ClassifierOptions):
 
     augment: bool = result(False, section="Probe")
     """Encode a new random crop of every image in every epoch, as in MAE; otherwise each image is encoded once."""
+    encoder_digest: str = result("")
+    """SHA-256 of the encoder's weights, recorded by a run so that it is not resumed with another encoder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

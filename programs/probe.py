@@ -6,9 +6,12 @@ epoch encodes new crops. The checkpoints contain only the linear classifier.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +25,12 @@ from data.loader import Batch, Batches, Source, TrainSamples, pretrain_transform
 from data.splits import Splits
 from engine_finetune import Objective, make_evaluation
 from models_classifier import Classifier, LinearProbe
+from models_vit import compute_digest
 from options import ProbeOptions
 from programs.training import train_epochs
 from programs.transfer import encoder_arguments, load_pretrained_weights
-from util import distributed, optim
+from util import checkpoint, distributed, optim
+from util.checkpoint import CheckpointError
 from util.distributed import Processes
 from util.features import FeatureSamples, encode_source, interleaved, pooled, select_reading
 from util.knn import knn_accuracy
@@ -43,6 +48,32 @@ def load_encoder(options: ProbeOptions) -> tuple[Classifier, str]:
     model = models_classifier.build(num_classes=0, global_pool="token", **encoder_arguments(options))
     made_with = load_pretrained_weights(options, model, models_classifier.load_encoder)
     return model.requires_grad_(False).eval(), methods.feature_pool(made_with)
+
+
+def record_encoder(options: ProbeOptions, encoder: Classifier) -> ProbeOptions:
+    """Return the options with the digest of the encoder; without it to resume a run that has not recorded one."""
+    # Positions are left out: resampled for another image size, they are rounded differently on other machines.
+    found = compute_digest({name: value for name, value in encoder.state_dict().items() if name != "pos_embed"})
+    if options.encoder_digest not in ("", found):
+        raise ValueError(f"encoder_digest is {options.encoder_digest}, but {options.init_from} has {found}")
+    earlier = None if options.overwrite else find_earlier_options(options)
+    if earlier is None or earlier.get("encoder_digest"):
+        return replace(options, encoder_digest=found)
+    log.warning(
+        "this run was started by a version that did not record the encoder: whether %s still contains the encoder that "
+        "the linear classifier was trained on cannot be checked",
+        options.init_from,
+    )
+    return replace(options, encoder_digest="")
+
+
+def find_earlier_options(options: ProbeOptions) -> Mapping[str, Any] | None:
+    """Return the options in the checkpoint from which the run resumes; None for a new run."""
+    named = [] if options.resume == "auto" else [Path(options.resume)]
+    for path in [*checkpoint.candidates(Path(options.output_dir) / "checkpoints"), *named]:
+        with contextlib.suppress(CheckpointError):  # the run refuses it, or resumes from the next one
+            return checkpoint.load(path)["options"]
+    return None
 
 
 class Features:
@@ -112,6 +143,7 @@ def run(options: ProbeOptions) -> None:
         log_to_terminal(processes.main)
         found = splits.open_splits(options)
         options = replace(options, num_classes=found.classes, value_range=found.train.value_range)
+        options = record_encoder(options, encoder)
         model = LinearProbe(encoder.embed_dim, found.classes).to(processes.device)
         encoder.to(processes.device)
         choose_threads(encoder, processes.device)

@@ -1,6 +1,7 @@
 """Linear probing: LARS and the head compared with MAE's, the order of features, and complete runs."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from methods import build
 from models_classifier import LinearProbe
+from models_vit import compute_digest
 from tests.runs import Training, assert_same_end, finish, losses, start_ranks
 from tests.small import options_of, write_checkpoint
 from util import optim
@@ -136,6 +138,63 @@ def test_another_encoder_than_the_checkpoints_is_refused(pretrained, tmp_path):
         "2 blocks, the model has 1. The checkpoint is of mae_vit_tiny_patch2 with embed_dim 24, depth 2"
         in training.stderr
     )
+
+
+@pytest.fixture
+def probed(pretrained, tmp_path):
+    """Return a run of one epoch, the copy of the checkpoint that it probes, and the words that resume it."""
+    folder, encoder = tmp_path / "run", tmp_path / "encoder.pth"
+    shutil.copy(pretrained, encoder)
+    finish(folder, "--init_from", encoder, "--epochs", 1, script=SCRIPT)
+    return folder, encoder, ["--init_from", encoder, "--epochs", 2, "--allow_change", "epochs"]
+
+
+def stored_digest(folder):
+    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["options"].get("encoder_digest")
+
+
+def change(path, name="blocks.0.mlp.fc1.bias"):
+    """Change one value of an encoder; return the digest of the changed encoder, without its positions."""
+    state = torch.load(path, weights_only=True)
+    state["model"][name].view(-1)[0] += 1
+    torch.save(state, path)
+    own = {k: v for k, v in state["model"].items() if "decoder" not in k and k not in ("mask_token", "pos_embed")}
+    return compute_digest(own)
+
+
+def test_a_probe_is_not_resumed_with_another_encoder(probed):
+    folder, encoder, words = probed
+    then, now = stored_digest(folder), change(encoder)
+    assert len(then) == 64 and then != now
+    refused = Training(folder, *words, script=SCRIPT)
+    assert refused.wait() == 2 and f"encoder_digest  '{then}' -> '{now}'" in refused.stderr
+    assert len(losses(folder)) == 5, "a refused start changes nothing"
+    finish(folder, *words, "encoder_digest", script=SCRIPT)
+    assert stored_digest(folder) == now
+
+
+def test_a_probe_resumes_with_the_same_encoder_in_another_file(probed, pretrained):
+    folder, encoder, words = probed
+    then = stored_digest(folder)
+    change(encoder, "decoder_pred.bias")  # another file, the same encoder
+    finish(folder, *words, script=SCRIPT)
+    assert stored_digest(folder) == then and result(folder)["epochs"] == 2
+
+
+def test_a_probe_that_has_not_recorded_its_encoder_resumes(probed):
+    """As an earlier version wrote it; --overwrite records the encoder, as every new run."""
+    folder, encoder, words = probed
+    for path in (folder / "checkpoints").glob("*.pth"):
+        state = torch.load(path, weights_only=True)
+        state["options"].pop("encoder_digest", None)  # several names are links to one file
+        torch.save(state, path)
+    now = change(encoder)
+    for epochs in (2, 3):  # also when it is resumed again
+        finish(folder, *words, "--epochs", epochs, script=SCRIPT)
+        assert stored_digest(folder) == "" and result(folder)["epochs"] == epochs
+    assert (folder / "train.log").read_text().count("did not record the encoder") == 2
+    finish(folder, *words, "--overwrite", script=SCRIPT)
+    assert stored_digest(folder) == now
 
 
 def test_a_probe_without_an_encoder_is_refused(tmp_path):
