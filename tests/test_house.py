@@ -46,7 +46,7 @@ ROOMS = [
     ),  # predicts
     (r"tools\.given", rf"methods|models_vit|{BELOW}"),
     (r"tools\.figures(\.\w+)?", rf"tools(\.\w+)*|methods|models_(mae|nor_mae|vit)|{BELOW}"),  # shows their maths
-    (r"tools\.tokenizer", rf"tools\.command|methods|models_(tokenizer|vit)|{BELOW}"),  # fits a model that is not trained
+    (r"tools\.tokenizer", rf"tools\.command|methods|models_(tokenizer|vit)|{BELOW}"),  # fits k-means
     (r"tools\.encoder", rf"tools(\.given)?|methods|models_(classifier|vit)|{BELOW}"),  # takes models apart
     (r"tools\.(doctor|replay)", rf"programs(\.\w+)?|tools(\.\w+)*|engine_\w+|methods|{BELOW}"),  # like it
     (r"tools(\.\w+)?", rf"tools(\.\w+)*|engine_\w+|methods|{BELOW}"),
