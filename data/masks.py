@@ -38,6 +38,7 @@ from data.splits import (
     TEST,
     VAL,
     Splits,
+    leave_out_trained,
     number_groups,
     take,
     warn_of_split_folders,
@@ -427,7 +428,8 @@ def open_test(options: SegmentOptions, processes: Processes) -> Source:
     evaluated = folder.split("test") or folder.split("val")
     if evaluated:
         return _opened(folder, evaluated, options, processes)
-    return _slice(_whole(folder, options, processes), options.test_share, options, "test_share")[1]
+    pairs = _whole(folder, options, processes)
+    return leave_out_trained(options, pairs, _slice(pairs, options.test_share, options, "test_share")[1])
 
 
 def _is_scenes(options: SegmentOptions) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 from data.files import write_text
 from data.folders import NoSplit, match_classes, some
 from data.sources import Names, Source, class_folders_without_images, open_split
-from options import ClassifierOptions
+from options import ClassifierOptions, RunOptions
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,9 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
             log.warning("the %s images have no labels (%s) and are not evaluated", split, test.problem)
             continue
         return _align_with_trained(options, test, trained, split)
-    return _leave_out_trained(options, _align_with_trained(options, _training_images(options), trained, "test"))
+    images = _align_with_trained(options, _training_images(options), trained, "test")
+    drawn = divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
+    return leave_out_trained(options, images, drawn)
 
 
 def _align_with_trained(options: ClassifierOptions, test: Source, trained: list[str], what: str) -> Source:
@@ -192,23 +194,27 @@ def _align_with_trained(options: ClassifierOptions, test: Source, trained: list[
     return test
 
 
-def _leave_out_trained(options: ClassifierOptions, images: Source) -> Source:
+def leave_out_trained(options: RunOptions, images: Source, drawn: Source) -> Source:
     """Return the test images among `images`, which have no split `test` or `val`.
 
-    They are drawn as in training. The lists in the folder of the evaluated run show if other images are drawn now, as
-    from a folder that has changed, and if `images` are other data, which are all evaluated.
+    The lists in the folder of the evaluated run show if other images are drawn now than in training, as from a folder
+    that has changed, and if `images` are other data, which are all evaluated.
+
+    Args:
+        options: Of the evaluation.
+        images: All images.
+        drawn: The test images among them, drawn as in training.
     """
     train, choice, test = (_read_names(options, name) for name in ("train", "choice", "test"))
     names, used = list(images.names), train | choice
     if used and used.isdisjoint(names) and test.isdisjoint(names):
         log.info("all %d images are evaluated: the run was trained on images with other names", len(images))
         return images
-    drawn = divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
     seen = len(used.intersection(drawn.names))
     if seen:
         log.warning(
             "%d of the %d test images have names of images that the run was trained on or its best epoch selected on: "
-            "the data, test_share, subset_seed or group_by have changed since",
+            "the data, or the options that draw test images, have changed since",
             *(seen, len(drawn)),
         )
         if test and test.issubset(names):
@@ -222,7 +228,7 @@ def _leave_out_trained(options: ClassifierOptions, images: Source) -> Source:
     return drawn
 
 
-def _read_names(options: ClassifierOptions, name: str) -> set[str]:
+def _read_names(options: RunOptions, name: str) -> set[str]:
     """Return the names in a list that `write_lists` wrote into the folder of the evaluated run; empty without it."""
     evaluated = options.resume if options.resume != "auto" else options.init_from or options.output_dir
     if not evaluated:
@@ -232,7 +238,7 @@ def _read_names(options: ClassifierOptions, name: str) -> set[str]:
         (file for folder in (path, *path.parents[:2]) if (file := folder / IMAGES.format(name)).is_file()), None
     )
     lines = _unescape(file.read_bytes().decode()).split("\n") if file else []
-    return {line.rpartition("\t")[0] for line in lines if line}
+    return {re.sub(r"\t[0-9]+$", "", line) for line in lines if line}
 
 
 def _unescape(text: str) -> str:

@@ -14,6 +14,7 @@ from data import masks, scenes
 from data.images import BadImage
 from data.masks import IGNORE, Coding, read_mask
 from data.sources import open_source
+from data.splits import write_lists
 from options import SegmentOptions
 from tests.test_images import write_png16
 from util.distributed import Processes
@@ -378,6 +379,21 @@ def test_without_splits_a_seeded_share_is_the_test_set(tmp_path):
     parts = [{*part.names} for part in (found.train, found.choice, found.test)]
     assert list(map(len, parts)) == [6, 1, 3] and len(set.union(*parts)) == 10
     assert [*masks.open_test(options(root, test_share=0.3), ALONE).names] == [*found.test.names]
+
+
+def test_an_evaluation_keeps_the_test_images_of_a_folder_that_has_grown(tmp_path, caplog):
+    root, run = paint(tmp_path / "data", count=10), tmp_path / "run"
+    run.mkdir()
+    found = opened(root, test_share=0.3, holdout=0.2)
+    write_lists(found, run)
+    evaluate = {"eval": True, "resume": str(run), "test_share": 0.3}
+    paint(tmp_path / "data", count=3, start=10)
+    caplog.set_level("INFO")
+    assert [*masks.open_test(options(root, **evaluate), ALONE).names] == [*found.test.names]
+    assert "the 3 images of the run's images_test.txt are evaluated instead" in caplog.text
+    other = paint(tmp_path / "other", count=4, start=20)
+    assert len(masks.open_test(options(other, **evaluate), ALONE)) == 4
+    assert "all 4 images are evaluated" in caplog.text
 
 
 def test_groups_of_images_stay_together(tmp_path, caplog):
