@@ -420,8 +420,8 @@ def open_splits(options: SegmentOptions, processes: Processes) -> Splits:
 
 
 @report_unreadable()
-def open_test(options: SegmentOptions, processes: Processes) -> Source:
-    """Return the test pairs only."""
+def open_test(options: SegmentOptions, processes: Processes, run: Path | None = None) -> Source:
+    """Return the test pairs only; see `data.splits.leave_out_trained` for `run`."""
     if _is_scenes(options):
         return _open_scenes("val", options.in_chans)
     folder = _open_folder(options)
@@ -429,7 +429,7 @@ def open_test(options: SegmentOptions, processes: Processes) -> Source:
     if evaluated:
         return _opened(folder, evaluated, options, processes)
     pairs = _whole(folder, options, processes)
-    return leave_out_trained(options, pairs, _slice(pairs, options.test_share, options, "test_share")[1])
+    return leave_out_trained(run, pairs, _slice(pairs, options.test_share, options, "test_share")[1])
 
 
 def _is_scenes(options: SegmentOptions) -> bool:

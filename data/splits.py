@@ -23,7 +23,7 @@ import numpy as np
 from data.files import write_text
 from data.folders import NoSplit, match_classes, some
 from data.sources import Names, Source, class_folders_without_images, open_split
-from options import ClassifierOptions, RunOptions
+from options import ClassifierOptions
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def divide(source: Source, share: float, seed: int, group_by: str, what: str) ->
     return take(source, kept), take(source, held)
 
 
-def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
+def open_test(options: ClassifierOptions, trained: list[str], run: Path | None = None) -> Source:
     """Open the test images only.
 
     Their classes have the indices of the `trained` classes with the same names, because a class may be missing here. If
@@ -169,7 +169,7 @@ def open_test(options: ClassifierOptions, trained: list[str]) -> Source:
         return _align_with_trained(options, test, trained, split)
     images = _align_with_trained(options, _training_images(options), trained, "test")
     drawn = divide(images, options.test_share, options.subset_seed, options.group_by, "test_share")[1]
-    return leave_out_trained(options, images, drawn)
+    return leave_out_trained(run, images, drawn)
 
 
 def _align_with_trained(options: ClassifierOptions, test: Source, trained: list[str], what: str) -> Source:
@@ -194,18 +194,18 @@ def _align_with_trained(options: ClassifierOptions, test: Source, trained: list[
     return test
 
 
-def leave_out_trained(options: RunOptions, images: Source, drawn: Source) -> Source:
+def leave_out_trained(run: Path | None, images: Source, drawn: Source) -> Source:
     """Return the test images among `images`, which have no split `test` or `val`.
 
-    The lists in the folder of the evaluated run show if other images are drawn now than in training, as from a folder
-    that has changed, and if `images` are other data, which are all evaluated.
+    The lists in the run's folder show if other images are drawn now than in training, as from a folder that has
+    changed, and if `images` are other data, which are all evaluated.
 
     Args:
-        options: Of the evaluation.
+        run: The folder of the evaluated run; None if it is not known.
         images: All images.
         drawn: The test images among them, drawn as in training.
     """
-    train, choice, test = (_read_names(options, name) for name in ("train", "choice", "test"))
+    train, choice, test = (_read_names(run, name) for name in ("train", "choice", "test"))
     names, used = list(images.names), train | choice
     if used and used.isdisjoint(names) and test.isdisjoint(names):
         log.info("all %d images are evaluated: the run was trained on images with other names", len(images))
@@ -228,16 +228,10 @@ def leave_out_trained(options: RunOptions, images: Source, drawn: Source) -> Sou
     return drawn
 
 
-def _read_names(options: RunOptions, name: str) -> set[str]:
-    """Return the names in a list that `write_lists` wrote into the folder of the evaluated run; empty without it."""
-    evaluated = options.resume if options.resume != "auto" else options.init_from or options.output_dir
-    if not evaluated:
-        return set()
-    path = Path(evaluated)  # of the run, or of a file in its folder checkpoints
-    file = next(
-        (file for folder in (path, *path.parents[:2]) if (file := folder / IMAGES.format(name)).is_file()), None
-    )
-    lines = _unescape(file.read_bytes().decode()).split("\n") if file else []
+def _read_names(run: Path | None, name: str) -> set[str]:
+    """Return the names in a list that `write_lists` wrote into the folder of a run; empty without it."""
+    file = run and run / IMAGES.format(name)
+    lines = _unescape(file.read_bytes().decode()).split("\n") if file and file.is_file() else []
     return {re.sub(r"\t[0-9]+$", "", line) for line in lines if line}
 
 

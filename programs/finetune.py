@@ -154,7 +154,8 @@ def run(options: FinetuneOptions) -> None:
 def evaluate_checkpoint(options: FinetuneOptions, processes: Processes) -> None:
     """Log the accuracy of a checkpoint on the test images, and print it as JSON; no files are written."""
     path = checkpoint.evaluated_checkpoint(vars(options))
-    test = splits.open_test(options, splits.read_classes(checkpoint.find_run(Path(path))))
+    run_folder = checkpoint.find_run(Path(path))
+    test = splits.open_test(options, splits.read_classes(run_folder), run_folder)
     classes = max(len(test.classes or []), options.num_classes)
     weights, made_with = checkpoint.load_model(path, averaged=True)
     model = build_model(options, classes)

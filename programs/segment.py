@@ -121,11 +121,12 @@ def run(options: SegmentOptions) -> None:
 
 def evaluate_checkpoint(options: SegmentOptions, processes: Processes) -> None:
     """Log the metrics of a checkpoint on the test images, and print them as JSON; no files are written."""
-    test = masks.open_test(options, processes)
-    names = test.classes or []
     path = checkpoint.evaluated_checkpoint(vars(options))
+    run_folder = checkpoint.find_run(Path(path))
+    test = masks.open_test(options, processes, run_folder)
+    names = test.classes or []
     weights, made_with = checkpoint.load_model(path)
-    require_same_numbers(splits.read_classes(checkpoint.find_run(Path(path))), names, "the segmenter")
+    require_same_numbers(splits.read_classes(run_folder), names, "the segmenter")
     model = build_model(options, len(names), processes)
     models_upernet.load_segmenter(model, weights, made_with)
     model.to(processes.device)

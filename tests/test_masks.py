@@ -386,13 +386,13 @@ def test_an_evaluation_keeps_the_test_images_of_a_folder_that_has_grown(tmp_path
     run.mkdir()
     found = opened(root, test_share=0.3, holdout=0.2)
     write_lists(found, run)
-    evaluate = {"eval": True, "resume": str(run), "test_share": 0.3}
+    evaluate = {"eval": True, "test_share": 0.3}
     paint(tmp_path / "data", count=3, start=10)
     caplog.set_level("INFO")
-    assert [*masks.open_test(options(root, **evaluate), ALONE).names] == [*found.test.names]
+    assert [*masks.open_test(options(root, **evaluate), ALONE, run).names] == [*found.test.names]
     assert "the 3 images of the run's images_test.txt are evaluated instead" in caplog.text
     other = paint(tmp_path / "other", count=4, start=20)
-    assert len(masks.open_test(options(other, **evaluate), ALONE)) == 4
+    assert len(masks.open_test(options(other, **evaluate), ALONE, run)) == 4
     assert "all 4 images are evaluated" in caplog.text
 
 

@@ -341,40 +341,40 @@ def split_run(tmp_path, *classes):
     found = opened(data)
     (tmp_path / "run").mkdir()
     splits.write_lists(found, tmp_path / "run")
-    return data, tmp_path / "run" / "checkpoints" / "best.pth", found
+    return data, tmp_path / "run", found
 
 
-def evaluated_names(data, resume="auto", **options):
+def evaluated_names(data, run=None, **options):
     trained = splits.read_classes(data.parent / "run")
-    return [*splits.open_test(FinetuneOptions(data_path=str(data), resume=str(resume), **options), trained).names]
+    return [*splits.open_test(FinetuneOptions(data_path=str(data), **options), trained, run).names]
 
 
 @pytest.mark.parametrize("name", ["b", os.fsdecode(b"b\xff")])
 def test_images_of_a_run_are_evaluated_as_in_training(tmp_path, name, caplog):
     caplog.set_level(logging.INFO)
-    data, file, found = split_run(tmp_path, "a", name)
-    for options in ({"resume": file}, {"resume": tmp_path / "run"}, {"init_from": str(file)}, {}):
-        assert evaluated_names(data, **options) == [*found.test.names]
+    data, run, found = split_run(tmp_path, "a", name)
+    for folder in (run, None):
+        assert evaluated_names(data, folder) == [*found.test.names]
     assert "20 of 120 images are evaluated; the others may" in caplog.text
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
 @pytest.mark.parametrize("name", ["b", os.fsdecode(b"b\xff")])
 def test_images_that_are_added_later_move_no_training_image_into_the_test_images(tmp_path, name, caplog):
-    data, file, found = split_run(tmp_path, "a", name)
+    data, run, found = split_run(tmp_path, "a", name)
     put(data, "a/new.png", f"{name}/0.png")
     assert {*found.train.names, *found.choice.names} & {*evaluated_names(data)}, "without the lists of the run"
-    for resume, options in ((file, {}), (tmp_path / "run", {"test_share": 0.5})):
+    for options in ({}, {"test_share": 0.5}):
         caplog.clear()
-        assert evaluated_names(data, resume, **options) == [*found.test.names]
+        assert evaluated_names(data, run, **options) == [*found.test.names]
         assert "the 20 images of the run's images_test.txt are evaluated instead" in caplog.text
 
 
 def test_training_images_among_the_test_images_are_counted(tmp_path, caplog):
-    data, file, found = split_run(tmp_path, "a", "b")
+    data, run, found = split_run(tmp_path, "a", "b")
     for name in found.test.names:
         (data / name).unlink()
-    names = evaluated_names(data, file)
+    names = evaluated_names(data, run)
     assert len(names) == 20 and {*names} <= {*found.train.names, *found.choice.names}
     assert "20 of the 20 test images have names of images that the run was trained on" in caplog.text
     assert "instead" not in caplog.text
@@ -382,7 +382,7 @@ def test_training_images_among_the_test_images_are_counted(tmp_path, caplog):
 
 def test_images_that_a_run_does_not_know_are_all_evaluated(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    _, file, _ = split_run(tmp_path, "a", "b")
+    _, run, _ = split_run(tmp_path, "a", "b")
     data = put(tmp_path / "new", *[f"{name}/new{number}.png" for name in "ab" for number in range(30)])
-    assert len(evaluated_names(data, file)) == 60
+    assert len(evaluated_names(data, run)) == 60
     assert "all 60 images are evaluated" in caplog.text
