@@ -23,6 +23,7 @@ from models_vit import (
     Normalization,
     VisionTransformer,
     attention_heads,
+    averages_before_norm,
     encoder_sizes,
     load_from_run,
     patch_grid,
@@ -168,7 +169,7 @@ def load_encoder(model: Classifier, weights: Mapping[str, Tensor], made_with: Ma
             "with --distill_token, or use the pretrained encoder"
         )
     report = load_from_run(model, fitting, made_with)
-    if not model.num_classes and "norm.weight" in report.missing and "fc_norm.weight" in weights:
+    if not model.num_classes and averages_before_norm(weights):
         raise ValueError(
             "these weights are of a classifier that averages the patch tokens: its last norm, fc_norm, comes after "
             "the average, and frozen tokens need one before. Use the pretrained encoder, or features of tools.embed"

@@ -43,6 +43,7 @@ from models_vit import (
     VisionTransformer,
     at_least_float32,
     attention_heads,
+    averages_before_norm,
     compute_digest,
     initialize,
     load_matching,
@@ -474,7 +475,7 @@ class TeacherTerm(Term):
         plain = encoder_weights(weights, self.options.checkpoint)
         parts = ("norm.", "decoder", "mask_token")
         self._weights = plain | {name: weights[name] for name in weights if name.startswith(parts)}
-        self._last_norm = "norm.weight" in weights or "fc_norm.weight" not in weights
+        self._last_norm = not averages_before_norm(weights)
         if self.options.digest == compute_digest(plain):  # of a run that was started before the digest had all parts
             self.options = replace(self.options, digest="")
         self.options = resolved(self.options, self._weights, self._trained_with)

@@ -36,6 +36,7 @@ from models_vit import (
     VisionTransformer,
     at_least_float32,
     attention_heads,
+    averages_before_norm,
     compute_digest,
     encoder_sizes,
     initialize,
@@ -341,7 +342,7 @@ def encoder_from(
     if missing:
         raise ValueError(f"{path} contains no encoder: {', '.join(missing)} missing")
     require_plain_encoder(weights, where=f"the weights in {path}")
-    if "fc_norm.weight" in weights and "norm.weight" not in weights:
+    if averages_before_norm(weights):
         raise ValueError(f"{path} is a classifier without a norm before its tokens are averaged: use its encoder's run")
     theirs = weights["patch_embed.proj.weight"].shape[1]
     if theirs != in_chans:

@@ -225,6 +225,11 @@ def read_depth(names: Iterable[str], prefix: str = "blocks.") -> int:
     return 1 + max((int(name.split(".")[1]) for name in names if name.startswith(prefix)), default=-1)
 
 
+def averages_before_norm(weights: Container[str]) -> bool:
+    """Return whether the last norm of a classifier comes after the average of its tokens, which have none then."""
+    return "fc_norm.weight" in weights and "norm.weight" not in weights
+
+
 def read_patch_size(weights: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> int:
     """Return the side of a patch in pixels.
 

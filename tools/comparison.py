@@ -377,8 +377,8 @@ def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
                     for measure, path in evaluation.measures.items()
                 }
                 if values:
-                    commit, _ = comparison_report.read_environment(folder)
                     timed = (folder, *plan.needed_runs(training))
+                    commits, devices = zip(*map(comparison_report.read_environment, timed), strict=True)
                     found.append(
                         comparison_report.Result(
                             row=row.name,
@@ -392,8 +392,8 @@ def measured(plan: Plan, rows: Sequence[Row]) -> list[comparison_report.Result]:
                             preparing=plan.preparing(training),
                             options={name: value for name, value in training.set.items() if name != "blr"},
                             recipe=training.recipe,
-                            commit=commit,
-                            device=" / ".join(dict.fromkeys(comparison_report.read_environment(f)[1] for f in timed)),
+                            commit=commits[0],
+                            device=" / ".join(dict.fromkeys(devices)),
                         )
                     )
     return found

@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output.suffix != ".npz":
         raise ValueError(f"output: {output} must end in .npz, which is what is written")
     output.parent.mkdir(parents=True, exist_ok=True)
-    value_range = encoder.options.get("value_range", ())
-    source = open_source("auto", words.images, words.split, in_chans=encoder.image_shape[0], value_range=value_range)
+    channels, value_range = encoder.image_shape[0], encoder.value_range
+    source = open_source("auto", words.images, words.split, in_chans=channels, value_range=value_range)
     source = number_labels(source, encoder, words.images, words.split)
     how = {"batch_size": words.batch_size, "num_workers": words.num_workers}
     eval_crop = words.eval_crop or encoder.eval_crop

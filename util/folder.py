@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -90,7 +91,7 @@ class RunFolder:
         try:
             if self.checkpoints.exists() and not os.access(self.checkpoints, os.W_OK):
                 raise ValueError(f"--output_dir {self.path} cannot be written")
-            if self._overwrites():
+            if self._overwrites:
                 self._clear()
             elif self.options.overwrite:
                 log.info("restarted by the launcher: --overwrite was applied at the first start, resuming")
@@ -173,14 +174,15 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
 
+    @functools.cached_property
     def _overwrites(self) -> bool:
-        """Return whether --overwrite applies: not when a launcher restarts the command by itself."""
+        """Whether --overwrite applies: not when a launcher restarts the command by itself."""
         starts = self._earlier_starts()
         return self.options.overwrite and not distributed.is_restart(starts[-1].get("launches", []) if starts else [])
 
     def _look(self, data: str) -> tuple[Path | None, dict[str, Any] | None]:
         """Return `_choose()`; raise AlreadyFinished or, for a checkpoint of another run, ValueError."""
-        if self.result.exists() and not self._overwrites() and not checkpoint.candidates(self.checkpoints):
+        if self.result.exists() and not self._overwrites and not checkpoint.candidates(self.checkpoints):
             raise ValueError(
                 f"the run in {self.path} is finished ({self.result}), but its checkpoints are gone: use another "
                 "--output_dir, or start from scratch with --overwrite"
@@ -196,10 +198,10 @@ class RunFolder:
 
     def _is_complete(self, state: Mapping[str, Any]) -> bool:
         """Return whether no steps of the run are left after a checkpoint; False if that is not known yet."""
-        if steps := _given_steps(to_dict(self.options)):
+        if steps := given_steps(self.options):
             return state["step"] == steps
         # The last epoch of a run by --steps may have been cut short.
-        return state["epoch"] == self.options.epochs and not _given_steps(state["options"])
+        return state["epoch"] == self.options.epochs and not state["options"].get("steps", 0)
 
     def _earlier_starts(self) -> list[dict[str, Any]]:
         """Return the earlier starts in environment.json; an unreadable file (after a power cut) counts as empty."""
@@ -243,7 +245,7 @@ class RunFolder:
 
     def _choose(self) -> tuple[Path | None, dict[str, Any] | None]:
         """Return the checkpoint to resume from (--resume, or the latest valid one) and its content, or (None, None)."""
-        found = [] if self._overwrites() else checkpoint.candidates(self.checkpoints)
+        found = [] if self._overwrites else checkpoint.candidates(self.checkpoints)
         if self.options.resume != "auto":
             try:
                 named = checkpoint.find_file(self.options.resume)
@@ -277,7 +279,7 @@ class RunFolder:
     def _compare(self, state: Mapping[str, Any], data: str) -> None:
         """Raise ValueError with a table of differences if the checkpoint has other options or other data."""
         now = to_dict(self.options)
-        derived = ("epochs",) if _given_steps(now) else ()
+        derived = ("epochs",) if given_steps(self.options) else ()
         changed = [d for d in differences(type(self.options), state["options"], now) if d.name not in derived]
         refused = [d for d in changed if d.kind == "shape" or d.name not in self.options.allow_change]
         rows = [(d.name, repr(d.old), repr(d.new)) for d in refused]
@@ -296,9 +298,9 @@ class RunFolder:
             log.warning("resuming with another %s: %r -> %r", difference.name, difference.old, difference.new)
 
 
-def _given_steps(options: Mapping[str, Any]) -> int:
+def given_steps(options: RunOptions) -> int:
     """Return the option `steps`, from which the epochs are derived; 0: as given by `epochs`."""
-    return options.get("steps", 0)
+    return getattr(options, "steps", 0)
 
 
 def _find_best(best: Mapping[str, Any], kept: Path, folder: Path) -> Path | None:

@@ -27,7 +27,7 @@ from util.compiler import compiles
 from util.decisions import Decisions
 from util.distributed import CONTINUE, STOP, Processes
 from util.exits import CannotSave, Interrupted, is_bug
-from util.folder import AlreadyFinished, RunFolder
+from util.folder import AlreadyFinished, RunFolder, given_steps
 from util.logging import RunLog
 from util.meters import Means
 from util.records import Records
@@ -162,7 +162,7 @@ class Run:
         step, total = self.stepper.step, self.total_steps
         if step <= total:
             return
-        name = "steps" if getattr(self.options, "steps", 0) else "epochs"
+        name = "steps" if given_steps(self.options) else "epochs"
         files = checkpoint.kept_epochs(Path(self._start).parent)
         earlier = [path for path in files if int(path.stem.removeprefix("epoch-")) * steps_per_epoch <= total]
         advice = f"resume an earlier file, --resume {earlier[-1]}, or " if earlier else ""
